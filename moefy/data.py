@@ -1,0 +1,517 @@
+"""Token batches for calibration and evaluation: from text, or sampled from the model itself."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.errors import MoefyError
+from moefy.source import looks_like_path
+
+SUFFIXES = (".txt", ".md", ".jsonl")
+"""The files that are read out of a folder."""
+
+LEAST_SEQUENCES = 8
+"""One held out and seven to fit on: with fewer, nothing that is fitted means anything."""
+
+SHORTEST_WINDOW = 64
+"""Shorter evaluation windows tell more about how texts start than about the model."""
+
+MOST_CHARACTERS = 2**28
+"""What is read of a file or folder at most, so that a text larger than memory still works."""
+
+STREAM_CHARACTERS_PER_TOKEN = 64
+"""What is read of a streamed data set per token wanted: enough to shuffle, little to fetch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Packed sequences of token ids, the last `num_heldout` of them for validation.
+
+    `ids_BT` is int64, num_sequences x length; `sha256` is the digest of its bytes; `num_documents`
+    counts the documents that its tokens come from; `notes` are one-line warnings.
+    """
+
+    ids_BT: Tensor
+    num_heldout: int
+    source: str
+    sha256: str
+    num_documents: int
+    notes: tuple[str, ...]
+
+
+def documents(source: str, *, text_field: str = "text") -> Iterator[str]:
+    """Yield the documents of `source`, none of them blank, in the order in which they are stored.
+
+    `source` is one of
+
+    - a text file, its documents separated by two blank lines (without these it is one document);
+    - a `.jsonl` file of objects that hold the text in `text_field`;
+    - a folder: every `.txt`, `.md` and `.jsonl` file below it, sorted by path;
+    - a data set of the hub, streamed: `name`, `name:split` or `name:configuration:split`, where
+      the split is `train` if not given. Needs the `datasets` package.
+
+    Raises:
+        MoefyError: code 3 for a source that is missing, empty, not UTF-8 text or not valid JSONL.
+    """
+    path = _locate(source)
+    if path is None:
+        texts = _streamed(source, text_field)
+    elif path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        texts = chain.from_iterable(_stored(file, text_field) for file in files)
+    else:
+        texts = _stored(path, text_field)
+    num_read = num_found = 0
+    for text in texts:
+        num_read += 1
+        if text.strip():
+            num_found += 1
+            yield text
+    if not num_found:
+        raise MoefyError(
+            f"{source}: {num_read} documents or rows and no text in them; expected UTF-8 text "
+            f"(of a folder: {', '.join(SUFFIXES)} files); give another text"
+        )
+
+
+def load(
+    tokenizer: Any,
+    source: str,
+    *,
+    num_tokens: int,
+    length: int,
+    seed: int,
+    text_field: str = "text",
+    heldout: float = 1 / 8,
+    vocab_size: int | None = None,
+) -> Tokens:
+    """Pack the documents of `source` into `num_tokens // length` sequences of `length` tokens.
+
+    The documents (see `documents`) are rid of exact duplicates, shuffled, tokenised and joined
+    with the end-of-text token between them. Every sequence starts with the beginning-of-text token
+    if the tokenizer puts one before a text. No document gives more than 4 * `length` tokens unless
+    the others have run out. The held-out sequences, a share of `heldout` but at least one, are the
+    last ones, and start at a document of their own if the text has enough of them. A text with
+    fewer tokens than asked for gives fewer sequences and a note. `vocab_size` is the number of
+    embedding rows of the model, if that is to be checked.
+
+    Raises:
+        MoefyError: code 2 for a request of fewer than 8 sequences; code 3 for a text that gives
+            fewer, for a bad source, and for a tokenizer with ids beyond `vocab_size`.
+    """
+    num_sequences = _num_sequences(num_tokens, length)
+    texts, notes = _shuffled(source, text_field, num_tokens, seed)
+    bos = _bos(tokenizer)
+    room = length - len(bos)
+    # More than is used, so that the held-out part can skip to the start of a document.
+    wanted = num_sequences * room + 4 * length
+    parts = _gather(tokenizer, texts, share=4 * length, wanted=wanted)
+    num_found = sum(len(ids) for ids in parts)
+    usable = min(num_sequences, num_found // room)
+    if usable < LEAST_SEQUENCES:
+        raise MoefyError(
+            f"{source}: {num_found:,} tokens in {len(parts):,} documents make {usable} sequences "
+            f"of {length}; expected at least {LEAST_SEQUENCES} (7 to fit on, 1 held out); give "
+            "more text or a shorter length"
+        )
+    if usable < num_sequences:
+        notes.append(f"asked for {num_tokens:,} tokens, the text gave {num_found:,}")
+    num_heldout = _num_heldout(usable, heldout)
+    ids_BN, num_documents, shared = _pack(parts, room, usable - num_heldout, num_heldout)
+    if shared:
+        notes.append("held-out and other sequences share a document: the text has few documents")
+    _require_rows(ids_BN, vocab_size)
+    ids_BT = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(usable, -1), ids_BN], 1)
+    return Tokens(ids_BT, num_heldout, source, _digest(ids_BT), num_documents, tuple(notes))
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    *,
+    num_tokens: int,
+    length: int,
+    seed: int,
+    batch_size: int = 32,
+    heldout: float = 1 / 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tokens:
+    """Let the model write its own text: `num_tokens // length` sequences of `length` tokens.
+
+    Each starts with the beginning-of-text token, for want of it the end-of-text token, for want of
+    that a random one, and goes on with draws from the model's whole distribution at temperature 1.
+    An end-of-text token is drawn like any other and ends nothing: what follows is the next
+    document. The result depends on `seed` and `batch_size`; global random state is neither read
+    nor changed. `progress` is called with the tokens done and the tokens in all. In the result,
+    every sequence counts as one document.
+
+    Source: self-generated calibration text as in LLM-QAT (Liu et al., 2023, arXiv:2305.17888),
+    without its greedy first tokens.
+
+    Raises:
+        MoefyError: code 2 for a request of fewer than 8 sequences.
+    """
+    num_sequences = _num_sequences(num_tokens, length)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    batches = []
+    for first in range(0, num_sequences, batch_size):
+        size = min(batch_size, num_sequences - first)
+        start_B1 = _starts(model, tokenizer, size, generator)
+        steps = []
+        for token_B1 in islice(_written(model, start_B1, generator), length):
+            steps.append(token_B1)
+            if progress:
+                progress(first * length + len(steps) * size, num_sequences * length)
+        batches.append(torch.cat(steps, 1).cpu())
+    ids_BT = torch.cat(batches)
+    num_heldout = _num_heldout(num_sequences, heldout)
+    return Tokens(ids_BT, num_heldout, "self", _digest(ids_BT), num_sequences, ())
+
+
+def text_windows(
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    num_tokens: int,
+    length: int,
+    vocab_size: int | None = None,
+) -> list[Tensor]:
+    """Cut the start of a text file into consecutive evaluation windows, int64, one-dimensional.
+
+    All have `length` tokens, beginning-of-text token included if the tokenizer puts one before a
+    text; the last may be shorter, but is dropped below 64 tokens. At most `num_tokens` tokens of
+    text are used, and 8 * `num_tokens` characters read: real text has fewer per token.
+
+    Raises:
+        MoefyError: code 3 for a file that is missing, not UTF-8 text or shorter than one window,
+            and for a tokenizer with ids beyond `vocab_size`.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise MoefyError(f"{path}: no such file; expected a text file to evaluate on")
+    _require_utf8(file, most_bytes=4 * 8 * num_tokens)
+    with file.open(encoding="utf-8") as lines:
+        text = lines.read(8 * num_tokens)
+    ids = _encode(tokenizer, text)[:num_tokens]
+    bos = _bos(tokenizer)
+    room = length - len(bos)
+    shortest = min(SHORTEST_WINDOW, length)
+    windows = [torch.tensor(bos + ids[at : at + room]) for at in range(0, len(ids), room)]
+    windows = [window_T for window_T in windows if len(window_T) >= shortest]
+    if not windows:
+        raise MoefyError(
+            f"{path}: {len(ids)} tokens; expected at least {shortest} to evaluate on; give a "
+            "longer text"
+        )
+    _require_rows(torch.cat(windows), vocab_size)
+    return windows
+
+
+def overlap(ids_BT: Tensor, windows: list[Tensor], *, span: int = 32) -> float:
+    """Give the share of the windows' `span`-token pieces that occur word for word in `ids_BT`.
+
+    Near 0 for a text that was kept apart, near 1 for one that is part of the calibration text.
+    Compares 64-bit hashes: memory and time are those of B * T * `span` integers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (span,), generator=generator)
+    seen = torch.cat([(ids_T.unfold(0, span, 1) * weights).sum(-1) for ids_T in ids_BT])
+    pieces = torch.cat([(ids_T.unfold(0, span, span) * weights).sum(-1) for ids_T in windows])
+    return torch.isin(pieces, seen).float().mean().item()
+
+
+def _locate(source: str) -> Path | None:
+    """Give the file or folder that `source` names, or None for a data set of the hub."""
+    path = Path(source).expanduser()
+    if path.is_dir() or path.is_file():
+        return path
+    if path.exists():
+        raise MoefyError(f"{source}: neither a file nor a folder; expected one of these")
+    if looks_like_path(source) or path.suffix in SUFFIXES:
+        raise MoefyError(f"{source}: no such file or folder; check the path")
+    if importlib.util.find_spec("datasets") is None:
+        raise MoefyError(
+            f"{source}: no such file or folder; to read a data set of the hub by its name: "
+            "pip install datasets"
+        )
+    return None
+
+
+def _stored(path: Path, text_field: str) -> Iterator[str]:
+    """Yield the documents of one file, blank ones included."""
+    _require_utf8(path)
+    with path.open(encoding="utf-8-sig") as lines:
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _row_text(line, text_field, f"{path}, line {number}")
+        else:
+            yield from _separated(lines)
+
+
+def _separated(lines: Iterator[str]) -> Iterator[str]:
+    """Split at two blank lines or more, in memory for one document."""
+    document: list[str] = []
+    num_blank = 0
+    for line in lines:
+        num_blank = num_blank + 1 if line == "\n" else 0
+        document.append(line)
+        if num_blank == 2:
+            yield "".join(document).strip("\n")
+            document = []
+    yield "".join(document).strip("\n")
+
+
+def _row_text(line: str, text_field: str, where: str) -> str:
+    """Take the text out of one line of JSON."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deeply")
+        raise MoefyError(f"{where}: not valid JSON ({reason}); expected an object") from error
+    if not isinstance(row, dict):
+        raise MoefyError(f"{where}: {type(row).__name__} found; expected an object with the text")
+    return _field(row, text_field, where)
+
+
+def _field(row: dict[str, Any], text_field: str, where: str) -> str:
+    """Take the text out of a row; null is an empty text."""
+    if text_field not in row:
+        fields = ", ".join(map(repr, row)) or "none"
+        raise MoefyError(
+            f"{where}: no field {text_field!r}; the fields are {fields}; name one as the text field"
+        )
+    text = "" if row[text_field] is None else row[text_field]
+    if not isinstance(text, str):
+        raise MoefyError(
+            f"{where}: field {text_field!r} holds {type(text).__name__}; expected a string; name "
+            "another text field"
+        )
+    # JSON can spell half of a surrogate pair, which is not a character and has no UTF-8.
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _streamed(source: str, text_field: str) -> Iterator[str]:
+    """Yield the texts of a data set of the hub."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    # The error of whichever HTTP library the hub's client is built on.
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+    name, *rest = source.split(":")
+    configuration = rest[0] if len(rest) > 1 else None
+    split = rest[-1] if rest else "train"
+    try:
+        rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
+        for row in rows:
+            yield _field(row, text_field, source)
+    except (DatasetsError, HTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MoefyError(
+            f"{source}: no such file or folder, and not to be had as a data set ({reason}); "
+            "check the name, or give a text file"
+        ) from error
+
+
+def _require_utf8(path: Path, most_bytes: int | None = None) -> None:
+    """Look through the first `most_bytes` of a file, or all of it, for what is not UTF-8 text."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    expected = "expected UTF-8 text; convert the file or give another"
+    offset = 0
+    with path.open("rb") as file:
+        while most_bytes is None or offset < most_bytes:
+            block = file.read(2**20)
+            if (zero := block.find(b"\0")) >= 0:
+                raise MoefyError(f"{path}: binary (byte {offset + zero} is zero); {expected}")
+            # The decoder holds back the start of a character that the last block cut in two.
+            num_held = len(decoder.getstate()[0])
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                at = offset - num_held + error.start
+                raise MoefyError(f"{path}: not UTF-8 at byte {at}; {expected}") from error
+            if not block:
+                return
+            offset += len(block)
+
+
+def _num_sequences(num_tokens: int, length: int) -> int:
+    """Give how many sequences a request makes."""
+    if length < 2 or num_tokens // length < LEAST_SEQUENCES:
+        raise MoefyError(
+            f"{num_tokens:,} tokens in sequences of {length} asked for; expected at least "
+            f"{LEAST_SEQUENCES} sequences of 2 tokens or more; ask for more tokens",
+            code=2,
+        )
+    return num_tokens // length
+
+
+def _num_heldout(num_sequences: int, heldout: float) -> int:
+    """Give how many of the sequences are held out: at least one, and never all."""
+    return min(max(1, round(heldout * num_sequences)), num_sequences - 1)
+
+
+def _shuffled(
+    source: str, text_field: str, num_tokens: int, seed: int
+) -> tuple[list[str], list[str]]:
+    """Give the distinct documents of `source` in random order, and notes."""
+    stream = _locate(source) is None
+    most = STREAM_CHARACTERS_PER_TOKEN * num_tokens if stream else MOST_CHARACTERS
+    texts: dict[bytes, str] = {}
+    notes = []
+    num_read = num_characters = 0
+    for text in documents(source, text_field=text_field):
+        if num_characters >= most:
+            notes.append(f"only the first {num_characters:,} characters were read")
+            break
+        texts.setdefault(hashlib.sha256(text.encode()).digest(), text)
+        num_read += 1
+        num_characters += len(text)
+    if len(texts) < num_read:
+        notes.append(
+            f"{num_read - len(texts):,} of {num_read:,} documents are duplicates, not used"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    distinct = list(texts.values())
+    return [distinct[index] for index in order], notes
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """Tokenise without special tokens, and without the warning that a text is long."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _bos(tokenizer: Any) -> list[int]:
+    """Give the beginning-of-text token if the tokenizer puts one before a text, else nothing."""
+    first = tokenizer("x")["input_ids"][:1]
+    return first if first and first[0] == tokenizer.bos_token_id else []
+
+
+def _gather(tokenizer: Any, texts: list[str], *, share: int, wanted: int) -> list[list[int]]:
+    """Take `share` tokens of every document in turn until there are `wanted`.
+
+    Gives the ids of each document, in the order of `texts`, end-of-text token included.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    readers = {index: _shares(tokenizer, text, share) for index, text in enumerate(texts)}
+    taken: dict[int, list[int]] = {}
+    num_taken = 0
+    while readers and num_taken < wanted:
+        for index, reader in list(readers.items()):
+            ids = next(reader, None)
+            if ids is None:
+                del readers[index]
+                continue
+            taken.setdefault(index, []).extend(ids)
+            num_taken += len(ids)
+            if num_taken >= wanted:
+                break
+    return [ids + end for ids in taken.values()]
+
+
+def _shares(tokenizer: Any, text: str, share: int) -> Iterator[list[int]]:
+    """Yield the ids of a document, `share` at a time, tokenising no further than was asked for."""
+    ids: list[int] = []
+    at = 0
+    while at < len(text):
+        end = at + 4 * share
+        if end < len(text):
+            # Cut before a space or line end: most tokenizers join these to the word that follows.
+            spaces = (text.rfind(" ", at + 1, end), text.rfind("\n", at + 1, end))
+            end = max(spaces) if max(spaces) > 0 else end
+        ids += _encode(tokenizer, text[at:end])
+        at = end
+        while len(ids) >= share:
+            yield ids[:share]
+            ids = ids[share:]
+    if ids:
+        yield ids
+
+
+def _pack(
+    parts: list[list[int]], room: int, num_fit: int, num_heldout: int
+) -> tuple[Tensor, int, bool]:
+    """Cut documents in a row into sequences of `room` ids; the held-out ones come last.
+
+    The held-out part starts at the first document that the others leave whole, or as late as the
+    text allows. Gives the sequences, the number of documents in them, and whether one document is
+    in both parts.
+    """
+    starts = torch.tensor([0] + [len(ids) for ids in parts]).cumsum(0)[:-1]
+    stream = torch.tensor([token for ids in parts for token in ids], dtype=torch.int64)
+    cut = num_fit * room
+    latest = len(stream) - num_heldout * room
+    begin = min([start for start in starts.tolist() if start >= cut] + [latest])
+    end = begin + num_heldout * room
+    ids_BN = torch.cat([stream[:cut], stream[begin:end]]).view(-1, room)
+    return ids_BN, int((starts < end).sum()), begin not in starts.tolist()
+
+
+def _starts(model: Any, tokenizer: Any, num: int, generator: torch.Generator) -> Tensor:
+    """Give the first token of `num` sequences, shape (num, 1)."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return torch.full((num, 1), token, device=model.device)
+    return torch.randint(
+        model.config.vocab_size, (num, 1), generator=generator, device=model.device
+    )
+
+
+def _written(model: Any, token_B1: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield the given tokens, then draw after draw from the model, each of shape (B, 1).
+
+    `model.generate` would need the end-of-text token banned to reach a length, would apply the
+    sampling settings of the checkpoint, and draws from global random state.
+    """
+    cache = None
+    while True:
+        yield token_B1
+        with torch.no_grad():
+            output = model(input_ids=token_B1, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        chance_BV = output.logits[:, -1].float().softmax(-1)
+        token_B1 = torch.multinomial(chance_BV, 1, generator=generator)
+
+
+def _require_rows(ids: Tensor, vocab_size: int | None) -> None:
+    """Check that the model has an embedding for every id."""
+    if vocab_size is not None and (largest := int(ids.max())) >= vocab_size:
+        raise MoefyError(
+            f"the tokenizer gives id {largest}, the model has {vocab_size} embeddings; expected "
+            "the tokenizer that belongs to the model"
+        )
+
+
+def _digest(ids_BT: Tensor) -> str:
+    """Give the SHA-256 of the ids as little-endian 64-bit integers."""
+    return hashlib.sha256(ids_BT.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder, from local files only.
+
+    Raises:
+        MoefyError: code 3, when there is none or it is broken.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise MoefyError(
+            f"{folder} has no tokenizer that loads ({reason}); copy the model's files there"
+        ) from None

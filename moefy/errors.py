@@ -1,0 +1,14 @@
+"""The one exception that a user can cause."""
+
+
+class MoefyError(Exception):
+    """Something the user can mend: what was found, what was expected, what to do, in one line.
+
+    `code` is the exit status of the command line: 2 usage, 3 bad input, 4 unsupported,
+    5 resources, 6 numeric, 7 bad saved state.
+    """
+
+    def __init__(self, message: str, *, code: int = 3) -> None:
+        # A name read from a file may hold line breaks or terminal codes; a message is one line.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        self.code = code

@@ -1,0 +1,1 @@
+"""How far a converted model is from the dense one, and what its controls would have lost."""

@@ -1,0 +1,91 @@
+"""Perplexity, KL divergence and agreement with the dense model on windows of text."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model on some text, against the dense model; sums per window, so that errors can be had."""
+
+    tokens_W: tuple[int, ...]
+    nll_W: tuple[float, ...]
+    """Summed negative log-likelihood of the true next tokens, nats."""
+    kl_W: tuple[float, ...]
+    """Summed KL(dense || model) over the same places, nats."""
+    agree_W: tuple[int, ...]
+    """Places where the likeliest token is the dense model's."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Predicted tokens."""
+        return sum(self.tokens_W)
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood per token, nats."""
+        return sum(self.nll_W) / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood."""
+        return math.exp(self.nll)
+
+    @property
+    def kl(self) -> float:
+        """Mean KL divergence from the dense model, nats per token."""
+        return sum(self.kl_W) / self.num_tokens
+
+    @property
+    def agreement(self) -> float:
+        """Share of places where the likeliest token is the dense model's."""
+        return sum(self.agree_W) / self.num_tokens
+
+
+def compare(
+    dense: Any,
+    models: Mapping[str, Any],
+    windows: list[Tensor],
+    *,
+    watch: Callable[[int, int], None] = lambda *_: None,
+) -> dict[str, Score]:
+    """Score every model, and the dense one under the name "dense", on windows of token ids (T,).
+
+    All see a window before the next one is taken, so the dense logits are computed once. `dense`
+    may also be a function from token ids (T,) to log-probabilities (T - 1, V).
+    """
+    sums: dict[str, list[tuple[int, float, float, int]]] = {name: [] for name in ("dense", *models)}
+    for done, ids_T in enumerate(windows, 1):
+        reference_TV = (
+            dense(ids_T) if inspect.isfunction(dense) else log_probabilities(dense, ids_T)
+        )
+        sums["dense"].append(_sums(reference_TV, reference_TV, ids_T))
+        for name, model in models.items():
+            sums[name].append(_sums(log_probabilities(model, ids_T), reference_TV, ids_T))
+        watch(done, len(windows))
+    return {name: Score(*zip(*rows, strict=True)) for name, rows in sums.items()}
+
+
+def log_probabilities(model: Any, ids_T: Tensor) -> Tensor:
+    """Float32 log-probabilities of the next token at every place but the last, (T - 1, V)."""
+    with torch.inference_mode():
+        logits_TV = model(ids_T[None].to(model.device), use_cache=False).logits[0, :-1]
+        return logits_TV.float().log_softmax(-1)
+
+
+def _sums(log_p_TV: Tensor, reference_TV: Tensor, ids_T: Tensor) -> tuple[int, float, float, int]:
+    true_T1 = ids_T[1:, None].to(log_p_TV.device)
+    nll = -float(log_p_TV.gather(1, true_T1).sum())
+    if log_p_TV is reference_TV:
+        return len(true_T1), nll, 0.0, len(true_T1)
+    kl = float((reference_TV.exp() * (reference_TV - log_p_TV)).sum())
+    agree = int((log_p_TV.argmax(1) == reference_TV.argmax(1)).sum())
+    return len(true_T1), nll, kl, agree

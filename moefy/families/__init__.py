@@ -1,0 +1,19 @@
+"""Dense families: one file per `model_type`, holding one value `FAMILY`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from moefy.families.family import Family
+
+
+def names() -> list[str]:
+    """The `model_type`s that can be converted, sorted."""
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in found if name != "family")
+
+
+def load(model_type: str) -> Family:
+    """The family of a dense `model_type`, which must be one of `names()`."""
+    return importlib.import_module(f"moefy.families.{model_type}").FAMILY

@@ -1,0 +1,144 @@
+"""The tensors and files of the checkpoint that a conversion writes."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+
+import torch
+
+from moefy import walk
+from moefy.block import Block
+from moefy.checkpoint import CODES, DTYPES, ShardWriter, Slot, write_json
+from moefy.errors import MoefyError
+from moefy.job import Job, Watch
+from moefy.layout import FFN, Partition
+from moefy.validate import scan_finite
+
+
+def slots(job: Job) -> dict[str, Slot]:
+    """Every tensor of the output, in the order of the dense checkpoint."""
+    ffn_of = {name: layer for layer in job.layers for name in job.family.ffn_names(layer)}
+    block = _block_slots(job)
+    found: dict[str, Slot] = {}
+    for name, entry in job.checkpoint.entries.items():
+        layer = ffn_of.get(name)
+        if layer is None:
+            found[name] = Slot(_stored(job, entry.dtype), entry.shape)
+            continue
+        prefix = job.family.layer.format(layer=layer)
+        found.update({prefix + tail: slot for tail, slot in block.items()})
+    found.update({name: slot for name, (slot, _) in _added(job).items()})
+    return found
+
+
+def _block_slots(job: Job) -> dict[str, Slot]:
+    """Tensors of one converted FFN, from shapes alone."""
+    shape, hidden = job.shape, job.size("hidden_size")
+    with torch.device("meta"):
+        ffn = FFN(
+            torch.empty(shape.num_neurons, hidden),
+            torch.empty(shape.num_neurons, hidden),
+            torch.empty(hidden, shape.num_neurons),
+        )
+        static = job.method.fit is None
+        partition = Partition(
+            torch.empty(shape.num_active if static else shape.num_shared, dtype=torch.long),
+            torch.empty(shape.num_experts, shape.expert_width, dtype=torch.long),
+        )
+        tensors = job.target.tensors(
+            ffn,
+            partition,
+            torch.empty(shape.num_experts, hidden),
+            shape.experts_per_token,
+            job.dtype,
+        )
+    return {name: Slot(CODES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+
+
+def _stored(job: Job, code: str) -> str:
+    """The dtype code that a copied tensor is written in."""
+    cast = job.recipe.dtype != "as-stored" and DTYPES[code].is_floating_point
+    return CODES[getattr(torch, job.recipe.dtype)] if cast else code
+
+
+def _added(job: Job) -> dict[str, tuple[Slot, str | None]]:
+    """Tensors the dense checkpoint lacks: (slot, name to copy from; None for zeros)."""
+    if job.method.fit is None:
+        return {}
+    added: dict[str, tuple[Slot, str | None]] = {}
+    entries, family = job.checkpoint.entries, job.family
+    if family.head not in entries:
+        # Several engines cannot load these classes with a tied head.
+        entry = entries[family.embedding]
+        added[family.head] = (Slot(_stored(job, entry.dtype), entry.shape), family.embedding)
+    if job.target.attention_biases:
+        for layer in range(job.num_layers):
+            for part in "qkv":
+                name = family.layer.format(layer=layer) + f"self_attn.{part}_proj."
+                if name + "bias" not in entries:
+                    weight = entries[name + "weight"]
+                    slot = Slot(_stored(job, weight.dtype), weight.shape[:1])
+                    added[name + "bias"] = (slot, None)
+    return added
+
+
+def copy(job: Job, writer: ShardWriter, watch: Watch) -> None:
+    """Write everything that is no converted FFN: byte for byte, unless another dtype is asked."""
+    skip = {name for layer in job.layers for name in job.family.ffn_names(layer)}
+    work = {name: name for name in job.checkpoint.entries if name not in skip}
+    added = _added(job)
+    work.update({name: origin for name, (_, origin) in added.items() if origin})
+    for done, (name, origin) in enumerate(work.items(), 1):
+        entry = job.checkpoint.entries[origin]
+        tensor = job.checkpoint.tensor(origin)
+        scan_finite(origin, tensor)
+        if _stored(job, entry.dtype) == entry.dtype:
+            writer.copy(name, entry)
+        else:
+            writer.write(name, tensor.to(getattr(torch, job.recipe.dtype)))
+        watch("copy", done, len(work))
+    for name, (slot, origin) in added.items():
+        if origin is None:
+            writer.write(name, torch.zeros(slot.shape, dtype=DTYPES[slot.dtype]))
+
+
+def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> None:
+    """Write one converted FFN in the target's names and dtype.
+
+    Raises:
+        MoefyError: code 6, when a rescaled weight is not finite in that dtype.
+    """
+    prefix = job.family.layer.format(layer=layer)
+    tensors = job.target.tensors(
+        block.ffn, block.partition, block.router.weight_ED, job.shape.experts_per_token, job.dtype
+    )
+    for tail, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise MoefyError(
+                f"{prefix}{tail} overflows {job.dtype}; use --dtype bfloat16 or float32", code=6
+            )
+        writer.write(prefix + tail, tensor)
+
+
+KEEP = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+
+
+def write_folder(job: Job, part: Path) -> None:
+    """Configuration, tokenizer files byte for byte, and the generation defaults."""
+    dense = walk.model_config(job.checkpoint).to_dict()
+    if job.method.fit is None:
+        dense = dict(job.checkpoint.config)
+    left = [layer for layer in range(job.num_layers) if layer not in job.layers]
+    config = job.target.configure(dense, job.shape, left)
+    config["dtype"] = str(job.dtype).removeprefix("torch.")
+    config["transformers_version"] = importlib.import_module("transformers").__version__
+    for file in sorted(job.checkpoint.folder.iterdir()):
+        named = file.name.startswith(KEEP) or file.name in ("generation_config.json",)
+        if named and file.is_file() and file.suffix != ".py":
+            shutil.copyfile(file, part / file.name)
+    templates = job.checkpoint.folder / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, part / templates.name)
+    write_json(part / "config.json", config)

@@ -1,0 +1,1 @@
+"""Ways to split an FFN: one file each, holding one public function `split`."""

@@ -1,0 +1,95 @@
+"""What a conversion will take and give, from headers and configuration alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+
+from moefy import output
+from moefy.checkpoint import DTYPES
+from moefy.job import Job
+from moefy.layout import CHUNK
+
+LIBRARIES = 700_000_000
+"""Resident bytes of Python, torch, transformers and scikit-learn before any tensor."""
+
+OVERHEAD = 2.0
+"""Measured time of a layer over that of its matrix products alone."""
+
+
+def estimate(job: Job) -> dict[str, Any]:
+    """Shapes, parameters, FLOPs per token, and estimated memory, disk and time.
+
+    Times assume the matrix-product speed of this machine, measured for a moment.
+    """
+    slots = output.slots(job)
+    dense = sum(entry.num_elements for entry in job.checkpoint.entries.values())
+    total = sum(slot.num_bytes // DTYPES[slot.dtype].itemsize for slot in slots.values())
+    hidden, shape = job.size("hidden_size"), job.shape
+    idle = (shape.num_experts - shape.experts_per_token) * shape.expert_width * 3 * hidden
+    if job.method.fit is None:
+        idle = 0
+    ffn_flops = 6 * hidden * shape.num_neurons
+    embedding = job.checkpoint.entries[job.family.embedding].num_elements
+    # Every matrix but the embedding is multiplied once per token; a tied head counts as one.
+    tied = job.family.head not in job.checkpoint.entries
+    matrix = dense - embedding * (0 if tied else 1)
+    saved = (1 - shape.active_fraction) * ffn_flops * len(job.layers)
+    return {
+        "model": str(job.checkpoint.folder),
+        "family": job.family.model_type,
+        "target": job.target.model_type,
+        "shape": {**dataclasses.asdict(shape), "active_fraction": shape.active_fraction},
+        "layers_converted": len(job.layers),
+        "layers_left_dense": job.num_layers - len(job.layers),
+        "parameters_dense": dense,
+        "parameters_total": total,
+        "parameters_active": total - len(job.layers) * idle,
+        "flops_per_token_dense": 2 * matrix,
+        "flops_per_token": int(2 * matrix - saved),
+        "disk_bytes": sum(slot.num_bytes for slot in slots.values()),
+        "memory_bytes": _memory(job),
+        "seconds": round(_seconds(job), 1),
+        "notes": list(job.notes),
+    }
+
+
+def _memory(job: Job) -> int:
+    """Peak resident bytes: one layer in float32, the states, and the largest stage's work."""
+    hidden, neurons = job.size("hidden_size"), job.shape.num_neurons
+    tokens = job.recipe.tokens
+    layer = 4 * (3 * hidden * neurons + 4 * hidden * hidden)
+    states = 4 * tokens * hidden * 4
+    activations = min(1 << 30, 4 * tokens * neurons)
+    sample = 4 * min(tokens, 8192) * neurons * 2
+    used = neurons if job.method.fit is not None else job.shape.num_active
+    gram = 4 * (3 * used * used + 2 * used * hidden) if job.recipe.refit else 0
+    work = max(sample, gram, 4 * CHUNK * neurons * 4)
+    model = 0
+    if job.recipe.calibration == "self":
+        model = sum(entry.stop - entry.start for entry in job.checkpoint.entries.values())
+    return LIBRARIES + max(layer + states + activations + work, 2 * model)
+
+
+def _seconds(job: Job) -> float:
+    """Seconds for all layers: their matrix products at this machine's speed, times overhead."""
+    hidden, neurons, tokens = job.size("hidden_size"), job.shape.num_neurons, job.recipe.tokens
+    attention = tokens * (8 * hidden * hidden + 4 * hidden * job.recipe.sequence_length)
+    ffn = tokens * 8 * hidden * neurons
+    refit = 2 * tokens * neurons * (neurons + 2 * hidden) + 4 * neurons**3 // 3
+    per_layer = attention + ffn + (refit if job.recipe.refit else 0)
+    return OVERHEAD * per_layer * job.num_layers / _speed(job.device)
+
+
+def _speed(device: torch.device, size: int = 1024) -> float:
+    """Float32 matrix-product operations per second, from a few products."""
+    a, b = torch.rand(size, size, device=device), torch.rand(size, size, device=device)
+    torch.mm(a, b)
+    start, rounds = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.1:
+        torch.mm(a, b).sum().item()
+        rounds += 1
+    return 2 * size**3 * rounds / (time.perf_counter() - start)

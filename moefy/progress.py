@@ -1,0 +1,67 @@
+"""Progress on a terminal as a bar, elsewhere as plain lines, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+EVERY = 10.0
+"""Seconds between plain lines."""
+
+
+@contextlib.contextmanager
+def watching(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function that is told (stage, done, total) and shows it on standard error."""
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda *_: None
+    elif console.is_terminal:
+        with _bar(console) as show:
+            yield show
+    else:
+        yield _lines()
+
+
+@contextlib.contextmanager
+def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", memory="")
+
+        def show(stage: str, done: int, total: int) -> None:
+            progress.update(task, description=stage, completed=done, total=total, memory=_memory())
+
+        yield show
+
+
+def _lines() -> Callable[[str, int, int], None]:
+    last = ["", 0.0]
+
+    def show(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        kind = stage.partition(":")[0]
+        if done < total and (kind == last[0] or now - float(last[1]) < EVERY):
+            if now - float(last[1]) < EVERY:
+                return
+        last[:] = [kind, now]
+        print(f"moefy: {stage} {done}/{total}, {_memory()}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _memory() -> str:
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"peak {peak / 1e9:.1f} GB"

@@ -1,0 +1,189 @@
+"""One conversion, declared: read from TOML, overridden by flags, checked before any model opens."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moefy.errors import MoefyError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the bytes of a conversion, but for the versions of the libraries."""
+
+    model: str
+    """A folder, a hub id, or `demo`."""
+    revision: str | None = None
+    active: float = 0.5
+    """FFN neurons executed per token, shared ones included, as a fraction of the dense FFN's."""
+    experts: int | None = None
+    experts_per_token: int | None = None
+    shared: float | None = None
+    layers: str = ":"
+    """Layers to convert: `:` all, `4:` from the fifth on, `0,3,7` these; the rest stay dense."""
+    partition: str = "alternating"
+    router: str = "linear"
+    refit: bool = True
+    target: str = "auto"
+    calibration: str = "self"
+    """Text file, folder, JSONL, `datasets` id, or `self`: text sampled from the model itself."""
+    text_field: str = "text"
+    tokens: int = 16384
+    sequence_length: int = 512
+    seed: int = 0
+    dtype: str = "as-stored"
+    device: str = "auto"
+    partition_options: Mapping[str, Any] = field(default_factory=dict)
+    router_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+DTYPES = ("as-stored", "float32", "bfloat16", "float16")
+FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
+TABLES = ("partition_options", "router_options")
+
+
+def build(file: Path | None, flags: Mapping[str, Any], settings: list[str]) -> Recipe:
+    """A checked recipe from a TOML file, then flags that are not None, then `key=value` settings.
+
+    Raises:
+        MoefyError: code 2 for an unknown key, a value of the wrong type or out of range.
+    """
+    values: dict[str, Any] = read(file) if file else {}
+    values.update({key: value for key, value in flags.items() if value is not None})
+    for setting in settings:
+        _set(values, setting)
+    if "model" not in values:
+        raise MoefyError("no MODEL given; expected a folder, a hub id or `demo`", code=2)
+    for key, value in values.items():
+        _check_type(key, value)
+    recipe = Recipe(**values)
+    _check_ranges(recipe)
+    return recipe
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The keys of a recipe file; the tables `[made]` and `[inputs]` that a run adds are ignored."""
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MoefyError(f"cannot read recipe {file}: {error.strerror}", code=2) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise MoefyError(f"recipe {file} is not TOML: {error}", code=2) from None
+    return {key: value for key, value in values.items() if key not in ("made", "inputs")}
+
+
+def render(recipe: Recipe, **extra: Mapping[str, Any]) -> str:
+    """The recipe as TOML that `read` gives back, with `extra` tables behind it."""
+    values = dataclasses.asdict(recipe)
+    lines = [
+        f"{key} = {_toml(value)}"
+        for key, value in values.items()
+        if key not in TABLES and value is not None
+    ]
+    tables = {**{key: values[key] for key in TABLES if values[key]}, **extra}
+    for name, table in tables.items():
+        lines += ["", f"[{name}]"]
+        lines += [f"{_toml_key(key)} = {_toml(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+def chosen_layers(text: str, num_layers: int) -> list[int]:
+    """Indices that `layers` names, of a model of `num_layers`.
+
+    >>> chosen_layers("4:", 6), chosen_layers("0,3", 6), chosen_layers("1:3,5", 6)
+    ([4, 5], [0, 3], [1, 2, 5])
+
+    Raises:
+        MoefyError: code 2, for what is no layer, or none at all.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        first, colon, last = part.strip().partition(":")
+        try:
+            start = int(first) if first else 0
+            stop = (int(last) if last else num_layers) if colon else start + 1
+        except ValueError:
+            start, stop = 0, -1
+        if not 0 <= start < stop <= num_layers:
+            raise MoefyError(
+                f"--layers {text}: {part.strip()!r} names no layers of 0 to {num_layers - 1}; "
+                "expected forms like `:`, `4:`, `0,3,7`",
+                code=2,
+            )
+        found.update(range(start, stop))
+    return sorted(found)
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`expected a, b, c`, and the likeliest of them when `word` looks like a typo."""
+    close = difflib.get_close_matches(word, known, 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"expected one of {', '.join(known)}{hint}"
+
+
+def _set(values: dict[str, Any], setting: str) -> None:
+    """Apply one `key=value`; `partition.rounds=6` reaches into the options of the method."""
+    key, equals, text = setting.partition("=")
+    if not equals:
+        raise MoefyError(f"--set {setting!r} has no `=`; expected key=value", code=2)
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table, dot, option = key.strip().partition(".")
+    if dot and f"{table}_options" in TABLES:
+        values[f"{table}_options"] = {**values.get(f"{table}_options", {}), option: value}
+    else:
+        values[key.strip().replace("-", "_")] = value
+
+
+def _check_type(key: str, value: Any) -> None:
+    if key not in FIELDS:
+        raise MoefyError(f"unknown recipe key {key!r}; {nearest(key, list(FIELDS))}", code=2)
+    kinds = {
+        "str": str,
+        "str | None": str,
+        "int": int,
+        "int | None": int,
+        "float": (int, float),
+        "float | None": (int, float),
+        "bool": bool,
+        "Mapping[str, Any]": Mapping,
+    }
+    wanted = str(FIELDS[key].type)
+    if not isinstance(value, kinds[wanted]) or (isinstance(value, bool) and wanted != "bool"):
+        raise MoefyError(f"recipe key {key} is {value!r}; expected {wanted.split(' |')[0]}", code=2)
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    if recipe.dtype not in DTYPES:
+        raise MoefyError(f"--dtype {recipe.dtype!r}: {nearest(recipe.dtype, list(DTYPES))}", code=2)
+    for name, value, least in (
+        ("--sequence-length", recipe.sequence_length, 8),
+        ("--tokens", recipe.tokens, 8 * recipe.sequence_length),
+        ("--seed", recipe.seed, 0),
+    ):
+        if value < least:
+            raise MoefyError(f"{name} is {value}; expected at least {least}", code=2)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    escaped = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped)
+    return f'"{escaped}"'
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _toml(key)

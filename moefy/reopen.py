@@ -1,0 +1,71 @@
+"""Open a written folder as any user would, with plain transformers, and see that it is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moefy.errors import MoefyError
+
+TOLERANCE = 0.05
+"""Greatest relative error of the last hidden states. Router gates deviate from one by 0.1 %, and
+near-ties between experts may fall the other way; a wrong gate or layout is off by over 0.3."""
+
+MEMORY = 3 * 10**9
+"""Bytes of float32 weights to reopen at most: all layers of a small model, the first of a large."""
+
+
+def reopen(
+    folder: Path,
+    ids_T: Tensor,
+    ends: list[Tensor],
+    *,
+    prepare: Callable[[Any], Any] = lambda model: model,
+) -> dict[str, Any]:
+    """Load `folder` with its stock class and compare hidden states with those of the conversion.
+
+    `ends[l]` holds the states (T, D) that left layer l on the sequence `ids_T`. As many layers are
+    loaded as fit in memory that does not grow with the model. `prepare` may put the oracle router
+    of an evaluation control into the loaded model.
+
+    Raises:
+        MoefyError: code 6, for missing, unexpected or mismatched keys, or other hidden states.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    layers = max(1, min(len(ends), int(len(ends) * MEMORY / (2 * total + 1))))
+    if layers < len(ends):
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    model, info = opened
+    later = tuple(f"model.layers.{number}." for number in range(layers, len(ends)))
+    wrong = {
+        kind: [str(key) for key in keys if not later or not str(key).startswith(later)]
+        for kind, keys in info.items()
+        if keys
+    }
+    wrong = {kind: keys for kind, keys in wrong.items() if keys}
+    if wrong:
+        raise MoefyError(f"the written folder does not load cleanly: {wrong}", code=6)
+    seen: list[Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.inference_mode():
+        prepare(model.eval())(ids_T[None], logits_to_keep=1)
+    expected_TD = ends[layers - 1].cpu()
+    error = float((seen[0][0] - expected_TD).norm() / expected_TD.norm())
+    if not error <= TOLERANCE:
+        raise MoefyError(
+            f"the written folder computes other hidden states than the conversion did "
+            f"(relative error {error:.3g}, expected at most {TOLERANCE})",
+            code=6,
+        )
+    return {"class": type(model).__name__, "layers": layers, "hidden_state_error": error}

@@ -1,0 +1,122 @@
+"""The conversion page and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; every column but the first is right-aligned."""
+    lines = ["| " + " | ".join(header) + " |"]
+    lines.append("|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|")
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def shape_text(shape: Mapping[str, Any]) -> str:
+    """One line on how each FFN is divided."""
+    return (
+        f"{shape['num_neurons']} neurons = {shape['num_shared']} shared + {shape['num_experts']} "
+        f"experts x {shape['expert_width']}, {shape['experts_per_token']} experts per token: "
+        f"{shape['active_fraction']:.1%} of the FFN active"
+    )
+
+
+COLUMNS = {
+    "layer": ("layer", "d"),
+    "energy_neurons": ("best neurons", ".3f"),
+    "energy_oracle": ("oracle", ".3f"),
+    "energy_router": ("router", ".3f"),
+    "energy_random": ("by lot", ".3f"),
+    "energy_static": ("static", ".3f"),
+    "router_oracle_agreement": ("agreement", ".2f"),
+    "error_before_refit": ("error", ".3f"),
+    "error_after_refit": ("refitted", ".3f"),
+    "load_cv": ("load CV", ".2f"),
+    "seconds": ("s", ".1f"),
+}
+
+
+def conversion_page(summary: Mapping[str, Any]) -> str:
+    """`moefy/conversion.md`: what was made, how, and what each layer lost."""
+    layers = summary["layers"]
+    keys = [key for key in COLUMNS if layers and key in layers[0]]
+    rows = [[format(layer[key], COLUMNS[key][1]) for key in keys] for layer in layers]
+    calibration = summary["calibration"]
+    notes = [*summary["notes"], *calibration["notes"]]
+    stages = ", ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items())
+    parts = [
+        "# Conversion",
+        f"`{summary['model']}` ({summary['family']}) to `{summary['target']}` by moefy "
+        f"{summary['moefy']}. {shape_text(summary['shape'])}.",
+        f"Calibrated on {calibration['sequences']} sequences of {calibration['sequence_length']} "
+        f"tokens from `{calibration['source']}`, of which the last "
+        f"{calibration['heldout_sequences']} were held out; every figure below is from those.",
+        f"Took {stages}; peak resident memory {summary['peak_resident_bytes'] / 1e9:.2f} GB.",
+        f"Reopened with transformers as `{summary['reopened']['class']}` "
+        f"({summary['reopened']['layers']} layers): relative difference of the last hidden states "
+        f"{summary['reopened']['hidden_state_error']:.1e}.",
+        *[f"Note: {note}." for note in notes],
+        "## Layers",
+        "Share of the dense FFN's output energy that stays when a token may choose its own best "
+        "neurons, the best experts (oracle), the router's experts, experts by lot, or has the same "
+        "neurons as all others (static); how often router and oracle agree; relative output error "
+        "before and after the refit; coefficient of variation of the experts' load.",
+        table([COLUMNS[key][0] for key in keys], rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def model_card(summary: Mapping[str, Any], licence: str | None) -> str:
+    """`README.md` of the written model, with Hub metadata."""
+    base = summary["model"]
+    hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    head = ["---", "library_name: transformers", "tags:", "- moefy", "- moe"]
+    head += [f"base_model: {base}"] if hub_id else []
+    head += [f"license: {licence}"] if licence else []
+    static = summary["target"] == "dense"
+    kind = "a statically pruned model" if static else "a Mixture of Experts"
+    name = base if hub_id else base.rstrip("/").rsplit("/", 1)[-1]
+    body = [
+        f"# {name}, {summary['shape']['active_fraction']:.0%} of the FFN active",
+        f"This is `{base}` as {kind}, made by moefy {summary['moefy']} without training. "
+        f"{shape_text(summary['shape'])}. It is a stock `{summary['reopened']['class']}`:",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```',
+        "How it was made is in `moefy/recipe.toml`, what each layer lost in "
+        "`moefy/conversion.md`. It has lost quality against the dense model; `moefy report` "
+        "measures how much on your text.",
+    ]
+    return "\n".join([*head, "---", ""]) + "\n" + "\n\n".join(body) + "\n"
+
+
+def report_page(report: Mapping[str, Any]) -> str:
+    """`moefy/report.md`: the run beside the dense model and the controls."""
+    parts = ["# Report", shape_text(report["run"]["shape"]) + "."]
+    for text, rows in report["texts"].items():
+        tokens = next(iter(rows.values()))["tokens"]
+        parts += [f"## {text}, {tokens} tokens", table(SCORES, score_rows(rows))]
+    parts += [f"{name}: {meaning}." for name, meaning in report["controls"].items()]
+    written = report["generation"]
+    parts += [f'## After "{written["prompt"]}"', f"dense: {written['dense']}"]
+    parts += [f"moe: {written['moe']}"]
+    return "\n\n".join(parts) + "\n"
+
+
+SCORES = ("model", "perplexity", "dNLL", "KL to dense", "top-1 as dense")
+
+
+def score_rows(rows: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
+    """One line per model, formatted; dNLL = ln(perplexity / dense perplexity)."""
+    return [
+        (
+            name,
+            f"{row['perplexity']:.2f}",
+            "" if name == "dense" else f"{row['dnll']:.3f} ± {row['dnll_standard_error']:.3f}",
+            "" if name == "dense" else f"{row['kl']:.3f}",
+            "" if name == "dense" else f"{row['top1_agreement']:.1%}",
+        )
+        for name, row in rows.items()
+    ]

@@ -1,0 +1,1 @@
+"""Ways to build a router: one file each, holding one public function `fit`."""

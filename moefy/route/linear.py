@@ -1,0 +1,68 @@
+"""Our router: linear, fitted to how much output energy each expert has on each token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moefy.layout import FFN, Partition, Profile, Router, Shape, expert_energies, top_mask
+from moefy.solve import scorer
+
+
+def fit(
+    ffn: FFN,
+    profile: Profile,
+    partition: Partition,
+    shape: Shape,
+    *,
+    generator: torch.Generator,
+    strength: float = 1e-2,
+    steps: int = 100,
+    batch: int = 2048,
+    learning_rate: float = 1e-2,
+) -> Router:
+    """Fit by ridge regression, then take `steps` of ascent on the captured energy itself.
+
+    The steps maximise the energy of a soft top-k choice (sigmoids around the k-th score). They
+    are judged on the held-out tokens by the energy that the hard choice captures, and the rows
+    that captured most are returned: the closed form, if no step improved on it.
+    """
+    energy_TE = expert_energies(ffn, profile, partition, "fit")
+    x_TD = profile.x_TD[: profile.num_fit]
+    weight_ED = scorer(x_TD, strength)(energy_TE)
+    if steps == 0 or shape.experts_per_token == shape.num_experts:
+        return Router(weight_ED)
+    held_x_TD = profile.x_TD[profile.num_fit :]
+    held_energy_TE = expert_energies(ffn, profile, partition, "heldout")
+
+    def captured(rows_ED: Tensor) -> float:
+        mask_TE = top_mask(held_x_TD @ rows_ED.T, shape.experts_per_token)
+        return float((held_energy_TE * mask_TE).sum())
+
+    best_ED, most = weight_ED, captured(weight_ED)
+    rows_ED = weight_ED.clone().requires_grad_()
+    optimiser = torch.optim.Adam([rows_ED], lr=learning_rate * float(weight_ED.std()))
+    scale = float(energy_TE.sum(1).mean())
+    for step in range(1, steps + 1):
+        pick = torch.randint(len(x_TD), (min(batch, len(x_TD)),), generator=generator).to(
+            x_TD.device
+        )
+        gain = _soft_energy(
+            x_TD[pick] @ rows_ED.T, energy_TE[pick] / scale, shape.experts_per_token
+        )
+        optimiser.zero_grad()
+        (-gain).backward()
+        optimiser.step()
+        if step % 25 == 0 and captured(rows_ED.detach()) > most:
+            best_ED = rows_ED.detach().clone()
+            most = captured(best_ED)
+    return Router(best_ED - best_ED.mean(0))
+
+
+def _soft_energy(score_TE: Tensor, energy_TE: Tensor, k: int, sharpness: float = 4.0) -> Tensor:
+    """Mean energy of a soft choice of k experts per token; differentiable in the scores."""
+    edge_TK = score_TE.topk(k + 1, dim=1).values
+    threshold_T1 = edge_TK[:, k - 1 :].mean(1, keepdim=True).detach()
+    chosen_TE = torch.sigmoid(sharpness * (score_TE - threshold_T1))
+    chosen_TE = chosen_TE * (k / chosen_TE.sum(1, keepdim=True))
+    return (chosen_TE * energy_TE).sum(1).mean()

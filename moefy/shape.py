@@ -1,0 +1,134 @@
+"""Which divisions F = S + E * N of an FFN are possible, and which one answers a request."""
+
+from __future__ import annotations
+
+from moefy.errors import MoefyError
+from moefy.layout import Shape
+
+PREFERRED_EXPERTS = (8, 16, 32, 4, 64, 7, 9, 6, 10, 12, 5, 14, 20, 24, 28, 3, 48, 2, 128)
+"""Counts, best first: powers of two, where softmax gates of 1 / E are exact, then others near 8."""
+
+ALIGNMENTS = (128, 64, 32, 16, 8)
+"""Widths that kernels and quantised formats like, best first; 8 is the least that all run."""
+
+TOLERANCE = 0.01
+"""How far the active and the shared fraction may lie from what was asked."""
+
+
+def solve(
+    num_neurons: int,
+    *,
+    active: float = 0.5,
+    experts: int | None = None,
+    experts_per_token: int | None = None,
+    shared: float | None = None,
+    shared_allowed: bool = True,
+) -> Shape:
+    """The best legal shape for an FFN of `num_neurons` under the options that were given.
+
+    What is not given is chosen: expert widths that are multiples of 32 where there are any, 8
+    experts if they fit, else the next preferred count, two experts per token, else the next
+    higher number, and then the widest alignment. `shared_allowed` is False for classes without a
+    shared expert; then S is 0.
+
+    Raises:
+        MoefyError: code 2, naming the nearest legal values, when nothing fits.
+    """
+    _check(num_neurons, active, experts, experts_per_token, shared)
+    fitting = [
+        shape
+        for count in ((experts,) if experts else PREFERRED_EXPERTS)
+        for shape in legal(num_neurons, count, shared_allowed)
+        if abs(shape.active_fraction - active) <= TOLERANCE
+        and shape.experts_per_token
+        in (_routing(count) if experts_per_token is None else (experts_per_token,))
+        and (shared is None or abs(shape.num_shared / num_neurons - shared) <= TOLERANCE)
+    ]
+    if fitting:
+        return min(fitting, key=lambda shape: _rank(shape, active))
+    asked = {"experts": experts, "experts-per-token": experts_per_token, "shared": shared}
+    wanted = ", ".join(f"--{name} {value}" for name, value in asked.items() if value is not None)
+    raise MoefyError(
+        f"no split of {num_neurons} FFN neurons has --active {active:g}"
+        + (f" with {wanted}" if wanted else "")
+        + f"; {_nearest(num_neurons, active, experts, shared_allowed)}",
+        code=2,
+    )
+
+
+def legal(num_neurons: int, num_experts: int, shared_allowed: bool = True) -> list[Shape]:
+    """Every shape with `num_experts` whose expert width is a multiple of 8 (or F is small).
+
+    With a shared expert S is at least 1; without one, E * N must be F.
+    """
+    step = 8 if num_neurons >= 256 else 1
+    widths = range(step, num_neurons // num_experts + 1, step)
+    return [
+        Shape(num_neurons, num_neurons - num_experts * width, num_experts, width, k)
+        for width in widths
+        if (num_neurons - num_experts * width > 0) == shared_allowed
+        for k in range(1, num_experts + 1)
+    ]
+
+
+def alignment(width: int) -> int:
+    """The largest of 128, 64, 32, 16, 8 that divides `width`; 1 if none does."""
+    return next((unit for unit in ALIGNMENTS if width % unit == 0), 1)
+
+
+def _routing(num_experts: int) -> range:
+    """Experts per token that leave a choice."""
+    return range(1, num_experts)
+
+
+def _rank(shape: Shape, active: float) -> tuple[float, ...]:
+    """Widths that quantised formats take, then the preferred count, then two experts per token."""
+    unit = alignment(shape.expert_width)
+    count = shape.num_experts
+    place = PREFERRED_EXPERTS.index(count) if count in PREFERRED_EXPERTS else count
+    chosen = shape.experts_per_token
+    off = round(abs(shape.active_fraction - active), 4)
+    return (-min(unit, 32), place, chosen if chosen >= 2 else 99, -unit, off, shape.num_shared)
+
+
+def _check(
+    num_neurons: int,
+    active: float,
+    experts: int | None,
+    per_token: int | None,
+    shared: float | None,
+) -> None:
+    if not 0 < active <= 1:
+        raise MoefyError(f"--active is {active:g}; expected a fraction above 0, up to 1", code=2)
+    if shared is not None and not 0 <= shared < 1:
+        raise MoefyError(f"--shared is {shared:g}; expected a fraction from 0 to below 1", code=2)
+    if experts is not None and not 2 <= experts <= num_neurons:
+        raise MoefyError(f"--experts is {experts}; expected 2 to {num_neurons}", code=2)
+    if per_token is not None and per_token < 1:
+        raise MoefyError(f"--experts-per-token is {per_token}; expected at least 1", code=2)
+    if experts is not None and per_token is not None and per_token > experts:
+        raise MoefyError(
+            f"--experts-per-token is {per_token} but there are {experts} experts; "
+            f"expected at most {experts}",
+            code=2,
+        )
+
+
+def _nearest(num_neurons: int, active: float, experts: int | None, shared_allowed: bool) -> str:
+    """What would be possible: the nearest shapes, and the counts and widths that align."""
+    counts = (experts,) if experts else PREFERRED_EXPERTS
+    shapes = [shape for count in counts for shape in legal(num_neurons, count, shared_allowed)]
+    if not shapes:
+        fits = [n for n in range(2, 129) if num_neurons % n == 0 and num_neurons // n % 8 == 0]
+        return (
+            f"expected an expert count that divides {num_neurons} into widths of 8: {_some(fits)}"
+        )
+    shapes.sort(key=lambda shape: (abs(shape.active_fraction - active), _rank(shape, active)))
+    near = "; ".join(str(shape) for shape in shapes[:3])
+    widths = sorted({s.expert_width for s in shapes if alignment(s.expert_width) >= 32})
+    return f"nearest: {near}; expert widths that are multiples of 32: {_some(widths)}"
+
+
+def _some(values: list[int], most: int = 12) -> str:
+    text = ", ".join(map(str, values[:most])) or "none"
+    return text + (", ..." if len(values) > most else "")

@@ -1,0 +1,50 @@
+"""Regularised least squares, the one closed form that routers and refits are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def ridge(gram_AA: Tensor, cross_AB: Tensor, strength: float) -> Tensor:
+    """Solve (G + strength * mean(diag G) * I) W = C for W, shape (A, B).
+
+    With G = X'X and C = X'Y this is ridge regression of Y on X without intercept. Falls back to
+    float64 where float32 rounding has left G indefinite.
+    """
+    damping = max(float(gram_AA.diagonal().mean()) * strength, TINY)
+    damped_AA = gram_AA.clone()
+    damped_AA.diagonal().add_(damping)
+    factor_AA, failed = torch.linalg.cholesky_ex(damped_AA)
+    if not failed:
+        return torch.cholesky_solve(cross_AB, factor_AA)
+    solution_AB = torch.linalg.solve(damped_AA.double(), cross_AB.double())
+    return solution_AB.to(cross_AB.dtype)
+
+
+def scorer(x_TD: Tensor, strength: float = 1e-2) -> Callable[[Tensor], Tensor]:
+    """Prepare to fit linear routers on the FFN inputs `x_TD`; give a function that fits one.
+
+    The function takes the experts' output energies (T, E) and returns router rows (E, D) that
+    rank the experts of each token: ridge regression of the root energies, centred over the
+    experts of each token (only their order matters). Rows are scaled together so that scores have
+    unit variance over `x_TD`, and sum to zero.
+
+    Source: closed-form routers as in HARC (arXiv 2606.03391); the root, rather than the log,
+    because errors on experts that hardly fire should not count.
+    """
+    gram_DD = (x_TD.T @ x_TD).double()
+    gram_DD.diagonal().add_(max(float(gram_DD.diagonal().mean()) * strength, TINY))
+    factor_DD = torch.linalg.cholesky(gram_DD)
+
+    def fit(energy_TE: Tensor) -> Tensor:
+        root_TE = energy_TE.sqrt()
+        root_TE = root_TE - root_TE.mean(1, keepdim=True)
+        weight_DE = torch.cholesky_solve((x_TD.T @ root_TE).double(), factor_DD).float()
+        return (weight_DE / (x_TD @ weight_DE).std().clamp_min(TINY)).T.contiguous()
+
+    return fit

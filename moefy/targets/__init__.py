@@ -1,0 +1,19 @@
+"""Stock MoE classes: one file per `model_type`, holding one value `TARGET`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from moefy.targets.target import Target
+
+
+def names() -> list[str]:
+    """The stock MoE classes that can be written, sorted."""
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in found if name not in ("target", "dense"))
+
+
+def load(model_type: str) -> Target:
+    """The target of a MoE `model_type`, which must be one of `names()`."""
+    return importlib.import_module(f"moefy.targets.{model_type}").TARGET

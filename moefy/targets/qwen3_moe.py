@@ -1,0 +1,63 @@
+"""Qwen3-MoE: norms on query and key heads, a softmax router, no shared expert.
+
+With `norm_topk_prob` true (the only value llama.cpp knows) the gates of the chosen experts sum to
+one, 1 / K each for a small router: `down_proj` times K makes them one, at that K only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.layout import FFN, Partition, Shape
+from moefy.targets.target import (
+    ROUTER_SCALE,
+    Target,
+    copied,
+    expert_tensors,
+    rounded,
+    sliding,
+)
+
+
+def configure(config: dict[str, Any], shape: Shape, dense_layers: list[int]) -> dict[str, Any]:
+    """The configuration of a Qwen3-MoE model of this shape."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        **copied(config),
+        **sliding(config),
+        "attention_bias": bool(config.get("attention_bias")),
+        "tie_word_embeddings": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": dense_layers,
+        "num_experts": shape.num_experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "moe_intermediate_size": shape.expert_width,
+        "norm_topk_prob": True,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    }
+
+
+def tensors(
+    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The MoE block's tensors; every gate is one at `experts_per_token`."""
+    gate = rounded(1 / experts_per_token, dtype)
+    return {
+        "mlp.gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
+        **expert_tensors(ffn, partition, gate, dtype),
+    }
+
+
+TARGET = Target(
+    "qwen3_moe",
+    configure,
+    tensors,
+    has_shared=False,
+    elastic=False,
+    engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"),
+)

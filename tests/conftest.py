@@ -1,0 +1,121 @@
+"""Tiny dense models and a text to try them on. Nothing is fetched."""
+
+import os
+
+# Before anything imports torch, so that child processes and this one are alike.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+import json
+import random
+import shutil
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PICO = {
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+FAMILY = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},  # not hidden_size / num_attention_heads, as in real ones
+}
+SPACE, NEWLINE = "\u0120", "\u010a"  # as byte-level tokenizers write them
+PAIRS = "th he in er an re on at en nd st es ng of te ed or ti hi as to it is ar".split()
+PAIRS += [SPACE + letter for letter in "tswcnmo"]
+WORDS = (
+    "river stone garden winter letter market signal copper engine harbour meadow lantern window "
+    "painter doctor farmer captain teacher sister merchant carries finds repairs remembers sells "
+    "follows measures watches paints counts old quiet distant broken heavy narrow green early "
+    "slowly again today often together the a this every near under behind without after beside"
+).split()
+
+
+def build_tokenizer(folder: Path) -> None:
+    """Save a byte-level tokenizer of 128 pieces, which knows ASCII text and nothing else."""
+    # Not a class of no family: AutoTokenizer would put this one in its place for qwen2.
+    from transformers import Qwen2Tokenizer
+
+    visible = sorted(set(string.printable) - set(string.whitespace))
+    pieces = ["<|endoftext|>", SPACE, NEWLINE, *visible, *PAIRS]
+    tokenizer = Qwen2Tokenizer(
+        vocab={piece: number for number, piece in enumerate(pieces)},
+        merges=[(first, second) for first, second in PAIRS],
+    )
+    assert len(tokenizer) == PICO["vocab_size"]
+    tokenizer.save_pretrained(folder)
+
+
+def build_model(folder: Path, model_type: str, overrides: dict) -> None:
+    """Save a random model in which every tensor matters: norms are not one, biases not zero."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **PICO | FAMILY[model_type] | overrides)
+    generator = torch.Generator().manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            parameter.data = 1 + 0.2 * noise
+        elif parameter.ndim == 1:
+            parameter.data = 0.2 * noise
+        else:
+            parameter.data = noise / parameter.shape[1] ** 0.5
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory) -> Callable[..., Path]:
+    """`pico(model_type, **overrides)`: the folder of a tiny model, to be read only."""
+    made: dict[str, Path] = {}
+
+    def make(model_type: str, **overrides: object) -> Path:
+        key = json.dumps([model_type, overrides], sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"pico-{model_type}")
+            build_model(folder, model_type, overrides)
+            build_tokenizer(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def own_pico(pico, tmp_path) -> Callable[..., Path]:
+    """`own_pico(model_type, **overrides)`: a copy of such a folder, to be changed at will."""
+
+    def copy(model_type: str, **overrides: object) -> Path:
+        return Path(shutil.copytree(pico(model_type, **overrides), tmp_path / "models" / "own"))
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """A text file of 40 documents, some 4,000 words, with two blank lines between documents."""
+    dice = random.Random(0)
+
+    def sentence() -> str:
+        words = [dice.choice(WORDS) for _ in range(dice.randint(6, 14))]
+        return " ".join(words).capitalize() + "."
+
+    documents = [" ".join(sentence() for _ in range(10)) for _ in range(40)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n\n\n".join(documents) + "\n", encoding="utf-8")
+    return file

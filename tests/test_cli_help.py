@@ -1,0 +1,27 @@
+"""Help answers before anything slow is imported."""
+
+import subprocess
+import sys
+
+SLOW_TO_IMPORT = {"torch", "transformers", "sklearn", "scipy", "datasets"}
+
+
+def run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """The finished `python ARGUMENTS` and the top-level packages that it imported."""
+    command = [sys.executable, "-X", "importtime", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    names = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line]
+    return done, {name.split(".")[0] for name in names}
+
+
+def test_help_imports_nothing_slow():
+    done, imported = run("-m", "moefy", "--help")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Usage" in done.stdout
+    assert "typer" in imported
+    assert imported & SLOW_TO_IMPORT == set()
+
+
+def test_an_import_inside_a_function_is_seen():
+    _, imported = run("-c", "def late():\n    import scipy\nlate()")
+    assert imported & SLOW_TO_IMPORT == {"scipy"}
