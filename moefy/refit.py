@@ -12,7 +12,10 @@ from moefy.layout import FFN, Partition, Profile, Router, active_neurons, choose
 from moefy.solve import ridge
 
 STRENGTHS = (0.03, 0.1, 0.3, 1.0)
-"""Ridge strengths tried, as multiples of the mean squared activation."""
+"""Ridge strengths tried in turn, as multiples of the mean squared activation."""
+
+ROUNDING = 1e-10
+"""Share of the squared output that may be missing by float32 rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +66,30 @@ def refit(
             cross_FD.addmm_(part_TA.T, rest_TD)
     before = (before_held / norm_held) ** 0.5
     plain = Refit(ffn.down_DF, before, before, (missing / norm_fit) ** 0.5, None)
-    if not enabled or missing == 0.0:
+    if not enabled or missing <= ROUNDING * norm_fit:
         return plain
-    best = plain
+    best_FD, after, best = None, before, 0.0
     for strength in STRENGTHS:
         delta_FD = ridge(gram_FF, cross_FD, strength)
-        down_DF = ffn.down_DF.clone()
-        down_DF[:, used] += delta_FD.T
-        held, _ = _error(heldout, down_DF)
-        if (held / norm_held) ** 0.5 < best.error_after:
-            # |R - H dW|^2 = |R|^2 - 2 <dW, H'R> + <dW, H'H dW>, without another pass.
-            left = missing - 2 * float((delta_FD * cross_FD).sum())
-            left += float((delta_FD * (gram_FF @ delta_FD)).sum())
-            error_fit = (max(left, 0.0) / norm_fit) ** 0.5
-            best = Refit(down_DF, before, (held / norm_held) ** 0.5, error_fit, strength)
-    return best
+        held, _ = _error(heldout, _corrected(ffn, used, delta_FD))
+        if (held / norm_held) ** 0.5 >= after:
+            if best_FD is not None:
+                break  # the error has one minimum over the strengths, and it is behind us
+            continue
+        best_FD, after, best = delta_FD, (held / norm_held) ** 0.5, strength
+    if best_FD is None:
+        return plain
+    # |R - H dW|^2 = |R|^2 - 2 <dW, H'R> + <dW, H'H dW>: the fitting tokens need no other pass.
+    left = missing - 2 * float((best_FD * cross_FD).sum())
+    left += float((best_FD * (gram_FF @ best_FD)).sum())
+    error_fit = (max(left, 0.0) / norm_fit) ** 0.5
+    return Refit(_corrected(ffn, used, best_FD), before, after, error_fit, best)
+
+
+def _corrected(ffn: FFN, used: Tensor, delta_FD: Tensor) -> Tensor:
+    down_DF = ffn.down_DF.clone()
+    down_DF[:, used] += delta_FD.T
+    return down_DF
 
 
 def _used(partition: Partition) -> Tensor:

@@ -13,17 +13,19 @@ TINY = torch.finfo(torch.float32).tiny
 def ridge(gram_AA: Tensor, cross_AB: Tensor, strength: float) -> Tensor:
     """Solve (G + strength * mean(diag G) * I) W = C for W, shape (A, B).
 
-    With G = X'X and C = X'Y this is ridge regression of Y on X without intercept. Falls back to
+    With G = X'X and C = X'Y this is ridge regression of Y on X without intercept. G is damped in
+    place and restored, because a copy of it may be the largest tensor there is. Falls back to
     float64 where float32 rounding has left G indefinite.
     """
-    damping = max(float(gram_AA.diagonal().mean()) * strength, TINY)
-    damped_AA = gram_AA.clone()
-    damped_AA.diagonal().add_(damping)
-    factor_AA, failed = torch.linalg.cholesky_ex(damped_AA)
-    if not failed:
-        return torch.cholesky_solve(cross_AB, factor_AA)
-    solution_AB = torch.linalg.solve(damped_AA.double(), cross_AB.double())
-    return solution_AB.to(cross_AB.dtype)
+    diagonal_A = gram_AA.diagonal().clone()
+    gram_AA.diagonal().add_(max(float(diagonal_A.mean()) * strength, TINY))
+    factor_AA, failed = torch.linalg.cholesky_ex(gram_AA)
+    if failed:
+        solution_AB = torch.linalg.solve(gram_AA.double(), cross_AB.double()).to(cross_AB.dtype)
+    else:
+        solution_AB = torch.cholesky_solve(cross_AB, factor_AA)
+    gram_AA.diagonal().copy_(diagonal_A)
+    return solution_AB
 
 
 def scorer(x_TD: Tensor, strength: float = 1e-2) -> Callable[[Tensor], Tensor]:
