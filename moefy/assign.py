@@ -27,11 +27,16 @@ def assign_balanced(value_FE: np.ndarray, width: int) -> np.ndarray:
     assert num_rows == num_columns * width, "rows must be columns x width"
     if num_columns == 1:
         return np.zeros(num_rows, dtype=np.int64)
-    column_F = (value_FE - _prices(value_FE, width)).argmax(1)
+    value_FE = value_FE - _prices(value_FE, width)
+    column_F = value_FE.argmax(1)
     counts_E = np.bincount(column_F, minlength=num_columns)
     cost_EE = np.stack([_leave_costs(value_FE, column_F, e) for e in range(num_columns)])
+    price_E = np.zeros(num_columns)
     while (counts_E > width).any():
-        path = _cheapest_path(cost_EE, counts_E > width, counts_E < width)
+        # At these prices no move gains. Rounding must not make one seem to: a path would circle.
+        priced_EE = np.maximum(cost_EE + price_E[:, None] - price_E, 0.0)
+        path, distance_E = _cheapest_path(priced_EE, counts_E > width, counts_E < width)
+        price_E += np.minimum(distance_E, distance_E[path[-1]])
         for source, sink in zip(path[:-1], path[1:], strict=True):
             rows = np.flatnonzero(column_F == source)
             row = rows[(value_FE[rows, source] - value_FE[rows, sink]).argmin()]
@@ -69,16 +74,19 @@ def _leave_costs(value_FE: np.ndarray, column_F: np.ndarray, source: int) -> np.
     return cost_E
 
 
-def _cheapest_path(cost_EE: np.ndarray, full_E: np.ndarray, free_E: np.ndarray) -> list[int]:
-    """Columns along the cheapest path from any full to any free one (Bellman-Ford)."""
+def _cheapest_path(
+    cost_EE: np.ndarray, full_E: np.ndarray, free_E: np.ndarray
+) -> tuple[list[int], np.ndarray]:
+    """Columns along the cheapest path from any full to any free one, and the distance of each.
+
+    Bellman-Ford; no cost is negative.
+    """
     distance_E = np.where(full_E, 0.0, np.inf)
     parent_E = np.full(len(distance_E), -1)
     for _ in range(len(distance_E)):
         through_EE = distance_E[:, None] + cost_EE
         nearest_E = through_EE.argmin(0)
-        shorter_E = (
-            through_EE.min(0) < distance_E - 1e-12 * np.abs(cost_EE[np.isfinite(cost_EE)]).max()
-        )
+        shorter_E = through_EE.min(0) < distance_E
         if not shorter_E.any():
             break
         distance_E = np.where(shorter_E, through_EE.min(0), distance_E)
@@ -86,4 +94,4 @@ def _cheapest_path(cost_EE: np.ndarray, full_E: np.ndarray, free_E: np.ndarray) 
     path = [int(np.where(free_E, distance_E, np.inf).argmin())]
     while parent_E[path[-1]] >= 0:
         path.append(int(parent_E[path[-1]]))
-    return path[::-1]
+    return path[::-1], distance_E

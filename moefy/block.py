@@ -131,7 +131,7 @@ def captured(
         load_E += mask_TE.sum(0).cpu()
         tokens += len(x_TD)
     figures: dict[str, Any] = {
-        f"energy_{name}": value / totals["all"]
+        f"energy_{name}": value / max(totals["all"], 1e-30)
         for name, value in totals.items()
         if name != "all" and (k or name in ("static", "neurons"))
     }

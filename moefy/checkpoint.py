@@ -124,7 +124,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise broken(f"its header cannot be read ({error})") from None
     end = 8 + length
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
             raise broken(f"tensor {name} starts at byte {entry.start}, expected {end}")
         end = entry.stop
@@ -313,7 +313,7 @@ def check_free(out: Path, *, force: bool = False) -> Path:
     if out.exists() and any(out.iterdir()):
         if not force:
             raise MoefyError(f"OUT {out} exists already; give another name, or --force", code=2)
-        if not (out / "moefy").is_dir():
+        if not (out / "moefy" / "conversion.json").is_file():
             raise MoefyError(
                 f"OUT {out} holds files that moefy did not write; give another name", code=2
             )
@@ -351,16 +351,16 @@ def _swap(part: Path, out: Path) -> None:
     """Rename `part` to `out`, setting an existing folder aside until that is done."""
     sync_folder(part)
     aside = out.with_name(f".{out.name}.moefy-old-{os.getpid()}")
-    if out.exists():
-        out.rename(aside)
     try:
+        if out.exists():
+            out.rename(aside)
         part.rename(out)
-    except OSError:
-        if aside.exists():
+        sync_folder(out.parent)
+    finally:
+        # Whatever interrupts this: one whole folder is named `out`, and none lies beside it.
+        if aside.exists() and not out.exists():
             aside.rename(out)
-        raise
-    sync_folder(out.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -65,38 +65,42 @@ def convert(
     active: Annotated[
         float | None, typer.Option(help="FFN neurons active per token, as a fraction. [0.5]")
     ] = None,
-    experts: Annotated[int | None, typer.Option(help="Routed experts per layer. [8]")] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Routed experts per layer. (default: 8)")
+    ] = None,
     experts_per_token: Annotated[
-        int | None, typer.Option(help="Routed experts that each token goes to. [2]")
+        int | None, typer.Option(help="Routed experts that each token goes to. (default: 2)")
     ] = None,
     shared: Annotated[
         float | None, typer.Option(help="FFN neurons that are always active, as a fraction.")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Layers to convert: `:`, `4:`, `0,3,7`. [all]")
+        str | None, typer.Option(help="Layers to convert: `:`, `4:`, `0,3,7`. (default: all)")
     ] = None,
     partition: Annotated[
-        str | None, typer.Option(help="alternating, shuffle or static. [alternating]")
+        str | None, typer.Option(help="alternating, shuffle or static. (default: alternating)")
     ] = None,
-    router: Annotated[str | None, typer.Option(help="linear or random. [linear]")] = None,
+    router: Annotated[str | None, typer.Option(help="linear or random. (default: linear)")] = None,
     refit: Annotated[
-        bool | None, typer.Option("--refit/--no-refit", help="Correct down_proj. [refit]")
+        bool | None, typer.Option("--refit/--no-refit", help="Correct down_proj. (default: refit)")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Stock class to write, or `auto`. [auto]")
+        str | None, typer.Option(help="Stock class to write, or `auto`. (default: auto)")
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Text file, folder, JSONL, data set id, or `self`. [self]"),
+        typer.Option(help="Text file, folder, JSONL, data set id, or `self`. (default: self)"),
     ] = None,
-    text_field: Annotated[str | None, typer.Option(help="JSONL field. [text]")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Calibration tokens. [16384]")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence. [512]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of every random draw. [0]")] = None,
+    text_field: Annotated[str | None, typer.Option(help="JSONL field. (default: text)")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens. (default: 16384)")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per sequence. (default: 512)")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every random draw. (default: 0)")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="as-stored, float32, bfloat16, float16. [as-stored]")
+        str | None, typer.Option(help="as-stored, float32, bfloat16, float16. (default: as-stored)")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda. [auto]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda. (default: auto)")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with any of these.")] = None,
     settings: Annotated[
@@ -143,10 +147,12 @@ def report(
     run: Annotated[Path, typer.Argument(help="Folder that `moefy convert` wrote.")],
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text file to evaluate on; may be repeated. [Python's own manual]"),
+        typer.Option(
+            help="Text file to evaluate on; may be repeated. (default: Python's own manual)"
+        ),
     ] = None,
     dense: Annotated[
-        str | None, typer.Option(help="Dense model to compare with. [the run's]")
+        str | None, typer.Option(help="Dense model to compare with. (default: the run's)")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens per text.")] = 4096,
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,

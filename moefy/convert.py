@@ -77,11 +77,11 @@ def convert(
 
 
 def _check_places(job: Job, out: Path) -> None:
-    """Refuse an OUT inside the model, and a disk that is too small."""
+    """Refuse an OUT inside or around the model, and a disk that is too small."""
     source = job.checkpoint.folder.resolve()
     place = out.resolve()
-    if place == source or source in place.parents:
-        raise MoefyError(f"OUT {out} lies inside MODEL {source}; give another place", code=2)
+    if place == source or source in place.parents or place in source.parents:
+        raise MoefyError(f"OUT {out} lies inside MODEL {source}, or around it; move OUT", code=2)
     near = next(folder for folder in (place, *place.parents) if folder.exists())
     needed = sum(slot.num_bytes for slot in output.slots(job).values())
     free = shutil.disk_usage(near).free

@@ -19,7 +19,7 @@ from moefy.errors import MoefyError
 from moefy.families.family import Family
 from moefy.layout import Shape
 from moefy.recipe import Recipe, chosen_layers, nearest
-from moefy.shape import solve
+from moefy.shape import pruned, solve
 from moefy.source import resolve
 from moefy.targets.target import Target
 from moefy.validate import check_target, check_tensors, open_checkpoint
@@ -80,8 +80,9 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     family = families.load(str(checkpoint.config["model_type"]))
     target = _target(recipe, family)
     layers = chosen_layers(recipe.layers, int(checkpoint.config["num_hidden_layers"]))  # pyright: ignore
+    neurons = int(checkpoint.config["intermediate_size"])  # pyright: ignore
     shape = solve(
-        int(checkpoint.config["intermediate_size"]),  # pyright: ignore
+        neurons,
         active=recipe.active,
         experts=recipe.experts,
         experts_per_token=recipe.experts_per_token,
@@ -94,6 +95,8 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
             "convert all layers",
             code=2,
         )
+    if method.fit is None:
+        shape = pruned(shape)
     notes = [*check_tensors(checkpoint, family)]
     if method.fit is not None:
         notes += check_target(checkpoint.config, target, shape, len(layers))

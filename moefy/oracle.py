@@ -34,6 +34,8 @@ class OracleGate(nn.Module):
 def attach(model: Any, norms: dict[int, Tensor]) -> Any:
     """Replace the routers of a loaded model; `norms[l]` holds layer l's |down column|^2, (E, N)."""
     for layer, norm_EN in norms.items():
+        if layer >= len(model.model.layers):
+            continue  # a part of the model was loaded
         block = model.model.layers[layer].mlp
         block.gate = OracleGate(block, norm_EN)
     return model

@@ -106,7 +106,7 @@ def chosen_layers(text: str, num_layers: int) -> list[int]:
     for part in text.split(","):
         first, colon, last = part.strip().partition(":")
         try:
-            start = int(first) if first else 0
+            start = int(first) if first or not colon else 0
             stop = (int(last) if last else num_layers) if colon else start + 1
         except ValueError:
             start, stop = 0, -1
@@ -138,7 +138,9 @@ def _set(values: dict[str, Any], setting: str) -> None:
         value = text
     table, dot, option = key.strip().partition(".")
     if dot and f"{table}_options" in TABLES:
-        values[f"{table}_options"] = {**values.get(f"{table}_options", {}), option: value}
+        options = values.get(f"{table}_options", {})
+        _check_type(f"{table}_options", options)
+        values[f"{table}_options"] = {**options, option: value}
     else:
         values[key.strip().replace("-", "_")] = value
 
@@ -171,6 +173,8 @@ def _check_ranges(recipe: Recipe) -> None:
     ):
         if value < least:
             raise MoefyError(f"{name} is {value}; expected at least {least}", code=2)
+    if recipe.seed >= 2**32:  # layers draw from seed * 1,000,003 + layer, which 64 bits must hold
+        raise MoefyError(f"--seed is {recipe.seed}; expected less than {2**32}", code=2)
 
 
 def _toml(value: Any) -> str:
@@ -181,7 +185,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    escaped = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped)
+    escaped = "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped)
     return f'"{escaped}"'
 
 

@@ -56,6 +56,11 @@ def solve(
     )
 
 
+def pruned(shape: Shape) -> Shape:
+    """The static control of `shape`: as many neurons as it has active, all of them always on."""
+    return Shape(shape.num_neurons, shape.num_active, 0, 0, 0)
+
+
 def legal(num_neurons: int, num_experts: int, shared_allowed: bool = True) -> list[Shape]:
     """Every shape with `num_experts` whose expert width is a multiple of 8 (or F is small).
 

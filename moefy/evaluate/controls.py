@@ -16,6 +16,7 @@ from moefy.data import Tokens
 from moefy.job import Job, Watch, prepare
 from moefy.oracle import attach
 from moefy.recipe import Recipe
+from moefy.shape import pruned
 
 MEANING = {
     "static": "the same number of neurons, chosen once for all tokens; refitted alike",
@@ -23,6 +24,9 @@ MEANING = {
     "random router": "our experts behind random router rows; refitted under them",
     "oracle router": "our experts, chosen by their true output energy: a ceiling, not a model",
 }
+
+SHOWN = ("static", "random router", "oracle router")
+"""The controls of a report; the others are for benchmarks."""
 
 
 def controls(recipe: Recipe) -> dict[str, Recipe]:
@@ -46,7 +50,9 @@ def controls(recipe: Recipe) -> dict[str, Recipe]:
 
 def make_control(recipe: Recipe, like: Job, out: Path, tokens: Tokens, watch: Watch) -> Any:
     """Convert by a control's recipe with the shape and tokens of the run, and load the result."""
-    job = dataclasses.replace(prepare(recipe, control=True), shape=like.shape)
+    job = prepare(recipe, control=True)
+    shape = pruned(like.shape) if job.method.fit is None else like.shape
+    job = dataclasses.replace(job, shape=shape)
     convert(job, out, tokens=tokens, force=True, watch=watch)
     return load_model(out)
 

@@ -18,6 +18,7 @@ from moefy.checkpoint import write_json, write_text
 from moefy.errors import MoefyError
 from moefy.evaluate.controls import (
     MEANING,
+    SHOWN,
     calibration_tokens,
     controls,
     load_model,
@@ -65,7 +66,8 @@ def evaluate(
         if with_controls:
             job = prepare(recipe)
             tokens = calibration_tokens(run, summary)
-            for name, control in controls(recipe).items():
+            made = {name: made for name, made in controls(recipe).items() if name in SHOWN}
+            for name, control in made.items():
                 out = Path(place) / name.replace(" ", "-").replace(",", "")
                 models[name] = make_control(control, job, out, tokens, _named(watch, name))
         reference = load_model(source)
@@ -122,7 +124,8 @@ def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 32) 
 def standard_error(score: Score, dense: Score) -> float:
     """Standard error of the mean difference in NLL from dense, over windows (paired)."""
     tokens_W = torch.tensor(score.tokens_W, dtype=torch.float64)
-    difference_W = torch.tensor(score.nll_W, dtype=torch.float64) - torch.tensor(dense.nll_W)
+    difference_W = torch.tensor(score.nll_W, dtype=torch.float64)
+    difference_W -= torch.tensor(dense.nll_W, dtype=torch.float64)
     count = len(tokens_W)
     if count < 2:
         return math.nan

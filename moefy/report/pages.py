@@ -16,6 +16,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def shape_text(shape: Mapping[str, Any]) -> str:
     """One line on how each FFN is divided."""
+    if not shape["num_experts"]:
+        return f"{shape['num_shared']} of {shape['num_neurons']} FFN neurons kept"
     return (
         f"{shape['num_neurons']} neurons = {shape['num_shared']} shared + {shape['num_experts']} "
         f"experts x {shape['expert_width']}, {shape['experts_per_token']} experts per token: "

@@ -1,0 +1,111 @@
+"""Speed of MoE shapes against the dense model they stand for, in transformers on this machine.
+
+    python benchmarks/speed.py [--hidden 576] [--neurons 1536] [--layers 8] [--active 0.5]
+
+Models have random weights: only shapes matter to time. Every round measures all models in turn,
+and the ratio to dense is taken within the round; the median over rounds is printed. The ideal is
+the ratio of multiply-adds per token, attention and head included.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+import typer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moefy.layout import Shape
+from moefy.shape import solve
+from moefy.targets.qwen2_moe import TARGET
+
+VOCABULARY = 8192
+
+
+def main(
+    hidden: int = 576,
+    neurons: int = 1536,
+    heads: int = 9,
+    layers: int = 8,
+    active: float = 0.5,
+    experts: str = "8,16,32,64",
+    dtype: str = "bfloat16",
+    rounds: int = 7,
+    threads: int = 1,
+) -> None:
+    """Print prefill (512 tokens) and decode (batch 1 and 8) speed relative to dense."""
+    torch.set_num_threads(threads)
+    dense = {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": neurons,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "max_position_embeddings": 2048,
+    }
+    kind = getattr(torch, dtype)
+    models = {"dense": build(dense, kind)}
+    ideal = {"dense": 1.0}
+    for count in map(int, experts.split(",")):
+        shape = solve(neurons, active=active, experts=count)
+        for way in ("eager", "grouped_mm"):
+            config = TARGET.configure(dense, shape, [])
+            name = f"{shape} | {way}"
+            models[name] = build(config, kind, experts_implementation=way)
+            ideal[name] = flops(hidden, neurons, layers, None) / flops(
+                hidden, neurons, layers, shape
+            )
+    work = {"prefill 512": (1, 512), "decode 1": (1, 1), "decode 8": (8, 1)}
+    print("| shape | experts | ideal | " + " | ".join(work) + " |")
+    print("|" + "---|" * (3 + len(work)))
+    ratios = {name: {kind: [] for kind in work} for name in models}
+    for turn in range(rounds + 1):
+        for task, (batch, length) in work.items():
+            seconds = {name: measure(model, batch, length) for name, model in models.items()}
+            if turn:  # the first round warms up
+                for name, taken in seconds.items():
+                    ratios[name][task].append(seconds["dense"] / taken)
+    for name, found in ratios.items():
+        if name != "dense":
+            cells = " | ".join(f"{statistics.median(found[task]):.2f}" for task in work)
+            print(f"| {name} | {ideal[name]:.2f} | {cells} |")
+
+
+def build(config: dict, dtype: torch.dtype, **options):
+    """A model of random weights."""
+    config = dict(config)
+    made = AutoConfig.for_model(config.pop("model_type"), **config)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(made, dtype=dtype, **options).eval()
+
+
+def measure(model, batch: int, length: int) -> float:
+    """Seconds for one prefill, or per decode step after a prefill of 64 tokens."""
+    with torch.inference_mode():
+        if length > 1:
+            ids_BT = torch.randint(VOCABULARY, (batch, length))
+            start = time.perf_counter()
+            model(ids_BT, use_cache=False, logits_to_keep=1)
+            return time.perf_counter() - start
+        out = model(torch.randint(VOCABULARY, (batch, 64)), use_cache=True, logits_to_keep=1)
+        start = time.perf_counter()
+        for _ in range(8):
+            token_B1 = out.logits[:, -1:].argmax(-1)
+            out = model(token_B1, past_key_values=out.past_key_values, use_cache=True)
+        return (time.perf_counter() - start) / 8
+
+
+def flops(hidden: int, neurons: int, layers: int, shape: Shape | None) -> float:
+    """Multiply-adds per token in matrices."""
+    used = neurons if shape is None else shape.num_active
+    router = 0 if shape is None else shape.num_experts * hidden
+    return layers * (4 * hidden * hidden + 3 * hidden * used + router) + VOCABULARY * hidden
+
+
+if __name__ == "__main__":
+    typer.run(main)
