@@ -26,6 +26,7 @@ from moefy.job import Job, Watch
 from moefy.oracle import attach
 from moefy.recipe import render
 from moefy.reopen import reopen
+from moefy.source import DEMO
 from moefy.validate import scan_finite
 
 
@@ -162,10 +163,12 @@ def _summary(
 ) -> dict[str, Any]:
     """What `moefy/conversion.json` holds, less the digests of the output."""
     entries = job.checkpoint.entries
+    local = job.recipe.model == DEMO or Path(job.recipe.model).expanduser().is_dir()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "moefy": __version__,
         "model": job.recipe.model,
+        "hub_id": None if local else job.recipe.model,
         "family": job.family.model_type,
         "target": job.target.model_type,
         "engines": list(job.target.engines),

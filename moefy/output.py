@@ -18,11 +18,11 @@ from moefy.validate import scan_finite
 
 
 def slots(job: Job) -> dict[str, Slot]:
-    """Every tensor of the output, in the order of the dense checkpoint."""
+    """Every tensor of the output, in an order that does not depend on the input's shards."""
     ffn_of = {name: layer for layer in job.layers for name in job.family.ffn_names(layer)}
     block = _block_slots(job)
     found: dict[str, Slot] = {}
-    for name, entry in job.checkpoint.entries.items():
+    for name, entry in sorted(job.checkpoint.entries.items()):
         layer = ffn_of.get(name)
         if layer is None:
             found[name] = Slot(_stored(job, entry.dtype), entry.shape)
@@ -122,7 +122,16 @@ def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> None
         writer.write(prefix + tail, tensor)
 
 
-KEEP = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+KEEP = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "generation_config.json",
+)
+"""How the names of the files begin that are copied."""
 
 
 def write_folder(job: Job, part: Path) -> None:
@@ -134,11 +143,11 @@ def write_folder(job: Job, part: Path) -> None:
     config = job.target.configure(dense, job.shape, left)
     config["dtype"] = str(job.dtype).removeprefix("torch.")
     config["transformers_version"] = importlib.import_module("transformers").__version__
-    for file in sorted(job.checkpoint.folder.iterdir()):
-        named = file.name.startswith(KEEP) or file.name in ("generation_config.json",)
-        if named and file.is_file() and file.suffix != ".py":
-            shutil.copyfile(file, part / file.name)
-    templates = job.checkpoint.folder / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, part / templates.name)
+    folder = job.checkpoint.folder
+    named = [file for file in folder.iterdir() if file.name.startswith(KEEP)]
+    for file in sorted([*named, *folder.glob("additional_chat_templates/*.jinja")]):
+        if file.is_file() and file.suffix != ".py":
+            place = part / file.relative_to(folder)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, place)
     write_json(part / "config.json", config)

@@ -50,6 +50,7 @@ def reopen(
         config=config,
         dtype=torch.float32 if whole else "auto",
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told, and refused, below
         local_files_only=True,
     )
     model, info = opened

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from moefy import data
+from moefy import data, documents
 from moefy.errors import MoefyError
 
 BOS, EOS, WORDS = 1, 2, 1000
@@ -80,21 +80,21 @@ def said(ids_BT):
 def test_two_blank_lines_separate_documents(tmp_path, text, expected):
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
-    assert list(data.documents(str(path))) == expected
+    assert list(documents.documents(str(path))) == expected
 
 
 def test_jsonl_gives_the_named_field_and_skips_blank_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"text": "a", "title": "A"}, {"text": None, "title": "B"}, {"text": " ", "title": "C"}]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
-    assert list(data.documents(str(path))) == ["a"]
-    assert list(data.documents(str(path), text_field="title")) == ["A", "B", "C"]
+    assert list(documents.documents(str(path))) == ["a"]
+    assert list(documents.documents(str(path), text_field="title")) == ["A", "B", "C"]
 
 
 def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a\\ud800b"}', encoding="utf-8")
-    assert list(data.documents(str(path))) == ["a?b"]
+    assert list(documents.documents(str(path))) == ["a?b"]
 
 
 def test_a_folder_is_its_text_files_sorted_by_path(tmp_path):
@@ -103,7 +103,7 @@ def test_a_folder_is_its_text_files_sorted_by_path(tmp_path):
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "c.jsonl").write_text('{"text": "3"}', encoding="utf-8")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
-    assert list(data.documents(str(tmp_path))) == ["1", "2", "3", "4"]
+    assert list(documents.documents(str(tmp_path))) == ["1", "2", "3", "4"]
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,9 @@ def test_other_names_are_streamed_data_sets(monkeypatch, source, arguments):
         return iter([{"text": "a"}, {"text": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert list(data.documents(source)) == ["a", "b"]
+    assert list(documents.documents(source)) == ["a", "b"]
     with pytest.raises(MoefyError, match="no field 'body'; the fields are 'text'"):
-        list(data.documents(source, text_field="body"))
+        list(documents.documents(source, text_field="body"))
 
 
 def test_a_data_set_that_is_not_there_is_one_line(monkeypatch):
@@ -134,13 +134,13 @@ def test_a_data_set_that_is_not_there_is_one_line(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("no such thing\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert_refused(lambda: list(data.documents("name")), "data set (no such thing)")
+    assert_refused(lambda: list(documents.documents("name")), "data set (no such thing)")
 
 
 def test_without_datasets_the_install_line_is_shown(monkeypatch):
     found = types.SimpleNamespace(util=types.SimpleNamespace(find_spec=lambda _: None))
-    monkeypatch.setattr(data, "importlib", found)
-    assert_refused(lambda: list(data.documents("name")), "pip install datasets")
+    monkeypatch.setattr(documents, "importlib", found)
+    assert_refused(lambda: list(documents.documents("name")), "pip install datasets")
 
 
 # Faults
@@ -192,7 +192,7 @@ def test_an_empty_folder_names_the_files_it_looks_for(tmp_path):
 def test_a_character_cut_by_the_block_is_text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"a" * (2**20 - 1) + "é".encode())
-    assert len(next(data.documents(str(path)))) == 2**20
+    assert len(next(documents.documents(str(path)))) == 2**20
 
 
 # Packing

@@ -32,6 +32,8 @@ SHOWN = ("static", "random router", "oracle router")
 def controls(recipe: Recipe) -> dict[str, Recipe]:
     """The recipes of the controls, by name, in the order of `MEANING`."""
     static = {"partition": "static", "partition_options": {}, "layers": ":", "target": "auto"}
+    # Its shape is made from the run's; what was asked of the experts may not fit another class.
+    static |= {"experts": None, "experts_per_token": None, "shared": None}
     change: list[dict[str, Any]] = [
         static,
         {**static, "refit": False},

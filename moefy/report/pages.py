@@ -73,13 +73,12 @@ def conversion_page(summary: Mapping[str, Any]) -> str:
 def model_card(summary: Mapping[str, Any], licence: str | None) -> str:
     """`README.md` of the written model, with Hub metadata."""
     base = summary["model"]
-    hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
     head = ["---", "library_name: transformers", "tags:", "- moefy", "- moe"]
-    head += [f"base_model: {base}"] if hub_id else []
+    head += [f"base_model: {base}"] if summary["hub_id"] else []
     head += [f"license: {licence}"] if licence else []
     static = summary["target"] == "dense"
     kind = "a statically pruned model" if static else "a Mixture of Experts"
-    name = base if hub_id else base.rstrip("/").rsplit("/", 1)[-1]
+    name = summary["hub_id"] or base.rstrip("/").rsplit("/", 1)[-1]
     body = [
         f"# {name}, {summary['shape']['active_fraction']:.0%} of the FFN active",
         f"This is `{base}` as {kind}, made by moefy {summary['moefy']} without training. "
