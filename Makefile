@@ -14,8 +14,8 @@ help: ## list the targets (the default)
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
 
 demo: $(DEMO_MODEL) ## convert a real 135M model on the CPU and print the report
-	$(BIN)/moefy convert demo build/demo --force --device cpu
-	$(BIN)/moefy report build/demo
+	$(BIN)/moefy convert demo build/demo --tokens 8192 --force --device cpu
+	$(BIN)/moefy report build/demo --tokens 2048
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -q

@@ -77,7 +77,8 @@ def measure(recipe: Recipe, method: str, texts: list[Path], out: Path, num_token
     scores = {}
     for path in texts:
         windows = data.text_windows(tokenizer, path, num_tokens=num_tokens, length=1024)
-        found = compare(remembered(ours.checkpoint.folder, path.stem, windows), models, windows)
+        kept = out / f"dense-{path.stem}-{num_tokens}.pt"
+        found = compare(remembered(ours.checkpoint.folder, kept, windows), models, windows)
         score, base = found[method], found["dense"]
         scores[path.stem] = {
             "dense_perplexity": base.perplexity,
@@ -107,21 +108,21 @@ def dense_model(folder: Path):
     return load_model(folder, torch.float32)
 
 
-STATES: dict[str, dict[int, torch.Tensor]] = {}
-"""Last hidden states of the dense model, by text and window, so that only its head runs again."""
+def remembered(folder: Path, file: Path, windows: list[torch.Tensor]):
+    """A function from a window to the dense model's log-probabilities on it.
 
-
-def remembered(folder: Path, text: str, windows: list[torch.Tensor]):
-    """A function from a window to the dense model's log-probabilities on it."""
-    dense, states = dense_model(folder), STATES.setdefault(text, {})
-    places = {id(window): number for number, window in enumerate(windows)}
+    The dense model's last hidden states are kept in `file`, so that only its head runs again.
+    """
+    dense = dense_model(folder)
+    if not file.exists():
+        with torch.inference_mode():
+            states = [dense.model(w[None], use_cache=False).last_hidden_state[0] for w in windows]
+        torch.save(states, file)
+    states = dict(zip(map(id, windows), torch.load(file), strict=True))
 
     def log_probabilities(ids_T: torch.Tensor) -> torch.Tensor:
-        place = places[id(ids_T)]
         with torch.inference_mode():
-            if place not in states:
-                states[place] = dense.model(ids_T[None], use_cache=False).last_hidden_state[0, :-1]
-            return dense.lm_head(states[place]).float().log_softmax(-1)
+            return dense.lm_head(states[id(ids_T)][:-1]).float().log_softmax(-1)
 
     return log_probabilities
 

@@ -30,6 +30,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # so typer tells of an interrupt
+            raise KeyboardInterrupt
     except MoefyError as error:
         code = _fail(str(error), error.code)
     except KeyboardInterrupt:
@@ -39,13 +41,16 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         code = 141
+    except OSError as error:
+        code = _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 5)
     except typer.Exit as stop:
         code = stop.exit_code
     except Exception as error:
         # Typer's own complaints about flags carry a message and an exit code; nothing else does.
         if not hasattr(error, "format_message"):
             raise
-        code = _fail(error.format_message(), 2)  # pyright: ignore[reportAttributeAccessIssue]
+        message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+        code = _fail(message, 2) if message else 2  # there is none when help has been printed
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -106,6 +106,9 @@ def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
         return data.load(
             tokenizer, recipe.calibration, text_field=recipe.text_field, vocab_size=size, **shape
         )
+    ffn = {name for layer in range(job.num_layers) for name in job.family.ffn_names(layer)}
+    for name in job.checkpoint.entries:  # found here, for what NaN would make it write is no text
+        scan_finite(name, job.checkpoint.tensor(name), ffn=name in ffn)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     model = model.to(job.device).eval()
     return data.sample(model, tokenizer, progress=partial(watch, "calibration text"), **shape)

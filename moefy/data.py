@@ -119,7 +119,7 @@ def sample(
     without its greedy first tokens.
 
     Raises:
-        MoefyError: code 2 for a request of fewer than 8 sequences.
+        MoefyError: code 2 for a request of fewer than 8 sequences, 6 if logits are not finite.
     """
     num_sequences = _num_sequences(num_tokens, length)
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -180,9 +180,11 @@ def text_windows(
 def overlap(ids_BT: Tensor, windows: list[Tensor], *, span: int = 32) -> float:
     """Give the share of the windows' `span`-token pieces that occur word for word in `ids_BT`.
 
+    Pieces are shorter where a window or a sequence is.
     Near 0 for a text that was kept apart, near 1 for one that is part of the calibration text.
     Compares 64-bit hashes: memory and time are those of B * T * `span` integers.
     """
+    span = min(span, ids_BT.shape[1], *map(len, windows))
     generator = torch.Generator().manual_seed(0)
     weights = torch.randint(-(2**62), 2**62, (span,), generator=generator)
     seen = torch.cat([(ids_T.unfold(0, span, 1) * weights).sum(-1) for ids_T in ids_BT])
@@ -326,6 +328,12 @@ def _written(model: Any, token_B1: Tensor, generator: torch.Generator) -> Iterat
             output = model(input_ids=token_B1, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         chance_BV = output.logits[:, -1].float().softmax(-1)
+        if not chance_BV.isfinite().all():
+            raise MoefyError(
+                "the model's logits are not finite while it writes calibration text; its dtype "
+                "overflows; give a text as --calibration",
+                code=6,
+            )
         token_B1 = torch.multinomial(chance_BV, 1, generator=generator)
 
 

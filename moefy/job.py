@@ -73,9 +73,10 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
 
     Raises:
         MoefyError: code 2 for options that cannot be, 3 for a broken and 4 for an unsupported
-            checkpoint.
+            checkpoint, 5 for a device that is not there.
     """
     method = _method(recipe, control)
+    _check_device(recipe.device)
     checkpoint = open_checkpoint(resolve(recipe.model, revision=recipe.revision))
     family = families.load(str(checkpoint.config["model_type"]))
     target = _target(recipe, family)
@@ -134,6 +135,16 @@ def _stage(
         if key not in legal:
             raise MoefyError(f"{flag} {name} has no option {key!r}; {nearest(key, legal)}", code=2)
     return partial(stage, **options)
+
+
+def _check_device(name: str) -> None:
+    kind, _, number = name.partition(":")
+    if name in ("auto", "cpu"):
+        return
+    if kind != "cuda" or not (number or "0").isdecimal():
+        raise MoefyError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:1", code=2)
+    if int(number or 0) >= (count := torch.cuda.device_count()):
+        raise MoefyError(f"--device {name}: {count} CUDA devices found; expected more", code=5)
 
 
 def _target(recipe: Recipe, family: Family) -> Target:

@@ -119,3 +119,23 @@ def text(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n\n\n".join(documents) + "\n", encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="session")
+def converted(text, tmp_path_factory) -> Callable[..., Path]:
+    """`converted(model, **recipe)`: the folder of a conversion on 512 tokens, to be read only."""
+    made: dict[str, Path] = {}
+
+    def convert(model: Path, **recipe: object) -> Path:
+        from moefy import convert, job
+        from moefy.recipe import build
+
+        given = {"tokens": 512, "sequence_length": 64, "calibration": str(text)} | recipe
+        key = json.dumps([str(model), given], sort_keys=True)
+        if key not in made:
+            out = tmp_path_factory.mktemp("converted") / "out"
+            convert.convert(job.prepare(build(None, {"model": str(model), **given}, [])), out)
+            made[key] = out
+        return made[key]
+
+    return convert

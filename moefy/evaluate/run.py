@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import pydoc_data.topics
 import tempfile
 from collections.abc import Mapping
@@ -58,14 +57,17 @@ def evaluate(
     tokenizer = data.load_tokenizer(source)
     with tempfile.TemporaryDirectory(prefix=".moefy-report-", dir=run.resolve().parent) as place:
         paths = texts or _own_texts(Path(place))
+        stems = [path.stem for path in paths]
         windows = {
-            path.stem: data.text_windows(tokenizer, path, num_tokens=num_tokens, length=length)
+            path.stem if stems.count(path.stem) == 1 else str(path): data.text_windows(
+                tokenizer, path, num_tokens=num_tokens, length=length
+            )
             for path in paths
         }
         models: dict[str, Any] = {"moe": load_model(run)}
+        tokens = calibration_tokens(run, summary)
         if with_controls:
             job = prepare(recipe)
-            tokens = calibration_tokens(run, summary)
             made = {name: made for name, made in controls(recipe).items() if name in SHOWN}
             for name, control in made.items():
                 out = Path(place) / name.replace(" ", "-").replace(",", "")
@@ -80,6 +82,9 @@ def evaluate(
             "run": summary,
             "controls": {name: MEANING[name] for name in models if name in MEANING},
             "texts": {name: _rows(rows) for name, rows in scores.items()},
+            "seen_in_calibration": {
+                name: data.overlap(tokens.ids_BT, parts) for name, parts in windows.items()
+            },
             "generation": {
                 "prompt": PROMPT,
                 "dense": continuation(reference, tokenizer, PROMPT),
@@ -121,14 +126,14 @@ def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 32) 
     return " ".join(tokenizer.decode(out[0, ids_1T.shape[1] :], skip_special_tokens=True).split())
 
 
-def standard_error(score: Score, dense: Score) -> float:
-    """Standard error of the mean difference in NLL from dense, over windows (paired)."""
+def standard_error(score: Score, dense: Score) -> float | None:
+    """Standard error of the mean difference in NLL from dense, over several windows (paired)."""
     tokens_W = torch.tensor(score.tokens_W, dtype=torch.float64)
     difference_W = torch.tensor(score.nll_W, dtype=torch.float64)
     difference_W -= torch.tensor(dense.nll_W, dtype=torch.float64)
     count = len(tokens_W)
     if count < 2:
-        return math.nan
+        return None
     residual_W: Tensor = difference_W - tokens_W * (difference_W.sum() / tokens_W.sum())
     return float(residual_W.square().sum().mul(count / (count - 1)).sqrt() / tokens_W.sum())
 

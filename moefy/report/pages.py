@@ -99,6 +99,7 @@ def report_page(report: Mapping[str, Any]) -> str:
     for text, rows in report["texts"].items():
         tokens = next(iter(rows.values()))["tokens"]
         parts += [f"## {text}, {tokens} tokens", table(SCORES, score_rows(rows))]
+    parts += [f"Warning: {warning}." for warning in seen_warnings(report)]
     parts += [f"{name}: {meaning}." for name, meaning in report["controls"].items()]
     written = report["generation"]
     parts += [f'## After "{written["prompt"]}"', f"dense: {written['dense']}"]
@@ -106,18 +107,33 @@ def report_page(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def seen_warnings(report: Mapping[str, Any]) -> list[str]:
+    """Texts that calibration has seen, whose scores are therefore too good."""
+    return [
+        f"{share:.0%} of {text} stands word for word in the calibration text"
+        for text, share in report["seen_in_calibration"].items()
+        if share > 0.01
+    ]
+
+
 SCORES = ("model", "perplexity", "dNLL", "KL to dense", "top-1 as dense")
 
 
-def score_rows(rows: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
+def score_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """One line per model, formatted; dNLL = ln(perplexity / dense perplexity)."""
     return [
         (
             name,
             f"{row['perplexity']:.2f}",
-            "" if name == "dense" else f"{row['dnll']:.3f} ± {row['dnll_standard_error']:.3f}",
+            "" if name == "dense" else f"{row['dnll']:.3f}" + _uncertainty(row),
             "" if name == "dense" else f"{row['kl']:.3f}",
             "" if name == "dense" else f"{row['top1_agreement']:.1%}",
         )
         for name, row in rows.items()
     ]
+
+
+def _uncertainty(row: Mapping[str, Any]) -> str:
+    """The standard error, which one window alone does not give."""
+    error = row["dnll_standard_error"]
+    return "" if error is None else f" ± {error:.3f}"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moefy.report.pages import SCORES, score_rows, shape_text
+from moefy.report.pages import SCORES, score_rows, seen_warnings, shape_text
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
@@ -62,6 +62,8 @@ def show_report(report: Mapping[str, Any], run: Path) -> None:
     for text, rows in report["texts"].items():
         tokens = next(iter(rows.values()))["tokens"]
         show_table(SCORES, score_rows(rows), f"{text}, {tokens} tokens")
+    for warning in seen_warnings(report):
+        console.print(f"Warning: {warning}", markup=False)
     for name, meaning in report["controls"].items():
         console.print(f"{name}: {meaning}", markup=False)
     written = report["generation"]

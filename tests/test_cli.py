@@ -1,0 +1,432 @@
+"""The command line: exit codes, one line of reason, nothing left behind, nothing in the way.
+
+Commands run in this process through `moefy.cli.main`, as `python -m moefy` runs it; only what a
+process alone can show (signals, what a terminal's width does) is shown by one.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from test_faults import (
+    GATE,
+    QUERY,
+    SHARDS,
+    SINGLE,
+    Damage,
+    code_of_its_own,
+    config,
+    cut,
+    first_value,
+    other_config,
+    remove,
+    sharded,
+    tensor,
+)
+
+from moefy import __version__, cli, families
+
+FEW = ["--tokens", "512", "--sequence-length", "64"]
+README = Path(__file__).parent.parent / "README.md"
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def moefy(monkeypatch, capsys) -> Iterator[Callable[..., Done]]:
+    """`moefy(*arguments)`: the command, run in this process."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["moefy", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return Done(stop.value.code, captured.out, captured.err)
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder, with the bytes of its files."""
+    paths = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
+
+
+def assert_refused(done: Done, code: int, *says: str) -> None:
+    assert (done.code, done.out) == (code, ""), done
+    (line,) = done.err.splitlines()
+    assert line.startswith("moefy: ") and line.isprintable() and len(line) < 1000
+    assert [part for part in says if part not in line] == [], line
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+USAGE = {
+    "unknown flag": (["MODEL", "OUT", "--expert", "4"], "--expert"),
+    "no number": (["MODEL", "OUT", "--experts", "few"], "--experts"),
+    "no value": (["MODEL", "OUT", "--experts"], "--experts"),
+    "too many": (["MODEL", "OUT", "MORE"], "MORE"),
+    "no OUT": (["MODEL"], "OUT"),
+    "no MODEL": ([], "MODEL"),
+    "empty MODEL": (["", "OUT"], "empty"),
+    "oracle": (["MODEL", "OUT", "--router", "oracle"], "cannot be written"),
+    "unknown router": (["MODEL", "OUT", "--router", "linaer"], "did you mean linear"),
+    "unknown partition": (["MODEL", "OUT", "--partition", "x"], "alternating, shuffle, static"),
+    "unknown target": (["MODEL", "OUT", "--target", "mixtral"], "qwen2_moe, qwen3_moe"),
+    "unknown dtype": (["MODEL", "OUT", "--dtype", "int4"], "bfloat16"),
+    "unknown device": (["MODEL", "OUT", "--device", "gpu"], "gpu", "cuda"),
+    "no such layer": (["MODEL", "OUT", "--layers", "2:"], "0 to 1"),
+    "nothing active": (["MODEL", "OUT", "--active", "0"], "--active is 0"),
+    "not a number": (["MODEL", "OUT", "--active", "nan"], "--active is nan"),
+    "one expert": (["MODEL", "OUT", "--experts", "1"], "--experts is 1"),
+    "more chosen than there are": (
+        ["MODEL", "OUT", "--experts", "4", "--experts-per-token", "5"],
+        "at most 4",
+    ),
+    "no such shape": (["MODEL", "OUT", "--experts", "8", "--shared", "0.99"], "nearest"),
+    "few tokens": (["MODEL", "OUT", "--tokens", "100"], "--tokens"),
+    "short sequences": (["MODEL", "OUT", "--sequence-length", "4"], "--sequence-length"),
+    "negative seed": (["MODEL", "OUT", "--seed", "-1"], "--seed"),
+    "seed of 30 digits": (["MODEL", "OUT", "--seed", "9" * 30], "--seed"),
+    "no setting": (["MODEL", "OUT", "--set", "rounds"], "key=value"),
+    "unknown setting": (["MODEL", "OUT", "--set", "sede=3"], "did you mean seed"),
+    "unknown option": (["MODEL", "OUT", "--set", "partition.round=3"], "did you mean rounds"),
+    "setting of another type": (["MODEL", "OUT", "--set", "tokens=many"], "tokens", "many"),
+    "no recipe": (["MODEL", "OUT", "--recipe", "none.toml"], "none.toml"),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_usage(name, moefy, pico, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, *says = USAGE[name]
+    places = {"MODEL": pico("llama"), "OUT": tmp_path / "out"}
+    assert_refused(moefy("convert", *(places.get(word, word) for word in arguments)), 2, *says)
+    assert listing(tmp_path) == {}
+
+
+def test_experts_that_do_not_divide_the_ffn(moefy, pico, tmp_path):
+    done = moefy("convert", pico("qwen3"), tmp_path / "out", "--experts", "7")
+    assert_refused(done, 2, "divides 96", "2, 3, 4, 6, 12")
+
+
+def test_a_class_that_cannot_hold_the_family(moefy, pico, tmp_path):
+    done = moefy("convert", pico("llama"), tmp_path / "out", "--target", "qwen3_moe")
+    assert_refused(done, 4, "qwen3_moe", "llama")
+
+
+def test_static_pruning_of_some_layers(moefy, pico, tmp_path):
+    arguments = ["--partition", "static", "--layers", "1:"]
+    assert_refused(moefy("convert", pico("llama"), tmp_path / "out", *arguments), 2, "--layers 1:")
+
+
+def other_tokenizer(folder: Path) -> None:
+    """Give a frequent letter an id for which the model has no embedding."""
+    file = folder / "tokenizer.json"
+    value = json.loads(file.read_text())
+    value["model"]["vocab"]["e"] = 500
+    file.write_text(json.dumps(value))
+
+
+NAN = first_value(float("nan"))
+MODELS: dict[str, tuple[Damage, int, tuple[str, ...]]] = {
+    "unsupported": (other_config(model_type="gpt2"), 4, ("gpt2", "llama")),
+    "quantised": (config(quantization_config={"quant_method": "awq"}), 4, ("dequantise",)),
+    "MoE already": (
+        other_config(model_type="qwen2_moe", num_experts=8),
+        4,
+        ("already a Mixture of Experts",),
+    ),
+    "own code": (code_of_its_own, 4, ("auto_map",)),
+    "pickle only": (
+        lambda folder: (folder / SINGLE).rename(folder / "pytorch_model.bin"),
+        3,
+        ("pytorch_model.bin",),
+    ),
+    "truncated shard": (sharded(cut(SHARDS[1], 9_000)), 3, (SHARDS[1], "9000")),
+    "missing shard": (sharded(remove(SHARDS[0])), 3, (SHARDS[0], "hf download")),
+    "NaN in an FFN": (tensor(GATE, NAN), 3, (GATE, "3 of 3072")),
+    "NaN in attention": (tensor(QUERY, NAN), 3, (QUERY, "3 of 1024")),
+    "an FFN of zeros": (tensor(GATE, torch.zeros_like), 3, (GATE, "zeros")),
+    "missing FFN": (tensor(GATE), 3, (GATE,)),
+    "missing attention": (tensor(QUERY), 3, (QUERY,)),
+    "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), 3, ("tokenizer",)),
+    "broken tokenizer": (cut("tokenizer.json", 1000), 3, ("tokenizer",)),
+    "another tokenizer": (other_tokenizer, 3, ("500", "128")),
+}
+
+
+@pytest.mark.parametrize("calibration", ["text", "self"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, calibration, moefy, own_pico, text, tmp_path):
+    damage, code, says = MODELS[name]
+    if calibration == "self" and name == "another tokenizer":
+        pytest.skip("the model writes the text")
+    model = own_pico("llama")
+    damage(model)
+    before = listing(tmp_path)
+    source = text if calibration == "text" else "self"
+    out = tmp_path / "out"
+    done = moefy("convert", model, out, *FEW, "--calibration", source, "--quiet")
+    assert_refused(done, code, *says)
+    assert listing(tmp_path) == before
+
+
+TEXTS: dict[str, tuple[bytes | None, str, tuple[str, ...]]] = {
+    "missing": (None, "text.txt", ("no such file",)),
+    "empty": (b"", "text.txt", ("no text",)),
+    "blank": (b" \n\n \n", "text.txt", ("no text",)),
+    "too short": (b"a river and a stone " * 10, "text.txt", ("expected at least 8",)),
+    "binary": (b"\x7fELF\0\0" * 999, "text.txt", ("binary",)),
+    "not UTF-8": ("Müller".encode("latin-1") * 999, "text.txt", ("UTF-8",)),
+    "no such field": (b'{"body": "x"}\n' * 99, "text.jsonl", ("body", "text")),
+    "no JSON": (b"text\n" * 99, "text.jsonl", ("line 1", "JSON")),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_calibration_texts(name, moefy, pico, tmp_path):
+    content, file, says = TEXTS[name]
+    path = tmp_path / file
+    if content is not None:
+        path.write_bytes(content)
+    before = listing(tmp_path)
+    out = tmp_path / "out"
+    done = moefy("convert", pico("llama"), out, *FEW, "--calibration", path, "--quiet")
+    assert_refused(done, 3, str(path), *says)
+    assert listing(tmp_path) == before
+
+
+def occupied_by_file(out: Path) -> None:
+    out.write_text("mine")
+
+
+def occupied_by_others(out: Path) -> None:
+    out.mkdir()
+    (out / "thesis.tex").write_text("mine")
+
+
+def occupied_by_a_run(out: Path) -> None:
+    (out / "moefy").mkdir(parents=True)
+    (out / "moefy" / "conversion.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("occupy", "flags", "says"),
+    [
+        (occupied_by_file, [], "file"),
+        (occupied_by_file, ["--force"], "file"),
+        (occupied_by_others, [], "--force"),
+        (occupied_by_others, ["--force"], "did not write"),
+        (occupied_by_a_run, [], "--force"),
+    ],
+)
+def test_an_occupied_place(occupy, flags, says, moefy, pico, tmp_path):
+    occupy(tmp_path / "out")
+    before = listing(tmp_path)
+    assert_refused(moefy("convert", pico("llama"), tmp_path / "out", *flags), 2, says)
+    assert listing(tmp_path) == before
+
+
+def test_places_that_cannot_be(moefy, own_pico, pico, tmp_path):
+    model = own_pico("llama")
+    (tmp_path / "file").write_text("x")
+    before = listing(tmp_path)
+    assert_refused(moefy("convert", model, model / "out", "--quiet"), 2, "MODEL")
+    below = tmp_path / "file" / "out"
+    assert_refused(moefy("convert", model, below, "--quiet"), 5, "cannot write")
+    assert_refused(moefy("convert", model, tmp_path / ("x" * 300), "--quiet"), 5, "too long")
+    assert_refused(moefy("convert", tmp_path / "file", tmp_path / "out"), 3, "is a file")
+    assert_refused(moefy("convert", tmp_path / "none", tmp_path / "out"), 3, "no such folder")
+    assert listing(tmp_path) == before
+
+
+def test_reports_of_what_is_no_run(moefy, pico, converted, text, tmp_path):
+    assert_refused(moefy("report", tmp_path), 3, "not a whole run")
+    assert_refused(moefy("report", tmp_path / "none"), 3, "not a whole run")
+    assert_refused(moefy("report", pico("llama")), 3, "not a whole run")
+    assert_refused(moefy("report"), 2, "run")
+    run = converted(pico("llama"))
+    before = listing(run.parent)
+    done = moefy("report", run, "--text", tmp_path / "none.txt", "--quiet")
+    assert_refused(done, 3, "none.txt")
+    (tmp_path / "short.txt").write_text("A river.")
+    done = moefy("report", run, "--text", tmp_path / "short.txt", "--quiet")
+    assert_refused(done, 3, "short.txt", "expected at least 64")
+    assert listing(run.parent) == before
+
+
+# --- what is said --------------------------------------------------------------------------------
+
+
+def test_a_plan_writes_nothing(moefy, pico, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = moefy("convert", pico("llama"), "--plan")
+    assert (plain.code, plain.err) == (0, "")
+    assert "qwen2_moe" in plain.out and "32 shared + 4 experts x 16" in plain.out
+    done = moefy("convert", pico("llama"), tmp_path / "out", "--plan", "--json")
+    plan = json.loads(done.out)
+    assert (done.code, done.err) == (0, "")
+    assert plan["layers_converted"] == 2 and plan["shape"]["num_experts"] == 4
+    assert listing(tmp_path) == {}
+
+
+def test_what_a_plan_foretells(moefy, pico, converted):
+    """Parameters and bytes of the plan are those of the model that is written."""
+    from transformers import AutoModelForCausalLM
+
+    for family, flags in (("llama", []), ("qwen3", []), ("llama", ["--partition", "static"])):
+        plan = json.loads(moefy("convert", pico(family), "--plan", "--json", *flags).out)
+        out = converted(pico(family), **({"partition": "static"} if flags else {}))
+        model = AutoModelForCausalLM.from_pretrained(out)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        assert plan["parameters_total"] == total
+        header = (out / SINGLE).stat().st_size - plan["disk_bytes"]
+        assert 0 < header < 10_000
+        dense = AutoModelForCausalLM.from_pretrained(pico(family))
+        assert plan["parameters_dense"] == sum(p.numel() for p in dense.parameters())
+        assert plan["parameters_active"] < plan["parameters_total"] or flags
+
+
+ESCAPE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def test_a_conversion_and_its_report(moefy, pico, text, tmp_path):
+    out = tmp_path / "out"
+    convert = ["convert", pico("llama"), out, *FEW, "--calibration", text]
+    report = ["report", out, "--text", text, "--tokens", "300", "--sequence-length", "100"]
+    spoken = moefy(*convert)
+    assert spoken.code == 0
+    assert "Qwen2MoeForCausalLM" in spoken.out and str(out) in spoken.out
+    assert all(line.startswith("moefy: ") for line in spoken.err.splitlines())
+    told = moefy(*report)
+    assert told.code == 0
+    assert all(name in told.out for name in ("dense", "moe", "static", "random", "oracle"))
+    assert not ESCAPE.search(spoken.out + spoken.err + told.out + told.err)
+    assert moefy(*convert, "--quiet", "--force") == Done(0, "", "")
+    assert moefy(*report, "--quiet", "--no-controls") == Done(0, "", "")
+    assert set(json.loads((out / "moefy" / "report.json").read_text())["texts"]) == {"text"}
+
+    done = moefy(*convert, "--json", "--force")
+    assert done.code == 0
+    assert json.loads(done.out, parse_constant=pytest.fail) == json.loads(
+        (out / "moefy" / "conversion.json").read_text()
+    )
+    done = moefy(*report, "--json", "--no-controls")
+    assert done.code == 0
+    assert json.loads(done.out, parse_constant=pytest.fail) == json.loads(
+        (out / "moefy" / "report.json").read_text()
+    )
+
+
+def test_two_texts_of_one_name_are_two_texts(moefy, pico, converted, text, tmp_path):
+    run = Path(shutil.copytree(converted(pico("llama")), tmp_path / "run"))
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        content = text.read_text()
+        (tmp_path / folder / "wiki.txt").write_text(content if folder == "a" else content[5000:])
+    texts = [word for folder in "ab" for word in ("--text", tmp_path / folder / "wiki.txt")]
+    few = ["--tokens", "100", "--sequence-length", "100"]
+    done = moefy("report", run, *texts, *few, "--no-controls", "--json")
+    assert len(json.loads(done.out, parse_constant=pytest.fail)["texts"]) == 2  # NaN is no JSON
+
+
+def test_families(moefy):
+    done = moefy("families")
+    assert (done.code, done.err) == (0, "")
+    assert all(name in done.out for name in families.names())
+    assert not ESCAPE.search(done.out)
+
+
+def test_version(moefy):
+    assert moefy("--version") == Done(0, f"{__version__}\n", "")
+
+
+def test_no_arguments_are_a_cry_for_help(moefy):
+    done = moefy()
+    assert done.code == 2 and done.err == ""
+    assert "convert" in done.out and "report" in done.out
+
+
+def test_a_wrong_command(moefy):
+    assert_refused(moefy("konvert"), 2, "konvert")
+
+
+def test_every_default_is_told(moefy, monkeypatch):
+    """Square brackets are markup to the help's printer, and would be lost."""
+    monkeypatch.setenv("COLUMNS", "200")
+    said = moefy("convert", "--help").out
+    for value in ("0.5", "alternating", "linear", "refit", "auto", "self", "as-stored", "16384"):
+        assert re.search(rf"[\[(](default: )?{value}[\])]", said), value
+    assert "Python's own manual" in moefy("report", "--help").out
+
+
+def test_the_help_in_the_readme_is_the_real_one(moefy, monkeypatch):
+    blocks = re.findall(r"^```\w*\n(.*?)^```", README.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    shown = [block for block in blocks if block.lstrip().startswith("Usage: moefy convert")]
+    if not shown:
+        pytest.skip("README.md shows no help")
+    (block,) = shown
+    monkeypatch.setenv("COLUMNS", str(max(map(len, block.splitlines()))))
+
+    def lines(text: str) -> list[str]:
+        return [line.strip() for line in text.splitlines() if line.strip()]
+
+    assert lines(block) == lines(moefy("convert", "--help").out)
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+
+def test_a_terminated_command_leaves_nothing(moefy, pico, text, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def watching(*, quiet: bool):
+        yield lambda stage, *_: signal.raise_signal(signal.SIGTERM) if stage == "copy" else None
+
+    monkeypatch.setattr("moefy.progress.watching", watching)
+    done = moefy("convert", pico("llama"), tmp_path / "out", *FEW, "--calibration", text)
+    assert_refused(done, 130, "interrupted")
+    assert listing(tmp_path) == {}
+
+
+def test_an_interrupted_process_leaves_nothing(pico, tmp_path):
+    """While the model writes its own calibration text, which it would do for minutes."""
+    command = [sys.executable, "-m", "moefy", "convert", str(pico("llama")), str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [*command, "--tokens", "4000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while process.poll() is None and not list(tmp_path.glob(".out.moefy-part-*")):
+            time.sleep(0.05)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert out == ""
+    assert err.splitlines()[-1] == "moefy: interrupted; nothing was written"
+    assert all(line.startswith("moefy: ") for line in err.splitlines())
+    assert list(tmp_path.iterdir()) == []

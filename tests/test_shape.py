@@ -1,0 +1,177 @@
+"""Every shape adds up and is near what was asked; what cannot be is refused in one line."""
+
+import itertools
+
+import pytest
+
+from moefy.errors import MoefyError
+from moefy.layout import Shape
+from moefy.shape import PREFERRED_EXPERTS, alignment, legal, pruned, solve
+
+SIZES = [1536, 5632, 11008, 14336]
+FRACTIONS = [0.25, 0.5, 0.7, 0.9]
+
+
+def refusal(num_neurons: int, **options) -> str:
+    """The one line that refuses `options`."""
+    with pytest.raises(MoefyError) as caught:
+        solve(num_neurons, **options)
+    assert caught.value.code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def assert_sound(shape: Shape, num_neurons: int, active: float, shared_allowed: bool) -> None:
+    routed = shape.num_experts * shape.expert_width
+    assert shape.num_neurons == num_neurons == shape.num_shared + routed
+    assert 1 <= shape.experts_per_token <= shape.num_experts
+    assert shape.num_experts >= 2 and shape.expert_width >= 1
+    assert (shape.num_shared > 0) == shared_allowed and shape.num_shared >= 0
+    running = shape.num_shared + shape.experts_per_token * shape.expert_width
+    assert shape.num_active == running
+    assert shape.active_fraction == pytest.approx(running / num_neurons)
+    assert abs(running / num_neurons - active) <= 0.01 + 1e-12
+
+
+def possible(num_neurons: int, count: int, active: float, shared_allowed: bool) -> list[Shape]:
+    """All shapes with `count` experts near `active` that leave the router a choice, by trial."""
+    step = 8 if num_neurons >= 256 else 1
+    found = []
+    for width in range(step, num_neurons + 1, step):
+        shared = num_neurons - count * width
+        if shared < 0 or (shared > 0) != shared_allowed:
+            continue
+        found += [
+            Shape(num_neurons, shared, count, width, k)
+            for k in range(1, count)
+            if abs(shared + k * width - active * num_neurons) <= 0.01 * num_neurons
+        ]
+    return found
+
+
+@pytest.mark.parametrize("num_neurons", SIZES)
+@pytest.mark.parametrize("active", FRACTIONS)
+@pytest.mark.parametrize("shared_allowed", [True, False])
+def test_what_is_chosen_adds_up(num_neurons, active, shared_allowed):
+    others = [
+        other
+        for count in PREFERRED_EXPERTS
+        for other in possible(num_neurons, count, active, shared_allowed)
+    ]
+    if not others:  # 11,008 = 2^8 x 43: no preferred count divides it to run 70 % unshared
+        refusal(num_neurons, active=active, shared_allowed=shared_allowed)
+        return
+    shape = solve(num_neurons, active=active, shared_allowed=shared_allowed)
+    assert_sound(shape, num_neurons, active, shared_allowed)
+    assert shape.expert_width % 8 == 0
+    assert shape in others
+    if any(other.expert_width % 32 == 0 for other in others):
+        assert shape.expert_width % 32 == 0
+    if any(
+        other.expert_width % 32 == 0 and other.num_experts == 8 and other.experts_per_token >= 2
+        for other in others
+    ):
+        assert (shape.num_experts, shape.experts_per_token >= 2) == (8, True)
+
+
+@pytest.mark.parametrize("num_neurons", [*SIZES, 96, 97])
+@pytest.mark.parametrize("count", [2, 7, 8, 16, 64])
+@pytest.mark.parametrize("shared_allowed", [True, False])
+def test_an_expert_count_is_refused_only_where_no_shape_has_it(num_neurons, count, shared_allowed):
+    for active in FRACTIONS:
+        options = {"active": active, "experts": count, "shared_allowed": shared_allowed}
+        if possible(num_neurons, count, active, shared_allowed):
+            shape = solve(num_neurons, **options)
+            assert_sound(shape, num_neurons, active, shared_allowed)
+            assert shape.num_experts == count
+        else:
+            refusal(num_neurons, **options)
+
+
+@pytest.mark.parametrize("num_neurons", SIZES)
+@pytest.mark.parametrize(("experts", "per_token", "shared"), [(8, 2, 0.3), (16, 4, 1 / 3)])
+def test_explicit_choices_are_honoured(num_neurons, experts, per_token, shared):
+    active = shared + (1 - shared) * per_token / experts
+    shape = solve(
+        num_neurons, active=active, experts=experts, experts_per_token=per_token, shared=shared
+    )
+    assert_sound(shape, num_neurons, active, True)
+    assert (shape.num_experts, shape.experts_per_token) == (experts, per_token)
+    assert abs(shape.num_shared / num_neurons - shared) <= 0.01
+
+
+@pytest.mark.parametrize("num_neurons", SIZES)
+def test_all_experts_active_is_the_dense_layer(num_neurons):
+    shape = solve(num_neurons, active=1, experts=8, experts_per_token=8)
+    assert_sound(shape, num_neurons, 1, True)
+    assert shape.num_active == num_neurons
+
+
+def test_a_small_layer_has_widths_of_any_size():
+    assert {shape.expert_width for shape in legal(96, 8)} == set(range(1, 12))
+    assert {shape.expert_width for shape in legal(256, 8)} == {8, 16, 24}
+    assert {shape.expert_width for shape in legal(256, 8, False)} == {32}
+
+
+def test_alignment_is_the_largest_listed_power_of_two():
+    for width in range(1, 300):
+        powers = [unit for unit in (8, 16, 32, 64, 128) if width % unit == 0]
+        assert alignment(width) == max(powers, default=1)
+
+
+def test_the_static_control_keeps_as_many_neurons_as_run():
+    shape = solve(1536)
+    kept = pruned(shape)
+    assert kept.num_active == kept.num_shared == shape.num_active
+    assert (kept.num_neurons, kept.num_experts) == (1536, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "legal_values"),
+    [
+        ({"active": 0}, "above 0, up to 1"),
+        ({"active": -0.5}, "above 0, up to 1"),
+        ({"active": 1.01}, "above 0, up to 1"),
+        ({"active": float("nan")}, "above 0, up to 1"),
+        ({"shared": 1.0}, "from 0 to below 1"),
+        ({"shared": -0.1}, "from 0 to below 1"),
+        ({"shared": 1.5}, "from 0 to below 1"),
+        ({"experts": 1}, "2 to 1536"),
+        ({"experts": 0}, "2 to 1536"),
+        ({"experts": 1537}, "2 to 1536"),
+        ({"experts_per_token": 0}, "at least 1"),
+        ({"experts": 4, "experts_per_token": 5}, "at most 4"),
+    ],
+)
+def test_what_no_layer_can_have_is_refused(options, legal_values):
+    assert legal_values in refusal(1536, **options)
+
+
+def test_a_count_that_does_not_divide_is_refused_with_counts_that_do():
+    message = refusal(11008, experts=9, shared_allowed=False)
+    named = message.rpartition(":")[2].replace("...", "").split(",")
+    counts = [int(word) for word in named if word.strip()]
+    assert counts
+    for count in counts:
+        assert 11008 % (8 * count) == 0
+        assert legal(11008, count, False)
+
+
+def test_an_active_fraction_out_of_reach_is_refused_with_the_nearest_shapes():
+    message = refusal(1536, active=0.4, experts=8, experts_per_token=2, shared_allowed=False)
+    assert "--active 0.4 with --experts 8, --experts-per-token 2" in message
+    nearest = Shape(1536, 0, 8, 192, 3)
+    assert f"nearest: {nearest}" in message
+    assert "multiples of 32: 192" in message
+
+
+def test_choices_that_contradict_each_other_are_refused():
+    # A quarter shared and half of the rest active is 62.5 %, not 30 %.
+    message = refusal(1536, active=0.3, experts=8, experts_per_token=4, shared=0.25)
+    assert "--shared 0.25" in message and "nearest: " in message
+
+
+def test_every_refusal_names_what_it_was_given():
+    for active, experts in itertools.product([0.03, 0.11], [2, 3]):
+        message = refusal(96, active=active, experts=experts, shared_allowed=False)
+        assert f"--active {active:g}" in message and f"--experts {experts}" in message
