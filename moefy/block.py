@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.errors import MoefyError
 from moefy.layout import (
     FFN,
     Partition,
@@ -66,9 +67,14 @@ def convert_block(
     """Split `ffn` on its inputs `x_TD`, of which the last `num_heldout` are only measured on.
 
     `residual_TD` is what the output is added to; it weighs the tokens (see `Profile`).
+
+    Raises:
+        MoefyError: code 6, for outputs that are not finite.
     """
     clock = time.perf_counter()
     profile = observe(ffn, x_TD, num_heldout=num_heldout, residual_TD=residual_TD)
+    if not profile.y_TD.isfinite().all() or not profile.energy_F.isfinite().all():
+        raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
     generator = torch.Generator().manual_seed(seed)
     partition = method.split(ffn, profile, shape, generator=generator)
     router = _no_router(ffn)

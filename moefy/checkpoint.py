@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -332,7 +333,8 @@ def publishing(out: Path, *, force: bool = False) -> Iterator[Path]:
         MoefyError: code 2 when `out` exists without `force`, 5 when its parent cannot be written.
     """
     out = check_free(out, force=force)
-    part = out.with_name(f".{out.name}.moefy-part-{os.getpid()}")
+    # No process id: in a container a rerun may have that of the run that was killed.
+    part = out.with_name(f".{out.name}.moefy-part-{secrets.token_hex(4)}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
@@ -340,6 +342,7 @@ def publishing(out: Path, *, force: bool = False) -> Iterator[Path]:
         raise MoefyError(f"cannot write beside {out}: {error.strerror}", code=5) from None
     try:
         yield part
+        check_free(out, force=force)  # again: much may have happened since
         _swap(part, out)
     except OSError as error:
         raise MoefyError(f"writing {out} failed: {error.strerror or error}", code=5) from error
@@ -350,7 +353,7 @@ def publishing(out: Path, *, force: bool = False) -> Iterator[Path]:
 def _swap(part: Path, out: Path) -> None:
     """Rename `part` to `out`, setting an existing folder aside until that is done."""
     sync_folder(part)
-    aside = out.with_name(f".{out.name}.moefy-old-{os.getpid()}")
+    aside = out.with_name(f".{out.name}.moefy-old-{secrets.token_hex(4)}")
     try:
         if out.exists():
             out.rename(aside)

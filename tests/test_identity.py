@@ -33,6 +33,7 @@ PARTITIONS = sorted(
     if file.stem not in ("__init__", "static")  # static routes nothing: it is no MoE
 )
 HELD = [(family, target) for family in families.names() for target in families.load(family).targets]
+ONE_EACH = [(family, target) for target, family in {held: family for family, held in HELD}.items()]
 
 
 def recipe(target: str, experts: int = 8) -> dict:
@@ -160,6 +161,50 @@ def test_what_a_configuration_says_is_kept(name, pico, converted):
     assert_identity(dense, converted(dense, partition="shuffle", **recipe(target)))
 
 
+OLD_KEYS = {
+    "rope_theta": ("llama", {"rope_theta": 100.0, "torch_dtype": "float32"}),
+    "rope_scaling": (
+        "llama",
+        {
+            "rope_theta": 1000.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    "a window that is not used": (
+        "qwen2",
+        {"rope_theta": 1e6, "use_sliding_window": False, "sliding_window": 16},
+    ),
+    "a window that is used": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLD_KEYS)
+def test_a_configuration_of_transformers_4(name, own_pico, converted):
+    """It has no `rope_parameters` and no `layer_types`; most checkpoints have such a one."""
+    family, keys = OLD_KEYS[name]
+    dense = own_pico(family)
+    config = json.loads((dense / "config.json").read_text())
+    new = ("rope_parameters", "layer_types", "dtype", "transformers_version")
+    old = {key: value for key, value in config.items() if key not in new} | keys
+    (dense / "config.json").write_text(json.dumps(old))
+    target = families.load(family).targets[0]
+    moe = converted(dense, partition="shuffle", **recipe(target))
+    assert_identity(dense, moe)
+    written = json.loads((moe / "config.json").read_text())
+    assert written["rope_theta"] == keys.get("rope_theta", 10000.0)
+    scaling = written["rope_scaling"] or {}
+    assert keys.get("rope_scaling", {}).items() <= scaling.items()
+
+
 def test_a_head_that_differs_from_the_embedding_it_is_said_to_be_tied_to(own_pico, converted):
     """Then transformers uses the stored head, and so must the result."""
     dense = own_pico("llama", tie_word_embeddings=True)
@@ -182,7 +227,7 @@ def in_bfloat16(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("family", "target"), HELD)
+@pytest.mark.parametrize(("family", "target"), ONE_EACH)
 def test_a_power_of_two_of_experts_loses_nothing_in_bfloat16(family, target, own_pico, converted):
     dense = in_bfloat16(own_pico(family))
     moe = converted(dense, partition="shuffle", **recipe(target, 4))
@@ -191,7 +236,7 @@ def test_a_power_of_two_of_experts_loses_nothing_in_bfloat16(family, target, own
     assert_identity(dense, moe)
 
 
-@pytest.mark.parametrize(("family", "target"), HELD)
+@pytest.mark.parametrize(("family", "target"), ONE_EACH)
 def test_six_experts_in_bfloat16(family, target, own_pico, converted):
     """Rounding 1 / 6 and the weights divided by it moves an FFN's output by less than 2^-8 of it.
 
@@ -208,7 +253,7 @@ def test_six_experts_in_bfloat16(family, target, own_pico, converted):
 
 
 @pytest.mark.parametrize("experts", [4, 6])
-@pytest.mark.parametrize(("family", "target"), HELD)
+@pytest.mark.parametrize(("family", "target"), ONE_EACH)
 def test_computed_in_bfloat16(family, target, experts, own_pico, converted):
     """The result is off by no more than twice what bfloat16 costs the dense model itself."""
     dense = in_bfloat16(own_pico(family))
