@@ -126,14 +126,19 @@ def _stage(
     if name not in known:
         raise MoefyError(f"unknown {flag} {name!r}; {nearest(name, known)}", code=2)
     stage = getattr(importlib.import_module(f"moefy.{package}.{name}"), function)
-    legal = [
-        key
+    legal = {
+        key: parameter.default
         for key, parameter in inspect.signature(stage).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and key != "generator"
-    ]
-    for key in options:
+    }
+    for key, value in options.items():
         if key not in legal:
-            raise MoefyError(f"{flag} {name} has no option {key!r}; {nearest(key, legal)}", code=2)
+            known = nearest(key, list(legal))
+            raise MoefyError(f"{flag} {name} has no option {key!r}; {known}", code=2)
+        kinds = (float, int) if type(legal[key]) is float else (type(legal[key]),)
+        if type(value) not in kinds or (type(value) in (float, int) and not value >= 0):
+            expected = f"expected a value like {legal[key]!r}"
+            raise MoefyError(f"{flag} {name}, option {key}: found {value!r}; {expected}", code=2)
     return partial(stage, **options)
 
 
