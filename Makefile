@@ -14,7 +14,7 @@ help: ## list the targets (the default)
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
 
 demo: $(DEMO_MODEL) ## convert a real 135M model on the CPU and print the report
-	$(BIN)/moefy convert demo build/demo --tokens 8192 --sequence-length 256 --force --device cpu
+	$(BIN)/moefy convert demo build/demo --tokens 6144 --sequence-length 256 --force --device cpu
 	$(BIN)/moefy report build/demo --tokens 2048
 
 test: $(INSTALLED) ## run the tests

