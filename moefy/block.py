@@ -80,7 +80,9 @@ def convert_block(
     router = _no_router(ffn)
     if method.fit is not None:
         router = method.fit(ffn, profile, partition, shape, generator=generator)
-        router = Router(router.weight_ED.to(dtype).float(), router.oracle)
+        # Where all experts run there is nothing to choose, and zero rows make every gate one.
+        choice = 1.0 if shape.experts_per_token < shape.num_experts else 0.0
+        router = Router((router.weight_ED * choice).to(dtype).float(), router.oracle)
     k = shape.experts_per_token if method.fit is not None else 0
     fitted = refit(ffn, profile, partition, router, k, enabled=method.refit)
     kept = FFN(ffn.gate_FD, ffn.up_FD, fitted.down_DF.to(dtype).float(), ffn.activation)

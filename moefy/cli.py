@@ -24,6 +24,8 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")]
 
+NO_MEMORY = "out of memory; lower --tokens or --sequence-length"
+
 
 def main() -> NoReturn:
     """Run the command line; a `MoefyError` becomes one line and its exit code."""
@@ -36,15 +38,20 @@ def main() -> NoReturn:
         code = _fail(str(error), error.code)
     except KeyboardInterrupt:
         code = _fail("interrupted; nothing was written", 130)
+    except typer.Exit as stop:
+        code = stop.exit_code
     except MemoryError:
-        code = _fail("out of memory; lower --tokens or --sequence-length", 5)
+        code = _fail(NO_MEMORY, 5)
     except BrokenPipeError:
         sys.stderr.close()
         code = 141
+    except RuntimeError as error:
+        # torch has no exception of its own for a machine's memory that is used up.
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        code = _fail(NO_MEMORY, 5)
     except OSError as error:
         code = _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 5)
-    except typer.Exit as stop:
-        code = stop.exit_code
     except Exception as error:
         # Typer's own complaints about flags carry a message and an exit code; nothing else does.
         if not hasattr(error, "format_message"):
@@ -68,7 +75,8 @@ def convert(
     model: Annotated[str | None, typer.Argument(help="Folder, hub id, or `demo`.")] = None,
     out: Annotated[Path | None, typer.Argument(help="Folder to write.")] = None,
     active: Annotated[
-        float | None, typer.Option(help="FFN neurons active per token, as a fraction. [0.5]")
+        float | None,
+        typer.Option(help="FFN neurons active per token, as a fraction. (default: 0.5)"),
     ] = None,
     experts: Annotated[
         int | None, typer.Option(help="Routed experts per layer. (default: 8)")

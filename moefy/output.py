@@ -14,7 +14,7 @@ from moefy.checkpoint import CODES, DTYPES, ShardWriter, Slot, write_json
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
 from moefy.layout import FFN, Partition
-from moefy.validate import scan_finite
+from moefy.validate import regular_file, scan_finite
 
 
 def slots(job: Job) -> dict[str, Slot]:
@@ -146,8 +146,8 @@ def write_folder(job: Job, part: Path) -> None:
     folder = job.checkpoint.folder
     named = [file for file in folder.iterdir() if file.name.startswith(KEEP)]
     for file in sorted([*named, *folder.glob("additional_chat_templates/*.jinja")]):
-        if file.is_file() and file.suffix != ".py":
+        if file.suffix != ".py":
             place = part / file.relative_to(folder)
             place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, place)
+            shutil.copyfile(regular_file(folder, str(file.relative_to(folder))), place)
     write_json(part / "config.json", config)

@@ -57,7 +57,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         MoefyError: code 3 when the files are damaged, incomplete, contradict each other or lie
             outside the folder; code 4 when they are whole but of a kind that moefy cannot convert.
     """
-    path = _file(folder, CONFIG)
+    path = regular_file(folder, CONFIG)
     config = _read_json(path, MAX_CONFIG)
     if reason := _unsupported(path, config):
         raise MoefyError(f"{path} cannot be converted: {reason}", code=4)
@@ -92,7 +92,7 @@ def _depth(value: object) -> int:
     return 1 + max(map(_depth, items), default=0)
 
 
-def _file(folder: Path, name: str) -> Path:
+def regular_file(folder: Path, name: str) -> Path:
     """The path of a regular file in `folder`, or of a link from there into its hub cache."""
     path, home = folder / name, folder.resolve()
     try:
@@ -100,7 +100,7 @@ def _file(folder: Path, name: str) -> Path:
     except OSError as error:
         raise _damaged(f"{path} cannot be found: {error.strerror}") from None
     # Asked before it is opened, for opening a pipe or a device may never return.
-    if not real.is_file() or not os.access(real, os.R_OK):
+    if not real.isregular_file() or not os.access(real, os.R_OK):
         raise _damaged(f"{path} is not a regular file that can be read")
     roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(real.is_relative_to(root) for root in roots):
@@ -157,14 +157,14 @@ def _entries(folder: Path) -> dict[str, Entry]:
     if len(found) == 2:
         raise MoefyError(f"{folder} holds {SINGLE} and {INDEX}: ambiguous; remove the stale one")
     if found == [SINGLE]:
-        return read_header(_file(folder, SINGLE))
-    index = _weight_map(_file(folder, INDEX))
+        return read_header(regular_file(folder, SINGLE))
+    index = _weight_map(regular_file(folder, INDEX))
     shards = sorted(set(index.values()))
     if missing := [name for name in shards if not os.path.lexists(folder / name)]:
         raise _damaged(f"{folder} lacks {_some(missing, 200)}")
     entries: dict[str, Entry] = {}
     for shard in shards:
-        header = read_header(_file(folder, shard))
+        header = read_header(regular_file(folder, shard))
         if twice := sorted(header.keys() & entries.keys()):
             raise _damaged(f"{folder / shard} and another shard both hold {_some(twice)}")
         entries |= header
@@ -261,9 +261,11 @@ def _implied(checkpoint: Checkpoint) -> tuple[Shapes, bool]:
 
 def scan_finite(name: str, tensor: Tensor, *, ffn: bool = False) -> None:
     """Refuse, with code 3, NaN and infinity, and with `ffn` a matrix of nothing but zeros."""
-    if bad := tensor.numel() - int(torch.isfinite(tensor).sum()):
+    # In pieces: what is compared on the way is several times the size of the tensor.
+    pieces = tensor.reshape(-1).split(1 << 22)
+    if bad := tensor.numel() - sum(int(torch.isfinite(piece).sum()) for piece in pieces):
         raise _damaged(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite")
-    if ffn and not tensor.any():
+    if ffn and not any(piece.any() for piece in pieces):
         raise _damaged(f"tensor {name} is all zeros")
 
 
