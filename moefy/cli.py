@@ -31,7 +31,7 @@ def main() -> NoReturn:
     """Run the command line; a `MoefyError` becomes one line and its exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="moefy", standalone_mode=False)
         if code == 130:  # so typer tells of an interrupt
             raise KeyboardInterrupt
     except MoefyError as error:

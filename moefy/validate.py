@@ -100,7 +100,7 @@ def regular_file(folder: Path, name: str) -> Path:
     except OSError as error:
         raise _damaged(f"{path} cannot be found: {error.strerror}") from None
     # Asked before it is opened, for opening a pipe or a device may never return.
-    if not real.isregular_file() or not os.access(real, os.R_OK):
+    if not real.is_file() or not os.access(real, os.R_OK):
         raise _damaged(f"{path} is not a regular file that can be read")
     roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(real.is_relative_to(root) for root in roots):
