@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import os
 import platform
 import resource
 import shutil
@@ -95,7 +96,11 @@ def _check_places(job: Job, out: Path) -> None:
 
 
 def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
-    """The calibration tokens, from text or from the model itself."""
+    """The calibration tokens, from text or from the model itself.
+
+    Raises:
+        MoefyError: code 5 where the model must write but does not fit in memory whole.
+    """
     from transformers import AutoModelForCausalLM
 
     recipe, folder = job.recipe, job.checkpoint.folder
@@ -105,6 +110,14 @@ def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
     if recipe.calibration != "self":
         return data.load(
             tokenizer, recipe.calibration, text_field=recipe.text_field, vocab_size=size, **shape
+        )
+    weights = sum(entry.stop - entry.start for entry in job.checkpoint.entries.values())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if weights > 0.8 * memory:
+        raise MoefyError(
+            f"to write its own calibration text the model must be in memory whole: "
+            f"{weights / 1e9:.1f} GB of {memory / 1e9:.1f} GB; give a text as --calibration",
+            code=5,
         )
     ffn = {name for layer in range(job.num_layers) for name in job.family.ffn_names(layer)}
     for name in job.checkpoint.entries:  # found here, for what NaN would make it write is no text
