@@ -80,8 +80,11 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     checkpoint = open_checkpoint(resolve(recipe.model, revision=recipe.revision))
     family = families.load(str(checkpoint.config["model_type"]))
     target = _target(recipe, family)
-    layers = chosen_layers(recipe.layers, int(checkpoint.config["num_hidden_layers"]))  # pyright: ignore
-    neurons = int(checkpoint.config["intermediate_size"])  # pyright: ignore
+    num_layers, neurons = (
+        int(checkpoint.config[key])  # pyright: ignore[reportArgumentType]
+        for key in ("num_hidden_layers", "intermediate_size")
+    )
+    layers = chosen_layers(recipe.layers, num_layers)
     shape = solve(
         neurons,
         active=recipe.active,
@@ -90,7 +93,7 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
         shared=recipe.shared,
         shared_allowed=target.has_shared,
     )
-    if method.fit is None and len(layers) < int(checkpoint.config["num_hidden_layers"]):  # pyright: ignore
+    if method.fit is None and len(layers) < num_layers:
         raise MoefyError(
             f"--layers {recipe.layers} with --partition static: a dense class has one FFN width; "
             "convert all layers",
