@@ -3,7 +3,7 @@
     python benchmarks/quality.py MODEL --calibration FILE --text FILE --text FILE --out DIR
 
 Every finished (active, seed, method) is one line of DIR/quality.jsonl; a second run continues.
-Models are evaluated in float32 with matrix products rounded to bfloat16, dense ones alike.
+Models are evaluated in the dtype they are stored in, dense ones alike.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ def main(
     table: bool = False,
 ) -> None:
     """Fill in what is missing in the table, then print it (`--table`: only print it)."""
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     out.mkdir(parents=True, exist_ok=True)
     log = out / "quality.jsonl"
     wanted = [
@@ -66,14 +65,12 @@ def measure(recipe: Recipe, method: str, texts: list[Path], out: Path, num_token
     ours = prepare(recipe)
     chosen = recipe if method == "ours" else controls(recipe)[method]
     job = dataclasses.replace(prepare(chosen, control=True), shape=ours.shape)
-    torch.backends.mkldnn.matmul.fp32_precision = "none"
     start = time.perf_counter()
     folder = out / f"{recipe.active}-{recipe.seed}-{method.replace(' ', '_').replace(',', '')}"
     summary = convert(job, folder, tokens=calibration_tokens(ours, lambda *_: None), force=True)
     seconds = time.perf_counter() - start
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     tokenizer = data.load_tokenizer(ours.checkpoint.folder)
-    models = {method: load_model(folder, torch.float32)}
+    models = {method: load_model(folder)}
     scores = {}
     for path in texts:
         windows = data.text_windows(tokenizer, path, num_tokens=num_tokens, length=1024)
@@ -105,7 +102,7 @@ def measure(recipe: Recipe, method: str, texts: list[Path], out: Path, num_token
 @functools.cache
 def dense_model(folder: Path):
     """The dense model, kept for its head."""
-    return load_model(folder, torch.float32)
+    return load_model(folder)
 
 
 def remembered(folder: Path, file: Path, windows: list[torch.Tensor]):
