@@ -9,7 +9,6 @@ Models are evaluated in the dtype they are stored in, dense ones alike.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
 import statistics
@@ -74,7 +73,7 @@ def measure(recipe: Recipe, method: str, texts: list[Path], out: Path, num_token
     scores = {}
     for path in texts:
         windows = data.text_windows(tokenizer, path, num_tokens=num_tokens, length=1024)
-        kept = out / f"dense-{path.stem}-{num_tokens}.pt"
+        kept = out / f"dense-logits-{path.stem}-{num_tokens}.pt"
         found = compare(remembered(ours.checkpoint.folder, kept, windows), models, windows)
         score, base = found[method], found["dense"]
         scores[path.stem] = {
@@ -99,27 +98,20 @@ def measure(recipe: Recipe, method: str, texts: list[Path], out: Path, num_token
     }
 
 
-@functools.cache
-def dense_model(folder: Path):
-    """The dense model, kept for its head."""
-    return load_model(folder)
-
-
 def remembered(folder: Path, file: Path, windows: list[torch.Tensor]):
     """A function from a window to the dense model's log-probabilities on it.
 
-    The dense model's last hidden states are kept in `file`, so that only its head runs again.
+    The dense model's logits are kept in `file`, in the dtype it computes them in.
     """
-    dense = dense_model(folder)
     if not file.exists():
+        dense = load_model(folder)
         with torch.inference_mode():
-            states = [dense.model(w[None], use_cache=False).last_hidden_state[0] for w in windows]
-        torch.save(states, file)
-    states = dict(zip(map(id, windows), torch.load(file), strict=True))
+            kept = [dense(w[None], use_cache=False).logits[0, :-1].clone() for w in windows]
+        torch.save(kept, file)
+    logits = dict(zip(map(id, windows), torch.load(file, mmap=True), strict=True))
 
     def log_probabilities(ids_T: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return dense.lm_head(states[id(ids_T)][:-1]).float().log_softmax(-1)
+        return logits[id(ids_T)].float().log_softmax(-1)
 
     return log_probabilities
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,16 +64,18 @@ def convert_block(
     *,
     dtype: torch.dtype,
     seed: int,
+    join: Callable[[Tensor], Tensor] | None = None,
 ) -> Block:
     """Split `ffn` on its inputs `x_TD`, of which the last `num_heldout` are only measured on.
 
-    `residual_TD` is what the output is added to; it weighs the tokens (see `Profile`).
+    `residual_TD` is what the output is added to, having gone through `join`; it weighs the tokens
+    (see `Profile`).
 
     Raises:
         MoefyError: code 6, for outputs that are not finite.
     """
     clock = time.perf_counter()
-    profile = observe(ffn, x_TD, num_heldout=num_heldout, residual_TD=residual_TD)
+    profile = observe(ffn, x_TD, num_heldout=num_heldout, residual_TD=residual_TD, join=join)
     if not profile.y_TD.isfinite().all() or not profile.energy_F.isfinite().all():
         raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +88,7 @@ def convert_block(
         router = Router((router.weight_ED * choice).to(dtype).float(), router.oracle)
     k = shape.experts_per_token if method.fit is not None else 0
     fitted = refit(ffn, profile, partition, router, k, enabled=method.refit)
-    kept = FFN(ffn.gate_FD, ffn.up_FD, fitted.down_DF.to(dtype).float(), ffn.activation)
+    kept = dataclasses.replace(ffn, down_DF=fitted.down_DF.to(dtype).float())
     y_TD = torch.cat(
         [
             h_TF.mul(_active(ffn, partition, router, k, x, h_TF)) @ kept.down_DF.T
@@ -160,4 +163,4 @@ def _active(
 
 
 def _no_router(ffn: FFN) -> Router:
-    return Router(ffn.gate_FD.new_zeros(0, ffn.gate_FD.shape[1]))
+    return Router(ffn.up_FD.new_zeros(0, ffn.hidden_size))

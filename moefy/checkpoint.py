@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
+from moefy.headers import Entry as Entry
+from moefy.headers import read_header as read_header
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,24 +43,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000
 BLOCK = 1 << 24
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies: its file, dtype code, shape, and byte range in the file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def num_elements(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -97,61 +82,6 @@ class Checkpoint:
                 file.readinto(view[place * size : (place + 1) * size])
         table = data.view(DTYPES[entry.dtype]).view(-1, width).float()
         return table[inverse]
-
-
-def read_header(path: Path) -> dict[str, Entry]:
-    """Entries of one safetensors file, checked against the file's size.
-
-    Raises:
-        MoefyError: code 3, when the header is not one, or does not describe the file exactly.
-    """
-
-    def broken(found: str) -> MoefyError:
-        return MoefyError(f"{path} is not a whole safetensors file: {found}; fetch the file again")
-
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        if len(head) < 8:
-            raise broken(f"it has {size} bytes, a header needs at least 8")
-        (length,) = struct.unpack("<Q", head)
-        if length > min(MAX_HEADER, size - 8):
-            raise broken(f"its header claims {length} bytes of {size}")
-        text = file.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=distinct_keys)
-        header.pop("__metadata__", None)
-        entries = {name: _entry(path, name, spec, 8 + length) for name, spec in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise broken(f"its header cannot be read ({error})") from None
-    end = 8 + length
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != end:
-            raise broken(f"tensor {name} starts at byte {entry.start}, expected {end}")
-        end = entry.stop
-    if end != size:
-        raise broken(f"its tensors end at byte {end}, the file at byte {size}")
-    return entries
-
-
-def _entry(path: Path, name: str, spec: dict, offset: int) -> Entry:
-    start, stop = spec["data_offsets"]
-    shape = tuple(spec["shape"])
-    if spec["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name} has dtype {spec['dtype']}")
-    if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
-        raise ValueError(f"tensor {name} has a size that is no whole number")
-    if stop - start != math.prod(shape) * DTYPES[spec["dtype"]].itemsize:
-        raise ValueError(f"tensor {name} of shape {list(shape)} holds {stop - start} bytes")
-    return Entry(path, spec["dtype"], shape, offset + start, offset + stop)
-
-
-def distinct_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An `object_pairs_hook` for JSON that refuses a key standing twice, with a ValueError."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice")
-    return found
 
 
 @dataclass(frozen=True)

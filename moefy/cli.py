@@ -100,6 +100,9 @@ def convert(
     target: Annotated[
         str | None, typer.Option(help="Stock class to write, or `auto`. (default: auto)")
     ] = None,
+    engines: Annotated[
+        str | None, typer.Option(help="Engines that must run it, e.g. `llama.cpp,vllm`.")
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(help="Text file, folder, JSONL, data set id, or `self`. (default: self)"),
@@ -194,18 +197,25 @@ def report(
 
 
 @app.command()
-def families() -> None:
-    """List the dense families that can be converted, and the stock classes that hold them."""
-    from moefy import families as known
-    from moefy import targets
+def inspect(
+    path: Annotated[str, typer.Argument(help="Folder, hub id in the cache, or `demo`.")],
+    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what the checkpoint PATH is, what can become of it, and which engines run it."""
+    from moefy.describe import describe
     from moefy.report import terminal
 
-    rows = []
-    for name in known.names():
-        held = known.load(name).targets
-        target = targets.load(held[0])
-        rows.append((name, ", ".join(held), "yes" if target.has_shared else "no"))
-    terminal.show_table(("family", "targets", "shared experts"), rows)
+    _print(describe(path, revision=revision), terminal.show_inspection, as_json, quiet=False)
+
+
+@app.command()
+def families(as_json: Json = False) -> None:
+    """List the dense families that can be converted, and the stock classes that hold them."""
+    from moefy.describe.catalogue import catalogue
+    from moefy.report import terminal
+
+    _print(catalogue(), terminal.show_catalogue, as_json, quiet=False)
 
 
 def _print(

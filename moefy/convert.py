@@ -71,7 +71,13 @@ def convert(
             writer.finish()
             output.write_folder(job, part)
         with _timed(seconds, "reopen"):
-            checked = reopen(part, tokens.ids_BT[-1], ends, prepare=lambda m: attach(m, norms))
+            checked = reopen(
+                part,
+                tokens.ids_BT[-1],
+                ends,
+                layer=job.target.prefix + job.family.layer,
+                prepare=lambda model: attach(model, norms),
+            )
         summary = _summary(job, tokens, figures, checked, seconds, started)
         extra = {"ids": tokens.ids_BT.int(), **{f"norm.{n}": norm for n, norm in norms.items()}}
         _write_report(job, part, summary, extra)
@@ -132,29 +138,38 @@ def _walk(
 ) -> Iterator[tuple[int, Block | None]]:
     """Yield each layer's converted block (None where dense), having moved the states past it."""
     config = walk.model_config(job.checkpoint)
+    activation = getattr(config, job.family.activation, "silu")
     heldout = num_heldout * states_BTD.shape[1]
     for layer in range(job.num_layers):
         watch(f"layer {layer}: attention", layer, job.num_layers)
-        ffn = walk.read_ffn(job.checkpoint, job.family, layer, config.hidden_act, job.device)
-        for name, weight in zip(
-            job.family.ffn_names(layer), (ffn.gate_FD, ffn.up_FD, ffn.down_DF), strict=True
-        ):
-            scan_finite(name, weight, ffn=True)
-        x_TD = walk.tap(job.checkpoint, job.family, config, layer, states_BTD)
+        ffn = walk.read_ffn(job.checkpoint, job.family, layer, activation, job.device)
+        stored = job.family.write(ffn)
+        for name, weight in zip(job.family.ffn_names(layer), stored, strict=True):
+            scan_finite(name, weight, ffn=weight.ndim > 1)
+        x_TD, join = walk.tap(job.checkpoint, job.family, config, layer, states_BTD)
         _check_states(x_TD, layer)
         flat_TD = states_BTD.view(x_TD.shape)
         if layer not in job.layers:
             for first in range(0, len(x_TD), 2048):
                 part = slice(first, first + 2048)
-                flat_TD[part] += ffn.activations(x_TD[part]) @ ffn.down_DF.T
+                y_TD = ffn.activations(x_TD[part]) @ ffn.down_DF.T
+                flat_TD[part] += join(y_TD) if join else y_TD
             yield layer, None
             continue
         watch(f"layer {layer}: split and route", layer, job.num_layers)
         seed = job.recipe.seed * 1_000_003 + layer
         block = convert_block(
-            ffn, x_TD, flat_TD, heldout, job.shape, job.method, dtype=job.dtype, seed=seed
+            ffn,
+            x_TD,
+            flat_TD,
+            heldout,
+            job.shape,
+            job.method,
+            dtype=job.dtype,
+            seed=seed,
+            join=join,
         )
-        flat_TD += block.y_TD
+        flat_TD += join(block.y_TD) if join else block.y_TD
         yield layer, block
 
 
@@ -187,6 +202,7 @@ def _summary(
         "hub_id": None if local else job.recipe.model,
         "family": job.family.model_type,
         "target": job.target.model_type,
+        "target_reason": job.reason,
         "engines": list(job.target.engines),
         "shape": {**dataclasses.asdict(job.shape), "active_fraction": job.shape.active_fraction},
         "parameters_dense": sum(entry.num_elements for entry in entries.values()),

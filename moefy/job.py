@@ -21,8 +21,26 @@ from moefy.layout import Shape
 from moefy.recipe import Recipe, chosen_layers, nearest
 from moefy.shape import pruned, solve
 from moefy.source import resolve
-from moefy.targets.target import Target
-from moefy.validate import check_target, check_tensors, open_checkpoint
+from moefy.targets.dense import narrower
+from moefy.targets.target import Dense, Target
+from moefy.validate import check_tensors, open_checkpoint
+from moefy.walk import model_config
+
+ENGINES = {
+    "transformers": "transformers",
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "llama.cpp": "llama.cpp",
+    "mlx": "MLX",
+    "ollama": "Ollama",
+}
+"""What `--engines` takes, and the names in full."""
+
+OWN = "moefy"
+"""The class of moefy's own, which is written only if asked for."""
+
+NO_SHAPE = Shape(1, 1, 1, 1, 1)
+"""For the question which engines run a model, before it has a shape."""
 
 Watch = Callable[[str, int, int], None]
 """Called with the name of a stage, how much of it is done, and how much there is."""
@@ -35,7 +53,10 @@ class Job:
     recipe: Recipe
     checkpoint: Checkpoint
     family: Family
+    dense: Dense
     target: Target
+    reason: str
+    """Why this target."""
     shape: Shape
     layers: list[int]
     method: Method
@@ -55,7 +76,7 @@ class Job:
         """Of the FFN and router tensors that are written."""
         if self.recipe.dtype != "as-stored":
             return getattr(torch, self.recipe.dtype)
-        return DTYPES[self.checkpoint.entries[self.family.ffn_names(self.layers[0])[2]].dtype]
+        return DTYPES[self.checkpoint.entries[self.family.ffn_names(self.layers[0])[-1]].dtype]
 
     @property
     def device(self) -> torch.device:
@@ -79,19 +100,21 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     _check_device(recipe.device)
     checkpoint = open_checkpoint(resolve(recipe.model, revision=recipe.revision))
     family = families.load(str(checkpoint.config["model_type"]))
-    target = _target(recipe, family)
-    num_layers, neurons = (
-        int(checkpoint.config[key])  # pyright: ignore[reportArgumentType]
-        for key in ("num_hidden_layers", "intermediate_size")
-    )
+    notes = check_tensors(checkpoint, family)
+    num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
     layers = chosen_layers(recipe.layers, num_layers)
+    dense = describe(checkpoint, family, layers)
+    if method.fit is None:
+        target, reason = narrower(family), "the dense class itself, for it routes nothing"
+    else:
+        target, reason = choose_target(recipe, family, dense)
     shape = solve(
-        neurons,
+        family.num_neurons(checkpoint.config),
         active=recipe.active,
         experts=recipe.experts,
         experts_per_token=recipe.experts_per_token,
         shared=recipe.shared,
-        shared_allowed=target.has_shared,
+        fits=target.fits if method.fit else None,
     )
     if method.fit is None and len(layers) < num_layers:
         raise MoefyError(
@@ -101,10 +124,91 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
         )
     if method.fit is None:
         shape = pruned(shape)
-    notes = [*check_tensors(checkpoint, family)]
-    if method.fit is not None:
-        notes += check_target(checkpoint.config, target, shape, len(layers))
-    return Job(recipe, checkpoint, family, target, shape, layers, method, tuple(notes))
+    else:
+        notes += serving_notes(target, dense, shape)
+    return Job(
+        recipe, checkpoint, family, dense, target, reason, shape, layers, method, tuple(notes)
+    )
+
+
+def describe(checkpoint: Checkpoint, family: Family, layers: list[int]) -> Dense:
+    """The dense model as targets see it, `layers` of which are to be converted."""
+    own = family.sized(model_config(checkpoint).to_dict())
+    config = family.canonical(own)
+    first = family.layer.format(layer=0)
+    biases = {part for part in "qkvo" if f"{first}self_attn.{part}_proj.bias" in checkpoint.entries}
+    left = tuple(n for n in range(int(config["num_hidden_layers"])) if n not in layers)
+    return Dense(
+        family, config, own, frozenset(biases), family.head not in checkpoint.entries, left
+    )
+
+
+def choose_target(recipe: Recipe, family: Family, dense: Dense) -> tuple[Target, str]:
+    """The class to write, and why: the one that was asked for, or the family's first that can
+    hold the model and that all `--engines` run.
+
+    Raises:
+        MoefyError: code 2 for names that are not known, 4 where no class will do.
+    """
+    if recipe.target != "auto" and recipe.target not in targets.names():
+        raise MoefyError(
+            f"unknown --target {recipe.target!r}; {nearest(recipe.target, targets.names())}", code=2
+        )
+    own = f"{OWN}, which runs in transformers only"
+    if recipe.target not in ("auto", OWN, *family.targets):
+        raise MoefyError(
+            f"--target {recipe.target} cannot hold {family.model_type} exactly; "
+            f"expected one of {', '.join([*family.targets, own])}",
+            code=4,
+        )
+    if recipe.target == "auto" and not family.targets:
+        raise MoefyError(
+            f"no stock MoE class holds {family.model_type} exactly: none has {family.unheld}; "
+            f"ask for --target {own}, if that will do",
+            code=4,
+        )
+    wanted = [name.strip() for name in recipe.engines.split(",") if name.strip()]
+    for name in wanted:
+        if name not in ENGINES:
+            raise MoefyError(f"unknown --engines {name!r}; {nearest(name, [*ENGINES])}", code=2)
+    candidates = family.targets if recipe.target == "auto" else (recipe.target,)
+    against: list[str] = []
+    for name in candidates:
+        target = targets.load(name, family)
+        if reason := target.cannot(dense):
+            against.append(f"{name}: {reason}")
+            continue
+        missing = [ENGINES[engine] for engine in wanted if ENGINES[engine] not in target.engines]
+        balks = target.balks(dense, NO_SHAPE)
+        balking = [f"{ENGINES[e]} {balks[ENGINES[e]]}" for e in wanted if ENGINES[e] in balks]
+        if missing:
+            against.append(f"{name}: not in {', '.join(missing)}")
+        elif balking:
+            against.append(f"{name}: {'; '.join(balking)}")
+        elif recipe.target != "auto":
+            return target, "asked for"
+        else:
+            after = f"; not {'; not '.join(against)}" if against else ""
+            return target, f"the first choice for {family.model_type}{after}"
+    raise MoefyError(
+        f"no class holds this {family.model_type} model"
+        + (f" for {', '.join(wanted)}" if wanted else "")
+        + f": {'; '.join(against)}",
+        code=4,
+    )
+
+
+def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:
+    """What engines will not do with the result."""
+    reasons: dict[str, list[str]] = {}
+    for engine, reason in target.balks(dense, shape).items():
+        if engine in target.engines:
+            reasons.setdefault(reason, []).append(engine)
+    notes = [f"{', '.join(engines)}: {reason}" for reason, engines in reasons.items()]
+    if shape.expert_width % 128:
+        found = f"expert width {shape.expert_width}, no multiple of 128"
+        notes.append(f"fused kernels of vLLM and SGLang may refuse {found}, or be slow")
+    return notes
 
 
 def _method(recipe: Recipe, control: bool) -> Method:
@@ -153,21 +257,3 @@ def _check_device(name: str) -> None:
         raise MoefyError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:1", code=2)
     if int(number or 0) >= (count := torch.cuda.device_count()):
         raise MoefyError(f"--device {name}: {count} CUDA devices found; expected more", code=5)
-
-
-def _target(recipe: Recipe, family: Family) -> Target:
-    if recipe.partition == "static":
-        return targets.load("dense")
-    if recipe.target == "auto":
-        return targets.load(family.targets[0])
-    if recipe.target not in targets.names():
-        raise MoefyError(
-            f"unknown --target {recipe.target!r}; {nearest(recipe.target, targets.names())}", code=2
-        )
-    if recipe.target not in family.targets:
-        raise MoefyError(
-            f"--target {recipe.target} cannot hold {family.model_type} exactly; "
-            f"expected one of {', '.join(family.targets)}",
-            code=4,
-        )
-    return targets.load(recipe.target)

@@ -7,7 +7,7 @@ experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ ACTIVATIONS = {
     "swish": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
     "relu": torch.nn.functional.relu,
+    "gelu_new": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
 }
 """Names of `hidden_act` that the walk can compute."""
@@ -53,17 +55,26 @@ class Shape:
 
 @dataclass(frozen=True)
 class FFN:
-    """One gated dense FFN: y = down(act(gate x) * (up x)), in float32."""
+    """One dense FFN, y = down(act(gate x) * (up x)), or without a gate y = down(act(up x + bias)).
 
-    gate_FD: Tensor
+    A bias behind `down` is no part of it: all tokens get it, whichever neurons run.
+    """
+
+    gate_FD: Tensor | None
     up_FD: Tensor
     down_DF: Tensor
     activation: str = "silu"
+    bias_F: Tensor | None = None
 
     @property
     def num_neurons(self) -> int:
         """F."""
-        return self.gate_FD.shape[0]
+        return self.up_FD.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.up_FD.shape[1]
 
     @property
     def down_norm_sq_F(self) -> Tensor:
@@ -72,7 +83,35 @@ class FFN:
 
     def activations(self, x_TD: Tensor) -> Tensor:
         """What every neuron answers to `x_TD`: act(gate x) * (up x), shape (T, F)."""
-        return ACTIVATIONS[self.activation](x_TD @ self.gate_FD.T).mul_(x_TD @ self.up_FD.T)
+        act = ACTIVATIONS[self.activation]
+        if self.gate_FD is not None:
+            return act(x_TD @ self.gate_FD.T).mul_(x_TD @ self.up_FD.T)
+        h_TF = x_TD @ self.up_FD.T
+        return act(h_TF if self.bias_F is None else h_TF.add_(self.bias_F))
+
+    def some(self, neurons: Tensor, dtype: torch.dtype | None = None, scale: float = 1.0) -> FFN:
+        """The FFN of some of the neurons, in that order; `down_DF` times `scale`, then cast."""
+        dtype = dtype or self.up_FD.dtype
+        down_DF = self.down_DF[:, neurons]
+        return FFN(
+            None if self.gate_FD is None else self.gate_FD[neurons].to(dtype),
+            self.up_FD[neurons].to(dtype),
+            (down_DF if scale == 1.0 else down_DF * scale).to(dtype),
+            self.activation,
+            None if self.bias_F is None else self.bias_F[neurons].to(dtype),
+        )
+
+
+def empty_ffn(neurons: int, hidden: int, *, gated: bool = True) -> FFN:
+    """An FFN of shapes alone, its tensors on no device."""
+    with torch.device("meta"):
+        matrix_FD = torch.empty(neurons, hidden)
+        return FFN(
+            matrix_FD if gated else None,
+            matrix_FD,
+            torch.empty(hidden, neurons),
+            bias_F=None if gated else torch.empty(neurons),
+        )
 
 
 @dataclass(frozen=True)
@@ -135,11 +174,13 @@ def observe(
     *,
     num_heldout: int,
     residual_TD: Tensor | None = None,
+    join: Callable[[Tensor], Tensor] | None = None,
     cache_bytes: int = 1 << 30,
 ) -> Profile:
     """Profile `ffn` on the inputs `x_TD`, of which the last `num_heldout` are held out.
 
-    `residual_TD` is what the output is added to; without it all tokens weigh the same.
+    `residual_TD` is what the output is added to, having gone through `join` where a layer does more
+    than add; without it all tokens weigh the same.
     """
     keep = x_TD.shape[0] * ffn.num_neurons * 4 <= cache_bytes
     kept, outputs, scales = [], [], []
@@ -150,8 +191,11 @@ def observe(
         y_TD = h_TF @ ffn.down_DF.T
         scale_T = torch.ones_like(y_TD[:, 0])
         if residual_TD is not None:
-            leaving_T = (residual_TD[first : first + CHUNK] + y_TD).norm(dim=1)
+            added_TD = join(y_TD) if join else y_TD
+            leaving_T = (residual_TD[first : first + CHUNK] + added_TD).norm(dim=1)
             scale_T = leaving_T.clamp_min(1e-6).reciprocal_()
+            if join:  # an error in the output arrives as much larger as the output itself does
+                scale_T *= added_TD.norm(dim=1) / y_TD.norm(dim=1).clamp_min(1e-12)
         h_TF.mul_(scale_T[:, None])
         total_F += h_TF[: max(num_fit - first, 0)].square().sum(0)
         outputs.append(y_TD.mul_(scale_T[:, None]))

@@ -4,44 +4,49 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from moefy import walk
 from moefy.block import Block
 from moefy.checkpoint import CODES, DTYPES, ShardWriter, Slot, write_json
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
-from moefy.layout import FFN, Partition
+from moefy.layout import Partition, empty_ffn
+from moefy.targets.target import Dense
 from moefy.validate import regular_file, scan_finite
 
 
 def slots(job: Job) -> dict[str, Slot]:
     """Every tensor of the output, in an order that does not depend on the input's shards."""
+    found = _slots(job)
+    found.update({name: slot for name, (slot, _) in _added(job, found).items()})
+    return {job.target.prefix + name: slot for name, slot in found.items()}
+
+
+def _slots(job: Job) -> dict[str, Slot]:
+    """What is made of the dense checkpoint's tensors, under names less the target's prefix."""
     ffn_of = {name: layer for layer in job.layers for name in job.family.ffn_names(layer)}
     block = _block_slots(job)
     found: dict[str, Slot] = {}
     for name, entry in sorted(job.checkpoint.entries.items()):
         layer = ffn_of.get(name)
         if layer is None:
-            found[name] = Slot(_stored(job, entry.dtype), entry.shape)
+            for new, tensor in _rest(job, name, torch.empty(entry.shape, device="meta")).items():
+                found[new] = Slot(_stored(job, entry.dtype), tuple(tensor.shape))
             continue
         prefix = job.family.layer.format(layer=layer)
         found.update({prefix + tail: slot for tail, slot in block.items()})
-    found.update({name: slot for name, (slot, _) in _added(job).items()})
     return found
 
 
 def _block_slots(job: Job) -> dict[str, Slot]:
     """Tensors of one converted FFN, from shapes alone."""
     shape, hidden = job.shape, job.size("hidden_size")
+    ffn = empty_ffn(shape.num_neurons, hidden, gated=job.family.gated)
     with torch.device("meta"):
-        ffn = FFN(
-            torch.empty(shape.num_neurons, hidden),
-            torch.empty(shape.num_neurons, hidden),
-            torch.empty(hidden, shape.num_neurons),
-        )
         static = job.method.fit is None
         partition = Partition(
             torch.empty(shape.num_active if static else shape.num_shared, dtype=torch.long),
@@ -63,45 +68,61 @@ def _stored(job: Job, code: str) -> str:
     return CODES[getattr(torch, job.recipe.dtype)] if cast else code
 
 
-def _added(job: Job) -> dict[str, tuple[Slot, str | None]]:
-    """Tensors the dense checkpoint lacks: (slot, name to copy from; None for zeros)."""
+def _added(job: Job, found: Mapping[str, Slot]) -> dict[str, tuple[Slot, str | None]]:
+    """Tensors that `found` lacks: (slot, name to copy from; None for zeros)."""
     if job.method.fit is None:
         return {}
     added: dict[str, tuple[Slot, str | None]] = {}
     entries, family = job.checkpoint.entries, job.family
-    if family.head not in entries:
+    if job.dense.tied and not job.target.ties:
         # Several engines cannot load these classes with a tied head.
         entry = entries[family.embedding]
         added[family.head] = (Slot(_stored(job, entry.dtype), entry.shape), family.embedding)
-    if job.target.attention_biases:
-        for layer in range(job.num_layers):
-            for part in "qkv":
+    for layer in range(job.num_layers):
+        for part in job.target.biases(job.dense):
+            if part not in job.dense.biases:
                 name = family.layer.format(layer=layer) + f"self_attn.{part}_proj."
-                if name + "bias" not in entries:
-                    weight = entries[name + "weight"]
-                    slot = Slot(_stored(job, weight.dtype), weight.shape[:1])
-                    added[name + "bias"] = (slot, None)
+                weight = found[name + "weight"]
+                slot = Slot(weight.dtype, weight.shape[:1])
+                added[name + "bias"] = (slot, None)
     return added
+
+
+def _rest(job: Job, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What is written for a tensor that is no converted FFN."""
+    if job.target.native:
+        own = {stored: new for new, stored in job.family.renamed.items()}
+        return {own.get(name, name) if job.target.prefix else name: tensor}
+    if job.family.rest is None:
+        return {name: tensor}
+    return job.family.rest(job.checkpoint.config, name, tensor)
 
 
 def copy(job: Job, writer: ShardWriter, watch: Watch) -> None:
     """Write everything that is no converted FFN: byte for byte, unless another dtype is asked."""
     skip = {name for layer in job.layers for name in job.family.ffn_names(layer)}
+    added = _added(job, _slots(job))
     work = {name: name for name in job.checkpoint.entries if name not in skip}
-    added = _added(job)
-    work.update({name: origin for name, (_, origin) in added.items() if origin})
-    for done, (name, origin) in enumerate(work.items(), 1):
+    heads = {name: origin for name, (_, origin) in added.items() if origin}
+    for done, (name, origin) in enumerate([*work.items(), *heads.items()], 1):
         entry = job.checkpoint.entries[origin]
         tensor = job.checkpoint.tensor(origin)
         scan_finite(origin, tensor)
-        if _stored(job, entry.dtype) == entry.dtype:
-            writer.copy(name, entry)
-        else:
-            writer.write(name, tensor.to(getattr(torch, job.recipe.dtype)))
-        watch("copy", done, len(work))
+        written = {name: tensor} if name in heads else _rest(job, name, tensor)
+        for new, value in written.items():
+            if value is tensor and _stored(job, entry.dtype) == entry.dtype:
+                writer.copy(job.target.prefix + new, entry)
+            else:
+                writer.write(
+                    job.target.prefix + new,
+                    value.to(DTYPES[_stored(job, entry.dtype)]).contiguous(),
+                )
+        watch("copy", done, len(work) + len(heads))
     for name, (slot, origin) in added.items():
         if origin is None:
-            writer.write(name, torch.zeros(slot.shape, dtype=DTYPES[slot.dtype]))
+            writer.write(
+                job.target.prefix + name, torch.zeros(slot.shape, dtype=DTYPES[slot.dtype])
+            )
 
 
 def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> None:
@@ -110,7 +131,7 @@ def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> None
     Raises:
         MoefyError: code 6, when a rescaled weight is not finite in that dtype.
     """
-    prefix = job.family.layer.format(layer=layer)
+    prefix = job.target.prefix + job.family.layer.format(layer=layer)
     tensors = job.target.tensors(
         block.ffn, block.partition, block.router.weight_ED, job.shape.experts_per_token, job.dtype
     )
@@ -136,11 +157,10 @@ KEEP = (
 
 def write_folder(job: Job, part: Path) -> None:
     """Configuration, tokenizer files byte for byte, and the generation defaults."""
-    dense = walk.model_config(job.checkpoint).to_dict()
+    dense = job.dense
     if job.method.fit is None:
-        dense = dict(job.checkpoint.config)
-    left = [layer for layer in range(job.num_layers) if layer not in job.layers]
-    config = job.target.configure(dense, job.shape, left)
+        dense = Dense(job.family, job.checkpoint.config)
+    config = job.target.configure(dense, job.shape)
     config["dtype"] = str(job.dtype).removeprefix("torch.")
     config["transformers_version"] = importlib.import_module("transformers").__version__
     folder = job.checkpoint.folder

@@ -31,6 +31,8 @@ class Recipe:
     router: str = "linear"
     refit: bool = True
     target: str = "auto"
+    engines: str = ""
+    """Engines that must run the result, comma-separated; they narrow `target`."""
     calibration: str = "self"
     """Text file, folder, JSONL, `datasets` id, or `self`: text sampled from the model itself."""
     text_field: str = "text"

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moefy.checkpoint import read_header
 from moefy.errors import MoefyError
+from moefy.walk import some_layers
 
 TOLERANCE = 0.1
 """Greatest mean relative error of a token's last hidden state. Router gates deviate from one by
@@ -27,12 +28,14 @@ def reopen(
     ids_T: Tensor,
     ends: list[Tensor],
     *,
+    layer: str = "model.layers.{layer}.",
     prepare: Callable[[Any], Any] = lambda model: model,
 ) -> dict[str, Any]:
     """Load `folder` with its stock class and compare hidden states with those of the conversion.
 
     `ends[l]` holds the states (T, D) that left layer l on the sequence `ids_T`. As many layers are
-    loaded as fit in memory that does not grow with the model. `prepare` may put the oracle router
+    loaded as fit in memory that does not grow with the model. `layer` is the prefix of a layer's
+    names. `prepare` may put the oracle router
     of an evaluation control into the loaded model.
 
     Raises:
@@ -42,9 +45,7 @@ def reopen(
     layers = _fitting_layers(folder, len(ends))
     whole = layers == len(ends)
     if not whole:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+        config = some_layers(config, 0, layers)
     opened: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -54,7 +55,7 @@ def reopen(
         local_files_only=True,
     )
     model, info = opened
-    later = tuple(f"model.layers.{number}." for number in range(layers, len(ends)))
+    later = tuple(layer.format(layer=number) for number in range(layers, len(ends)))
     wrong = {
         kind: [str(key) for key in keys if not later or not str(key).startswith(later)]
         for kind, keys in info.items()
@@ -64,7 +65,8 @@ def reopen(
     if wrong:
         raise MoefyError(f"the written folder does not load cleanly: {wrong}", code=6)
     seen: list[Tensor] = []
-    model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    last = model.get_submodule(layer.format(layer=layers - 1).rstrip("."))
+    last.register_forward_hook(lambda module, args, out: seen.append(out))
     with torch.inference_mode():
         prepare(model.eval())(ids_T[None], logits_to_keep=1)
     expected_TD = ends[layers - 1].cpu()

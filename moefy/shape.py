@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from moefy.errors import MoefyError
 from moefy.layout import Shape
 
@@ -22,23 +24,24 @@ def solve(
     experts: int | None = None,
     experts_per_token: int | None = None,
     shared: float | None = None,
-    shared_allowed: bool = True,
+    fits: Callable[[Shape], bool] | None = None,
 ) -> Shape:
     """The best legal shape for an FFN of `num_neurons` under the options that were given.
 
     What is not given is chosen: expert widths that are multiples of 32 where there are any, 8
     experts if they fit, else the next preferred count, two experts per token, else the next
-    higher number, and then the widest alignment. `shared_allowed` is False for classes without a
-    shared expert; then S is 0.
+    higher number, and then the widest alignment. `fits` tells which shapes the class to be written
+    can hold; a shared expert of any width, if not given.
 
     Raises:
         MoefyError: code 2, naming the nearest legal values, when nothing fits.
     """
     _check(num_neurons, active, experts, experts_per_token, shared)
+    fits = fits or any_shared
     fitting = [
         shape
         for count in ((experts,) if experts else PREFERRED_EXPERTS)
-        for shape in legal(num_neurons, count, shared_allowed)
+        for shape in legal(num_neurons, count, fits)
         if abs(shape.active_fraction - active) <= TOLERANCE
         and shape.experts_per_token
         in (_routing(count) if experts_per_token is None else (experts_per_token,))
@@ -51,9 +54,29 @@ def solve(
     raise MoefyError(
         f"no split of {num_neurons} FFN neurons has --active {active:g}"
         + (f" with {wanted}" if wanted else "")
-        + f"; {_nearest(num_neurons, active, experts, shared_allowed)}",
+        + f"; {_nearest(num_neurons, active, experts, fits)}",
         code=2,
     )
+
+
+def any_shared(shape: Shape) -> bool:
+    """A shared expert of any width."""
+    return shape.num_shared > 0
+
+
+def no_shared(shape: Shape) -> bool:
+    """No shared expert."""
+    return shape.num_shared == 0
+
+
+def shared_multiple(shape: Shape) -> bool:
+    """A shared expert as wide as one or several routed ones."""
+    return shape.num_shared > 0 and shape.num_shared % shape.expert_width == 0
+
+
+def one_shared(shape: Shape) -> bool:
+    """A shared expert as wide as a routed one."""
+    return shape.num_shared == shape.expert_width
 
 
 def pruned(shape: Shape) -> Shape:
@@ -61,19 +84,16 @@ def pruned(shape: Shape) -> Shape:
     return Shape(shape.num_neurons, shape.num_active, 0, 0, 0)
 
 
-def legal(num_neurons: int, num_experts: int, shared_allowed: bool = True) -> list[Shape]:
-    """Every shape with `num_experts` whose expert width is a multiple of 8 (or F is small).
-
-    With a shared expert S is at least 1; without one, E * N must be F.
-    """
+def legal(num_neurons: int, num_experts: int, fits: Callable[[Shape], bool]) -> list[Shape]:
+    """Every shape with `num_experts` that `fits`, its expert width a multiple of 8 (or F small)."""
     step = 8 if num_neurons >= 256 else 1
     widths = range(step, num_neurons // num_experts + 1, step)
-    return [
+    shapes = [
         Shape(num_neurons, num_neurons - num_experts * width, num_experts, width, k)
         for width in widths
-        if (num_neurons - num_experts * width > 0) == shared_allowed
         for k in range(1, num_experts + 1)
     ]
+    return [shape for shape in shapes if fits(shape)]
 
 
 def alignment(width: int) -> int:
@@ -119,14 +139,16 @@ def _check(
         )
 
 
-def _nearest(num_neurons: int, active: float, experts: int | None, shared_allowed: bool) -> str:
+def _nearest(
+    num_neurons: int, active: float, experts: int | None, fits: Callable[[Shape], bool]
+) -> str:
     """What would be possible: the nearest shapes, and the counts and widths that align."""
     counts = (experts,) if experts else PREFERRED_EXPERTS
-    shapes = [shape for count in counts for shape in legal(num_neurons, count, shared_allowed)]
+    shapes = [shape for count in counts for shape in legal(num_neurons, count, fits)]
     if not shapes:
-        fits = [n for n in range(2, 129) if num_neurons % n == 0 and num_neurons // n % 8 == 0]
+        even = [n for n in range(2, 129) if num_neurons % n == 0 and num_neurons // n % 8 == 0]
         return (
-            f"expected an expert count that divides {num_neurons} into widths of 8: {_some(fits)}"
+            f"expected an expert count that divides {num_neurons} into widths of 8: {_some(even)}"
         )
     shapes.sort(key=lambda shape: (abs(shape.active_fraction - active), _rank(shape, active)))
     near = "; ".join(str(shape) for shape in shapes[:3])

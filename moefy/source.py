@@ -27,12 +27,13 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """What is fetched of a hub repository: never pickles, never code."""
 
 
-def resolve(model: str, *, revision: str | None = None) -> Path:
+def resolve(model: str, *, revision: str | None = None, fetch: bool = True) -> Path:
     """Give the local folder of `model`.
 
     In this order: a folder is itself; `demo` is SmolLM2-135M-Instruct (see `demo_model`); every
     other name that is not a path is a hub id, `name` or `owner/name`, fetched at `revision` into
     the Hugging Face cache. `HF_HUB_OFFLINE`, `HF_TOKEN` and `HF_HOME` work as they do everywhere.
+    Without `fetch` a hub id must be in that cache.
 
     Raises:
         MoefyError: code 2 for an empty name; code 3 for a file, a path that is not there and a
@@ -47,7 +48,9 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
         raise MoefyError(f"{model} is a file; expected the folder that holds config.json")
     if looks_like_path(model):
         raise MoefyError(f"{model}: no such folder; expected one with config.json and safetensors")
-    return demo_model() if model == DEMO else _fetch(model, revision)
+    if model == DEMO:
+        return demo_model()
+    return _fetch(model, revision) if fetch else _cached(model, revision)
 
 
 def looks_like_path(name: str) -> bool:
@@ -203,6 +206,20 @@ def _fetch(model: str, revision: str | None) -> Path:
     except (HTTPError, EntryNotFoundError, OSError, ValueError) as error:
         raise _hub_error(model, revision, error) from error
     return Path(folder)
+
+
+def _cached(model: str, revision: str | None) -> Path:
+    """Find a hub repository in the cache, whole or not."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (OSError, ValueError) as error:
+        at = f" --revision {revision}" if revision else ""
+        raise MoefyError(
+            f"{model}: no such folder, and no hub id in the cache; fetch it first: "
+            f"hf download {model}{at}"
+        ) from error
 
 
 def _hub_error(model: str, revision: str | None, error: Exception) -> MoefyError:

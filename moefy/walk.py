@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from moefy.checkpoint import Checkpoint
 from moefy.families.family import Family
 from moefy.layout import FFN
+
+Join = Callable[[Tensor], Tensor] | None
+"""What a layer does to the FFN's output before it is added; None: nothing."""
 
 
 class _Tap(nn.Module):
@@ -26,23 +30,43 @@ class _Tap(nn.Module):
         return torch.zeros_like(x)
 
 
+class _Skip(nn.Module):
+    """Stands where embeddings, which are done, and the final norm stand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.is_floating_point() else torch.zeros(())
+
+
 def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The transformers configuration of a checkpoint, with its defaults filled in."""
-    config: dict[str, Any] = {key: value for key, value in checkpoint.config.items()}
+    config: dict[str, Any] = {key: _number(value) for key, value in checkpoint.config.items()}
     return AutoConfig.for_model(config.pop("model_type"), **config)
 
 
+def _number(value: Any) -> Any:
+    """`value` with what transformers writes for infinity and NaN read as a number."""
+    if isinstance(value, dict) and set(value) == {"__float__"}:
+        return float(value["__float__"])
+    return [_number(item) for item in value] if isinstance(value, list) else value
+
+
 def embed(checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.device) -> Tensor:
-    """Embeddings of the token ids, float32, shape (B, T, D)."""
-    return checkpoint.rows(family.embedding, ids_BT).to(device)
+    """What enters the first layer for the token ids, float32, shape (B, T, D)."""
+    scale = family.embedding_scale(model_config(checkpoint).to_dict())
+    states_BTD = checkpoint.rows(family.embedding, ids_BT).to(device)
+    if scale != 1.0:
+        states_BTD.mul_(scale)
+    if family.positions:
+        states_BTD += checkpoint.tensor(family.positions)[: ids_BT.shape[1]].float().to(device)
+    return states_BTD
 
 
 def read_ffn(
     checkpoint: Checkpoint, family: Family, layer: int, activation: str, device: torch.device
 ) -> FFN:
     """The FFN of one layer in float32."""
-    matrices = [checkpoint.tensor(name).float().to(device) for name in family.ffn_names(layer)]
-    return FFN(*matrices, activation=activation)
+    stored = [checkpoint.tensor(name).float().to(device) for name in family.ffn_names(layer)]
+    return family.read(stored, activation)
 
 
 def tap(
@@ -53,31 +77,52 @@ def tap(
     states_BTD: Tensor,
     *,
     batch: int = 4,
-) -> Tensor:
-    """Run everything of one layer but its FFN; return the FFN's inputs, shape (B * T, D).
+) -> tuple[Tensor, Join]:
+    """Run everything of one layer but its FFN; return the FFN's inputs, shape (B * T, D), and what
+    the FFN's outputs go through before they are added.
 
     `states_BTD` holds the states that enter the layer and is overwritten with those that leave it
-    less the FFN's output, which the caller adds. The layer is transformers' own, run inside its
-    own model class, so masks and rotary embeddings are the family's.
+    less the FFN's part, which the caller adds. The layer is transformers' own, run inside its own
+    model class, so masks and rotary embeddings are the family's.
     """
-    model, seen = _one_layer(checkpoint, family, config, layer, states_BTD.device)
+    model, block, seen = _one_layer(checkpoint, family, config, layer, states_BTD.device)
     x_BTD = torch.empty_like(states_BTD)
+    entering: list[Tensor] = []
+    leaving: list[Tensor] = []
+    # Some classes scale what they are given as embeddings, which these states are not.
+    block.register_forward_pre_hook(
+        lambda module, args, kwargs: ((entering[0], *args[1:]), kwargs), with_kwargs=True
+    )
+    block.register_forward_hook(lambda module, args, out: leaving.append(out))
     with torch.inference_mode():
         for first in range(0, len(states_BTD), batch):
             part = states_BTD[first : first + batch]
-            out = model(inputs_embeds=part, use_cache=False).last_hidden_state
-            part.copy_(out)
+            entering[:], leaving[:] = [part], []
+            model(inputs_embeds=part, use_cache=False)
+            part.copy_(leaving[0])
             x_BTD[first : first + batch] = seen.seen
-    return x_BTD.view(-1, x_BTD.shape[-1])
+    return x_BTD.view(-1, x_BTD.shape[-1]), _join(checkpoint, family, layer, block)
 
 
-def one_layer_config(config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
-    """The configuration of a model whose only layer is `layer`."""
-    single = copy.deepcopy(config)
-    single.num_hidden_layers = 1
-    if getattr(config, "layer_types", None):
-        single.layer_types = [config.layer_types[layer]]
-    return single
+def _join(checkpoint: Checkpoint, family: Family, layer: int, block: Any) -> Join:
+    """What the FFN's outputs go through before a layer adds them."""
+    behind = family.join(block) if family.join else None
+    if family.down_bias is None:
+        return behind
+    name = family.layer.format(layer=layer) + family.down_bias
+    bias_D = checkpoint.tensor(name).float().to(next(block.parameters()).device)
+    return lambda y_TD: behind(y_TD + bias_D) if behind else y_TD + bias_D
+
+
+def some_layers(config: PreTrainedConfig, first: int, last: int) -> PreTrainedConfig:
+    """The configuration of a model of only the layers from `first` to before `last`."""
+    fewer = copy.deepcopy(config)
+    num_layers = config.num_hidden_layers
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == num_layers and not key.endswith("_token_id"):
+            setattr(fewer, key, value[first:last])
+    fewer.num_hidden_layers = last - first
+    return fewer
 
 
 def _one_layer(
@@ -86,19 +131,23 @@ def _one_layer(
     config: PreTrainedConfig,
     layer: int,
     device: torch.device,
-) -> tuple[nn.Module, _Tap]:
-    """A base model holding only `layer`, with a tap for its FFN and no final norm."""
-    single = one_layer_config(config, layer)
+) -> tuple[Any, Any, _Tap]:
+    """A base model holding only `layer`, that layer, and the tap in place of its FFN."""
+    single = some_layers(config, layer, layer + 1)
     with torch.device("meta"):
-        model = AutoModel.from_config(single, dtype=torch.float32)
+        model: Any = AutoModel.from_config(single, dtype=torch.float32)
     seen = _Tap()
-    model.layers[0].mlp = seen
-    model.norm = nn.Identity()
-    model.rotary_emb = type(model.rotary_emb)(config=single).to(device)
+    home = family.layer.format(layer=0).removeprefix(model.base_model_prefix + ".").rstrip(".")
+    block: Any = model.get_submodule(home)
+    block.set_submodule(family.block, seen)
+    for name in [name for name, _ in model.named_children()]:
+        if name == "rotary_emb":
+            model.rotary_emb = type(model.rotary_emb)(config=single).to(device)
+        elif name != home.split(".")[0]:
+            setattr(model, name, _Skip())
     prefix = family.layer.format(layer=layer)
     weights = {
-        name: checkpoint.tensor(prefix + name).float().to(device)
-        for name in model.layers[0].state_dict()
+        name: checkpoint.tensor(prefix + name).float().to(device) for name in block.state_dict()
     }
-    model.layers[0].load_state_dict(weights, assign=True)
-    return model.eval(), seen
+    block.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False), block, seen

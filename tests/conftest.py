@@ -28,11 +28,45 @@ PICO = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.5,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 2.0,
+}
+ONE_SLIDING = {
+    "sliding_window": 16,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
 FAMILY = {
+    "cohere2": ONE_SLIDING,
+    "ernie4_5": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, **ONE_SLIDING},
+    "gemma3_text": {"head_dim": 16, **ONE_SLIDING},
+    "gpt2": {"n_inner": 96},
+    "gpt_neox": {},
+    "granite": MULTIPLIERS,
+    "granitemoehybrid": MULTIPLIERS
+    | {
+        "layer_types": ["full_attention", "full_attention"],
+        "position_embedding_type": "rope",
+        "num_local_experts": 0,
+        "shared_intermediate_size": 96,
+        "mamba_n_heads": 2,
+    },
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "llama": {},
+    "ministral": {"head_dim": 8, **ONE_SLIDING},
     "mistral": {"sliding_window": None},
+    "olmo2": {},
+    "olmo3": ONE_SLIDING,
+    "phi3": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},  # not hidden_size / num_attention_heads, as in real ones
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "starcoder2": {"sliding_window": None},
 }
 SPACE, NEWLINE = "\u0120", "\u010a"  # as byte-level tokenizers write them
 PAIRS = "th he in er an re on at en nd st es ng of te ed or ti hi as to it is ar".split()

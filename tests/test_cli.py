@@ -91,7 +91,8 @@ USAGE = {
     "oracle": (["MODEL", "OUT", "--router", "oracle"], "cannot be written"),
     "unknown router": (["MODEL", "OUT", "--router", "linaer"], "did you mean linear"),
     "unknown partition": (["MODEL", "OUT", "--partition", "x"], "alternating, shuffle, static"),
-    "unknown target": (["MODEL", "OUT", "--target", "mixtral"], "qwen2_moe, qwen3_moe"),
+    "unknown target": (["MODEL", "OUT", "--target", "qwen2"], "did you mean qwen2_moe"),
+    "unknown engine": (["MODEL", "OUT", "--engines", "lama.cpp"], "did you mean llama.cpp"),
     "unknown dtype": (["MODEL", "OUT", "--dtype", "int4"], "bfloat16"),
     "unknown device": (["MODEL", "OUT", "--device", "gpu"], "gpu", "cuda"),
     "no such layer": (["MODEL", "OUT", "--layers", "2:"], "0 to 1"),
@@ -151,7 +152,7 @@ def other_tokenizer(folder: Path) -> None:
 
 NAN = first_value(float("nan"))
 MODELS: dict[str, tuple[Damage, int, tuple[str, ...]]] = {
-    "unsupported": (other_config(model_type="gpt2"), 4, ("gpt2", "llama")),
+    "unsupported": (other_config(model_type="opt"), 4, ("opt", "llama")),
     "quantised": (config(quantization_config={"quant_method": "awq"}), 4, ("dequantise",)),
     "MoE already": (
         other_config(model_type="qwen2_moe", num_experts=8),

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from moefy import __version__
+from moefy import __version__, families
 from moefy.convert import convert
 from moefy.errors import MoefyError
 from moefy.evaluate.run import evaluate
@@ -289,23 +289,32 @@ def test_what_old_versions_stored_needlessly_is_not_in_the_way(own_pico, a_job, 
 # --- the controls --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_static_pruning_is_the_dense_class_with_fewer_neurons(family, pico, converted):
-    dense = pico(family)
+PRUNED = [(name, {}) for name in families.names() if families.load(name).targets]
+PRUNED += [
+    (
+        "lfm2",
+        {"block_auto_adjust_ff_dim": True, "intermediate_size": 144, "block_multiple_of": 32},
+    ),
+    ("smollm3", {"tie_word_embeddings": True}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), PRUNED)
+def test_static_pruning_is_the_dense_class_with_fewer_neurons(family, changes, pico, converted):
+    dense = pico(family, **changes)
     out = converted(dense, partition="static", refit=False)
-    config = AutoConfig.from_pretrained(out)
     whole = AutoModelForCausalLM.from_pretrained(dense).eval()
-    assert config.architectures == [type(whole).__name__]
-    assert config.intermediate_size == 48
+    assert AutoConfig.from_pretrained(out).architectures == [type(whole).__name__]
     stored = load_file(out / SINGLE)
+    first, *_, last = families.load(family).ffn
     for number, layer in enumerate(whole.model.layers):
-        rows = {row.numpy().tobytes(): at for at, row in enumerate(layer.mlp.gate_proj.weight.data)}
-        written = stored[f"model.layers.{number}.mlp.gate_proj.weight"]
+        gate_FD = layer.get_parameter(first).data[:96]  # up may stand below
+        rows = {row.numpy().tobytes(): at for at, row in enumerate(gate_FD)}
+        written = stored[f"model.layers.{number}.{first}"][:48]
         kept = [rows[row.numpy().tobytes()] for row in written]
         assert len(set(kept)) == 48
-        for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            part.weight.data = part.weight.data[kept]
-        layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data[:, kept]
+        lost = torch.ones(96, dtype=torch.bool).index_fill(0, torch.tensor(kept), False)
+        layer.get_parameter(last).data[:, lost] = 0
     ids_BT = torch.randint(1, 128, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         by_hand = whole(ids_BT).logits
@@ -337,7 +346,14 @@ def test_a_random_router_routes_worse(pico, converted):
 
 @pytest.mark.parametrize(
     ("family", "recipe"),
-    [("llama", {}), ("qwen3", {"experts": 4, "experts_per_token": 2}), ("llama", {"layers": "1:"})],
+    [
+        ("llama", {}),
+        ("qwen3", {"experts": 4, "experts_per_token": 2}),
+        ("llama", {"layers": "1:"}),
+        ("phi3", {}),
+        ("granite", {}),
+        ("olmo2", {"partition": "shuffle"}),
+    ],
 )
 def test_an_evaluation_with_controls(family, recipe, pico, converted, text, tmp_path):
     run = Path(shutil.copytree(converted(pico(family), **recipe), tmp_path / "run"))

@@ -11,15 +11,16 @@ import moefy
 PACKAGE = Path(moefy.__file__).parent
 ROWS = [
     "__init__",  # may import nothing of moefy, and all may import it: for the version
-    "errors layout",
-    "shape",
-    "assign solve recipe checkpoint source families targets",
+    "errors layout modeling",
+    "shape headers",
+    "assign solve recipe checkpoint source families",
+    "targets",
     "partition route refit documents",
     "data",
     "walk block budget oracle",
     "validate reopen",
     "job",
-    "output report",
+    "output report describe",
     "convert plan",
     "finetune evaluate",
     "progress",
@@ -31,7 +32,7 @@ TERMINAL = "cli __main__ progress report"
 ONLY_IN = {
     "typer": TERMINAL,
     "rich": TERMINAL,
-    "transformers": "source data walk validate reopen convert finetune evaluate cli",
+    "transformers": "modeling source data walk validate reopen convert finetune evaluate cli",
 }
 SLOW_TO_IMPORT = {"torch", "transformers"}
 

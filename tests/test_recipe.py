@@ -23,6 +23,7 @@ EVERYTHING = Recipe(
     router="random",
     refit=False,
     target="qwen2_moe",
+    engines="vllm,llama.cpp",
     calibration="text.txt",
     text_field="content",
     tokens=4096,

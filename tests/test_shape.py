@@ -6,10 +6,26 @@ import pytest
 
 from moefy.errors import MoefyError
 from moefy.layout import Shape
-from moefy.shape import PREFERRED_EXPERTS, alignment, legal, pruned, solve
+from moefy.shape import (
+    PREFERRED_EXPERTS,
+    alignment,
+    any_shared,
+    legal,
+    no_shared,
+    one_shared,
+    pruned,
+    shared_multiple,
+    solve,
+)
 
 SIZES = [1536, 5632, 11008, 14336]
 FRACTIONS = [0.25, 0.5, 0.7, 0.9]
+ALLOWED = {
+    any_shared: lambda shared, width: shared > 0,
+    no_shared: lambda shared, width: shared == 0,
+    shared_multiple: lambda shared, width: shared > 0 and shared % width == 0,
+    one_shared: lambda shared, width: shared == width,
+}
 
 
 def refusal(num_neurons: int, **options) -> str:
@@ -21,25 +37,25 @@ def refusal(num_neurons: int, **options) -> str:
     return str(caught.value)
 
 
-def assert_sound(shape: Shape, num_neurons: int, active: float, shared_allowed: bool) -> None:
+def assert_sound(shape: Shape, num_neurons: int, active: float, fits) -> None:
     routed = shape.num_experts * shape.expert_width
     assert shape.num_neurons == num_neurons == shape.num_shared + routed
     assert 1 <= shape.experts_per_token <= shape.num_experts
     assert shape.num_experts >= 2 and shape.expert_width >= 1
-    assert (shape.num_shared > 0) == shared_allowed and shape.num_shared >= 0
+    assert ALLOWED[fits](shape.num_shared, shape.expert_width) and shape.num_shared >= 0
     running = shape.num_shared + shape.experts_per_token * shape.expert_width
     assert shape.num_active == running
     assert shape.active_fraction == pytest.approx(running / num_neurons)
     assert abs(running / num_neurons - active) <= 0.01 + 1e-12
 
 
-def possible(num_neurons: int, count: int, active: float, shared_allowed: bool) -> list[Shape]:
+def possible(num_neurons: int, count: int, active: float, fits) -> list[Shape]:
     """All shapes with `count` experts near `active` that leave the router a choice, by trial."""
     step = 8 if num_neurons >= 256 else 1
     found = []
     for width in range(step, num_neurons + 1, step):
         shared = num_neurons - count * width
-        if shared < 0 or (shared > 0) != shared_allowed:
+        if shared < 0 or not ALLOWED[fits](shared, width):
             continue
         found += [
             Shape(num_neurons, shared, count, width, k)
@@ -51,18 +67,16 @@ def possible(num_neurons: int, count: int, active: float, shared_allowed: bool) 
 
 @pytest.mark.parametrize("num_neurons", SIZES)
 @pytest.mark.parametrize("active", FRACTIONS)
-@pytest.mark.parametrize("shared_allowed", [True, False])
-def test_what_is_chosen_adds_up(num_neurons, active, shared_allowed):
+@pytest.mark.parametrize("fits", ALLOWED)
+def test_what_is_chosen_adds_up(num_neurons, active, fits):
     others = [
-        other
-        for count in PREFERRED_EXPERTS
-        for other in possible(num_neurons, count, active, shared_allowed)
+        other for count in PREFERRED_EXPERTS for other in possible(num_neurons, count, active, fits)
     ]
     if not others:  # 11,008 = 2^8 x 43: no preferred count divides it to run 70 % unshared
-        refusal(num_neurons, active=active, shared_allowed=shared_allowed)
+        refusal(num_neurons, active=active, fits=fits)
         return
-    shape = solve(num_neurons, active=active, shared_allowed=shared_allowed)
-    assert_sound(shape, num_neurons, active, shared_allowed)
+    shape = solve(num_neurons, active=active, fits=fits)
+    assert_sound(shape, num_neurons, active, fits)
     assert shape.expert_width % 8 == 0
     assert shape in others
     if any(other.expert_width % 32 == 0 for other in others):
@@ -76,13 +90,13 @@ def test_what_is_chosen_adds_up(num_neurons, active, shared_allowed):
 
 @pytest.mark.parametrize("num_neurons", [*SIZES, 96, 97])
 @pytest.mark.parametrize("count", [2, 7, 8, 16, 64])
-@pytest.mark.parametrize("shared_allowed", [True, False])
-def test_an_expert_count_is_refused_only_where_no_shape_has_it(num_neurons, count, shared_allowed):
+@pytest.mark.parametrize("fits", ALLOWED)
+def test_an_expert_count_is_refused_only_where_no_shape_has_it(num_neurons, count, fits):
     for active in FRACTIONS:
-        options = {"active": active, "experts": count, "shared_allowed": shared_allowed}
-        if possible(num_neurons, count, active, shared_allowed):
+        options = {"active": active, "experts": count, "fits": fits}
+        if possible(num_neurons, count, active, fits):
             shape = solve(num_neurons, **options)
-            assert_sound(shape, num_neurons, active, shared_allowed)
+            assert_sound(shape, num_neurons, active, fits)
             assert shape.num_experts == count
         else:
             refusal(num_neurons, **options)
@@ -95,7 +109,7 @@ def test_explicit_choices_are_honoured(num_neurons, experts, per_token, shared):
     shape = solve(
         num_neurons, active=active, experts=experts, experts_per_token=per_token, shared=shared
     )
-    assert_sound(shape, num_neurons, active, True)
+    assert_sound(shape, num_neurons, active, any_shared)
     assert (shape.num_experts, shape.experts_per_token) == (experts, per_token)
     assert abs(shape.num_shared / num_neurons - shared) <= 0.01
 
@@ -103,14 +117,14 @@ def test_explicit_choices_are_honoured(num_neurons, experts, per_token, shared):
 @pytest.mark.parametrize("num_neurons", SIZES)
 def test_all_experts_active_is_the_dense_layer(num_neurons):
     shape = solve(num_neurons, active=1, experts=8, experts_per_token=8)
-    assert_sound(shape, num_neurons, 1, True)
+    assert_sound(shape, num_neurons, 1, any_shared)
     assert shape.num_active == num_neurons
 
 
 def test_a_small_layer_has_widths_of_any_size():
-    assert {shape.expert_width for shape in legal(96, 8)} == set(range(1, 12))
-    assert {shape.expert_width for shape in legal(256, 8)} == {8, 16, 24}
-    assert {shape.expert_width for shape in legal(256, 8, False)} == {32}
+    assert {shape.expert_width for shape in legal(96, 8, any_shared)} == set(range(1, 12))
+    assert {shape.expert_width for shape in legal(256, 8, any_shared)} == {8, 16, 24}
+    assert {shape.expert_width for shape in legal(256, 8, no_shared)} == {32}
 
 
 def test_alignment_is_the_largest_listed_power_of_two():
@@ -148,17 +162,17 @@ def test_what_no_layer_can_have_is_refused(options, legal_values):
 
 
 def test_a_count_that_does_not_divide_is_refused_with_counts_that_do():
-    message = refusal(11008, experts=9, shared_allowed=False)
+    message = refusal(11008, experts=9, fits=no_shared)
     named = message.rpartition(":")[2].replace("...", "").split(",")
     counts = [int(word) for word in named if word.strip()]
     assert counts
     for count in counts:
         assert 11008 % (8 * count) == 0
-        assert legal(11008, count, False)
+        assert legal(11008, count, no_shared)
 
 
 def test_an_active_fraction_out_of_reach_is_refused_with_the_nearest_shapes():
-    message = refusal(1536, active=0.4, experts=8, experts_per_token=2, shared_allowed=False)
+    message = refusal(1536, active=0.4, experts=8, experts_per_token=2, fits=no_shared)
     assert "--active 0.4 with --experts 8, --experts-per-token 2" in message
     nearest = Shape(1536, 0, 8, 192, 3)
     assert f"nearest: {nearest}" in message
@@ -173,5 +187,5 @@ def test_choices_that_contradict_each_other_are_refused():
 
 def test_every_refusal_names_what_it_was_given():
     for active, experts in itertools.product([0.03, 0.11], [2, 3]):
-        message = refusal(96, active=active, experts=experts, shared_allowed=False)
+        message = refusal(96, active=active, experts=experts, fits=no_shared)
         assert f"--active {active:g}" in message and f"--experts {experts}" in message

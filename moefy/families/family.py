@@ -2,32 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.layout import FFN
+
+Config = Mapping[str, Any]
 
 
 def nothing_wrong(config: dict[str, Any]) -> str | None:
     """No reason to refuse."""
 
 
+def no_ffn_bias(config: dict[str, Any]) -> str | None:
+    """Refuse biases in the FFN, which no stock MoE class has."""
+    if config.get("mlp_bias"):
+        return "its FFN has biases (mlp_bias), which no stock MoE class can hold"
+    return None
+
+
+def read_glu(stored: Sequence[Tensor], activation: str) -> FFN:
+    """An FFN stored as three matrices: gate, up and down."""
+    gate_FD, up_FD, down_DF = stored
+    return FFN(gate_FD, up_FD, down_DF, activation)
+
+
+def write_glu(ffn: FFN) -> tuple[Tensor, ...]:
+    """Gate, up and down."""
+    assert ffn.gate_FD is not None
+    return ffn.gate_FD, ffn.up_FD, ffn.down_DF
+
+
+def read_fused(stored: Sequence[Tensor], activation: str) -> FFN:
+    """An FFN stored as two matrices, gate above up in the first."""
+    gate_FD, up_FD = stored[0].chunk(2)
+    return FFN(gate_FD, up_FD, stored[1], activation)
+
+
+def write_fused(ffn: FFN) -> tuple[Tensor, ...]:
+    """Gate and up as one matrix, and down."""
+    assert ffn.gate_FD is not None
+    return torch.cat([ffn.gate_FD, ffn.up_FD]), ffn.down_DF
+
+
+def read_plain(stored: Sequence[Tensor], activation: str) -> FFN:
+    """An FFN without a gate: up, its bias, and down."""
+    up_FD, bias_F, down_DF = stored
+    return FFN(None, up_FD, down_DF, activation, bias_F)
+
+
+def write_plain(ffn: FFN) -> tuple[Tensor, ...]:
+    """Up, its bias, and down."""
+    assert ffn.bias_F is not None
+    return ffn.up_FD, ffn.bias_F, ffn.down_DF
+
+
 @dataclass(frozen=True)
 class Family:
-    """Where the FFN of a dense `model_type` stands, and which stock MoE classes can hold it."""
+    """Where the FFN of a dense `model_type` stands, and which stock MoE classes can hold it.
+
+    The defaults are Llama's names, which most families share.
+    """
 
     model_type: str
-    targets: tuple[str, ...]
-    """MoE classes that hold this family exactly, best first."""
-    refuse: Callable[[dict[str, Any]], str | None] = nothing_wrong
+    targets: tuple[str, ...] = ()
+    """Stock MoE classes that hold this family exactly, best first."""
+    unheld: str = ""
+    """What this family has and no stock MoE class, where there are no targets."""
+    refuse: Callable[[dict[str, Any]], str | None] = no_ffn_bias
     """Why a checkpoint with this configuration cannot be converted; None if it can."""
     layer: str = "model.layers.{layer}."
-    gate: str = "mlp.gate_proj.weight"
-    up: str = "mlp.up_proj.weight"
-    down: str = "mlp.down_proj.weight"
+    ffn: tuple[str, ...] = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+    """The FFN's tensors behind the layer's prefix."""
+    read: Callable[[Sequence[Tensor], str], FFN] = read_glu
+    """The FFN from its tensors as stored, and the name of its activation."""
+    write: Callable[[FFN], tuple[Tensor, ...]] = write_glu
+    """The FFN's tensors as they are stored."""
+    down_bias: str | None = None
+    """The bias that is added to the FFN's output, behind the layer's prefix."""
+    gated: bool = True
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Where the configuration names a size by another key than Llama's: usual key -> this one."""
+    width: str = "intermediate_size"
+    """The configuration's key for the number of FFN neurons."""
+    neurons: Callable[[Config], int] | None = None
+    """That number, where it is not what the key says."""
+    activation: str = "hidden_act"
+    """The configuration's key for it; a family without the key has SiLU."""
+    unadjusted: Mapping[str, Any] = field(default_factory=dict)
+    """What makes a configuration mean the number that its key says."""
+    block: str = "mlp"
+    """The FFN's module in a layer of transformers' class."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that transformers' class has under another name: its name -> the stored one."""
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
+    positions: str | None = None
+    """Learned positions that are added to the embeddings."""
+    embedding_scale: Callable[[Config], float] = lambda config: 1.0
+    """What the embeddings are multiplied by before the first layer."""
+    join: Callable[[Any], Callable[[Tensor], Tensor]] | None = None
+    """A layer's module -> what the FFN's output goes through before it is added; None: nothing."""
+    rest: Callable[[Config, str, Tensor], dict[str, Tensor]] | None = None
+    """(configuration, name, tensor) -> what is written for a tensor that is no FFN, in the names
+    of the targets. None: everything is copied byte for byte."""
+    canonical: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
+    """The configuration in the keys of the targets, as `rest` has changed the tensors."""
 
-    def ffn_names(self, layer: int) -> tuple[str, str, str]:
-        """Tensor names of gate, up and down of a layer."""
+    def ffn_names(self, layer: int) -> tuple[str, ...]:
+        """Names of the FFN's tensors of a layer."""
         prefix = self.layer.format(layer=layer)
-        return prefix + self.gate, prefix + self.up, prefix + self.down
+        return tuple(prefix + name for name in self.ffn)
+
+    def resized(self, config: Config, neurons: int) -> dict[str, Any]:
+        """A configuration with another number of FFN neurons."""
+        own = self.keys.get(self.width, self.width)
+        named = {own: neurons} if own in config else {}
+        return {**config, self.width: neurons, **named, **self.unadjusted}
+
+    def sized(self, config: Config) -> dict[str, Any]:
+        """A configuration with its sizes under the usual keys as well."""
+        return {**config, **{key: config[own] for key, own in self.keys.items() if own in config}}
+
+    def num_neurons(self, config: Config) -> int:
+        """F."""
+        return self.neurons(config) if self.neurons else int(config[self.width])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from moefy.families.family import Family
+from moefy.families.llama import FAMILY
 from moefy.targets.target import Target
 
 
@@ -14,6 +16,7 @@ def names() -> list[str]:
     return sorted(name for name in found if name not in ("target", "dense"))
 
 
-def load(model_type: str) -> Target:
-    """The target of a MoE `model_type`, which must be one of `names()`."""
-    return importlib.import_module(f"moefy.targets.{model_type}").TARGET
+def load(model_type: str, family: Family = FAMILY) -> Target:
+    """The target of a MoE `model_type`, which must be one of `names()`, for a dense family."""
+    module = importlib.import_module(f"moefy.targets.{model_type}")
+    return module.TARGET if hasattr(module, "TARGET") else module.target(family)

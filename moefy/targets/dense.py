@@ -7,27 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.families.family import Family
 from moefy.layout import FFN, Partition, Shape
-from moefy.targets.target import Target
+from moefy.targets.target import Dense, Target
 
 
-def configure(config: dict[str, Any], shape: Shape, dense_layers: list[int]) -> dict[str, Any]:
-    """The dense configuration with `intermediate_size` set to the neurons that are kept."""
-    return {**config, "intermediate_size": shape.num_active}
+def narrower(family: Family) -> Target:
+    """The class of `family` as a target that routes nothing."""
 
+    def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
+        return family.resized(dense.config, shape.num_active)
 
-def tensors(
-    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The kept rows of gate and up, and columns of down."""
-    kept_S = partition.shared_S
-    return {
-        "mlp.gate_proj.weight": ffn.gate_FD[kept_S].to(dtype),
-        "mlp.up_proj.weight": ffn.up_FD[kept_S].to(dtype),
-        "mlp.down_proj.weight": ffn.down_DF[:, kept_S].to(dtype),
-    }
+    def tensors(
+        ffn: FFN, partition: Partition, router_ED: Tensor, k: int, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        kept = family.write(ffn.some(partition.shared_S, dtype))
+        return dict(zip(family.ffn, kept, strict=True))
 
-
-TARGET = Target(
-    "dense", configure, tensors, has_shared=True, elastic=False, engines=("every engine",)
-)
+    return Target(
+        family.model_type,
+        configure,
+        tensors,
+        lambda shape: True,
+        elastic=False,
+        engines=("every engine",),
+        native=True,
+        ties=True,
+    )

@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 
 from moefy.layout import FFN, Partition, Shape
+from moefy.shape import any_shared
 from moefy.targets.target import (
     ROUTER_SCALE,
+    Dense,
+    Reasons,
     Target,
     copied,
+    engine_reasons,
     expert_tensors,
+    glu_tensors,
+    mismatch,
+    named,
     rounded,
     sliding,
 )
@@ -26,17 +33,17 @@ SHARED_GATE = 1e-6
 """Not zero: llama.cpp computes the sigmoid as silu(g) / g, which is not a number at zero."""
 
 
-def configure(config: dict[str, Any], shape: Shape, dense_layers: list[int]) -> dict[str, Any]:
+def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     """The configuration of a Qwen2-MoE model of this shape."""
     return {
         "architectures": ["Qwen2MoeForCausalLM"],
         "model_type": "qwen2_moe",
-        **copied(config),
-        **sliding(config),
+        **copied(dense.config),
+        **sliding(dense),
         "tie_word_embeddings": False,
         "qkv_bias": True,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": dense_layers,
+        "mlp_only_layers": list(dense.left_dense),
         "num_experts": shape.num_experts,
         "num_experts_per_tok": shape.experts_per_token,
         "moe_intermediate_size": shape.expert_width,
@@ -51,24 +58,40 @@ def tensors(
     ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The MoE block's tensors; every gate is one."""
-    shared_S = partition.shared_S
-    hidden = ffn.gate_FD.shape[1]
+    hidden = ffn.hidden_size
     return {
         "mlp.gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
         **expert_tensors(ffn, partition, rounded(1 / len(router_ED), dtype), dtype),
-        "mlp.shared_expert.gate_proj.weight": ffn.gate_FD[shared_S].to(dtype),
-        "mlp.shared_expert.up_proj.weight": ffn.up_FD[shared_S].to(dtype),
-        "mlp.shared_expert.down_proj.weight": (ffn.down_DF[:, shared_S] * 2).to(dtype),
+        **named("mlp.shared_expert.", glu_tensors(ffn, partition.shared_S, 2.0, dtype)),
         "mlp.shared_expert_gate.weight": torch.full((1, hidden), SHARED_GATE, dtype=dtype),
     }
+
+
+def cannot(dense: Dense) -> str | None:
+    """A bias at the attention's output."""
+    return mismatch(dense, biases="qkv", windows="any", dense_layers="any")
+
+
+def balks(dense: Dense, shape: Shape) -> Reasons:
+    """Scaled frequencies, windows, wide heads and dense layers, which only some engines know."""
+    return engine_reasons(
+        dense,
+        rope="llama.cpp,MLX",
+        window="llama.cpp,MLX",
+        mixed="vLLM",
+        wide_heads="vLLM,llama.cpp",
+        dense_layers="llama.cpp,SGLang,MLX",
+    )
 
 
 TARGET = Target(
     "qwen2_moe",
     configure,
     tensors,
-    has_shared=True,
+    any_shared,
     elastic=True,
     engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"),
-    attention_biases=True,
+    cannot=cannot,
+    balks=balks,
+    biases=lambda dense: "qkv",  # engines create them unconditionally
 )

@@ -12,27 +12,32 @@ import torch
 from torch import Tensor
 
 from moefy.layout import FFN, Partition, Shape
+from moefy.shape import no_shared
 from moefy.targets.target import (
     ROUTER_SCALE,
+    Dense,
+    Reasons,
     Target,
     copied,
+    engine_reasons,
     expert_tensors,
+    mismatch,
     rounded,
     sliding,
 )
 
 
-def configure(config: dict[str, Any], shape: Shape, dense_layers: list[int]) -> dict[str, Any]:
+def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     """The configuration of a Qwen3-MoE model of this shape."""
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        **copied(config),
-        **sliding(config),
-        "attention_bias": bool(config.get("attention_bias")),
+        **copied(dense.config),
+        **sliding(dense),
+        "attention_bias": bool(dense.biases),
         "tie_word_embeddings": False,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": dense_layers,
+        "mlp_only_layers": list(dense.left_dense),
         "num_experts": shape.num_experts,
         "num_experts_per_tok": shape.experts_per_token,
         "moe_intermediate_size": shape.expert_width,
@@ -53,11 +58,19 @@ def tensors(
     }
 
 
+def balks(dense: Dense, shape: Shape) -> Reasons:
+    """Scaled frequencies, windows and dense layers, which llama.cpp does not know here."""
+    return engine_reasons(dense, rope="llama.cpp", window="llama.cpp,MLX", dense_layers="llama.cpp")
+
+
 TARGET = Target(
     "qwen3_moe",
     configure,
     tensors,
-    has_shared=False,
+    no_shared,
     elastic=False,
     engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"),
+    cannot=lambda dense: mismatch(dense, biases="qkvo", windows="all or none", dense_layers="any"),
+    balks=balks,
+    biases=lambda dense: "qkvo" if dense.biases else "",
 )

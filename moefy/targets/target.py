@@ -2,17 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moefy.families.family import Family
 from moefy.layout import FFN, Partition, Shape
+from moefy.shape import no_shared
 
 ROUTER_SCALE = 2.0**-10
 """Router rows are written this small, so that every softmax gate is 1 / E to about 0.1 %."""
+
+NAMES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+"""An expert's tensors in most classes."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense model as a target sees it."""
+
+    family: Family
+    config: Mapping[str, Any]
+    """In the keys of transformers, with its defaults filled in."""
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """In the keys of the dense class."""
+    biases: frozenset[str] = frozenset()
+    """The attention's projections that have a bias, of q, k, v and o."""
+    tied: bool = False
+    """Whether the embedding is the head."""
+    left_dense: tuple[int, ...] = ()
+    """Layers that are not converted."""
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        heads = self.config["num_attention_heads"]
+        return int(self.config.get("head_dim") or self.config["hidden_size"] // heads)
+
+    @property
+    def rope_type(self) -> str:
+        """How rotary frequencies are scaled; "default" where they are not."""
+        rope = self.config.get("rope_parameters") or {}
+        return str(rope.get("rope_type", rope.get("type", "default")))
+
+    @property
+    def rotary_share(self) -> float:
+        """Share of a head that is rotated."""
+        rope = self.config.get("rope_parameters") or {}
+        share = rope.get("partial_rotary_factor") or self.config.get("partial_rotary_factor")
+        return float(share or 1.0)
+
+    @property
+    def windowed(self) -> list[bool]:
+        """Whether each layer's attention ends at `config["sliding_window"]`."""
+        window = self.config.get("use_sliding_window", True) and self.config.get("sliding_window")
+        types = self.config.get("layer_types") or ["sliding_attention"] * self.num_layers
+        return [bool(window) and kind == "sliding_attention" for kind in types]
+
+
+Reasons = dict[str, str]
+"""Engine -> why it cannot run the result, or not rightly."""
 
 
 @dataclass(frozen=True)
@@ -20,20 +77,38 @@ class Target:
     """How a split FFN is written as a stock MoE class."""
 
     model_type: str
-    configure: Callable[[dict[str, Any], Shape, list[int]], dict[str, Any]]
-    """(dense configuration, shape, layers left dense) -> configuration of the MoE class."""
+    configure: Callable[[Dense, Shape], dict[str, Any]]
+    """The configuration of the MoE class."""
     tensors: Callable[[FFN, Partition, Tensor, int, torch.dtype], dict[str, Tensor]]
     """(ffn, partition, router rows, experts per token, dtype) -> the MoE block's tensors, by the
     name behind the layer's prefix."""
-    has_shared: bool
+    fits: Callable[[Shape], bool]
+    """Whether a shape's shared neurons are of a number that the class can hold."""
     elastic: bool
     """Whether the gate of a chosen expert is independent of how many are chosen."""
     engines: tuple[str, ...]
-    attention_biases: bool = False
-    """Engines create q, k and v biases unconditionally, so zeros are written where none are."""
+    """Engines that know the class."""
+    cannot: Callable[[Dense], str | None] = lambda dense: None
+    """Why the class cannot hold this model exactly; None if it can."""
+    balks: Callable[[Dense, Shape], Reasons] = lambda dense, shape: {}
+    """Engines that know the class and yet would not run this model rightly, and why."""
+    biases: Callable[[Dense], str] = lambda dense: ""
+    """The attention's projections, of q, k, v and o, for which zeros are written where the dense
+    model has no bias."""
+    native: bool = False
+    """Whether everything but the FFNs is what the dense class has, in its own names."""
+    prefix: str = ""
+    """What stands before every tensor's name."""
+    ties: bool = False
+    """Whether all engines load the class with the embedding as its head."""
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether the class has a shared expert."""
+        return self.fits is not no_shared
 
 
-def copied(config: dict[str, Any]) -> dict[str, Any]:
+def copied(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a dense configuration that llama-like MoE classes share."""
     keys = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
@@ -42,6 +117,8 @@ def copied(config: dict[str, Any]) -> dict[str, Any]:
         "rope_parameters"
     ).split()
     kept = {key: config[key] for key in keys if config.get(key) is not None}
+    # An absent padding token is not the class's own default.
+    kept["pad_token_id"] = config.get("pad_token_id")
     rope = config.get("rope_parameters") or {}
     # Loaders older than transformers 5, and other engines, read only these two.
     kept["rope_theta"] = rope.get("rope_theta", 10000.0)
@@ -52,32 +129,119 @@ def copied(config: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def sliding(config: dict[str, Any]) -> dict[str, Any]:
+def sliding(dense: Dense) -> dict[str, Any]:
     """Sliding-window keys of the Qwen classes; layer types as the dense model has them."""
-    window = config.get("sliding_window")
-    types = config.get("layer_types")
-    if types is None:
-        types = ["sliding_attention" if window else "full_attention"] * config["num_hidden_layers"]
-    used = bool(window) and "sliding_attention" in types
+    used = any(dense.windowed)
+    types = ["sliding_attention" if local else "full_attention" for local in dense.windowed]
     return {
         "use_sliding_window": used,
-        "sliding_window": window if used else None,
-        "max_window_layers": config["num_hidden_layers"] if used else 0,
-        "layer_types": list(types),
+        "sliding_window": dense.config["sliding_window"] if used else None,
+        "max_window_layers": dense.num_layers if used else 0,
+        "layer_types": types,
     }
 
 
+def mismatch(
+    dense: Dense,
+    *,
+    biases: str = "",
+    windows: str = "no layer",
+    rotary_share: bool = False,
+    dense_layers: str = "none",
+    wide_heads: bool = True,
+) -> str | None:
+    """Why a llama-like class cannot hold a model; None if it can.
+
+    `biases` are the projections that may have one; `windows` "no layer", "all or none" or "any";
+    `rotary_share` whether a part of a head may be rotated; `dense_layers` "none", "first" or
+    "any"; `wide_heads` whether the heads together may be of another width than the model.
+    """
+    if extra := sorted(dense.biases - set(biases)):
+        return f"it has no bias on {', '.join(extra)} of the attention"
+    local = dense.windowed
+    if any(local) and (windows == "no layer" or (windows == "all or none" and not all(local))):
+        return f"it has a sliding window on {windows.replace('no layer', 'none')} of its layers"
+    if dense.rotary_share != 1.0 and not rotary_share:
+        return f"it rotates whole heads, not {dense.rotary_share:g} of each"
+    left = dense.left_dense
+    if left and (
+        dense_layers == "none" or (dense_layers == "first" and left != (*range(len(left)),))
+    ):
+        return f"it can leave {dense_layers} of its layers dense"
+    if (
+        not wide_heads
+        and dense.head_dim * dense.config["num_attention_heads"] != dense.config["hidden_size"]
+    ):
+        return f"its heads have width hidden_size / heads, not {dense.head_dim}"
+    return None
+
+
+def engine_reasons(
+    dense: Dense,
+    *,
+    rope: str = "",
+    window: str = "",
+    mixed: str = "",
+    wide_heads: str = "",
+    dense_layers: str = "",
+) -> Reasons:
+    """Which engines, by name and comma-separated, do not do what a model needs, and why."""
+    found: Reasons = {}
+
+    def add(engines: str, reason: str) -> None:
+        found.update({name: reason for name in engines.split(",") if name and name not in found})
+
+    if dense.config.get("hidden_act", "silu") not in ("silu", "swish"):
+        add("vLLM,SGLang,llama.cpp,MLX", f"runs silu only, not {dense.config['hidden_act']}")
+    if dense.rope_type != "default":
+        plain = dense.rope_type in ("linear", "yarn")  # which a GGUF file's own keys hold
+        known = [name for name in rope.split(",") if not (plain and name == "llama.cpp")]
+        add(",".join(known), f"ignores or refuses rope_type {dense.rope_type} in this class")
+    if any(dense.windowed):
+        size = dense.config["sliding_window"]
+        add(window, f"ignores the sliding window: wrong past {size} tokens")
+        if not all(dense.windowed):
+            add(mixed, f"ignores windows that only some layers have: wrong past {size} tokens")
+    hidden, heads = dense.config["hidden_size"], dense.config["num_attention_heads"]
+    if heads * dense.head_dim != hidden:
+        add(wide_heads, f"assumes head_dim {hidden / heads:g}, not {dense.head_dim}")
+    if dense.left_dense:
+        add(dense_layers, f"cannot load dense layers, and {len(dense.left_dense)} stay dense")
+    return found
+
+
 def expert_tensors(
-    ffn: FFN, partition: Partition, gate: float, dtype: torch.dtype
+    ffn: FFN,
+    partition: Partition,
+    gate: float,
+    dtype: torch.dtype,
+    prefix: str = "mlp.experts.",
+    names: tuple[str, str, str] = NAMES,
 ) -> dict[str, Tensor]:
-    """The routed experts as per-expert linear layers, their `down_proj` divided by `gate`."""
+    """The routed experts as linear layers of their own, their `down_proj` divided by `gate`."""
     tensors = {}
     for expert, neurons in enumerate(partition.experts_EN):
-        prefix = f"mlp.experts.{expert}."
-        tensors[prefix + "gate_proj.weight"] = ffn.gate_FD[neurons].to(dtype)
-        tensors[prefix + "up_proj.weight"] = ffn.up_FD[neurons].to(dtype)
-        tensors[prefix + "down_proj.weight"] = (ffn.down_DF[:, neurons] / gate).to(dtype)
+        found = glu_tensors(ffn, neurons, 1 / gate, dtype)
+        tensors.update(
+            {f"{prefix}{expert}.{name}": t for name, t in zip(names, found, strict=True)}
+        )
     return tensors
+
+
+def glu_tensors(
+    ffn: FFN, neurons: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up and down of some of the neurons, `down_proj` times `scale`."""
+    part = ffn.some(neurons, dtype, scale)
+    assert part.gate_FD is not None, "stock classes hold gated FFNs only"
+    return part.gate_FD, part.up_FD, part.down_DF
+
+
+def named(
+    prefix: str, tensors: tuple[Tensor, Tensor, Tensor], names: tuple[str, str, str] = NAMES
+) -> dict[str, Tensor]:
+    """Gate, up and down under a prefix."""
+    return {prefix + name: tensor for name, tensor in zip(names, tensors, strict=True)}
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:

@@ -1,0 +1,24 @@
+"""Granite 3: Llama with four multipliers, one of which scales what each layer adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from moefy.families.family import Family
+
+
+def join(layer: Any) -> Callable[[Tensor], Tensor]:
+    """The FFN's output times `residual_multiplier`."""
+    multiplier = layer.residual_multiplier
+    return lambda y_TD: y_TD * multiplier
+
+
+FAMILY = Family(
+    "granite",
+    targets=("granitemoeshared", "granitemoehybrid"),
+    embedding_scale=lambda config: config["embedding_multiplier"],
+    join=join,
+)

@@ -1,0 +1,206 @@
+"""What a checkpoint folder says of itself: its configuration, and the headers of its shards.
+
+Nothing here needs torch, so that what asks no more is answered at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+from moefy.errors import MoefyError
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+MAX_CONFIG, MAX_INDEX, MAX_DEPTH = 1_000_000, 32_000_000, 50
+MAX_HEADER = 100_000_000
+BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+"""Size of a value, by the dtype's code."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: its file, dtype code, shape, and byte range in the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def num_elements(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+def damaged(message: str) -> MoefyError:
+    """An error of code 3 for files that are not what they were when they were made."""
+    return MoefyError(f"{message}; fetch it again (hf download)")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a checkpoint folder.
+
+    Raises:
+        MoefyError: code 3 when there is none, or none that can be read.
+    """
+    return _read_json(regular_file(folder, CONFIG), MAX_CONFIG)
+
+
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of the checkpoint, as the headers of its shards have it."""
+    found = [name for name in (SINGLE, INDEX) if os.path.lexists(folder / name)]
+    if not found:
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth"))
+        only = f", only pickles ({some(pickles)}), never opened: convert with save_pretrained()"
+        raise MoefyError(f"{folder} holds no {SINGLE} and no {INDEX}{only if pickles else ''}")
+    if len(found) == 2:
+        raise MoefyError(f"{folder} holds {SINGLE} and {INDEX}: ambiguous; remove the stale one")
+    if found == [SINGLE]:
+        return read_header(regular_file(folder, SINGLE))
+    index = _weight_map(regular_file(folder, INDEX))
+    shards = sorted(set(index.values()))
+    if missing := [name for name in shards if not os.path.lexists(folder / name)]:
+        raise damaged(f"{folder} lacks {some(missing, 200)}")
+    entries: dict[str, Entry] = {}
+    for shard in shards:
+        header = read_header(regular_file(folder, shard))
+        if twice := sorted(header.keys() & entries.keys()):
+            raise damaged(f"{folder / shard} and another shard both hold {some(twice)}")
+        entries |= header
+    if odd := sorted(entries.keys() ^ index.keys()):
+        place = "listed but in no shard" if odd[0] in index else "in a shard but not listed"
+        raise damaged(f"{folder / INDEX} does not fit its shards: {odd[0]!r} is {place}")
+    return entries
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """The file of every tensor as the index has it: plain names in the index's own folder."""
+    index = _read_json(path, MAX_INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise damaged(f"{path} has no weight_map, or an empty one")
+    for name in index.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.+ -]+\.safetensors", name):
+            allowed = "for security only *.safetensors files beside it are read"
+            raise damaged(f"{path} names the file {short(name)}, but {allowed}")
+    return index
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Entries of one safetensors file, checked against the file's size.
+
+    Raises:
+        MoefyError: code 3, when the header is not one, or does not describe the file exactly.
+    """
+
+    def broken(found: str) -> MoefyError:
+        return MoefyError(f"{path} is not a whole safetensors file: {found}; fetch the file again")
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            raise broken(f"it has {size} bytes, a header needs at least 8")
+        (length,) = struct.unpack("<Q", head)
+        if length > min(MAX_HEADER, size - 8):
+            raise broken(f"its header claims {length} bytes of {size}")
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=distinct_keys)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(path, name, spec, 8 + length) for name, spec in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise broken(f"its header cannot be read ({error})") from None
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            raise broken(f"tensor {name} starts at byte {entry.start}, expected {end}")
+        end = entry.stop
+    if end != size:
+        raise broken(f"its tensors end at byte {end}, the file at byte {size}")
+    return entries
+
+
+def _entry(path: Path, name: str, spec: dict, offset: int) -> Entry:
+    start, stop = spec["data_offsets"]
+    shape = tuple(spec["shape"])
+    if spec["dtype"] not in BYTES:
+        raise ValueError(f"tensor {name} has dtype {spec['dtype']}")
+    if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
+        raise ValueError(f"tensor {name} has a size that is no whole number")
+    if stop - start != math.prod(shape) * BYTES[spec["dtype"]]:
+        raise ValueError(f"tensor {name} of shape {list(shape)} holds {stop - start} bytes")
+    return Entry(path, spec["dtype"], shape, offset + start, offset + stop)
+
+
+def _read_json(path: Path, most: int) -> dict[str, Any]:
+    """The object in a JSON file of at most `most` bytes."""
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    try:
+        if len(data) > most:
+            raise ValueError(f"it has more than {most} bytes")
+        value = json.loads(data.decode(), object_pairs_hook=distinct_keys)
+        if not isinstance(value, dict) or _depth(value) > MAX_DEPTH:
+            raise ValueError(f"expected an object at most {MAX_DEPTH} deep, found {short(value)}")
+    except (ValueError, RecursionError) as error:
+        raise damaged(f"{path} cannot be used: {error}") from None
+    return value
+
+
+def _depth(value: object) -> int:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, items), default=0)
+
+
+def regular_file(folder: Path, name: str) -> Path:
+    """The path of a regular file in `folder`, or of a link from there into its hub cache."""
+    path, home = folder / name, folder.resolve()
+    try:
+        real = Path(os.path.realpath(path, strict=True))
+    except OSError as error:
+        raise damaged(f"{path} cannot be found: {error.strerror}") from None
+    # Asked before it is opened, for opening a pipe or a device may never return.
+    if not real.is_file() or not os.access(real, os.R_OK):
+        raise damaged(f"{path} is not a regular file that can be read")
+    roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(real.is_relative_to(root) for root in roots):
+        raise MoefyError(f"{path} links to {str(real)!r} outside its folder; copy the file there")
+    return path
+
+
+def distinct_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An `object_pairs_hook` for JSON that refuses a key standing twice, with a ValueError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first of the names, and how many more there are."""
+    shown = [name if name.isprintable() else repr(name) for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

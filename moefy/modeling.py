@@ -1,0 +1,211 @@
+"""A dense model of any family whose FFNs are experts: for families that no stock MoE class holds.
+
+`MoefyForCausalLM` is transformers' own dense class, each converted FFN replaced by a `MoeBlock`.
+`import moefy` makes it known to the Auto classes; a checkpoint never brings code of its own. It
+runs in transformers only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.activations import ACT2FN
+
+
+class MoefyConfig(PreTrainedConfig):
+    """The dense configuration under `dense`, and how its FFNs are divided."""
+
+    model_type = "moefy"
+
+    def __init__(
+        self,
+        dense: dict[str, Any] | None = None,
+        layer: str = "model.layers.{layer}.",
+        block: str = "mlp",
+        activation: str = "hidden_act",
+        gated: bool = True,
+        down_bias: str | None = None,
+        left_dense: list[int] | None = None,
+        num_experts: int = 8,
+        num_experts_per_tok: int = 2,
+        expert_width: int = 1,
+        num_shared: int = 0,
+        **rest: Any,
+    ) -> None:
+        dense = dict(dense or {"model_type": "llama"})
+        self.dense = dense
+        self.layer, self.block, self.activation, self.gated = layer, block, activation, gated
+        self.down_bias = down_bias
+        self.left_dense = list(left_dense or [])
+        self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
+        self.expert_width, self.num_shared = expert_width, num_shared
+        super().__init__(**rest)
+
+    def dense_config(self) -> PreTrainedConfig:
+        """The configuration of the dense class."""
+        values = dict(self.dense)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """What caches and samplers ask for sizes."""
+        return self.dense_config()
+
+
+class Router(nn.Module):
+    """Linear scores; the highest are chosen, and every chosen expert counts fully."""
+
+    def __init__(self, config: MoefyConfig, hidden: int) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden))
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, gates and indices of the chosen experts."""
+        score_TE = nn.functional.linear(x_TD.float(), self.weight.float())
+        share_TE = score_TE.softmax(-1)
+        index_TK = score_TE.topk(self.top_k, dim=-1).indices
+        share_TK = share_TE.gather(1, index_TK)
+        gate_TK = 1 + share_TK - share_TK.detach()  # one, with the gradient of the share
+        return score_TE, gate_TK.to(x_TD.dtype), index_TK
+
+
+class Experts(nn.Module):
+    """The routed experts, stacked; with a gate, `up_proj` holds gate above up."""
+
+    def __init__(self, config: MoefyConfig, hidden: int, act: Any) -> None:
+        super().__init__()
+        num, width = config.num_experts, config.expert_width
+        self.gated, self.act_fn = config.gated, act
+        self.up_proj = nn.Parameter(torch.empty(num, width * (1 + config.gated), hidden))
+        self.up_bias = None if config.gated else nn.Parameter(torch.empty(num, width))
+        self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
+
+    def activations(self, expert: int, x_TD: Tensor) -> Tensor:
+        """What one expert's neurons answer, (T, N)."""
+        bias = None if self.up_bias is None else self.up_bias[expert]
+        return _answer(nn.functional.linear(x_TD, self.up_proj[expert], bias), self)
+
+    def forward(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        """The chosen experts' outputs, times their gates, summed."""
+        y_TD = torch.zeros_like(x_TD)
+        for expert in range(len(self.up_proj)):
+            token, place = (index_TK == expert).nonzero(as_tuple=True)
+            if len(token):
+                h_TN = self.activations(expert, x_TD[token])
+                part_TD = nn.functional.linear(h_TN, self.down_proj[expert])
+                y_TD.index_add_(0, token, part_TD * gate_TK[token, place, None])
+        return y_TD
+
+
+class Shared(nn.Module):
+    """The neurons that are always on."""
+
+    def __init__(self, config: MoefyConfig, hidden: int, act: Any) -> None:
+        super().__init__()
+        self.gated, self.act_fn = config.gated, act
+        width = config.num_shared
+        self.up_proj = nn.Linear(hidden, width * (1 + config.gated), bias=not config.gated)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Their output."""
+        return self.down_proj(_answer(self.up_proj(x_TD), self))
+
+
+class MoeBlock(nn.Module):
+    """Stands where a dense FFN stood."""
+
+    def __init__(self, config: MoefyConfig, dense: PreTrainedConfig) -> None:
+        super().__init__()
+        hidden = dense.hidden_size
+        act = ACT2FN[getattr(dense, config.activation, "silu")]
+        self.gate = Router(config, hidden)
+        self.experts = Experts(config, hidden, act)
+        self.shared = Shared(config, hidden, act) if config.num_shared else None
+        self.down_bias = config.down_bias
+        if self.down_bias:  # it stays where the dense class has it
+            last = nn.Module()
+            last.bias = nn.Parameter(torch.empty(hidden))
+            self.add_module(self.down_bias.removesuffix(".bias"), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The FFN's output, of the shape of its input."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        _, gate_TK, index_TK = self.gate(x_TD)
+        y_TD = self.experts(x_TD, index_TK, gate_TK)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        if self.down_bias:
+            y_TD = y_TD + self.get_parameter(self.down_bias)
+        return y_TD.view(x.shape)
+
+
+class MoefyForCausalLM(PreTrainedModel, GenerationMixin):
+    """The dense class of `config.dense`, its FFNs replaced."""
+
+    config_class = MoefyConfig
+    base_model_prefix = "dense"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: MoefyConfig) -> None:
+        super().__init__(config)
+        dense = config.dense_config()
+        asked = config._attn_implementation
+        # "sdpa" is what transformers sets where nothing was asked; the dense class knows better.
+        chosen = {} if asked in (None, "sdpa") else {"attn_implementation": asked}
+        self.dense = AutoModelForCausalLM.from_config(dense, **chosen)
+        for layer in range(dense.num_hidden_layers):
+            if layer not in config.left_dense:
+                home = self.dense.get_submodule(config.layer.format(layer=layer).rstrip("."))
+                home.set_submodule(config.block, MoeBlock(config, dense))
+        tied = self.dense._tied_weights_keys if dense.tie_word_embeddings else None
+        self._tied_weights_keys = {f"dense.{a}": f"dense.{b}" for a, b in (tied or {}).items()}
+        self.post_init()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the dense class does."""
+        return self.dense(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What the dense class does."""
+        self.dense.generation_config = self.generation_config
+        return self.dense.generate(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The dense class's."""
+        return self.dense.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """The dense class's."""
+        self.dense.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The dense class's."""
+        return self.dense.get_output_embeddings()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """A checkpoint brings all weights; what is made anew starts as a linear layer does."""
+        for parameter in module.parameters(recurse=False):
+            nn.init.normal_(parameter, std=0.02)
+
+
+def _answer(up: Tensor, module: Any) -> Tensor:
+    if not module.gated:
+        return module.act_fn(up)
+    gate, up = up.chunk(2, dim=-1)
+    return module.act_fn(gate) * up
+
+
+AutoConfig.register("moefy", MoefyConfig)
+AutoModelForCausalLM.register(MoefyConfig, MoefyForCausalLM)

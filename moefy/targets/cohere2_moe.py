@@ -1,0 +1,80 @@
+"""Cohere-2-MoE: attention and MoE side by side, a sigmoid router, ungated shared experts.
+
+Without normalisation the gate of a chosen expert is sigmoid(0) = 1/2: `down_proj` times two makes
+it one, whatever the number of experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.layout import FFN, Partition, Shape
+from moefy.shape import shared_multiple
+from moefy.targets.target import (
+    ROUTER_SCALE,
+    Dense,
+    Target,
+    copied,
+    engine_reasons,
+    expert_tensors,
+    glu_tensors,
+    mismatch,
+    named,
+)
+
+
+def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
+    """The configuration of a Cohere-2-MoE model of this shape."""
+    config = dense.config
+    left = dense.left_dense
+    return {
+        "architectures": ["Cohere2MoeForCausalLM"],
+        "model_type": "cohere2_moe",
+        **copied(config),
+        **{key: config[key] for key in ("layer_norm_eps", "logit_scale", "layer_types")},
+        "rms_norm_eps": None,
+        "sliding_window": config["sliding_window"],
+        "head_dim": dense.head_dim,
+        "attention_bias": bool(dense.biases),
+        "tie_word_embeddings": dense.tied,
+        "intermediate_size": shape.expert_width,
+        "prefix_dense_intermediate_size": shape.num_neurons,
+        # At 1 the class would rotate in all dense layers, whatever their attention.
+        "prefix_dense_sliding_window_pattern": 2,
+        "mlp_layer_types": ["dense" if n in left else "sparse" for n in range(dense.num_layers)],
+        "num_experts": shape.num_experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "num_shared_experts": shape.num_shared // shape.expert_width,
+        "shared_expert_combination_strategy": "sum",
+        "expert_selection_fn": "sigmoid",
+        "norm_topk_prob": False,
+        "output_router_logits": False,
+    }
+
+
+def tensors(
+    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The MoE block's tensors; every gate is one."""
+    return {
+        "mlp.gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
+        **expert_tensors(ffn, partition, 0.5, dtype),
+        **named("mlp.shared_experts.", glu_tensors(ffn, partition.shared_S, 1.0, dtype)),
+    }
+
+
+TARGET = Target(
+    "cohere2_moe",
+    configure,
+    tensors,
+    shared_multiple,
+    elastic=True,
+    engines=("transformers",),
+    cannot=lambda dense: mismatch(dense, biases="qkvo", windows="any", dense_layers="any"),
+    balks=lambda dense, shape: engine_reasons(dense),
+    biases=lambda dense: "qkvo" if dense.biases else "",
+    ties=True,
+)

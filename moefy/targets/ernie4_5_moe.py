@@ -1,0 +1,84 @@
+"""ERNIE-4.5-MoE: a float32 softmax router with a selection bias, ungated shared experts.
+
+The gates of the chosen experts sum to one, 1 / K each for a small router: `down_proj` times K
+makes them one, at that K only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.layout import FFN, Partition, Shape
+from moefy.shape import shared_multiple
+from moefy.targets.target import (
+    ROUTER_SCALE,
+    Dense,
+    Target,
+    copied,
+    engine_reasons,
+    expert_tensors,
+    glu_tensors,
+    mismatch,
+    named,
+    rounded,
+)
+
+
+def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
+    """The configuration of an ERNIE-4.5-MoE model of this shape."""
+    converted = [n for n in range(dense.num_layers) if n not in dense.left_dense]
+    return {
+        "architectures": ["Ernie4_5_MoeForCausalLM"],
+        "model_type": "ernie4_5_moe",
+        **copied(dense.config),
+        "head_dim": dense.head_dim,
+        "use_bias": False,
+        "tie_word_embeddings": dense.tied,
+        "moe_num_experts": shape.num_experts,
+        "moe_k": shape.experts_per_token,
+        "moe_intermediate_size": shape.expert_width,
+        "moe_num_shared_experts": shape.num_shared // shape.expert_width,
+        "moe_layer_start_index": converted[0],
+        "moe_layer_end_index": converted[-1],
+        "moe_layer_interval": 1,
+        "moe_norm_min": 1e-12,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    }
+
+
+def tensors(
+    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The MoE block's tensors; every gate is one at `experts_per_token`."""
+    zeros = torch.zeros(1, len(router_ED), dtype=torch.float32, device=router_ED.device)
+    return {
+        "mlp.gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
+        "mlp.moe_statics.e_score_correction_bias": zeros,
+        **expert_tensors(ffn, partition, rounded(1 / experts_per_token, dtype), dtype),
+        **named("mlp.shared_experts.", glu_tensors(ffn, partition.shared_S, 1.0, dtype)),
+    }
+
+
+def cannot(dense: Dense) -> str | None:
+    """Dense layers between converted ones."""
+    converted = [n for n in range(dense.num_layers) if n not in dense.left_dense]
+    if converted != list(range(converted[0], converted[-1] + 1)):
+        return "it can leave the first and the last of its layers dense, none between"
+    return mismatch(dense, dense_layers="any")
+
+
+TARGET = Target(
+    "ernie4_5_moe",
+    configure,
+    tensors,
+    shared_multiple,
+    elastic=False,
+    engines=("transformers",),
+    cannot=cannot,
+    balks=lambda dense, shape: engine_reasons(dense),
+    ties=True,
+)

@@ -1,0 +1,40 @@
+"""Granite-MoE-hybrid with attention in every layer: Granite-MoE-shared under another name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from moefy.layout import Shape
+from moefy.targets import granitemoeshared
+from moefy.targets.target import Dense, Reasons, engine_reasons
+
+
+def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
+    """The configuration of a Granite-MoE-hybrid model of this shape, with no Mamba layer."""
+    hidden = dense.config["hidden_size"]
+    return {
+        **granitemoeshared.configure(dense, shape),
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "model_type": "granitemoehybrid",
+        "position_embedding_type": dense.config.get("position_embedding_type", "rope"),
+        "layer_types": ["attention"] * dense.num_layers,
+        # No layer uses these, but loaders ask for them and check that they fit together.
+        "mamba_expand": 2,
+        "mamba_n_heads": 2,
+        "mamba_d_head": hidden,
+    }
+
+
+def balks(dense: Dense, shape: Shape) -> Reasons:
+    """Scaled frequencies, which llama.cpp's converter refuses and MLX ignores."""
+    return engine_reasons(dense, rope="llama.cpp,MLX")
+
+
+TARGET = dataclasses.replace(
+    granitemoeshared.TARGET,
+    model_type="granitemoehybrid",
+    configure=configure,
+    engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"),
+    balks=balks,
+)

@@ -1,0 +1,80 @@
+"""The dense class itself with experts in place of its FFNs: for what no stock class holds.
+
+Needs moefy to be imported, runs in transformers only (see `moefy.modeling`). Gates are exactly one,
+whatever the number of experts per token, and every expert is a bare slice of the dense FFN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.families.family import Family
+from moefy.layout import FFN, Partition, Shape
+from moefy.targets.target import ROUTER_SCALE, Dense, Target
+
+
+def target(family: Family) -> Target:
+    """The dense class of `family` with experts."""
+
+    def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
+        return {
+            "architectures": ["MoefyForCausalLM"],
+            "model_type": "moefy",
+            "dense": {k: v for k, v in dense.own.items() if k != "dtype"},
+            "layer": family.layer,
+            "block": family.block,
+            "activation": family.activation,
+            "gated": family.gated,
+            "down_bias": family.down_bias and family.down_bias.removeprefix(f"{family.block}."),
+            "left_dense": list(dense.left_dense),
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "expert_width": shape.expert_width,
+            "num_shared": shape.num_shared,
+            "tie_word_embeddings": dense.tied,
+            **{key: dense.config.get(key) for key in TOKENS},
+        }
+
+    def tensors(
+        ffn: FFN, partition: Partition, router_ED: Tensor, k: int, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        block = family.block + "."
+        experts = [ffn.some(neurons, dtype) for neurons in partition.experts_EN]
+        found = {
+            block + "gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
+            block + "experts.up_proj": torch.stack([_above(part) for part in experts]),
+            block + "experts.down_proj": torch.stack([part.down_DF for part in experts]),
+        }
+        biases = [part.bias_F for part in experts if part.bias_F is not None]
+        if biases:
+            found[block + "experts.up_bias"] = torch.stack(biases)
+        if len(partition.shared_S):
+            shared = ffn.some(partition.shared_S, dtype)
+            found[block + "shared.up_proj.weight"] = _above(shared)
+            found[block + "shared.down_proj.weight"] = shared.down_DF
+            if shared.bias_F is not None:
+                found[block + "shared.up_proj.bias"] = shared.bias_F
+        return found
+
+    return Target(
+        "moefy",
+        configure,
+        tensors,
+        lambda shape: True,
+        elastic=True,
+        engines=("transformers",),
+        native=True,
+        prefix="dense.",
+        ties=True,
+    )
+
+
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _above(part: FFN) -> Tensor:
+    """Gate above up, or up alone."""
+    return part.up_FD if part.gate_FD is None else torch.cat([part.gate_FD, part.up_FD])

@@ -1,0 +1,67 @@
+"""Print a Markdown table of every family with every stock class: `python tests/table.py`.
+
+The identity error is the greatest difference of two logits relative to the largest of them, all
+experts active and the router's rows zero.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import conftest
+import torch
+from stock import (
+    HELD,
+    UNLIKE,
+    dense_logits,
+    distance,
+    logits,
+    open_all_active,
+    opened,
+    recipe,
+    silence,
+    some_active,
+)
+from test_targets import generated
+from transformers.utils import logging
+
+from moefy.convert import convert
+from moefy.job import prepare
+from moefy.recipe import build
+
+ROW = "| {:16} | {:16} | {:29} | {:>8} | {:10} | {:9} |"
+
+
+def line(family: str, target: str, text: Path) -> str:
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        conftest.build_model(root / "dense", family, UNLIKE.get((family, target), {}))
+        conftest.build_tokenizer(root / "dense")
+        few = {"tokens": 512, "sequence_length": 64, "calibration": str(text)}
+        for name, shape in (("all", recipe(target)), ("some", some_active(target))):
+            given = {"model": str(root / "dense"), **few, **shape}
+            convert(prepare(build(None, given, [])), root / name)
+        found = logits(silence(open_all_active(root / "all")))
+        error = distance(found, dense_logits(root / "dense"))
+        model = opened(root / "some")
+        model.save_pretrained(root / "again")
+        again = torch.equal(logits(opened(root / "again")), logits(model))
+        alike = torch.equal(generated(model, True), generated(model, False))
+    words = {True: "yes", False: "NO"}
+    name = type(model).__name__
+    return ROW.format(family, target, name, f"{error:.0e}", words[alike], words[again])
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.txt"
+        turned = [conftest.WORDS[n:] + conftest.WORDS[:n] for n in range(40)]
+        text.write_text("\n\n\n".join(map(" ".join, turned)))
+        heads = ("family", "class", "opened as", "error", "generates", "saved again")
+        print(ROW.format(*heads))
+        print(ROW.format(*["---"] * len(heads)))
+        for pair in HELD:
+            print(line(*pair, text), flush=True)

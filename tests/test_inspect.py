@@ -1,0 +1,512 @@
+"""What `moefy inspect` and `moefy families` tell, judged by transformers and by the conversion."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILY, PICO
+
+from moefy import cli, families, headers, job, targets
+from moefy.checkpoint import DTYPES
+from moefy.describe import describe
+from moefy.describe.catalogue import catalogue, engines
+from moefy.describe.settled import as_dense
+from moefy.errors import MoefyError
+from moefy.layout import Shape
+from moefy.recipe import build
+from moefy.validate import open_checkpoint
+
+ESCAPE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+STOCK = [name for name in families.names() if name in FAMILY]
+LLAMA3 = {
+    "rope_theta": 10000.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def moefy(monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """`moefy(*arguments)`: exit code, output and errors of the command, run in this process."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moefy", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, captured.out, captured.err
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def change(folder: Path, **keys: object) -> Path:
+    """Change keys of config.json; `...` removes a key."""
+    file = folder / "config.json"
+    value = json.loads(file.read_text()) | keys
+    file.write_text(json.dumps({key: item for key, item in value.items() if item is not ...}))
+    return folder
+
+
+def loaded(folder: Path) -> dict[str, torch.Tensor]:
+    """What transformers loads, every tensor once."""
+    from transformers import AutoModelForCausalLM
+
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in AutoModelForCausalLM.from_pretrained(folder).state_dict().items():
+        found.setdefault(tensor.data_ptr(), (name, tensor))
+    return dict(found.values())
+
+
+# --- dense models --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", STOCK)
+def test_the_facts_of_a_dense_model(model_type, pico):
+    folder = pico(model_type)
+    found = describe(str(folder))
+    assert (found["kind"], found["model_type"], found["problems"]) == ("dense", model_type, [])
+    tensors = loaded(folder)
+    total = sum(tensor.numel() for tensor in tensors.values())
+    assert found["parameters"] == found["parameters_active"] == total
+    ffn = sum(t.numel() for name, t in tensors.items() if families.load(model_type).block in name)
+    assert found["parameters_ffn"] == ffn
+    assert found["sizes"]["ffn"] == PICO["intermediate_size"]
+    heads = 16 if model_type == "qwen3" else FAMILY[model_type].get("head_dim", 8)
+    assert found["sizes"]["head_dim"] == heads
+    assert found["sizes"]["layers"] == PICO["num_hidden_layers"]
+    assert found["dtypes"] == {"F32": len(tensors)}
+    assert found["disk_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert found["shards"] == 1
+
+
+CONFIGS = {
+    "as saved": {},
+    "linear as it was": {
+        "rope_parameters": ...,
+        "rope_theta": 5000.0,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    },
+    "llama3": {"rope_parameters": LLAMA3},
+    "windows by the class": {"layer_types": ..., "sliding_window": ..., "use_sliding_window": ...},
+    "windows on": {
+        "layer_types": ...,
+        "sliding_window": 16,
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("model_type", STOCK)
+def test_a_configuration_is_filled_in_as_transformers_does(model_type, kind, own_pico):
+    """As far as a target asks."""
+    family = families.load(model_type)
+    try:
+        checkpoint = open_checkpoint(change(own_pico(model_type), **CONFIGS[kind]))
+        expected = job.describe(checkpoint, family, [0, 1])
+    except Exception as error:
+        pytest.skip(f"no such {model_type}: {error}")
+    found = as_dense(family, checkpoint.config, checkpoint.entries)
+    assert (found.tied, found.biases) == (expected.tied, expected.biases)
+    if not family.targets:
+        return
+    for name in family.targets:
+        target, shape = targets.load(name, family), Shape(96, 24, 3, 24, 1)
+        assert target.cannot(found) == target.cannot(expected)
+        assert target.balks(found, shape) == target.balks(expected, shape)
+    assert found.head_dim == expected.head_dim
+    assert found.rotary_share == expected.rotary_share
+    assert found.windowed == expected.windowed
+
+
+def test_targets_and_shapes_are_those_of_the_conversion(pico):
+    for model_type in ("llama", "qwen3"):
+        told = describe(str(pico(model_type)))["targets"]
+        assert [*told] == [*families.load(model_type).targets, job.OWN]
+        for name, target in told.items():
+            assert target["holds"] and not target["reason"]
+            for active, shape in target["shapes"].items():
+                flags = {"model": str(pico(model_type)), "target": name, "active": float(active)}
+                try:
+                    expected = job.prepare(build(None, flags, [])).shape
+                except MoefyError:
+                    assert shape is None
+                    continue
+                assert shape.pop("active") == expected.active_fraction
+                assert Shape(**shape) == expected
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_parameters": LLAMA3}])
+def test_the_target_for_an_engine_is_that_of_the_conversion(rope, own_pico):
+    folder = change(own_pico("llama"), **rope)
+    told = describe(str(folder))["engines"]
+    assert [*told] == [*job.ENGINES.values()]
+    for flag, engine in job.ENGINES.items():
+        made = job.prepare(build(None, {"model": str(folder), "engines": flag}, []))
+        assert told[engine][0] == made.target.model_type
+    assert told["llama.cpp"][0] == ("mixtral" if rope else "qwen2_moe")
+
+
+def test_aligned_widths(pico):
+    told = describe(str(pico("llama")))["targets"]
+    assert told["qwen2_moe"]["widths"] == {"128": {}, "32": {"2": 32}}
+    assert told["mixtral"]["widths"] == {"128": {}, "32": {"3": 32}}
+    assert told["glm4_moe"]["widths"] == {"128": {}, "32": {"2": 32}}
+
+
+def test_a_family_that_no_stock_class_holds(pico, moefy):
+    told = describe(str(pico("gpt2")))
+    assert told["convertible"] and told["unheld"]
+    assert [*told["targets"]] == [job.OWN]
+    assert not any(told["engines"].values())
+    code, out, _ = moefy("inspect", pico("gpt2"))
+    assert code == 0 and told["unheld"] in " ".join(out.split())
+
+
+def test_a_class_that_cannot_hold_a_model_says_why(pico):
+    told = describe(str(pico("ministral")))
+    assert told["targets"]["qwen2_moe"]["holds"]
+    assert "window" in told["targets"]["mixtral"]["reason"]
+    assert told["targets"]["mixtral"]["engines"] == []
+    assert "qwen2_moe" not in told["engines"]["llama.cpp"]
+    assert "sliding window" in told["targets"]["qwen2_moe"]["balks"]["llama.cpp"]
+
+
+# --- what is wrong -------------------------------------------------------------------------------
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "unknown": (lambda folder: change(folder, model_type="mamba2", state_size=4), "state-space"),
+    "encoder": (lambda folder: change(folder, model_type="bert", type_vocab_size=2), "encoder"),
+    "its own code": (lambda folder: change(folder, auto_map={"AutoModel": "x.X"}), "auto_map"),
+    "quantised": (lambda folder: change(folder, quantization_config={"bits": 4}), "dequantise"),
+    "layers": (lambda folder: change(folder, num_hidden_layers=3), "2 layers are stored"),
+    "truncated": (cut, "not a whole safetensors file"),
+    "pickle": (pickle, "pytorch_model.bin"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_converted_is_described_all_the_same(name, own_pico, moefy):
+    damage, says = WRONG[name]
+    folder = own_pico("llama")
+    damage(folder)
+    code, out, err = moefy("inspect", folder, "--json")
+    found = json.loads(out, parse_constant=pytest.fail)
+    assert (code, err) == (0, "")
+    assert says in " ".join(found["problems"])
+    assert not found["convertible"] and found["sizes"]["hidden"] == PICO["hidden_size"]
+    code, out, err = moefy("inspect", folder)
+    assert (code, err) == (0, "") and says in " ".join(out.split())
+
+
+def nothing(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+NOTHING: dict[str, Callable[[Path], object]] = {
+    "no folder": nothing,
+    "no configuration": lambda folder: (folder / "config.json").unlink(),
+    "no JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "neither a type nor tensors": lambda folder: (change(folder, model_type=...), cut(folder)),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_nothing_to_describe(name, own_pico, moefy):
+    folder = own_pico("llama")
+    NOTHING[name](folder)
+    code, out, err = moefy("inspect", folder)
+    assert (code, out) == (3, "")
+    assert err.startswith("moefy: ") and len(err.splitlines()) == 1
+
+
+def test_a_hub_id_is_looked_for_in_the_cache_only(moefy, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+    real = huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **how: asked.append(how) or real(name, **how, cache_dir=tmp_path),
+    )
+    code, out, err = moefy("inspect", "owner/none")
+    assert (code, out) == (3, "") and "hf download owner/none" in err
+    assert [how["local_files_only"] for how in asked] == [True]
+
+
+# --- Mixtures of Experts -------------------------------------------------------------------------
+
+WIDE = {"moe_intermediate_size": 24, "intermediate_size": 96}
+EIGHT = {"num_experts": 8, "num_experts_per_tok": 2}
+LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 24}
+MOE: dict[str, tuple[dict[str, Any], int, list[int]]] = {
+    "mixtral": (LOCAL, 0, []),
+    "qwen2_moe": ({**EIGHT, **WIDE, "shared_expert_intermediate_size": 40}, 40, []),
+    "qwen3_moe": ({**EIGHT, **WIDE, "mlp_only_layers": [1]}, 0, [1]),
+    "granitemoeshared": ({**LOCAL, "shared_intermediate_size": 40}, 40, []),
+    "granitemoehybrid": (
+        {
+            **LOCAL,
+            "shared_intermediate_size": 40,
+            "layer_types": ["attention", "attention"],
+            "mamba_n_heads": 2,
+        },
+        40,
+        [],
+    ),
+    "glm4_moe": (
+        {
+            **WIDE,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        48,
+        [0],
+    ),
+    "flex_olmo": ({**EIGHT, "intermediate_size": 24}, 0, []),
+    "hunyuan_v1_moe": (
+        {"num_experts": 8, "moe_topk": 2, "intermediate_size": 24, "head_dim": 8},
+        24,
+        [],
+    ),
+    "ernie4_5_moe": (
+        {
+            **WIDE,
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 1,
+        },
+        24,
+        [0],
+    ),
+    "cohere2_moe": (
+        {**EIGHT, "intermediate_size": 24, "num_shared_experts": 1, "head_dim": 8},
+        24,
+        [],
+    ),
+    "lfm2_moe": (
+        {
+            **EIGHT,
+            **WIDE,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention"],
+        },
+        0,
+        [0],
+    ),
+    "olmoe": ({**EIGHT, "intermediate_size": 24}, 0, []),  # no target
+}
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory) -> Callable[..., Path]:
+    """`stock(model_type, **overrides)`: the folder of a tiny MoE that transformers saved."""
+
+    def make(model_type: str, **overrides: Any) -> Path:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        values = PICO | MOE[model_type][0] | overrides
+        config = AutoConfig.for_model(model_type, **values)
+        folder = tmp_path_factory.mktemp(model_type)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def assert_experts(folder: Path, count: int, per_token: int) -> dict[str, Any]:
+    """Parameters in all and active, as transformers has them in memory: experts stacked."""
+    found = describe(str(folder))
+    tensors = loaded(folder)
+    total = sum(tensor.numel() for tensor in tensors.values())
+    stacked = [t for name, t in tensors.items() if re.search(r"[^_]experts\.|(in|out)put_li", name)]
+    routed = sum(t.numel() for t in stacked if t.ndim == 3)
+    assert routed > 0
+    assert found["kind"] == "MoE"
+    assert found["parameters"] == total
+    assert found["parameters_active"] == total - routed * (count - per_token) // count
+    experts = found["experts"]
+    assert (experts["count"], experts["per_token"]) == (count, per_token)
+    assert experts["parameters"] == routed
+    return found
+
+
+@pytest.mark.parametrize("model_type", MOE)
+def test_the_facts_of_a_stock_model(model_type, stock):
+    _, shared, dense_layers = MOE[model_type]
+    found = assert_experts(stock(model_type), 8, 2)
+    experts = found["experts"]
+    assert (experts["width"], experts["shared_width"]) == (24, shared)
+    assert experts["active_fraction"] == round((shared + 48) / (shared + 192), 4)
+    assert experts["dense_layers"] == dense_layers
+    assert (found["sizes"]["ffn"], found["sizes"]["head_dim"]) == (shared + 192, 8)
+    assert found["problems"] == []
+    assert bool(found["serving"]) == (model_type in targets.names())
+
+
+def test_every_stock_target_is_tried():
+    assert {*targets.names()} <= {*MOE, "moefy"}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_the_facts_of_a_conversion(model_type, pico, converted):
+    out = converted(pico(model_type))
+    made = json.loads((out / "moefy" / "conversion.json").read_text())["shape"]
+    found = assert_experts(out, made["num_experts"], made["experts_per_token"])
+    assert found["experts"]["width"] == made["expert_width"]
+    assert found["experts"]["shared_width"] == made["num_shared"]
+    serving = found["serving"]
+    assert [*serving] == engines()
+    head_dim = ["vLLM", "llama.cpp"] if model_type == "qwen2_moe" else []
+    for engine in ("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"):
+        assert serving[engine]["runs"] or engine in head_dim, serving[engine]
+    assert serving["Ollama"]["runs"] is None
+    assert any("128" in note for note in serving["vLLM"]["notes"])
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox"])
+def test_the_facts_of_a_conversion_to_no_stock_class(model_type, pico, converted):
+    out = converted(pico(model_type), target=job.OWN)
+    made = json.loads((out / "moefy" / "conversion.json").read_text())["shape"]
+    found = describe(str(out))
+    shape = {key: found["experts"][key] for key in ("count", "per_token", "width", "shared_width")}
+    keys = ("num_experts", "experts_per_token", "expert_width", "num_shared")
+    assert [*shape.values()] == [made[key] for key in keys]
+    dense = describe(str(pico(model_type)))
+    assert found["sizes"] == dense["sizes"]
+    saved = round((1 - found["experts"]["active_fraction"]) * dense["parameters_ffn"])
+    assert abs(found["parameters"] - found["parameters_active"] - saved) < 0.02 * saved
+    assert [engine for engine, told in found["serving"].items() if told["runs"]] == ["transformers"]
+
+
+SERVING: list[tuple[str, dict[str, Any], str, str]] = [
+    ("qwen2_moe", {"norm_topk_prob": True}, "llama.cpp", "norm_topk_prob were false"),
+    ("qwen3_moe", {"norm_topk_prob": False}, "llama.cpp", "norm_topk_prob were true"),
+    ("qwen3_moe", {}, "llama.cpp", "dense layers"),
+    ("qwen2_moe", {"tie_word_embeddings": True}, "MLX", "lm_head.weight"),
+    ("qwen2_moe", {"hidden_act": "gelu"}, "vLLM", "silu"),
+    ("qwen2_moe", {"rope_parameters": LLAMA3}, "llama.cpp", "llama3"),
+    ("mixtral", {"sliding_window": 16}, "MLX", "wrong past 16"),
+    ("mixtral", {"head_dim": 16}, "MLX", "head_dim 8, not 16"),
+    ("mixtral", {}, "MLX", "rope_theta"),
+    ("mixtral", {"num_local_experts": 520}, "llama.cpp", "512"),
+    ("granitemoehybrid", {}, "SGLang", "full_attention"),
+    ("glm4_moe", {}, "SGLang", "2 shared experts"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes", "engine", "says"), SERVING)
+def test_why_an_engine_does_not_run_a_model(model_type, changes, engine, says, stock):
+    told = describe(str(stock(model_type, **changes)))["serving"][engine]
+    assert told["runs"] is False
+    assert says in " ".join(told["reasons"])
+
+
+def test_an_engine_that_runs_a_model(stock):
+    serving = describe(str(stock("mixtral", intermediate_size=256)))["serving"]
+    for engine in ("vLLM", "SGLang", "llama.cpp", "Ollama"):
+        assert serving[engine] == {"runs": True, "reasons": [], "notes": []}
+    assert "rope_theta" in " ".join(serving["transformers"]["notes"])
+
+
+def test_contradictions(stock, moefy):
+    folder = change(stock("mixtral"), num_local_experts=7, num_experts_per_tok=9)
+    problems = describe(str(folder))["problems"]
+    assert "config.json has 7 experts, the tensors 8" in problems
+    assert "9 experts per token, but only 8 experts" in problems
+    assert moefy("inspect", folder)[0] == 0
+
+
+def test_a_moe_without_tensors(stock):
+    folder = stock("mixtral")
+    cut(folder)
+    found = describe(str(folder))
+    assert (found["kind"], found["experts"]["count"]) == ("MoE", 8)
+    assert len(found["problems"]) == 1 and found["serving"] == {}
+
+
+# --- the commands --------------------------------------------------------------------------------
+
+
+def test_the_text_is_plain_and_narrow(moefy, pico, stock, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for folder in (pico("llama"), pico("qwen3"), stock("qwen2_moe")):
+        code, out, err = moefy("inspect", folder)
+        assert (code, err) == (0, "")
+        assert folder.name in out and not ESCAPE.search(out)
+        assert max(map(len, out.splitlines())) <= 100
+    code, out, err = moefy("inspect", pico("llama"), "--json")
+    assert json.loads(out, parse_constant=pytest.fail) == describe(str(pico("llama")))
+
+
+def test_families(moefy):
+    code, out, err = moefy("families", "--json")
+    known = json.loads(out)
+    assert (code, err, known) == (0, "", catalogue())
+    assert [*known["families"]] == families.names()
+    assert sorted(known["targets"]) == targets.names()
+    told = {name: (told["shared"], told["dense_layers"]) for name, told in known["targets"].items()}
+    assert told["qwen2_moe"] == ("any width", "any")
+    assert told["mixtral"] == ("none", "none")
+    assert told["glm4_moe"] == ("multiple of an expert", "first")
+    assert told["ernie4_5_moe"] == ("multiple of an expert", "first and last")
+    assert told["hunyuan_v1_moe"] == ("as an expert", "none")
+    assert told["moefy"] == ("any width", "any")
+    assert engines() == [*job.ENGINES.values()]
+    code, out, err = moefy("families")
+    assert all(name in out for name in (*known["families"], *known["targets"]))
+    assert not ESCAPE.search(out)
+
+
+def test_what_is_not_needed_is_not_imported(pico, tmp_path):
+    """What takes seconds to import: torch where nothing is read, transformers ever."""
+    script = (
+        "import sys, moefy.describe as d\n"
+        "try: d.describe(sys.argv[1])\n"
+        "except Exception as error: print(error)\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+
+    def imported(path: Path) -> str:
+        command = [sys.executable, "-c", script, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert "transformers" not in imported(pico("llama"))
+    assert imported(tmp_path / "none").endswith("\n[]\n")
+
+
+def test_sizes_of_values():
+    assert headers.BYTES == {code: dtype.itemsize for code, dtype in DTYPES.items()}
