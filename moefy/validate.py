@@ -58,7 +58,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             outside the folder; code 4 when they are whole but of a kind that moefy cannot convert.
     """
     path = regular_file(folder, CONFIG)
-    config = _read_json(path, MAX_CONFIG)
+    config = read_json(path, MAX_CONFIG)
     if reason := _unsupported(path, config):
         raise MoefyError(f"{path} cannot be converted: {reason}", code=4)
     if reason := _wrong_size(config):
@@ -72,7 +72,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, entries)
 
 
-def _read_json(path: Path, most: int) -> dict[str, Any]:
+def read_json(path: Path, most: int) -> dict[str, Any]:
     """The object in a JSON file of at most `most` bytes."""
     with path.open("rb") as file:
         data = file.read(most + 1)
@@ -176,7 +176,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
 
 def _weight_map(path: Path) -> dict[str, str]:
     """The file of every tensor as the index has it: plain names in the index's own folder."""
-    index = _read_json(path, MAX_INDEX).get("weight_map")
+    index = read_json(path, MAX_INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise _damaged(f"{path} has no weight_map, or an empty one")
     for name in index.values():
