@@ -21,6 +21,9 @@ app = typer.Typer(
     help="Turn a dense Hugging Face checkpoint into a stock Mixture-of-Experts checkpoint.",
 )
 
+exports = typer.Typer(no_args_is_help=True, help="Write a converted model in another format.")
+app.add_typer(exports, name="export")
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")]
 
@@ -194,6 +197,33 @@ def report(
             watch=watch,
         )
     _print(found, lambda made: _reported(made, run), as_json, quiet)
+
+
+@exports.command()
+def gguf(
+    run: Annotated[Path, typer.Argument(help="Folder that `moefy convert` wrote.")],
+    out: Annotated[
+        Path | None, typer.Argument(help="File to write. (default: RUN/<name>-<type>.gguf)")
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE", help="f32, f16, bf16, q8_0, q4_0, q4_k_m, ... (default: as stored)"
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the model in RUN as one GGUF file OUT, for llama.cpp."""
+    _imports_are_slow()
+    from moefy.export import export
+    from moefy.progress import watching
+    from moefy.report import terminal
+
+    with watching(quiet=quiet) as watch:
+        made = export(run, out, quantize, force=force, watch=watch)
+    _print(made, terminal.show_export, as_json, quiet)
 
 
 @app.command()

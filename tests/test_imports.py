@@ -13,7 +13,7 @@ ROWS = [
     "__init__",  # may import nothing of moefy, and all may import it: for the version
     "errors layout modeling",
     "shape headers",
-    "assign solve recipe checkpoint source families",
+    "assign solve recipe checkpoint source families pack",
     "targets",
     "partition route refit documents",
     "data",
@@ -21,7 +21,7 @@ ROWS = [
     "validate reopen",
     "job",
     "output report describe",
-    "convert plan",
+    "convert plan export",
     "finetune evaluate",
     "progress",
     "cli",

@@ -55,6 +55,16 @@ def show_conversion(summary: Mapping[str, Any], out: Path) -> None:
     console.print(f"Report: {out / 'moefy' / 'conversion.md'}", markup=False)
 
 
+def show_export(made: Mapping[str, Any]) -> None:
+    """Print what file was made, of which type, and how large it is."""
+    console = Console(highlight=False, soft_wrap=True)
+    for note in made["notes"]:
+        console.print(f"Note: {note}", markup=False)
+    size = f"{made['bytes'] / 1e6:.1f} MB"
+    console.print(f"{made['model_type']} as {made['type']}, {size}, {made['seconds']:.0f} s")
+    console.print(f"File: {made['file']}", markup=False)
+
+
 def show_report(report: Mapping[str, Any], run: Path) -> None:
     """Print the scores, a line of text from both models, and where the report lies."""
     console = Console(highlight=False, soft_wrap=True)
