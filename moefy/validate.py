@@ -281,8 +281,10 @@ def check_target(config: Config, target: Target, shape: Shape, num_converted: in
     if rope_type != "default":
         notes.append(f"llama.cpp may ignore rope_type {rope_type}, and MLX refuse to load it")
     window = config.get("use_sliding_window", True) and config.get("sliding_window")
-    if window and "sliding_attention" in (config.get("layer_types") or "sliding_attention"):
-        notes.append(f"llama.cpp and MLX ignore the sliding window: wrong past {window} tokens")
+    types = config.get("layer_types") or ["sliding_attention"]
+    if window and "sliding_attention" in types:
+        engines = "llama.cpp and MLX" if len(set(types)) == 1 else "vLLM, llama.cpp and MLX"
+        notes.append(f"{engines} ignore the sliding window: wrong past {window} tokens")
     num_dense = config["num_hidden_layers"] - num_converted
     if num_dense and (engines := NO_DENSE_LAYERS.get(target.model_type)):
         notes.append(f"{engines} cannot load a model with dense layers, and {num_dense} stay dense")

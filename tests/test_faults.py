@@ -572,6 +572,13 @@ SHAPE = Shape(2048, 1024, 8, 128, 4)
             4,
             [],
         ),
+        (
+            "qwen2_moe",
+            {"sliding_window": 9, "layer_types": ["full_attention", "sliding_attention"] * 2},
+            SHAPE,
+            4,
+            ["vLLM, llama.cpp and MLX ignore"],
+        ),
         ("qwen2_moe", {}, SHAPE, 3, ["SGLang and MLX cannot load"]),
         ("qwen3_moe", {}, SHAPE, 1, ["llama.cpp cannot load"]),
         ("qwen2_moe", {}, Shape(2048, 1280, 8, 96, 4), 4, ["width 96"]),
