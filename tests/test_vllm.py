@@ -1,0 +1,199 @@
+"""vLLM computes from a written folder what transformers computes, to the rounding of float32.
+
+vLLM requires a torch and a transformers of its own, so it runs in another environment, which
+`make test-engines` builds; MOEFY_VLLM_PYTHON names its interpreter. Without it nothing runs here.
+
+Greedy tokens must be equal, and log-probabilities, over the whole vocabulary and at every position,
+within `CLOSE`: they were within 6e-6 when this was measured. A planted fault moves them by `FAULT`
+or more: by 2 to 4, when these were measured.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_identity import HELD, VARIANTS, Plant, planted
+from transformers import AutoModelForCausalLM
+
+from moefy import families, targets
+
+PYTHON = os.environ.get("MOEFY_VLLM_PYTHON")
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.skipif(not PYTHON, reason="MOEFY_VLLM_PYTHON names no interpreter"),
+]
+DRIVER = Path(__file__).with_name("vllm_driver.py")
+CLOSE, FAULT = 1e-4, 0.1
+EXPERTS, VOCABULARY = 6, 128
+LENGTHS, NEW_TOKENS = (1, 7, 20, 40), 16
+ELASTIC = [name for name in targets.names() if targets.load(name).elastic]
+Ask = Callable[..., list[dict]]
+
+
+class Refused(Exception):
+    """vLLM raised this."""
+
+
+def prompts() -> list[list[int]]:
+    dice = torch.Generator().manual_seed(2)
+    return [torch.randint(1, VOCABULARY, (n,), generator=dice).tolist() for n in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory) -> Iterator[Ask]:
+    """`vllm(folder, **overrides)`: tokens and log-probabilities for every prompt."""
+    log = tmp_path_factory.mktemp("vllm") / "log.txt"
+    command = [str(PYTHON), str(DRIVER)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with log.open("w") as errors, subprocess.Popen(command, stderr=errors, **pipes) as driver:
+
+        def ask(folder: Path, **overrides: object) -> list[dict]:
+            asked = {"folder": str(folder), "prompts": prompts(), "new_tokens": NEW_TOKENS}
+            driver.stdin.write(json.dumps(asked | {"overrides": overrides}) + "\n")
+            line = driver.stdout.readline()
+            assert line, log.read_text()
+            reply = json.loads(line)
+            if isinstance(reply, dict):
+                raise Refused(reply["error"])
+            return reply
+
+        yield ask
+
+
+def stock(folder: Path, **options: object) -> list[dict]:
+    """What transformers makes of the same prompts."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    greedy = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": None}
+    found = []
+    for prompt in prompts():
+        ids_BT = model.generate(torch.tensor([prompt]), **greedy)
+        with torch.inference_mode():
+            logprobs_TV = model(ids_BT).logits[0, :-1].log_softmax(-1)
+        found.append({"tokens": ids_BT[0, len(prompt) :].tolist(), "logprobs": logprobs_TV})
+    return found
+
+
+def distance(found: list[dict], expected: list[dict]) -> float:
+    """Greatest difference of two log-probabilities where the tokens before are the same."""
+    gaps = []
+    for one, other in zip(found, expected, strict=True):
+        pairs = enumerate(zip(one["tokens"], other["tokens"], strict=True))
+        same = next((place for place, (a, b) in pairs if a != b), NEW_TOKENS)
+        gap_TV = torch.tensor(one["logprobs"]) - other["logprobs"]
+        gaps.append(gap_TV[: len(gap_TV) - NEW_TOKENS + same + 1])
+    return max(float(gap_TV.abs().max()) for gap_TV in gaps)
+
+
+def assert_alike(found: list[dict], expected: list[dict]) -> None:
+    assert [one["tokens"] for one in found] == [one["tokens"] for one in expected]
+    assert distance(found, expected) < CLOSE
+
+
+def wide(family: str) -> dict:
+    """Sizes with heads that vLLM's attention on a CPU knows: 32, 64, 80, 96, 112, 128 or more."""
+    heads = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return heads | ({"head_dim": 64} if family == "qwen3" else {})
+
+
+def recipe(target: str) -> dict:
+    """Two experts for each token, and a quarter of the neurons shared where they can be."""
+    known = targets.load(target)
+    if "vLLM" not in known.engines:
+        pytest.skip(f"vLLM does not run {target}")
+    active = 1 / 2 if known.has_shared else 2 / EXPERTS
+    return {"target": target, "experts": EXPERTS, "experts_per_token": 2, "active": active}
+
+
+# --- what vLLM computes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "target"), HELD)
+def test_tokens_and_log_probabilities(family, target, pico, converted, vllm):
+    moe = converted(pico(family, **wide(family)), **recipe(target))
+    assert_alike(vllm(moe), stock(moe))
+
+
+@pytest.mark.parametrize(("family", "target"), HELD)
+def test_a_layer_left_dense(family, target, pico, converted, vllm):
+    moe = converted(pico(family, **wide(family)), layers="1:", **recipe(target))
+    assert_alike(vllm(moe), stock(moe))
+
+
+@pytest.mark.parametrize(("family", "target"), HELD)
+def test_a_tied_head(family, target, pico, converted, vllm):
+    moe = converted(pico(family, **wide(family), tie_word_embeddings=True), **recipe(target))
+    assert_alike(vllm(moe), stock(moe))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sliding window of all layers", "scaled rotary frequencies", "fast rotary frequencies"],
+)
+def test_what_a_configuration_says_is_kept(name, pico, converted, vllm):
+    moe = converted(variant(name, pico), **recipe("qwen2_moe"))
+    assert_alike(vllm(moe), stock(moe))
+
+
+def variant(name: str, pico: Callable[..., Path]) -> Path:
+    family, changes = VARIANTS[name]
+    assert "qwen2_moe" in families.load(family).targets
+    return pico(family, **wide(family) | changes)
+
+
+@pytest.mark.parametrize("experts", [1, 4, EXPERTS])
+@pytest.mark.parametrize("target", ELASTIC)
+def test_another_number_of_experts_per_token(target, experts, pico, converted, vllm):
+    family = next(family for family, held in HELD if held == target)
+    moe = converted(pico(family, **wide(family)), **recipe(target))
+    found = vllm(moe, num_experts_per_tok=experts)
+    assert_alike(found, stock(moe, num_experts_per_tok=experts))
+    assert distance(found, stock(moe)) > FAULT
+
+
+# --- what it does not ----------------------------------------------------------------------------
+
+
+def test_a_sliding_window_of_one_layer_is_ignored(pico, converted, vllm):
+    """Without a word, where vLLM refuses the dense class."""
+    moe = converted(variant("sliding window of one layer", pico), **recipe("qwen2_moe"))
+    found = vllm(moe)
+    assert distance(found, stock(moe, layer_types=["full_attention"] * 2)) < CLOSE
+    assert distance(found[:1], stock(moe)[:1]) < CLOSE  # no longer than the window
+    assert distance(found, stock(moe)) > FAULT
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("another activation", "Only silu is supported"), ("wide heads", "exceeds dimension size")],
+)
+def test_what_vllm_refuses(name, said, pico, converted, vllm):
+    moe = converted(variant(name, pico), **recipe("qwen2_moe"))
+    with pytest.raises(Refused, match=said):
+        vllm(moe)
+
+
+# --- that a fault would be seen ------------------------------------------------------------------
+
+
+def other_experts(tensors: dict[str, torch.Tensor], config: dict) -> None:
+    """Each expert gets the tokens of another."""
+    shape = (EXPERTS, config["hidden_size"])
+    routers = [name for name, tensor in tensors.items() if tensor.shape == shape]
+    assert len(routers) == config["num_hidden_layers"]
+    tensors.update({name: tensors[name].roll(1, 0) for name in routers})
+
+
+def one_expert_less(tensors: dict[str, torch.Tensor], config: dict) -> None:
+    config["num_experts_per_tok"] -= 1
+
+
+@pytest.mark.parametrize("plant", [other_experts, one_expert_less])
+@pytest.mark.parametrize(("family", "target"), HELD)
+def test_a_planted_fault_is_seen(family, target, plant: Plant, pico, converted, vllm, tmp_path):
+    moe = converted(pico(family, **wide(family)), **recipe(target))
+    folder = planted(moe, tmp_path / "planted", plant)
+    assert distance(vllm(folder), stock(moe)) > FAULT
