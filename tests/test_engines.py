@@ -98,6 +98,14 @@ def gap(folder: Path, file: Path) -> float:
     return (by_transformers(folder) - by_llama_cpp(file)).abs().max().item()
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 SAME = {
     "llama": ("llama", {}, {}),
     "qwen2": ("qwen2", {}, {}),
@@ -112,6 +120,12 @@ SAME = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
         {},
     ),
+    "mixtral": ("llama", {}, {"target": "mixtral"}),
+    "mixtral, llama3": ("llama", {"rope_parameters": LLAMA3}, {"engines": "llama.cpp"}),
+    "granitemoeshared of llama": ("llama", {}, {"target": "granitemoeshared"}),
+    "granite": ("granite", {}, {}),
+    "granite, hybrid": ("granite", {}, {"target": "granitemoehybrid"}),
+    "cohere2": ("cohere2", {}, {}),
 }
 
 
@@ -156,14 +170,6 @@ def test_a_planted_fault_is_far_off(name, pico, converted, to_gguf, tmp_path):
     assert gap(faulty, tmp_path / "faulty-f32.gguf") < TOLERANCE
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 REFUSED = {
     "llama3": ("llama", {"rope_parameters": LLAMA3}),
     "own yarn": ("qwen3", {"rope_parameters": YARN | {"attention_factor": 1.0}}),

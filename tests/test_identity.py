@@ -760,11 +760,11 @@ FAULTS: dict[str, tuple[str, str, dict, Plant]] = {
     "half heads rotated": ("llama", "glm4_moe", {}, rotated(0.5)),
     "whole heads rotated, smollm3": ("smollm3", "glm4_moe", {}, rotated(1)),
     "rotated halves exchanged": ("smollm3", "glm4_moe", {}, halves_exchanged),
-    "shared experts averaged": (
+    "shared experts added": (
         "cohere2",
         "cohere2_moe",
         {},
-        said(shared_expert_combination_strategy="average"),
+        said(shared_expert_combination_strategy="sum"),
     ),
     "logit_scale dropped": (
         "cohere2",

@@ -314,6 +314,9 @@ GENERATES = [(family, target, {}) for family, target in HELD] + [
     ("qwen2", "qwen2_moe", ONE_WINDOW),
     ("llama", "mixtral", {"rope_parameters": LLAMA3}),
     ("phi3", "glm4_moe", HALF),
+    # Not across the length where factors change: only Phi 3's own class computes its keys anew.
+    ("phi3", "mixtral", longrope(64)),
+    ("phi3", "mixtral", longrope(16)),
 ]
 
 

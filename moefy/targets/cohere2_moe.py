@@ -1,7 +1,8 @@
 """Cohere-2-MoE: attention and MoE side by side, a sigmoid router, ungated shared experts.
 
-Without normalisation the gate of a chosen expert is sigmoid(0) = 1/2: `down_proj` times two makes
-it one, whatever the number of experts per token.
+Without normalisation the gate of a chosen expert is sigmoid(0) = 1/2, whatever the number of
+experts per token. Routed and shared experts are averaged, for llama.cpp knows no sum: `down_proj`
+times four, and of the shared expert times two, makes every gate one.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
         "num_experts": shape.num_experts,
         "num_experts_per_tok": shape.experts_per_token,
         "num_shared_experts": shape.num_shared // shape.expert_width,
-        "shared_expert_combination_strategy": "sum",
+        "shared_expert_combination_strategy": "average",
         "expert_selection_fn": "sigmoid",
         "norm_topk_prob": False,
         "output_router_logits": False,
@@ -61,8 +62,8 @@ def tensors(
     """The MoE block's tensors; every gate is one."""
     return {
         "mlp.gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
-        **expert_tensors(ffn, partition, 0.5, dtype),
-        **named("mlp.shared_experts.", glu_tensors(ffn, partition.shared_S, 1.0, dtype)),
+        **expert_tensors(ffn, partition, 0.25, dtype),
+        **named("mlp.shared_experts.", glu_tensors(ffn, partition.shared_S, 2.0, dtype)),
     }
 
 
@@ -72,7 +73,7 @@ TARGET = Target(
     tensors,
     shared_multiple,
     elastic=True,
-    engines=("transformers",),
+    engines=("transformers", "llama.cpp"),
     cannot=lambda dense: mismatch(dense, biases="qkvo", windows="any", dense_layers="any"),
     balks=lambda dense, shape: engine_reasons(dense),
     biases=lambda dense: "qkvo" if dense.biases else "",

@@ -23,12 +23,16 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
         "mamba_expand": 2,
         "mamba_n_heads": 2,
         "mamba_d_head": hidden,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 256,
+        "mamba_d_conv": 4,
+        "mamba_chunk_size": 256,
     }
 
 
 def balks(dense: Dense, shape: Shape) -> Reasons:
     """Scaled frequencies, which llama.cpp's converter refuses and MLX ignores."""
-    return engine_reasons(dense, rope="llama.cpp,MLX")
+    return engine_reasons(dense, rope="llama.cpp,MLX", biases="vLLM")
 
 
 TARGET = dataclasses.replace(

@@ -69,8 +69,8 @@ def tensors(
 
 
 def balks(dense: Dense, shape: Shape) -> Reasons:
-    """Scaled frequencies, which llama.cpp's converter refuses."""
-    return engine_reasons(dense, rope="llama.cpp")
+    """Scaled frequencies, which llama.cpp's converter refuses, and biases, which vLLM ignores."""
+    return engine_reasons(dense, rope="llama.cpp", biases="vLLM")
 
 
 TARGET = Target(

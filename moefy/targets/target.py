@@ -184,6 +184,7 @@ def engine_reasons(
     mixed: str = "",
     wide_heads: str = "",
     dense_layers: str = "",
+    biases: str = "",
 ) -> Reasons:
     """Which engines, by name and comma-separated, do not do what a model needs, and why."""
     found: Reasons = {}
@@ -205,6 +206,8 @@ def engine_reasons(
     hidden, heads = dense.config["hidden_size"], dense.config["num_attention_heads"]
     if heads * dense.head_dim != hidden:
         add(wide_heads, f"assumes head_dim {hidden / heads:g}, not {dense.head_dim}")
+    if dense.biases:
+        add(biases, "ignores the attention's biases in this class")
     if dense.left_dense:
         add(dense_layers, f"cannot load dense layers, and {len(dense.left_dense)} stay dense")
     return found
