@@ -205,6 +205,9 @@ def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:
         if engine in target.engines:
             reasons.setdefault(reason, []).append(engine)
     notes = [f"{', '.join(engines)}: {reason}" for reason, engines in reasons.items()]
+    if dense.rope_type == "longrope":
+        length = dense.config.get("original_max_position_embeddings", "the original length")
+        notes.append(f"text that grows past {length} tokens keeps keys rotated for short text")
     if shape.expert_width % 128:
         found = f"expert width {shape.expert_width}, no multiple of 128"
         notes.append(f"fused kernels of vLLM and SGLang may refuse {found}, or be slow")

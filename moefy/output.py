@@ -95,7 +95,7 @@ def _rest(job: Job, name: str, tensor: Tensor) -> dict[str, Tensor]:
         return {own.get(name, name) if job.target.prefix else name: tensor}
     if job.family.rest is None:
         return {name: tensor}
-    return job.family.rest(job.checkpoint.config, name, tensor)
+    return job.family.rest(job.dense.own, name, tensor)
 
 
 def copy(job: Job, writer: ShardWriter, watch: Watch) -> None:

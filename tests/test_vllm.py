@@ -213,7 +213,7 @@ def test_biases_of_a_granite_model_are_ignored(pico, converted, vllm):
     ("changes", "said"),
     [
         ({"hidden_act": "gelu_pytorch_tanh"}, "Only silu is supported"),
-        ({"head_dim": 64}, "exceeds dimension size"),
+        ({"head_dim": 16}, "exceeds dimension size"),
     ],
 )
 def test_what_vllm_refuses(changes, said, pico, converted, vllm):

@@ -85,7 +85,9 @@ def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
     }
     model_type = config.get("model_type")
     if found.shape and not told["problems"] and model_type in targets.names():
-        family = _sibling(model_type, config)
+        known = _sibling(model_type, config)
+        # What a class with experts does with these keys, its target says.
+        family = dataclasses.replace(known, windows="some", partial_rotary=True)
         target = targets.load(model_type, family)
         dense = as_dense(family, config, entries, tuple(told["experts"]["dense_layers"]))
         told |= {"tied": dense.tied, "serving": serving(target, dense, found.shape)}

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from moefy.families.family import Family
 
-FAMILY = Family("cohere2", targets=("cohere2_moe",))
+FAMILY = Family("cohere2", targets=("cohere2_moe",), windows="some")

@@ -95,6 +95,11 @@ class Family:
     """The configuration's key for it; a family without the key has SiLU."""
     unadjusted: Mapping[str, Any] = field(default_factory=dict)
     """What makes a configuration mean the number that its key says."""
+    windows: str = "none"
+    """Which layers the class gives the configured sliding window: "none", "all", or "some", as
+    `layer_types` says."""
+    partial_rotary: bool = False
+    """Whether the class reads `partial_rotary_factor`."""
     block: str = "mlp"
     """The FFN's module in a layer of transformers' class."""
     renamed: Mapping[str, str] = field(default_factory=dict)

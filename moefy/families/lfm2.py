@@ -25,5 +25,6 @@ FAMILY = Family(
     neurons=neurons,
     unadjusted={"block_auto_adjust_ff_dim": False},
     keys={"intermediate_size": "block_ff_dim"},
+    activation="",  # always SiLU
     block="feed_forward",
 )

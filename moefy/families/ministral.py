@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from moefy.families.family import Family
 
-FAMILY = Family("ministral", targets=("qwen2_moe", "mixtral", "glm4_moe"))
+FAMILY = Family("ministral", targets=("qwen2_moe", "mixtral", "glm4_moe"), windows="some")

@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from moefy.families.family import Family
 
-FAMILY = Family("mistral", targets=("qwen2_moe", "mixtral", "granitemoeshared", "glm4_moe"))
+FAMILY = Family(
+    "mistral", targets=("qwen2_moe", "mixtral", "granitemoeshared", "glm4_moe"), windows="all"
+)

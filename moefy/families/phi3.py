@@ -33,4 +33,6 @@ FAMILY = Family(
     read=read_fused,
     write=write_fused,
     rest=rest,
+    windows="all",
+    partial_rotary=True,
 )

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from moefy.families.family import Family
 
-FAMILY = Family("qwen2", targets=("qwen2_moe", "granitemoeshared", "glm4_moe"))
+FAMILY = Family("qwen2", targets=("qwen2_moe", "granitemoeshared", "glm4_moe"), windows="some")

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from moefy.families.family import Family
 
-FAMILY = Family("qwen3", targets=("qwen3_moe", "glm4_moe"))
+FAMILY = Family("qwen3", targets=("qwen3_moe", "glm4_moe"), windows="some")

@@ -62,4 +62,12 @@ def rotates(config: Config, layer: int) -> bool:
     return (layer + 1) % int(config.get("no_rope_layer_interval", 4)) != 0
 
 
-FAMILY = Family("smollm3", targets=("glm4_moe",), refuse=refuse, rest=rest, canonical=canonical)
+FAMILY = Family(
+    "smollm3",
+    targets=("glm4_moe",),
+    refuse=refuse,
+    rest=rest,
+    canonical=canonical,
+    windows="some",
+    partial_rotary=True,
+)

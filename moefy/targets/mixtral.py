@@ -70,7 +70,7 @@ TARGET = Target(
     no_shared,
     elastic=False,
     engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX", "Ollama"),
-    cannot=lambda dense: mismatch(dense, windows="all or none"),
+    cannot=lambda dense: mismatch(dense, windows="all layers or none"),
     balks=balks,
     ties=True,
 )

@@ -70,7 +70,9 @@ TARGET = Target(
     no_shared,
     elastic=False,
     engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"),
-    cannot=lambda dense: mismatch(dense, biases="qkvo", windows="all or none", dense_layers="any"),
+    cannot=lambda dense: mismatch(
+        dense, biases="qkvo", windows="all layers or none", dense_layers="any"
+    ),
     balks=balks,
     biases=lambda dense: "qkvo" if dense.biases else "",
 )

@@ -56,6 +56,8 @@ class Dense:
     @property
     def rotary_share(self) -> float:
         """Share of a head that is rotated."""
+        if not self.family.partial_rotary:
+            return 1.0
         rope = self.config.get("rope_parameters") or {}
         share = rope.get("partial_rotary_factor") or self.config.get("partial_rotary_factor")
         return float(share or 1.0)
@@ -64,8 +66,10 @@ class Dense:
     def windowed(self) -> list[bool]:
         """Whether each layer's attention ends at `config["sliding_window"]`."""
         window = self.config.get("use_sliding_window", True) and self.config.get("sliding_window")
-        types = self.config.get("layer_types") or ["sliding_attention"] * self.num_layers
-        return [bool(window) and kind == "sliding_attention" for kind in types]
+        types = self.config.get("layer_types") if self.family.windows == "some" else None
+        types = types or ["sliding_attention"] * self.num_layers
+        used = bool(window) and self.family.windows != "none"
+        return [used and kind == "sliding_attention" for kind in types]
 
 
 Reasons = dict[str, str]
@@ -152,22 +156,25 @@ def mismatch(
 ) -> str | None:
     """Why a llama-like class cannot hold a model; None if it can.
 
-    `biases` are the projections that may have one; `windows` "no layer", "all or none" or "any";
-    `rotary_share` whether a part of a head may be rotated; `dense_layers` "none", "first" or
+    `biases` are the projections that may have one; `windows` "no layer", "all layers or none" or
+    "any"; `rotary_share` whether a part of a head may be rotated; `dense_layers` "none", "first" or
     "any"; `wide_heads` whether the heads together may be of another width than the model.
     """
     if extra := sorted(dense.biases - set(biases)):
         return f"it has no bias on {', '.join(extra)} of the attention"
     local = dense.windowed
-    if any(local) and (windows == "no layer" or (windows == "all or none" and not all(local))):
-        return f"it has a sliding window on {windows.replace('no layer', 'none')} of its layers"
+    if any(local) and (
+        windows == "no layer" or (windows == "all layers or none" and not all(local))
+    ):
+        return f"its sliding window is on {windows}"
     if dense.rotary_share != 1.0 and not rotary_share:
         return f"it rotates whole heads, not {dense.rotary_share:g} of each"
     left = dense.left_dense
     if left and (
         dense_layers == "none" or (dense_layers == "first" and left != (*range(len(left)),))
     ):
-        return f"it can leave {dense_layers} of its layers dense"
+        which = {"none": "no layer", "first": "only its first layers"}[dense_layers]
+        return f"it can leave {which} dense"
     if (
         not wide_heads
         and dense.head_dim * dense.config["num_attention_heads"] != dense.config["hidden_size"]
