@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moefy.families.family import Family
 from moefy.layout import FFN, Partition, Shape
+from moefy.shape import any_shared
 from moefy.targets.target import ROUTER_SCALE, Dense, Target
 
 
@@ -63,7 +64,7 @@ def target(family: Family) -> Target:
         "moefy",
         configure,
         tensors,
-        lambda shape: True,
+        any_shared,
         elastic=True,
         engines=("transformers",),
         native=True,
