@@ -99,7 +99,7 @@ def build_model(folder: Path, model_type: str, overrides: dict) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **PICO | FAMILY[model_type] | overrides)
+    config = AutoConfig.for_model(model_type, **PICO | FAMILY.get(model_type, {}) | overrides)
     generator = torch.Generator().manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
