@@ -86,7 +86,7 @@ def test_the_facts_of_a_dense_model(model_type, pico):
     ffn = sum(t.numel() for name, t in tensors.items() if families.load(model_type).block in name)
     assert found["parameters_ffn"] == ffn
     assert found["sizes"]["ffn"] == PICO["intermediate_size"]
-    heads = 16 if model_type == "qwen3" else FAMILY[model_type].get("head_dim", 8)
+    heads = 16 if model_type == "qwen3" else FAMILY.get(model_type, {}).get("head_dim", 8)
     assert found["sizes"]["head_dim"] == heads
     assert found["sizes"]["layers"] == PICO["num_hidden_layers"]
     assert found["dtypes"] == {"F32": len(tensors)}
