@@ -548,3 +548,13 @@ def test_a_disk_that_is_too_small_is_told_beforehand(a_job, tmp_path, monkeypatc
         convert(a_job(), tmp_path / "out")
     assert caught.value.code == 5
     assert listing(tmp_path) == {}
+
+
+def test_the_model_card_says_what_the_class_is(pico, converted):
+    quick = {"partition": "shuffle", "refit": False, "router_options": {"steps": 0}}
+    stock = (converted(pico("llama"), **quick) / "README.md").read_text()
+    assert "stock `Qwen2MoeForCausalLM`" in stock and "import moefy" not in stock
+    own = (converted(pico("gemma3_text"), target="moefy", **quick) / "README.md").read_text()
+    assert "stock" not in own and "import moefy" in own and "transformers only" in own
+    static = (converted(pico("llama"), partition="static", refit=False) / "README.md").read_text()
+    assert "statically pruned" in static and "Mixture of Experts" not in static

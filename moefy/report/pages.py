@@ -52,6 +52,7 @@ def conversion_page(summary: Mapping[str, Any]) -> str:
         "# Conversion",
         f"`{summary['model']}` ({summary['family']}) to `{summary['target']}` by moefy "
         f"{summary['moefy']}. {shape_text(summary['shape'])}.",
+        f"Why this class: {summary['target_reason']}.",
         f"Calibrated on {calibration['sequences']} sequences of {calibration['sequence_length']} "
         f"tokens from `{calibration['source']}`, of which the last "
         f"{calibration['heldout_sequences']} were held out; every figure below is from those.",
@@ -76,14 +77,19 @@ def model_card(summary: Mapping[str, Any], licence: str | None) -> str:
     head = ["---", "library_name: transformers", "tags:", "- moefy", "- moe"]
     head += [f"base_model: {base}"] if summary["hub_id"] else []
     head += [f"license: {licence}"] if licence else []
-    static = summary["target"] == "dense"
+    static = not summary["shape"]["num_experts"]
+    own = summary["target"] == "moefy"
     kind = "a statically pruned model" if static else "a Mixture of Experts"
     name = summary["hub_id"] or base.rstrip("/").rsplit("/", 1)[-1]
     body = [
         f"# {name}, {summary['shape']['active_fraction']:.0%} of the FFN active",
         f"This is `{base}` as {kind}, made by moefy {summary['moefy']} without training. "
-        f"{shape_text(summary['shape'])}. It is a stock `{summary['reopened']['class']}`:",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"{shape_text(summary['shape'])}. "
+        + ("It needs moefy, and runs in transformers only: " if own else "It is a stock ")
+        + f"`{summary['reopened']['class']}`:",
+        "```python\n"
+        + ("import moefy\n" if own else "")
+        + "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```',
         "How it was made is in `moefy/recipe.toml`, what each layer lost in "

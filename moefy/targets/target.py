@@ -247,11 +247,9 @@ def glu_tensors(
     return part.gate_FD, part.up_FD, part.down_DF
 
 
-def named(
-    prefix: str, tensors: tuple[Tensor, Tensor, Tensor], names: tuple[str, str, str] = NAMES
-) -> dict[str, Tensor]:
+def named(prefix: str, tensors: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
     """Gate, up and down under a prefix."""
-    return {prefix + name: tensor for name, tensor in zip(names, tensors, strict=True)}
+    return {prefix + name: tensor for name, tensor in zip(NAMES, tensors, strict=True)}
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:
