@@ -48,8 +48,6 @@ class Block:
     router: Router
     y_TD: Tensor
     """Outputs under the actual routing, with weights as they will be stored."""
-    norm_EN: Tensor
-    """|dense down column|^2 of the routed neurons, by which the oracle chooses."""
     figures: dict[str, Any]
     """What the conversion report says of this layer."""
 
@@ -75,7 +73,13 @@ def convert_block(
         MoefyError: code 6, for outputs that are not finite.
     """
     clock = time.perf_counter()
-    profile = observe(ffn, x_TD, num_heldout=num_heldout, residual_TD=residual_TD, join=join)
+    profile = observe(
+        ffn,
+        x_TD,
+        num_heldout=num_heldout,
+        residual_TD=residual_TD,
+        join=join,
+    )
     if not profile.y_TD.isfinite().all() or not profile.energy_F.isfinite().all():
         raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +89,7 @@ def convert_block(
         router = method.fit(ffn, profile, partition, shape, generator=generator)
         # Where all experts run there is nothing to choose, and zero rows make every gate one.
         choice = 1.0 if shape.experts_per_token < shape.num_experts else 0.0
-        router = Router((router.weight_ED * choice).to(dtype).float(), router.oracle)
+        router = Router((router.weight_ED * choice).to(dtype).float(), router.norm_EN)
     k = shape.experts_per_token if method.fit is not None else 0
     fitted = refit(ffn, profile, partition, router, k, enabled=method.refit)
     kept = dataclasses.replace(ffn, down_DF=fitted.down_DF.to(dtype).float())
@@ -107,8 +111,7 @@ def convert_block(
         **captured(ffn, profile, partition, router, shape, k),
         "seconds": round(time.perf_counter() - clock, 3),
     }
-    norm_EN = ffn.down_norm_sq_F[partition.experts_EN]
-    return Block(kept, partition, router, y_TD, norm_EN, figures)
+    return Block(kept, partition, router, y_TD, figures)
 
 
 def captured(
@@ -133,7 +136,7 @@ def captured(
             continue
         shared = float(energy_TF[:, partition.shared_S].sum())
         experts_TE = energies_of(ffn, partition, h_TF)
-        mask_TE = choose(ffn, partition, router, k, x_TD, h_TF)
+        mask_TE = choose(partition, router, k, x_TD, h_TF)
         best_TE = top_mask(experts_TE, k)
         totals["router"] += shared + float((experts_TE * mask_TE).sum())
         totals["oracle"] += shared + float((experts_TE * best_TE).sum())
@@ -158,7 +161,7 @@ def captured(
 def _active(
     ffn: FFN, partition: Partition, router: Router, k: int, x_TD: Tensor, h_TF: Tensor
 ) -> Tensor:
-    mask_TE = choose(ffn, partition, router, k, x_TD, h_TF) if k else x_TD.new_zeros(len(x_TD), 0)
+    mask_TE = choose(partition, router, k, x_TD, h_TF) if k else x_TD.new_zeros(len(x_TD), 0)
     return active_neurons(partition, mask_TE, ffn.num_neurons)
 
 

@@ -63,8 +63,8 @@ def convert(
                 if isinstance(block, Block):
                     output.write_block(job, writer, layer, block)
                     figures.append({"layer": layer, **block.figures})
-                    if block.router.oracle:
-                        norms[layer] = block.norm_EN
+                    if block.router.norm_EN is not None:
+                        norms[layer] = block.router.norm_EN
                 ends.append(states_BTD[-1].clone())
                 watch("layers", layer + 1, job.num_layers)
         with _timed(seconds, "write"):

@@ -204,7 +204,8 @@ def observe(
             kept.append(h_TF)
     energy_F = (total_F / num_fit).float() * ffn.down_norm_sq_F
     h_TF = torch.cat(kept) if keep else None
-    return Profile(x_TD, torch.cat(outputs), torch.cat(scales), num_heldout, energy_F, h_TF)
+    y_TD, scale_T = torch.cat(outputs), torch.cat(scales)
+    return Profile(x_TD, y_TD, scale_T, num_heldout, energy_F, h_TF)
 
 
 @dataclass(frozen=True)
@@ -215,13 +216,26 @@ class Partition:
     experts_EN: Tensor
 
 
+def gathered(shared_S: Tensor, rest_R: Tensor, expert_R: Tensor, num_experts: int) -> Partition:
+    """The partition that shares `shared_S` and puts each of `rest_R` (rising) in its expert."""
+    experts = [rest_R[expert_R == expert] for expert in range(num_experts)]
+    return Partition(shared_S.sort().values, torch.stack(experts))
+
+
 @dataclass(frozen=True)
 class Router:
-    """Linear scores `weight_ED`, of unit variance over the calibration inputs, or the oracle."""
+    """Linear scores `weight_ED`, of unit variance over the calibration inputs, or `norm_EN`."""
 
     weight_ED: Tensor
-    oracle: bool = False
-    """Choose by the experts' true output energy instead (an evaluation control)."""
+    norm_EN: Tensor | None = None
+    """Score an expert by its neurons' squared activations times these, instead. No stock class
+    looks at activations before it chooses, so such a router is for evaluation only."""
+
+
+def level(weight_ED: Tensor, x_TD: Tensor) -> Tensor:
+    """Rows that rank the experts as `weight_ED` does, sum to zero, and score with variance one."""
+    weight_ED = weight_ED - weight_ED.mean(0)
+    return weight_ED / (x_TD @ weight_ED.T).std().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def expert_energies(ffn: FFN, profile: Profile, partition: Partition, part: str) -> Tensor:
@@ -233,17 +247,24 @@ def expert_energies(ffn: FFN, profile: Profile, partition: Partition, part: str)
 
 def energies_of(ffn: FFN, partition: Partition, h_TF: Tensor) -> Tensor:
     """Summed h^2 * |down column|^2 over each expert's neurons, shape (T, E)."""
-    weight_FE = membership(partition, ffn.num_neurons) * ffn.down_norm_sq_F[:, None]
-    return h_TF.square() @ weight_FE
+    return _squares(partition, ffn.down_norm_sq_F[partition.experts_EN], h_TF)
+
+
+def _squares(partition: Partition, norm_EN: Tensor, h_TF: Tensor) -> Tensor:
+    return h_TF.square() @ _placed(partition, norm_EN, h_TF.shape[1])
 
 
 def membership(partition: Partition, num_neurons: int) -> Tensor:
     """One where a neuron stands in an expert, shape (F, E)."""
-    num_experts = len(partition.experts_EN)
-    member_FE = torch.zeros(num_neurons, num_experts, device=partition.experts_EN.device)
+    return _placed(partition, torch.ones_like(partition.experts_EN).float(), num_neurons)
+
+
+def _placed(partition: Partition, value_EN: Tensor, num_neurons: int) -> Tensor:
+    """The value of a neuron where it stands in an expert, else zero; shape (F, E)."""
+    value_FE = torch.zeros(num_neurons, len(value_EN), device=value_EN.device)
     for expert, neurons in enumerate(partition.experts_EN):
-        member_FE[neurons, expert] = 1.0
-    return member_FE
+        value_FE[neurons, expert] = value_EN[expert]
+    return value_FE
 
 
 def top_mask(score_TE: Tensor, k: int) -> Tensor:
@@ -251,12 +272,11 @@ def top_mask(score_TE: Tensor, k: int) -> Tensor:
     return torch.zeros_like(score_TE).scatter_(1, score_TE.topk(k, dim=1).indices, 1.0)
 
 
-def choose(
-    ffn: FFN, partition: Partition, router: Router, k: int, x_TD: Tensor, h_TF: Tensor
-) -> Tensor:
+def choose(partition: Partition, router: Router, k: int, x_TD: Tensor, h_TF: Tensor) -> Tensor:
     """The experts each token goes to, as ones in a (T, E) mask."""
-    score_TE = energies_of(ffn, partition, h_TF) if router.oracle else x_TD @ router.weight_ED.T
-    return top_mask(score_TE, k)
+    if router.norm_EN is None:
+        return top_mask(x_TD @ router.weight_ED.T, k)
+    return top_mask(_squares(partition, router.norm_EN, h_TF), k)
 
 
 def active_neurons(partition: Partition, mask_TE: Tensor, num_neurons: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Put the oracle router into a stock MoE model that is already loaded: a ceiling for evaluation."""
+"""Put routers that look at activations into a stock MoE model that is loaded: for evaluation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 
-class OracleGate(nn.Module):
-    """Stands where a stock router stands, but chooses by the experts' true output energy."""
+class NeuronGate(nn.Module):
+    """Stands where a stock router stands, but chooses by what the experts' own neurons answer."""
 
     def __init__(self, router: Any, experts: Any, norm_EN: Tensor) -> None:
         super().__init__()
@@ -18,9 +18,9 @@ class OracleGate(nn.Module):
         self.norms = list(norm_EN)
 
     def forward(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Router logits (the energies), weights and indices, as the stock routers return them."""
+        """Router logits (weighted squares), weights and indices, as the stock routers give them."""
         experts, hidden = self.experts[0], hidden.reshape(-1, hidden.shape[-1])
-        energies = []
+        scores = []
         for number, norm_N in enumerate(self.norms):
             if hasattr(experts, "activations"):  # moefy's own class, whose experts may have no gate
                 h_TN = experts.activations(number, hidden)
@@ -28,22 +28,22 @@ class OracleGate(nn.Module):
                 both = nn.functional.linear(hidden, experts.gate_up_proj[number])
                 gate, up = both.chunk(2, dim=-1)
                 h_TN = experts.act_fn(gate) * up
-            energies.append(h_TN.float().square() @ norm_N)
-        energy_TE = torch.stack(energies, 1)
+            scores.append(h_TN.float().square() @ norm_N)
+        score_TE = torch.stack(scores, 1)
         # What the stock router gives experts between which it has no preference.
         weight_1K = self.router[0](torch.zeros_like(hidden[:1]), *rest)[1]
-        index_TK = energy_TE.topk(weight_1K.shape[1], dim=1).indices
+        index_TK = score_TE.topk(weight_1K.shape[1], dim=1).indices
         weight_TK = weight_1K[:, :1].expand_as(index_TK).contiguous()
-        return energy_TE.to(hidden.dtype), weight_TK, index_TK
+        return score_TE.to(hidden.dtype), weight_TK, index_TK
 
 
 def attach(model: Any, norms: dict[int, Tensor]) -> Any:
-    """Replace the routers of a loaded model; `norms[l]` holds layer l's |down column|^2, (E, N).
+    """Replace the routers of a loaded model; `norms[l]` is `Router.norm_EN` of layer l.
 
     The model may be the first layers of the one that the norms are of.
     """
     blocks = [module for module in model.modules() if hasattr(module, "experts")]
     for block, layer in zip(blocks, sorted(norms), strict=False):
         name = "gate" if hasattr(block, "gate") else "router"
-        setattr(block, name, OracleGate(getattr(block, name), block.experts, norms[layer]))
+        setattr(block, name, NeuronGate(getattr(block, name), block.experts, norms[layer]))
     return model

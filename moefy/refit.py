@@ -106,7 +106,7 @@ def _runs(
     """Yield the activations that run (T, F) and the dense output (T, D), chunk by chunk."""
     for x_TD, h_TF, y_TD in chunks(ffn, profile, part):
         if len(partition.experts_EN):
-            mask_TE = choose(ffn, partition, router, k, x_TD, h_TF)
+            mask_TE = choose(partition, router, k, x_TD, h_TF)
         else:
             mask_TE = x_TD.new_zeros(len(x_TD), 0)
         yield h_TF * active_neurons(partition, mask_TE, ffn.num_neurons), y_TD

@@ -35,8 +35,7 @@ def reopen(
 
     `ends[l]` holds the states (T, D) that left layer l on the sequence `ids_T`. As many layers are
     loaded as fit in memory that does not grow with the model. `layer` is the prefix of a layer's
-    names. `prepare` may put the oracle router
-    of an evaluation control into the loaded model.
+    names. `prepare` may put a router that cannot be written into the loaded model.
 
     Raises:
         MoefyError: code 6, for missing, unexpected or mismatched keys, or other hidden states.

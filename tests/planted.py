@@ -97,6 +97,16 @@ def by_expert(energy_TF: np.ndarray, partition: Partition) -> np.ndarray:
     return np.stack([energy_TF[:, n].sum(1) for n in partition.experts_EN.numpy()], axis=1)
 
 
+def squares(h_TF: torch.Tensor, partition: Partition, norm_EN: torch.Tensor) -> np.ndarray:
+    """Squared activations of each expert's neurons, times `norm_EN`, summed; (T, E)."""
+    h_TF, norm_EN = h_TF.double().numpy(), norm_EN.double().numpy()
+    score_TE = np.zeros((len(h_TF), len(norm_EN)))
+    for expert, neurons in enumerate(partition.experts_EN.tolist()):
+        for place, neuron in enumerate(neurons):
+            score_TE[:, expert] += norm_EN[expert, place] * h_TF[:, neuron] ** 2
+    return score_TE
+
+
 def mask_of(score_TE: np.ndarray, k: int) -> np.ndarray:
     """True at the k highest of each row."""
     mask_TE = np.zeros(score_TE.shape, dtype=bool)

@@ -14,6 +14,7 @@ from planted import (
     plant,
     random_ffn,
     seeded,
+    squares,
 )
 
 from moefy.block import Block, Method, convert_block
@@ -59,8 +60,8 @@ def dense(ffn: FFN, x_TD: torch.Tensor) -> torch.Tensor:
 
 def choices(block: Block, ffn: FFN, x_TD: torch.Tensor, k: int) -> np.ndarray:
     """True where a token goes to an expert, (T, E)."""
-    if block.router.oracle:
-        return mask_of(by_expert(energies(ffn, ffn.activations(x_TD)), block.partition), k)
+    if block.router.norm_EN is not None:
+        return mask_of(squares(ffn.activations(x_TD), block.partition, block.router.norm_EN), k)
     return mask_of(x_TD.double().numpy() @ block.router.weight_ED.double().numpy().T, k)
 
 
@@ -295,10 +296,10 @@ def test_experts_are_described_as_they_are():
     assert [told[name] for name in names] == [8, 5, 8, 2]
     told = convert(ffn, x_TD, residual_TD, method("static")).figures
     assert [told[name] for name in names] == [24, 0, 0, 0]
-    block = convert(ffn, x_TD, residual_TD, method("alternating"))
+    block = convert(ffn, x_TD, residual_TD, method("alternating", "oracle"))
     squares_F = (ffn.down_DF.numpy().astype(np.float64) ** 2).sum(0)
     for expert, neurons in enumerate(block.partition.experts_EN.numpy()):
-        np.testing.assert_allclose(block.norm_EN[expert], squares_F[neurons], rtol=1e-5)
+        np.testing.assert_allclose(block.router.norm_EN[expert], squares_F[neurons], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("split", "fit"), WAYS)

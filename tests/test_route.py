@@ -15,6 +15,7 @@ from planted import (
     plant,
     random_ffn,
     seeded,
+    squares,
 )
 
 from moefy.layout import (
@@ -34,6 +35,7 @@ from moefy.partition import shuffle
 from moefy.solve import ridge, scorer
 
 FITS = methods("route", "fit")
+UNWRITABLE = {"oracle"}
 SHAPE = Shape(48, 8, 5, 8, 2)
 
 
@@ -47,8 +49,8 @@ def setting(seed: int, size: int = 12):
 
 def chosen(ffn, profile: Profile, partition: Partition, router: Router, k: int) -> np.ndarray:
     """True where `router` sends a held-out token to an expert, by plain loops."""
-    if router.oracle:
-        return mask_of(by_expert(energies(ffn, profile.h_TF), partition), k)[profile.num_fit :]
+    if router.norm_EN is not None:
+        return mask_of(squares(profile.h_TF, partition, router.norm_EN), k)[profile.num_fit :]
     score_TE = profile.x_TD.double().numpy() @ router.weight_ED.double().numpy().T
     return mask_of(score_TE, k)[profile.num_fit :]
 
@@ -100,19 +102,27 @@ def test_membership_and_active_neurons_equal_plain_loops():
 def test_choices_equal_plain_loops(k):
     ffn, profile, partition = setting(3)
     rows = Router(torch.randn(5, 12, generator=seeded(1)))
-    for router in (rows, dataclasses.replace(rows, oracle=True)):
-        mask_TE = choose(ffn, partition, router, k, profile.x_TD, profile.h_TF)
+    for router in (rows, dataclasses.replace(rows, norm_EN=torch.rand(5, 8, generator=seeded(2)))):
+        mask_TE = choose(partition, router, k, profile.x_TD, profile.h_TF)
         assert mask_TE.sum(1).tolist() == [k] * 240
         wanted_TE = chosen(ffn, profile, partition, router, k)
         assert np.array_equal(mask_TE[160:].numpy() > 0, wanted_TE)
 
 
+def test_the_oracle_chooses_the_experts_of_greatest_energy():
+    ffn, profile, partition = setting(3)
+    router = FITS["oracle"](ffn, profile, partition, SHAPE, generator=seeded(0))
+    wanted_TE = mask_of(by_expert(energies(ffn, profile.h_TF), partition), 2)
+    found_TE = choose(partition, router, 2, profile.x_TD, profile.h_TF)
+    assert np.array_equal(found_TE.numpy() > 0, wanted_TE)
+
+
 def test_the_weight_of_a_token_does_not_change_where_it_goes():
     ffn, profile, partition = setting(4)
     scale_T1 = torch.rand(240, 1, generator=seeded(0)) * 9 + 1
-    router = Router(torch.zeros(5, 12), oracle=True)
-    plain_TE = choose(ffn, partition, router, 2, profile.x_TD, profile.h_TF)
-    scaled_TE = choose(ffn, partition, router, 2, profile.x_TD, profile.h_TF * scale_T1)
+    router = Router(torch.zeros(5, 12), torch.rand(5, 8, generator=seeded(1)))
+    plain_TE = choose(partition, router, 2, profile.x_TD, profile.h_TF)
+    scaled_TE = choose(partition, router, 2, profile.x_TD, profile.h_TF * scale_T1)
     assert torch.equal(plain_TE, scaled_TE)
 
 
@@ -137,8 +147,11 @@ def test_a_router_is_finite_seeded_and_of_the_right_size(name):
     assert first.weight_ED.shape == (5, 12) and first.weight_ED.dtype == torch.float32
     assert first.weight_ED.isfinite().all() and not first.weight_ED.requires_grad
     assert torch.equal(first.weight_ED, again.weight_ED)
-    assert first.oracle == again.oracle == (name == "oracle")
-    if not first.oracle:
+    assert (first.norm_EN is None) == (name not in UNWRITABLE)
+    if first.norm_EN is not None:
+        assert first.norm_EN.shape == partition.experts_EN.shape
+        assert torch.equal(first.norm_EN, again.norm_EN)
+    else:
         # Only the order of the scores counts, so the rows sum to nothing; their scale is set.
         assert first.weight_ED.sum(0).abs().max() < 1e-4
         assert float((profile.x_TD @ first.weight_ED.T).std()) == pytest.approx(1, abs=0.15)
@@ -165,7 +178,7 @@ def test_dead_and_equal_experts_are_routed_like_others(name):
         profile = observe(ffn, profile.x_TD, num_heldout=80)
         router = FITS[name](ffn, profile, partition, SHAPE, generator=seeded(0))
         assert router.weight_ED.isfinite().all()
-        mask_TE = choose(ffn, partition, router, 2, profile.x_TD, profile.h_TF)
+        mask_TE = choose(partition, router, 2, profile.x_TD, profile.h_TF)
         assert mask_TE.sum(1).tolist() == [2] * 240
 
 

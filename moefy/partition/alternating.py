@@ -7,7 +7,16 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from moefy.assign import assign_balanced
-from moefy.layout import FFN, Partition, Profile, Shape, activations, membership, top_mask
+from moefy.layout import (
+    FFN,
+    Partition,
+    Profile,
+    Shape,
+    activations,
+    gathered,
+    membership,
+    top_mask,
+)
 from moefy.solve import scorer
 
 SKETCH = 128
@@ -93,8 +102,7 @@ def _reassign(energy_TF: Tensor, mask_TE: Tensor, shape: Shape) -> Partition:
 
 def _partition(shared_S: Tensor, rest: Tensor, value_RE, shape: Shape) -> Partition:
     expert_R = torch.as_tensor(assign_balanced(value_RE, shape.expert_width), device=rest.device)
-    experts = [rest[expert_R == expert] for expert in range(shape.num_experts)]
-    return Partition(shared_S.sort().values, torch.stack(experts))
+    return gathered(shared_S, rest, expert_R, shape.num_experts)
 
 
 def _expert_energy(energy_TF: Tensor, partition: Partition) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moefy.layout import FFN, Partition, Profile, Router, Shape
+from moefy.layout import FFN, Partition, Profile, Router, Shape, level
 
 
 def fit(
@@ -13,5 +13,4 @@ def fit(
     """Draw Gaussian router rows and scale them to unit score variance."""
     size = (shape.num_experts, profile.x_TD.shape[1])
     weight_ED = torch.randn(size, generator=generator).to(profile.x_TD.device)
-    weight_ED -= weight_ED.mean(0)
-    return Router(weight_ED / (profile.x_TD @ weight_ED.T).std())
+    return Router(level(weight_ED, profile.x_TD))
