@@ -8,7 +8,6 @@ Models are evaluated in the dtype they are stored in, dense ones alike.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import statistics
@@ -20,7 +19,7 @@ import typer
 
 from moefy import data
 from moefy.convert import calibration_tokens, convert
-from moefy.evaluate.controls import controls, load_model
+from moefy.evaluate.controls import changed, control_jobs, controls, load_model
 from moefy.evaluate.run import standard_error
 from moefy.evaluate.text import compare
 from moefy.job import prepare
@@ -39,7 +38,10 @@ def main(
     eval_tokens: int = 20480,
     table: bool = False,
 ) -> None:
-    """Fill in what is missing in the table, then print it (`--table`: only print it)."""
+    """Fill in what is missing in the table, then print it (`--table`: only print it).
+
+    A method is "ours", a control, or settings: `partition=weights refit=false`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     log = out / "quality.jsonl"
     wanted = [
@@ -62,8 +64,9 @@ def main(
 def measure(recipe: Recipe, method: str, texts: list[Path], out: Path, num_tokens: int) -> dict:
     """Convert by one method and score the result on every text."""
     ours = prepare(recipe)
-    chosen = recipe if method == "ours" else controls(recipe)[method]
-    job = dataclasses.replace(prepare(chosen, control=True), shape=ours.shape)
+    known = {"ours": recipe, **controls(recipe)}
+    chosen = known[method] if method in known else changed(recipe, method)
+    job = control_jobs(recipe, {method: chosen})[method]
     start = time.perf_counter()
     folder = out / f"{recipe.active}-{recipe.seed}-{method.replace(' ', '_').replace(',', '')}"
     summary = convert(job, folder, tokens=calibration_tokens(ours, lambda *_: None), force=True)

@@ -178,6 +178,13 @@ def report(
     controls: Annotated[
         bool, typer.Option("--controls/--no-controls", help="Also make and score the controls.")
     ] = True,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also make and score another method, e.g. `partition=weights refit=false`; "
+            "may be repeated."
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -194,6 +201,7 @@ def report(
             num_tokens=tokens,
             length=sequence_length,
             with_controls=controls,
+            against=against or [],
             watch=watch,
         )
     _print(found, lambda made: _reported(made, run), as_json, quiet)

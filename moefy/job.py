@@ -90,7 +90,7 @@ class Job:
 def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     """Answer from headers and configuration alone whether and how `recipe` can be run.
 
-    `control` admits the oracle router, which evaluation uses and which cannot be written.
+    `control` admits routers that evaluation uses and that cannot be written.
 
     Raises:
         MoefyError: code 2 for options that cannot be, 3 for a broken and 4 for an unsupported
@@ -216,26 +216,28 @@ def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:
 
 def _method(recipe: Recipe, control: bool) -> Method:
     """The stages a recipe names, with their options bound."""
-    if recipe.router == "oracle" and not control:
+    partition = _module("partition", recipe.partition, "--partition")
+    router = _module("route", recipe.router, "--router")
+    if not control and not getattr(router, "WRITABLE", True):
         raise MoefyError(
-            "--router oracle looks at every expert before choosing and cannot be written; it is "
-            "a control of `moefy report`; expected linear or random",
+            f"--router {recipe.router} looks at activations before it chooses and cannot be "
+            f"written; it is for evaluation: `moefy report RUN --against router={recipe.router}`",
             code=2,
         )
-    split = _stage("partition", recipe.partition, "split", recipe.partition_options)
-    fit = _stage("route", recipe.router, "fit", recipe.router_options)
+    split = _bound(f"--partition {recipe.partition}", partition.split, recipe.partition_options)
+    fit = _bound(f"--router {recipe.router}", router.fit, recipe.router_options)
     return Method(split, None if recipe.partition == "static" else fit, recipe.refit)
 
 
-def _stage(
-    package: str, name: str, function: str, options: Mapping[str, Any]
-) -> Callable[..., Any]:
+def _module(package: str, name: str, flag: str) -> Any:
     folder = Path(__file__).parent / package
     known = sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
-    flag = {"partition": "--partition", "route": "--router"}[package]
     if name not in known:
         raise MoefyError(f"unknown {flag} {name!r}; {nearest(name, known)}", code=2)
-    stage = getattr(importlib.import_module(f"moefy.{package}.{name}"), function)
+    return importlib.import_module(f"moefy.{package}.{name}")
+
+
+def _bound(what: str, stage: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     legal = {
         key: parameter.default
         for key, parameter in inspect.signature(stage).parameters.items()
@@ -244,11 +246,11 @@ def _stage(
     for key, value in options.items():
         if key not in legal:
             known = nearest(key, list(legal))
-            raise MoefyError(f"{flag} {name} has no option {key!r}; {known}", code=2)
+            raise MoefyError(f"{what} has no option {key!r}; {known}", code=2)
         kinds = (float, int) if type(legal[key]) is float else (type(legal[key]),)
         if type(value) not in kinds or (type(value) in (float, int) and not value >= 0):
             expected = f"expected a value like {legal[key]!r}"
-            raise MoefyError(f"{flag} {name}, option {key}: found {value!r}; {expected}", code=2)
+            raise MoefyError(f"{what}, option {key}: found {value!r}; {expected}", code=2)
     return partial(stage, **options)
 
 

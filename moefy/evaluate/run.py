@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pydoc_data.topics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,18 @@ from moefy import __version__, data
 from moefy.checkpoint import write_json, write_text
 from moefy.errors import MoefyError
 from moefy.evaluate.controls import (
+    CHANGED,
     MEANING,
     SHOWN,
     calibration_tokens,
+    changed,
+    control_jobs,
     controls,
     load_model,
     make_control,
 )
 from moefy.evaluate.text import Score, compare
-from moefy.job import Watch, prepare
+from moefy.job import Watch
 from moefy.recipe import Recipe, read
 from moefy.report import report_page
 from moefy.source import resolve
@@ -40,19 +43,26 @@ def evaluate(
     num_tokens: int = 8192,
     length: int = 1024,
     with_controls: bool = True,
+    against: Sequence[str] = (),
     watch: Watch = lambda *_: None,
 ) -> dict[str, Any]:
     """Score dense, converted and control models on `texts`; write `report.json` and `report.md`.
 
     Without texts, the standard library's own manual and sources are read. All models run in the
-    dtype they are stored in, on the CPU. The controls are converted anew with the run's own
-    calibration tokens, and deleted.
+    dtype they are stored in, on the CPU. The controls, and the methods `against` which the run is
+    to be held (see `changed`), are converted anew with the run's own calibration tokens, and
+    deleted.
 
     Raises:
-        MoefyError: code 3 when `run` is no whole run of moefy, or a text is too short.
+        MoefyError: code 2 when a method cannot be, code 3 when `run` is no whole run of moefy, or a
+            text is too short.
     """
     summary = open_run(run)
     recipe = Recipe(**read(run / "moefy" / "recipe.toml"))
+    others = controls(recipe) if with_controls else {}
+    others = {name: other for name, other in others.items() if name in SHOWN}
+    others |= {changes: changed(recipe, changes) for changes in against}
+    jobs = control_jobs(recipe, others)
     source = resolve(dense or recipe.model, revision=recipe.revision)
     tokenizer = data.load_tokenizer(source)
     with tempfile.TemporaryDirectory(prefix=".moefy-report-", dir=run.resolve().parent) as place:
@@ -66,12 +76,9 @@ def evaluate(
         }
         models: dict[str, Any] = {"moe": load_model(run)}
         tokens = calibration_tokens(run, summary)
-        if with_controls:
-            job = prepare(recipe)
-            made = {name: made for name, made in controls(recipe).items() if name in SHOWN}
-            for name, control in made.items():
-                out = Path(place) / name.replace(" ", "-").replace(",", "")
-                models[name] = make_control(control, job, out, tokens, _named(watch, name))
+        for name, job in jobs.items():
+            out = Path(place) / str(len(models))
+            models[name] = make_control(job, out, tokens, _named(watch, name))
         reference = load_model(source)
         scores = {
             name: compare(reference, models, parts, watch=_on(watch, name))
@@ -80,7 +87,7 @@ def evaluate(
         report = {
             "moefy": __version__,
             "run": summary,
-            "controls": {name: MEANING[name] for name in models if name in MEANING},
+            "controls": {name: MEANING.get(name, CHANGED) for name in jobs},
             "texts": {name: _rows(rows) for name, rows in scores.items()},
             "seen_in_calibration": {
                 name: data.overlap(tokens.ids_BT, parts) for name, parts in windows.items()
