@@ -14,7 +14,7 @@ ROWS = [
     "errors layout modeling",
     "shape headers",
     "assign solve recipe checkpoint source families pack",
-    "targets",
+    "targets cluster",
     "partition route refit documents",
     "data",
     "walk block budget oracle",
