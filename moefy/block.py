@@ -36,6 +36,8 @@ class Method:
     fit: Callable[..., Router] | None
     """None for the static control, which routes nothing."""
     refit: bool
+    gradient: bool = False
+    """Whether `split` needs the gradient of the dense model's loss."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,12 @@ def convert_block(
     dtype: torch.dtype,
     seed: int,
     join: Callable[[Tensor], Tensor] | None = None,
+    gradient_TD: Tensor | None = None,
 ) -> Block:
     """Split `ffn` on its inputs `x_TD`, of which the last `num_heldout` are only measured on.
 
     `residual_TD` is what the output is added to, having gone through `join`; it weighs the tokens
-    (see `Profile`).
+    (see `Profile`, also for `gradient_TD`).
 
     Raises:
         MoefyError: code 6, for outputs that are not finite.
@@ -79,6 +82,7 @@ def convert_block(
         num_heldout=num_heldout,
         residual_TD=residual_TD,
         join=join,
+        gradient_TD=gradient_TD,
     )
     if not profile.y_TD.isfinite().all() or not profile.energy_F.isfinite().all():
         raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)

@@ -56,10 +56,14 @@ def convert(
         writer = ShardWriter(part, output.slots(job))
         with _timed(seconds, "copy"):
             output.copy(job, writer, watch)
+        gradients = {}
+        if job.method.gradient:
+            with _timed(seconds, "gradients"):
+                gradients = _gradients(job, tokens, watch)
         ends, figures, norms = [], [], {}
         states_BTD = walk.embed(job.checkpoint, job.family, tokens.ids_BT, job.device)
         with _timed(seconds, "layers"):
-            for layer, block in _walk(job, states_BTD, tokens.num_heldout, watch):
+            for layer, block in _walk(job, states_BTD, tokens.num_heldout, gradients, watch):
                 if isinstance(block, Block):
                     output.write_block(job, writer, layer, block)
                     figures.append({"layer": layer, **block.figures})
@@ -118,13 +122,7 @@ def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
             tokenizer, recipe.calibration, text_field=recipe.text_field, vocab_size=size, **shape
         )
     weights = sum(entry.stop - entry.start for entry in job.checkpoint.entries.values())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if weights > 0.8 * memory:
-        raise MoefyError(
-            f"to write its own calibration text the model must be in memory whole: "
-            f"{weights / 1e9:.1f} GB of {memory / 1e9:.1f} GB; give a text as --calibration",
-            code=5,
-        )
+    _check_memory(weights, "to write its own calibration text", "give a text as --calibration")
     ffn = {name for layer in range(job.num_layers) for name in job.family.ffn_names(layer)}
     for name in job.checkpoint.entries:  # found here, for what NaN would make it write is no text
         scan_finite(name, job.checkpoint.tensor(name), ffn=name in ffn)
@@ -133,8 +131,37 @@ def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
     return data.sample(model, tokenizer, progress=partial(watch, "calibration text"), **shape)
 
 
+def _gradients(job: Job, tokens: data.Tokens, watch: Watch) -> dict[int, Tensor]:
+    """How the dense model's loss changes with what each FFN writes, for a partition that asks.
+
+    Raises:
+        MoefyError: code 5 where the model does not fit in memory whole, in float32.
+    """
+    ids_BT = tokens.ids_BT[: -tokens.num_heldout]
+    weights = sum(entry.num_elements for entry in job.checkpoint.entries.values())
+    kept = len(job.layers) * ids_BT.numel() * job.size("hidden_size")
+    _check_memory(4 * weights + 2 * kept, "to give gradients", "use another --partition")
+    return walk.gradients(
+        job.checkpoint, job.family, job.layers, ids_BT, job.device, partial(watch, "gradients")
+    )
+
+
+def _check_memory(needed: int, what_for: str, instead: str) -> None:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > 0.8 * memory:
+        raise MoefyError(
+            f"{what_for} the model must be in memory whole: {needed / 1e9:.1f} GB of "
+            f"{memory / 1e9:.1f} GB; {instead}",
+            code=5,
+        )
+
+
 def _walk(
-    job: Job, states_BTD: Tensor, num_heldout: int, watch: Watch
+    job: Job,
+    states_BTD: Tensor,
+    num_heldout: int,
+    gradients: dict[int, Tensor],
+    watch: Watch,
 ) -> Iterator[tuple[int, Block | None]]:
     """Yield each layer's converted block (None where dense), having moved the states past it."""
     config = walk.model_config(job.checkpoint)
@@ -168,6 +195,7 @@ def _walk(
             dtype=job.dtype,
             seed=seed,
             join=join,
+            gradient_TD=gradients.pop(layer, None),
         )
         flat_TD += join(block.y_TD) if join else block.y_TD
         yield layer, block

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -224,9 +224,21 @@ def _method(recipe: Recipe, control: bool) -> Method:
             f"written; it is for evaluation: `moefy report RUN --against router={recipe.router}`",
             code=2,
         )
+    only = getattr(router, "PARTITION", recipe.partition)
+    if recipe.partition not in (only, "static"):
+        raise MoefyError(
+            f"--router {recipe.router} with --partition {recipe.partition}: its experts are not "
+            f"made for the router's clusters; expected --partition {only}",
+            code=2,
+        )
     split = _bound(f"--partition {recipe.partition}", partition.split, recipe.partition_options)
     fit = _bound(f"--router {recipe.router}", router.fit, recipe.router_options)
-    return Method(split, None if recipe.partition == "static" else fit, recipe.refit)
+    return Method(
+        split,
+        None if recipe.partition == "static" else fit,
+        recipe.refit,
+        getattr(partition, "GRADIENT", False),
+    )
 
 
 def _module(package: str, name: str, flag: str) -> Any:
@@ -243,11 +255,15 @@ def _bound(what: str, stage: Callable[..., Any], options: Mapping[str, Any]) -> 
         for key, parameter in inspect.signature(stage).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and key != "generator"
     }
+    hints = get_type_hints(stage)
     for key, value in options.items():
         if key not in legal:
             known = nearest(key, list(legal))
             raise MoefyError(f"{what} has no option {key!r}; {known}", code=2)
         kinds = (float, int) if type(legal[key]) is float else (type(legal[key]),)
+        if (words := get_args(hints[key])) and value not in words:
+            known = nearest(str(value), [*words])
+            raise MoefyError(f"{what}, option {key}: found {value!r}; {known}", code=2)
         if type(value) not in kinds or (type(value) in (float, int) and not value >= 0):
             expected = f"expected a value like {legal[key]!r}"
             raise MoefyError(f"{what}, option {key}: found {value!r}; {expected}", code=2)

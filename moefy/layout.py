@@ -135,6 +135,9 @@ class Profile:
     energy_F: Tensor
     """Mean scaled output energy h^2 * |down column|^2 of each neuron over the fitting tokens."""
     h_TF: Tensor | None = None
+    gradient_TD: Tensor | None = None
+    """Of the dense model's loss with respect to what this FFN writes, over the fitting tokens; on
+    the CPU, and only for a partition that asks for it."""
 
     @property
     def num_fit(self) -> int:
@@ -175,12 +178,13 @@ def observe(
     num_heldout: int,
     residual_TD: Tensor | None = None,
     join: Callable[[Tensor], Tensor] | None = None,
+    gradient_TD: Tensor | None = None,
     cache_bytes: int = 1 << 30,
 ) -> Profile:
     """Profile `ffn` on the inputs `x_TD`, of which the last `num_heldout` are held out.
 
     `residual_TD` is what the output is added to, having gone through `join` where a layer does more
-    than add; without it all tokens weigh the same.
+    than add; without it all tokens weigh the same. `gradient_TD` is kept as it is.
     """
     keep = x_TD.shape[0] * ffn.num_neurons * 4 <= cache_bytes
     kept, outputs, scales = [], [], []
@@ -205,7 +209,7 @@ def observe(
     energy_F = (total_F / num_fit).float() * ffn.down_norm_sq_F
     h_TF = torch.cat(kept) if keep else None
     y_TD, scale_T = torch.cat(outputs), torch.cat(scales)
-    return Profile(x_TD, y_TD, scale_T, num_heldout, energy_F, h_TF)
+    return Profile(x_TD, y_TD, scale_T, num_heldout, energy_F, h_TF, gradient_TD)
 
 
 @dataclass(frozen=True)

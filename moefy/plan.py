@@ -71,7 +71,13 @@ def _memory(job: Job) -> int:
     model = 0
     if job.recipe.calibration == "self":
         model = sum(entry.stop - entry.start for entry in job.checkpoint.entries.values())
-    return LIBRARIES + max(layer + states + activations + work, 2 * model)
+    kept = whole = 0
+    if job.method.gradient:
+        kept = 2 * len(job.layers) * tokens * hidden
+        way_back = 4 * job.recipe.sequence_length * job.num_layers * (16 * hidden + 4 * neurons)
+        way_back += 16 * job.recipe.sequence_length * job.size("vocab_size")
+        whole = 4 * sum(entry.num_elements for entry in job.checkpoint.entries.values()) + way_back
+    return LIBRARIES + max(layer + states + activations + work + kept, 2 * model, whole + kept)
 
 
 def _seconds(job: Job) -> float:
@@ -81,7 +87,10 @@ def _seconds(job: Job) -> float:
     ffn = tokens * 8 * hidden * neurons
     refit = 2 * tokens * neurons * (neurons + 2 * hidden) + 4 * neurons**3 // 3
     per_layer = attention + ffn + (refit if job.recipe.refit else 0)
-    return OVERHEAD * per_layer * job.num_layers / _speed(job.device)
+    weights = sum(entry.num_elements for entry in job.checkpoint.entries.values())
+    # There and back through all weights, of which none needs a gradient.
+    gradient = 4 * weights * tokens if job.method.gradient else 0
+    return OVERHEAD * (per_layer * job.num_layers + gradient) / _speed(job.device)
 
 
 def _speed(device: torch.device, size: int = 1024) -> float:
