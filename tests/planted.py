@@ -1,11 +1,12 @@
 """FFNs whose best split is known, and plain loops that judge what is found in them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 
 import moefy
 from moefy.layout import FFN, Partition, Profile, Shape, observe
@@ -49,17 +50,21 @@ class Plant:
         return Partition(shared_S, torch.from_numpy(np.stack(groups)))
 
 
-def plant(seed: int = 0, *, tokens: int = 600, heldout: int = 200) -> Plant:
+def plant(
+    seed: int = 0, *, tokens: int = 600, heldout: int = 200, fired: int = 2, noise: float = 1.0
+) -> Plant:
     """Eight groups of six neurons, of which each token fires two, and eight that always fire.
 
-    Inputs are a one, an indicator of the groups that fire, and noise, in a random rotation.
+    Inputs are a one, an indicator of the groups that fire, and noise, in a random rotation. The
+    loss is half of what is written, squared: its gradient is the output.
     """
-    shape = Shape(56, 8, 8, 6, 2)
+    shape = Shape(56, 8, 8, 6, fired)
     size = 24
     dice = np.random.default_rng(seed)
     group_F = dice.permutation(np.repeat(np.arange(-1, 8), [8] + [6] * 8))
-    chosen_TE = dice.random((tokens, 8)).argsort(1) < 2
-    plain_TD = np.hstack([np.ones((tokens, 1)), chosen_TE, dice.normal(size=(tokens, size - 9))])
+    chosen_TE = dice.random((tokens, 8)).argsort(1) < fired
+    noise_TD = noise * dice.normal(size=(tokens, size - 9))
+    plain_TD = np.hstack([np.ones((tokens, 1)), chosen_TE, noise_TD])
     gate_FD = 0.1 * dice.normal(size=(56, size))
     gate_FD[:, 0] += np.where(group_F < 0, 6, -6)
     routed = np.flatnonzero(group_F >= 0)
@@ -74,7 +79,29 @@ def plant(seed: int = 0, *, tokens: int = 600, heldout: int = 200) -> Plant:
 
     ffn = FFN(tensor(gate_FD @ rotation_DD), tensor(up_FD @ rotation_DD), tensor(down_DF))
     profile = observe(ffn, tensor(plain_TD @ rotation_DD), num_heldout=heldout)
+    profile = replace(profile, gradient_TD=profile.y_TD[: profile.num_fit])
     return Plant(ffn, profile, shape, group_F, chosen_TE)
+
+
+def observed(ffn: FFN, x_TD: torch.Tensor, *, num_heldout: int, **rest: object) -> Profile:
+    """A profile with all that a partition may ask for: a gradient, too, that means nothing."""
+    gradient_TD = slopes(x_TD, num_heldout)
+    return observe(ffn, x_TD, num_heldout=num_heldout, gradient_TD=gradient_TD, **rest)
+
+
+def slopes(x_TD: torch.Tensor, num_heldout: int) -> torch.Tensor:
+    """A gradient by lot."""
+    return torch.randn(len(x_TD) - num_heldout, x_TD.shape[1], generator=seeded(99))
+
+
+def recovered(partition: Partition, planted: Plant) -> float:
+    """Share of the routed neurons that stand with their group, under the best naming of experts."""
+    together_EE = np.zeros((planted.shape.num_experts,) * 2)
+    for expert, neurons in enumerate(partition.experts_EN.numpy()):
+        for group in planted.group_F[neurons]:
+            together_EE[expert, group] += group >= 0
+    rows, columns = linear_sum_assignment(together_EE, maximize=True)
+    return together_EE[rows, columns].sum() / partition.experts_EN.numel()
 
 
 def random_ffn(seed: int, num_neurons: int = 48, size: int = 12) -> FFN:

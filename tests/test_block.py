@@ -14,6 +14,7 @@ from planted import (
     plant,
     random_ffn,
     seeded,
+    slopes,
     squares,
 )
 
@@ -48,7 +49,18 @@ def convert(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Block:
-    return convert_block(ffn, x_TD, residual_TD, HELDOUT, shape, how, dtype=dtype, seed=seed)
+    gradient_TD = slopes(x_TD, HELDOUT)
+    return convert_block(
+        ffn,
+        x_TD,
+        residual_TD,
+        HELDOUT,
+        shape,
+        how,
+        dtype=dtype,
+        seed=seed,
+        gradient_TD=gradient_TD,
+    )
 
 
 def dense(ffn: FFN, x_TD: torch.Tensor) -> torch.Tensor:

@@ -89,8 +89,22 @@ USAGE = {
     "no MODEL": ([], "MODEL"),
     "empty MODEL": (["", "OUT"], "empty"),
     "oracle": (["MODEL", "OUT", "--router", "oracle"], "cannot be written"),
+    "representative": (
+        ["MODEL", "OUT", "--partition", "coactivation", "--router", "representative"],
+        "cannot be written",
+        "moefy report RUN --against router=representative",
+    ),
+    "clusters of another partition": (
+        ["MODEL", "OUT", "--router", "centroids"],
+        "--partition alternating",
+        "expected --partition gradient",
+    ),
+    "unknown metric": (
+        ["MODEL", "OUT", "--partition", "static", "--set", "partition.metric=engery"],
+        "did you mean energy",
+    ),
     "unknown router": (["MODEL", "OUT", "--router", "linaer"], "did you mean linear"),
-    "unknown partition": (["MODEL", "OUT", "--partition", "x"], "alternating, shuffle, static"),
+    "unknown partition": (["MODEL", "OUT", "--partition", "x"], "alternating, coactivation"),
     "unknown target": (["MODEL", "OUT", "--target", "qwen2"], "did you mean qwen2_moe"),
     "unknown engine": (["MODEL", "OUT", "--engines", "lama.cpp"], "did you mean llama.cpp"),
     "unknown dtype": (["MODEL", "OUT", "--dtype", "int4"], "bfloat16"),
@@ -342,6 +356,24 @@ def test_a_conversion_and_its_report(moefy, pico, text, tmp_path):
     )
 
 
+AGAINST = {
+    "another shape": ("active=0.25", "changes more than the method"),
+    "unknown partition": ("partition=none", "unknown --partition 'none'"),
+    "unknown option": ("partition=weights partition.round=3", "did you mean rounds"),
+    "no setting": ("partition", "key=value"),
+    "clusters of another partition": ("router=centroids", "expected --partition gradient"),
+}
+
+
+@pytest.mark.parametrize("name", AGAINST)
+def test_a_method_that_a_run_cannot_be_held_against(name, moefy, pico, converted, text):
+    changes, *says = AGAINST[name]
+    run = converted(pico("llama"))
+    before = listing(run)
+    assert_refused(moefy("report", run, "--text", text, "--against", changes), 2, *says)
+    assert listing(run) == before
+
+
 def test_two_texts_of_one_name_are_two_texts(moefy, pico, converted, text, tmp_path):
     run = Path(shutil.copytree(converted(pico("llama")), tmp_path / "run"))
     for folder in "ab":
@@ -382,6 +414,15 @@ def test_every_default_is_told(moefy, monkeypatch):
     for value in ("0.5", "alternating", "linear", "refit", "auto", "self", "as-stored", "16384"):
         assert re.search(rf"[\[(](default: )?{value}[\])]", said), value
     assert "Python's own manual" in moefy("report", "--help").out
+
+
+@pytest.mark.parametrize(("option", "package"), [("partition", "partition"), ("router", "route")])
+def test_the_help_names_every_method_that_can_be_written(option, package, moefy, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    (line,) = [n for n in moefy("convert", "--help").out.splitlines() if f"--{option} " in n]
+    files = (Path(cli.__file__).parent / package).glob("*.py")
+    names = {file.stem for file in files} - {"__init__", "oracle", "representative"}
+    assert set(re.findall(r"[a-z]+", line.partition("<str>")[2])) - {"or", "default"} == names
 
 
 def test_the_help_in_the_readme_is_the_real_one(moefy, monkeypatch):

@@ -5,6 +5,7 @@ The judges are safetensors, transformers and huggingface_hub.
 
 import json
 import os
+import re
 import shutil
 import stat
 import tomllib
@@ -22,13 +23,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from moefy import __version__, families
 from moefy.convert import convert
 from moefy.errors import MoefyError
+from moefy.evaluate.controls import changed, control_jobs
 from moefy.evaluate.run import evaluate
 from moefy.evaluate.text import compare
 from moefy.job import Job, prepare
 from moefy.recipe import Recipe, build, read
 from moefy.reopen import reopen
+from moefy.shape import pruned
 
 SINGLE = "model.safetensors"
+README = Path(__file__).parent.parent / "README.md"
 
 
 @pytest.fixture
@@ -353,6 +357,7 @@ def test_a_random_router_routes_worse(pico, converted):
         ("phi3", {}),
         ("granite", {}),
         ("olmo2", {"partition": "shuffle"}),
+        ("llama", {"partition": "gradient", "router": "centroids", "calibration": "self"}),
     ],
 )
 def test_an_evaluation_with_controls(family, recipe, pico, converted, text, tmp_path):
@@ -381,6 +386,37 @@ def test_an_evaluation_with_controls(family, recipe, pico, converted, text, tmp_
             losses = [model(w[None], labels=w[None]).loss * (len(w) - 1) for w in windows]
         nll = float(sum(losses)) / rows["moe"]["tokens"]
         assert rows[name]["perplexity"] == pytest.approx(torch.tensor(nll).exp().item(), rel=1e-4)
+
+
+PUBLISHED = re.findall(r"`(partition=[^`]+)` \|", README.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_evaluation_against_the_published_methods(family, pico, converted, text, tmp_path):
+    target = {"target": "moefy"} if family == "gpt2" else {}
+    run = Path(shutil.copytree(converted(pico(family), **target), tmp_path / "run"))
+    against = [*PUBLISHED, "partition=weights partition.restarts=2", "seed=1"]
+    assert len(against) == 7
+    report = evaluate(run, [text], num_tokens=300, length=100, with_controls=False, against=against)
+    rows = report["texts"]["text"]
+    assert list(rows) == ["dense", "moe", *against]
+    assert list(report["controls"]) == against
+    assert all(row["kl"] > 0 for name, row in rows.items() if name != "dense")
+    assert len({row["kl"] for row in rows.values()}) == len(rows)
+    assert sorted(tmp_path.iterdir()) == [run]
+
+
+def test_what_a_run_is_held_against_has_its_shape_and_its_settings(pico):
+    recipe = build(
+        None, {"model": str(pico("llama")), "experts": 4}, ["partition.rounds=2", "router.steps=5"]
+    )
+    other = changed(recipe, "partition=weights partition.restarts=2 refit=false")
+    assert other.partition_options == {"restarts": 2} and other.router_options == {"steps": 5}
+    assert (other.partition, other.router, other.refit) == ("weights", "linear", False)
+    jobs = control_jobs(recipe, {"weights": other, "static": changed(recipe, "partition=static")})
+    shape = prepare(recipe).shape
+    assert jobs["weights"].shape == shape
+    assert jobs["static"].shape == pruned(shape)
 
 
 def test_a_model_compared_with_itself(pico):

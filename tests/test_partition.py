@@ -8,20 +8,20 @@ import pytest
 import torch
 from planted import (
     NOT_ROUTED,
-    Plant,
     best_captured,
     by_expert,
     captured,
     energies,
     mask_of,
     methods,
+    observed,
     plant,
     random_ffn,
+    recovered,
     seeded,
 )
-from scipy.optimize import linear_sum_assignment
 
-from moefy.layout import FFN, Partition, Profile, Shape, observe
+from moefy.layout import FFN, Partition, Profile, Shape
 from moefy.route import linear
 
 SPLITS = methods("partition", "split")
@@ -87,7 +87,7 @@ def test_the_signature_is_the_one_that_recipes_bind(name):
 @pytest.mark.parametrize("name", SPLITS)
 def test_it_covers_what_it_claims_and_the_seed_decides(name, shape):
     ffn = random_ffn(0)
-    profile = observe(ffn, torch.randn(150, 12, generator=seeded(3)), num_heldout=50)
+    profile = observed(ffn, torch.randn(150, 12, generator=seeded(3)), num_heldout=50)
     first = SPLITS[name](ffn, profile, shape, generator=seeded(4))
     assert_covers(name, first, shape)
     assert_equal(first, SPLITS[name](ffn, profile, shape, generator=seeded(4)))
@@ -109,7 +109,7 @@ def test_it_covers_what_it_claims_and_the_seed_decides(name, shape):
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 def test_odd_layers_and_tokens_are_split_like_others(name, oddity):
     ffn, x_TD = awkward(oddity)
-    profile = observe(ffn, x_TD, num_heldout=30)
+    profile = observed(ffn, x_TD, num_heldout=30)
     for shape in SHAPES[:2]:
         first = SPLITS[name](ffn, profile, shape, generator=seeded(0))
         assert_covers(name, first, shape)
@@ -131,7 +131,7 @@ def test_what_is_not_kept_in_memory_is_computed_alike(name):
 def test_the_controls_keep_the_neurons_of_greatest_mean_energy(name):
     ffn, shape = random_ffn(6), SHAPES[0]
     x_TD, residual_TD = torch.randn(2, 150, 12, generator=seeded(7))
-    profile = observe(ffn, x_TD, num_heldout=50, residual_TD=residual_TD)
+    profile = observed(ffn, x_TD, num_heldout=50, residual_TD=residual_TD)
     h_TF = ffn.activations(x_TD)
     y_TD = h_TF @ ffn.down_DF.T
     weight_T = 1 / (residual_TD + y_TD).square().sum(1).numpy()
@@ -156,16 +156,6 @@ def test_shuffle_follows_the_seed_and_static_does_not():
 
 
 # What ours finds
-
-
-def recovered(partition: Partition, planted: Plant) -> float:
-    """Share of the routed neurons that stand with their group, under the best naming of experts."""
-    together_EE = np.zeros((planted.shape.num_experts,) * 2)
-    for expert, neurons in enumerate(partition.experts_EN.numpy()):
-        for group in planted.group_F[neurons]:
-            together_EE[expert, group] += group >= 0
-    rows, columns = linear_sum_assignment(together_EE, maximize=True)
-    return together_EE[rows, columns].sum() / partition.experts_EN.numel()
 
 
 def heldout_energy(ffn: FFN, profile: Profile) -> np.ndarray:
@@ -226,7 +216,7 @@ def test_rounds_never_capture_less_than_the_clustering_they_start_from():
     for seed in range(6):
         ffn, shape = random_ffn(seed), SHAPES[0]
         x_TD = torch.randn(200, 12, generator=seeded(seed))
-        profile = observe(ffn, x_TD, num_heldout=80)
+        profile = observed(ffn, x_TD, num_heldout=80)
         energy_TF = heldout_energy(ffn, profile)
         shares = []
         for options in ({"rounds": 0, "routed_rounds": 0}, {}):

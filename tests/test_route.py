@@ -35,7 +35,7 @@ from moefy.partition import shuffle
 from moefy.solve import ridge, scorer
 
 FITS = methods("route", "fit")
-UNWRITABLE = {"oracle"}
+UNWRITABLE = {"oracle", "representative"}
 SHAPE = Shape(48, 8, 5, 8, 2)
 
 
