@@ -94,9 +94,15 @@ def convert(
         str | None, typer.Option(help="Layers to convert: `:`, `4:`, `0,3,7`. (default: all)")
     ] = None,
     partition: Annotated[
-        str | None, typer.Option(help="alternating, shuffle or static. (default: alternating)")
+        str | None,
+        typer.Option(
+            help="alternating; or coactivation, expertweaver, gradient, shuffle, static, weights. "
+            "(default: alternating)"
+        ),
     ] = None,
-    router: Annotated[str | None, typer.Option(help="linear or random. (default: linear)")] = None,
+    router: Annotated[
+        str | None, typer.Option(help="linear; or centroids, gates, random. (default: linear)")
+    ] = None,
     refit: Annotated[
         bool | None, typer.Option("--refit/--no-refit", help="Correct down_proj. (default: refit)")
     ] = None,

@@ -19,7 +19,7 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str 
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left")
     for number, name in enumerate(header):
         numeric = number > 0 and any(row[number][:1].isdigit() for row in rows)
-        table.add_column(name, justify="right" if numeric else "left")
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)
