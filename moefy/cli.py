@@ -151,9 +151,9 @@ def convert(
         return
     if out is None:
         raise MoefyError("no OUT given; expected `moefy convert MODEL OUT`", code=2)
-    from moefy.checkpoint import check_free
     from moefy.convert import convert as run
     from moefy.progress import watching
+    from moefy.publish import check_free
 
     check_free(out, force=force)
     with watching(quiet=quiet) as watch:

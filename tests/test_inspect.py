@@ -15,13 +15,13 @@ import torch
 from conftest import FAMILY, PICO
 
 from moefy import cli, families, headers, job, targets
-from moefy.checkpoint import DTYPES
 from moefy.describe import describe
 from moefy.describe.catalogue import catalogue, engines
 from moefy.describe.settled import as_dense
 from moefy.errors import MoefyError
 from moefy.layout import Shape
 from moefy.recipe import build
+from moefy.shards import DTYPES
 from moefy.validate import open_checkpoint
 
 ESCAPE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moefy.layout import FFN, Partition, Shape
+from moefy.layout import Shape
 from moefy.shape import no_shared
 from moefy.targets.target import (
-    ROUTER_SCALE,
     Dense,
     Reasons,
+    Split,
     Target,
+    Tensors,
     copied,
     engine_reasons,
     expert_tensors,
     mismatch,
-    rounded,
     sliding,
 )
 
@@ -47,14 +44,12 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     }
 
 
-def tensors(
-    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one at `experts_per_token`."""
-    gate = rounded(1 / experts_per_token, dtype)
+    gate = split.rounded(1 / split.experts_per_token)
     return {
-        "mlp.gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
-        **expert_tensors(ffn, partition, gate, dtype),
+        "mlp.gate.weight": split.scaled_ED,
+        **expert_tensors(split, gate),
     }
 
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moefy.families.family import Family
 from moefy.layout import FFN, Partition, Shape
 from moefy.shape import no_shared
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 ROUTER_SCALE = 2.0**-10
 """Router rows are written this small, so that every softmax gate is 1 / E to about 0.1 %."""
 
 NAMES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
-"""An expert's tensors in most classes."""
+"""An expert's tensors in most classes: gate, up and down."""
+
+NUMBERED = ("w1.weight", "w3.weight", "w2.weight")
+"""The same in those that number them."""
+
+Tensors = dict[str, "Tensor"]
+"""By the name behind the layer's prefix."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,42 @@ class Dense:
         return [used and kind == "sliding_attention" for kind in types]
 
 
+@dataclass(frozen=True)
+class Split:
+    """A split FFN that is about to be written."""
+
+    ffn: FFN
+    partition: Partition
+    router_ED: Tensor
+    experts_per_token: int
+    dtype: torch.dtype
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.router_ED)
+
+    @property
+    def scaled_ED(self) -> Tensor:
+        """Router rows as they are written."""
+        return (self.router_ED * ROUTER_SCALE).to(self.dtype)
+
+    @property
+    def unbiased_E(self) -> Tensor:
+        """The selection bias as it is written: zeros in float32."""
+        return self.router_ED.new_zeros(self.num_experts).float()
+
+    def part(self, neurons: Tensor, scale: float = 1.0) -> FFN:
+        """The FFN of some of the neurons as it is written, `down_proj` times `scale`."""
+        return self.ffn.some(neurons, self.dtype, scale)
+
+    def rounded(self, value: float) -> float:
+        """`value` as `dtype` holds it: what a gate computed in that precision really is."""
+        import torch
+
+        return float(torch.tensor(value, dtype=torch.float64, device="cpu").to(self.dtype))
+
+
 Reasons = dict[str, str]
 """Engine -> why it cannot run the result, or not rightly."""
 
@@ -83,9 +126,8 @@ class Target:
     model_type: str
     configure: Callable[[Dense, Shape], dict[str, Any]]
     """The configuration of the MoE class."""
-    tensors: Callable[[FFN, Partition, Tensor, int, torch.dtype], dict[str, Tensor]]
-    """(ffn, partition, router rows, experts per token, dtype) -> the MoE block's tensors, by the
-    name behind the layer's prefix."""
+    tensors: Callable[[Split], Tensors]
+    """The MoE block's tensors."""
     fits: Callable[[Shape], bool]
     """Whether a shape's shared neurons are of a number that the class can hold."""
     elastic: bool
@@ -221,37 +263,25 @@ def engine_reasons(
 
 
 def expert_tensors(
-    ffn: FFN,
-    partition: Partition,
+    split: Split,
     gate: float,
-    dtype: torch.dtype,
     prefix: str = "mlp.experts.",
     names: tuple[str, str, str] = NAMES,
-) -> dict[str, Tensor]:
+) -> Tensors:
     """The routed experts as linear layers of their own, their `down_proj` divided by `gate`."""
     tensors = {}
-    for expert, neurons in enumerate(partition.experts_EN):
-        found = glu_tensors(ffn, neurons, 1 / gate, dtype)
-        tensors.update(
-            {f"{prefix}{expert}.{name}": t for name, t in zip(names, found, strict=True)}
-        )
+    for expert, neurons in enumerate(split.partition.experts_EN):
+        tensors |= _glu(split.part(neurons, 1 / gate), f"{prefix}{expert}.", names)
     return tensors
 
 
-def glu_tensors(
-    ffn: FFN, neurons: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate, up and down of some of the neurons, `down_proj` times `scale`."""
-    part = ffn.some(neurons, dtype, scale)
-    assert part.gate_FD is not None, "stock classes hold gated FFNs only"
-    return part.gate_FD, part.up_FD, part.down_DF
+def shared_tensors(split: Split, prefix: str, scale: float = 1.0) -> Tensors:
+    """The shared expert as linear layers, its `down_proj` times `scale`."""
+    return _glu(split.part(split.partition.shared_S, scale), prefix, NAMES)
 
 
-def named(prefix: str, tensors: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+def _glu(part: FFN, prefix: str, names: tuple[str, str, str]) -> Tensors:
     """Gate, up and down under a prefix."""
-    return {prefix + name: tensor for name, tensor in zip(NAMES, tensors, strict=True)}
-
-
-def rounded(value: float, dtype: torch.dtype) -> float:
-    """`value` as `dtype` holds it: what a gate computed in that precision really is."""
-    return float(torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype))
+    assert part.gate_FD is not None, "stock classes hold gated FFNs only"
+    found = (part.gate_FD, part.up_FD, part.down_DF)
+    return {prefix + name: tensor for name, tensor in zip(names, found, strict=True)}
