@@ -27,20 +27,8 @@ SHARED = re.compile(r"\.(?:shared|shared_experts?|shared_mlp)\.")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
 
-NEED_HEAD = {"qwen2_moe": ("SGLang", "llama.cpp", "MLX"), "glm4_moe": ("vLLM", "SGLang", "MLX")}
-"""Engines that do not load a class whose head is the embedding."""
-
-ONE_NORM = {"qwen2_moe": (False, ("llama.cpp", "MLX")), "qwen3_moe": (True, ("llama.cpp",))}
-"""The only `norm_topk_prob` that engines know in a class, whatever the configuration says."""
-
-NEED_THETA = {"mixtral": ("MLX",), "glm4_moe": ("MLX",)}
-"""Engines that read `rope_theta`, which newer versions of transformers no longer write."""
-
 MOST_LAYERS = 10_000
 """A configuration may say anything."""
-
-LLAMA_CPP_MOST = 512
-"""Experts that llama.cpp is built for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,28 +130,11 @@ def serving(target: Target, dense: Dense, shape: Shape) -> dict[str, dict[str, A
             reasons = [f"not known to run {target.model_type}; known: {known}"]
             verdicts[engine] = {"runs": None, "reasons": reasons, "notes": []}
             continue
-        reasons = [*([balks[engine]] if engine in balks else []), *_against(engine, target, dense)]
-        if engine == "llama.cpp" and shape.num_experts > LLAMA_CPP_MOST:
-            reasons.append(f"has at most {LLAMA_CPP_MOST} experts, not {shape.num_experts}")
+        reasons = [balks[engine]] if engine in balks else []
+        reasons += [why for names, why in target.foreign(dense) if engine in names.split(",")]
         notes = _heed(engine, shape.expert_width, dense)
         verdicts[engine] = {"runs": not reasons, "reasons": reasons, "notes": notes}
     return verdicts
-
-
-def _against(engine: str, target: Target, dense: Dense) -> list[str]:
-    """Why an engine that knows a class does not run this model of it, or not rightly."""
-    found, name, config = [], target.model_type, dense.config
-    if dense.tied and engine in NEED_HEAD.get(name, ()):
-        found.append("needs lm_head.weight, and the head is the embedding")
-    norm, wrong = ONE_NORM.get(name, (None, ()))
-    if engine in wrong and bool(config.get("norm_topk_prob", False)) != norm:
-        found.append(f"computes as if norm_topk_prob were {str(norm).lower()}")
-    if engine in NEED_THETA.get(name, ()) and "rope_theta" not in config:
-        found.append("reads rope_theta, which config.json lacks")
-    types = set(dense.config.get("layer_types") or ()) if name == "granitemoehybrid" else set()
-    if engine == "SGLang" and "full_attention" in types:
-        found.append("wants layer_types to say attention, not full_attention")
-    return found
 
 
 def _heed(engine: str, width: int, dense: Dense) -> list[str]:

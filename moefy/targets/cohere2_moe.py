@@ -70,7 +70,7 @@ TARGET = Target(
     elastic=True,
     engines=("transformers", "llama.cpp"),
     cannot=lambda dense: mismatch(dense, biases="qkvo", windows="any", dense_layers="any"),
-    balks=lambda dense, shape: engine_reasons(dense),
+    balks=engine_reasons,
     biases=lambda dense: "qkvo" if dense.biases else "",
     ties=True,
 )

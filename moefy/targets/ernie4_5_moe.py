@@ -70,8 +70,9 @@ TARGET = Target(
     tensors,
     shared_multiple,
     elastic=False,
+    selection_bias=True,
     engines=("transformers",),
     cannot=cannot,
-    balks=lambda dense, shape: engine_reasons(dense),
+    balks=engine_reasons,
     ties=True,
 )

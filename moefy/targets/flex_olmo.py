@@ -55,5 +55,5 @@ TARGET = Target(
     elastic=True,
     engines=("transformers", "vLLM"),
     cannot=lambda dense: mismatch(dense, biases="qkvo", wide_heads=False),
-    balks=lambda dense, shape: engine_reasons(dense),
+    balks=engine_reasons,
 )

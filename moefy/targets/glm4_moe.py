@@ -19,6 +19,7 @@ from moefy.targets.target import (
     copied,
     engine_reasons,
     expert_tensors,
+    foreign_reasons,
     mismatch,
     shared_tensors,
 )
@@ -69,7 +70,7 @@ def cannot(dense: Dense) -> str | None:
 
 def balks(dense: Dense, shape: Shape) -> Reasons:
     """Several shared experts, which SGLang fuses only one at a time."""
-    found = engine_reasons(dense)
+    found = engine_reasons(dense, shape)
     if shape.num_shared != shape.expert_width:
         units = shape.num_shared // shape.expert_width
         found.setdefault(
@@ -84,8 +85,10 @@ TARGET = Target(
     tensors,
     shared_multiple,
     elastic=True,
+    selection_bias=True,
     engines=("transformers", "vLLM", "SGLang", "MLX"),
     cannot=cannot,
     balks=balks,
+    foreign=lambda dense: foreign_reasons(dense, head="vLLM,SGLang,MLX", theta="MLX"),
     biases=lambda dense: "qkv" if dense.biases else "",
 )

@@ -67,7 +67,7 @@ def tensors(split: Split) -> Tensors:
 
 def balks(dense: Dense, shape: Shape) -> Reasons:
     """Scaled frequencies, which llama.cpp's converter refuses, and biases, which vLLM ignores."""
-    return engine_reasons(dense, rope="llama.cpp", biases="vLLM")
+    return engine_reasons(dense, shape, rope="llama.cpp", biases="vLLM")
 
 
 TARGET = Target(

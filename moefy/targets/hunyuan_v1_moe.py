@@ -60,7 +60,7 @@ TARGET = Target(
     elastic=False,
     engines=("transformers",),
     cannot=lambda dense: mismatch(dense, biases="qkvo"),
-    balks=lambda dense, shape: engine_reasons(dense),
+    balks=engine_reasons,
     biases=lambda dense: "qkvo" if dense.biases else "",
     ties=True,
 )

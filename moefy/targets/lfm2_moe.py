@@ -59,6 +59,7 @@ TARGET = Target(
     tensors,
     no_shared,
     elastic=True,
+    selection_bias=True,
     engines=("transformers",),
     cannot=lambda dense: mismatch(dense, dense_layers="first"),
     ties=True,

@@ -20,6 +20,7 @@ from moefy.targets.target import (
     copied,
     engine_reasons,
     expert_tensors,
+    foreign_reasons,
     mismatch,
 )
 
@@ -53,7 +54,7 @@ def tensors(split: Split) -> Tensors:
 
 def balks(dense: Dense, shape: Shape) -> Reasons:
     """Windows and wide heads, and in MLX scaled frequencies."""
-    return engine_reasons(dense, rope="MLX", window="llama.cpp,MLX", wide_heads="MLX")
+    return engine_reasons(dense, shape, rope="MLX", window="llama.cpp,MLX", wide_heads="MLX")
 
 
 TARGET = Target(
@@ -65,5 +66,6 @@ TARGET = Target(
     engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX", "Ollama"),
     cannot=lambda dense: mismatch(dense, windows="all layers or none"),
     balks=balks,
+    foreign=lambda dense: foreign_reasons(dense, theta="MLX"),
     ties=True,
 )

@@ -20,6 +20,7 @@ from moefy.targets.target import (
     copied,
     engine_reasons,
     expert_tensors,
+    foreign_reasons,
     mismatch,
     shared_tensors,
     sliding,
@@ -70,6 +71,7 @@ def balks(dense: Dense, shape: Shape) -> Reasons:
     """Scaled frequencies, windows, wide heads and dense layers, which only some engines know."""
     return engine_reasons(
         dense,
+        shape,
         rope="llama.cpp,MLX",
         window="llama.cpp,MLX",
         mixed="vLLM",
@@ -87,5 +89,8 @@ TARGET = Target(
     engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"),
     cannot=cannot,
     balks=balks,
+    foreign=lambda dense: foreign_reasons(
+        dense, head="SGLang,llama.cpp,MLX", unnormed="llama.cpp,MLX"
+    ),
     biases=lambda dense: "qkv",  # engines create them unconditionally
 )

@@ -19,6 +19,7 @@ from moefy.targets.target import (
     copied,
     engine_reasons,
     expert_tensors,
+    foreign_reasons,
     mismatch,
     sliding,
 )
@@ -55,7 +56,9 @@ def tensors(split: Split) -> Tensors:
 
 def balks(dense: Dense, shape: Shape) -> Reasons:
     """Scaled frequencies, windows and dense layers, which llama.cpp does not know here."""
-    return engine_reasons(dense, rope="llama.cpp", window="llama.cpp,MLX", dense_layers="llama.cpp")
+    return engine_reasons(
+        dense, shape, rope="llama.cpp", window="llama.cpp,MLX", dense_layers="llama.cpp"
+    )
 
 
 TARGET = Target(
@@ -69,5 +72,6 @@ TARGET = Target(
         dense, biases="qkvo", windows="all layers or none", dense_layers="any"
     ),
     balks=balks,
+    foreign=lambda dense: foreign_reasons(dense, normed="llama.cpp"),
     biases=lambda dense: "qkvo" if dense.biases else "",
 )

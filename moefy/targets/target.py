@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 ROUTER_SCALE = 2.0**-10
 """Router rows are written this small, so that every softmax gate is 1 / E to about 0.1 %."""
 
+LLAMA_CPP_MOST = 512
+"""Experts that llama.cpp is built for."""
+
 NAMES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 """An expert's tensors in most classes: gate, up and down."""
 
@@ -118,6 +121,9 @@ class Split:
 Reasons = dict[str, str]
 """Engine -> why it cannot run the result, or not rightly."""
 
+Foreign = list[tuple[str, str]]
+"""The same as pairs of engines, by name and comma-separated, and a reason that they share."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -138,6 +144,10 @@ class Target:
     """Why the class cannot hold this model exactly; None if it can."""
     balks: Callable[[Dense, Shape], Reasons] = lambda dense, shape: {}
     """Engines that know the class and yet would not run this model rightly, and why."""
+    foreign: Callable[[Dense], Foreign] = lambda dense: []
+    """Likewise, if the model is one of the class already: for what moefy never writes."""
+    selection_bias: bool = False
+    """Whether the class has a bias that moves which experts are chosen, and not their gates."""
     biases: Callable[[Dense], str] = lambda dense: ""
     """The attention's projections, of q, k, v and o, for which zeros are written where the dense
     model has no bias."""
@@ -227,6 +237,7 @@ def mismatch(
 
 def engine_reasons(
     dense: Dense,
+    shape: Shape,
     *,
     rope: str = "",
     window: str = "",
@@ -259,6 +270,28 @@ def engine_reasons(
         add(biases, "ignores the attention's biases in this class")
     if dense.left_dense:
         add(dense_layers, f"cannot load dense layers, and {len(dense.left_dense)} stay dense")
+    if shape.num_experts > LLAMA_CPP_MOST:
+        add("llama.cpp", f"has at most {LLAMA_CPP_MOST} experts, not {shape.num_experts}")
+    return found
+
+
+def foreign_reasons(
+    dense: Dense, *, head: str = "", theta: str = "", normed: str = "", unnormed: str = ""
+) -> Foreign:
+    """Which engines do not run what others than moefy may have written of a class, and why.
+
+    `head` need a head beside the embedding; `theta` read `rope_theta`, which newer versions of
+    transformers no longer write; `normed` and `unnormed` know one value of `norm_topk_prob`.
+    """
+    found = []
+    if dense.tied:
+        found.append((head, "needs lm_head.weight, and the head is the embedding"))
+    if dense.config.get("norm_topk_prob", False):
+        found.append((unnormed, "computes as if norm_topk_prob were false"))
+    else:
+        found.append((normed, "computes as if norm_topk_prob were true"))
+    if "rope_theta" not in dense.config:
+        found.append((theta, "reads rope_theta, which config.json lacks"))
     return found
 
 
