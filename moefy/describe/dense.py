@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from moefy import families, targets
-from moefy.checkpoint import Checkpoint
 from moefy.describe import Config, Entries, head_dim
 from moefy.describe.catalogue import OWN, engines, shared_expert
 from moefy.describe.settled import as_dense
 from moefy.errors import MoefyError
-from moefy.families.family import Family
 from moefy.layout import Shape
 from moefy.shape import solve
 from moefy.targets.target import Dense, Target
@@ -38,7 +36,7 @@ def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
     except MoefyError as error:
         return {"problems": [str(error)], "convertible": False, "targets": {}, "engines": {}}
     family = families.load(config["model_type"])
-    dense = _as_target_sees(checkpoint, family)
+    dense = as_dense(family, checkpoint.config, checkpoint.entries)
     num_neurons = family.num_neurons(checkpoint.config)
     shapes: dict[Fits, dict[float, Shape | None]] = {}
     held = {}
@@ -63,17 +61,6 @@ def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
         },
         "problems": [],
     }
-
-
-def _as_target_sees(checkpoint: Checkpoint, family: Family) -> Dense:
-    """The model in the keys of the targets; by transformers, if it takes values not stored."""
-    try:
-        return as_dense(family, checkpoint.config, checkpoint.entries)
-    except KeyError:
-        from moefy import job
-
-        layers = range(int(checkpoint.config["num_hidden_layers"]))  # pyright: ignore[reportArgumentType]
-        return job.describe(checkpoint, family, [*layers])
 
 
 def _held(
