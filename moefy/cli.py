@@ -232,11 +232,18 @@ def inspect(
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what the checkpoint PATH is, what can become of it, and which engines run it."""
+    """Tell what the checkpoint PATH is, what can become of it, and which engines run it.
+
+    Where something is wrong with it, tells as well what can be read. The exit code is 3 for a
+    broken checkpoint and 4 for one that cannot be converted.
+    """
     from moefy.describe import describe
     from moefy.report import terminal
 
-    _print(describe(path, revision=revision), terminal.show_inspection, as_json, quiet=False)
+    found = describe(path, revision=revision)
+    _print(found, terminal.show_inspection, as_json, quiet=False)
+    if problems := found["problems"]:
+        raise MoefyError("; ".join(problems), code=found["code"])
 
 
 @app.command()

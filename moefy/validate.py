@@ -33,8 +33,8 @@ IGNORABLE = re.compile(r"\.rotary_emb\.inv_freq$")
 
 KINDS = {
     "already a Mixture of Experts": "expert",
-    "a state-space or recurrent model": "state_size|ssm_|mamba|rwkv",
-    "an encoder or an encoder-decoder": "is_encoder_decoder|type_vocab_size|MaskedLM",
+    "a state-space or recurrent model": "state_size|ssm_|mamba|rwkv|recurrent",
+    "an encoder or an encoder-decoder": "is_encoder_decoder|type_vocab_size|MaskedLM|bert",
     "several models in one, of which text is a part": "(text|vision|audio)_config",
 }
 """What an unsupported configuration is, by what its keys, type and architectures contain."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moefy import families, targets
-from moefy.describe import Config, Entries, head_dim
+from moefy.checkpoint import Checkpoint
+from moefy.describe import MISREAD, Config, Entries, head_dim, misread
 from moefy.describe.catalogue import OWN, engines, shared_expert
 from moefy.describe.settled import as_dense
 from moefy.errors import MoefyError
@@ -32,10 +33,17 @@ Fits = Callable[[Shape], bool]
 def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
     """Targets and engines of a dense checkpoint, if it can be converted; else why not."""
     try:
-        checkpoint = open_checkpoint(folder)
+        return _told(open_checkpoint(folder), entries)
     except MoefyError as error:
-        return {"problems": [str(error)], "convertible": False, "targets": {}, "engines": {}}
-    family = families.load(config["model_type"])
+        problem = error
+    except MISREAD as error:
+        problem = misread(folder, error)
+    return {"problems": [problem], "convertible": False, "targets": {}, "engines": {}}
+
+
+def _told(checkpoint: Checkpoint, entries: Entries) -> dict[str, Any]:
+    """What can become of a checkpoint that is whole."""
+    family = families.load(str(checkpoint.config["model_type"]))
     dense = as_dense(family, checkpoint.config, checkpoint.entries)
     num_neurons = family.num_neurons(checkpoint.config)
     shapes: dict[Fits, dict[float, Shape | None]] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy import families, targets
-from moefy.describe import SIZES, Config, Entries, head_dim, number
+from moefy.describe import MISREAD, SIZES, Config, Entries, head_dim, misread, number
 from moefy.describe.catalogue import engines
 from moefy.describe.settled import as_dense
 from moefy.errors import MoefyError
@@ -72,14 +72,25 @@ def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
         "serving": {},
     }
     model_type = config.get("model_type")
-    if found.shape and not told["problems"] and model_type in targets.names():
-        known = _sibling(model_type, config)
-        # What a class with experts does with these keys, its target says.
-        family = dataclasses.replace(known, windows="some", partial_rotary=True)
-        target = targets.load(model_type, family)
-        dense = as_dense(family, config, entries, tuple(told["experts"]["dense_layers"]))
-        told |= {"tied": dense.tied, "serving": serving(target, dense, found.shape)}
-    return told
+    if not found.shape or told["problems"] or model_type not in targets.names():
+        return told
+    left_dense = tuple(told["experts"]["dense_layers"])
+    try:
+        return told | _served(config, entries, left_dense, found.shape)
+    except MISREAD as error:
+        return told | {"problems": [misread(folder, error)]}
+
+
+def _served(
+    config: Config, entries: Entries, left_dense: tuple[int, ...], shape: Shape
+) -> dict[str, Any]:
+    """Which engines run a model of a class that is known."""
+    # What a class with experts does with these keys, its target says.
+    known = _sibling(config["model_type"], config)
+    family = dataclasses.replace(known, windows="some", partial_rotary=True)
+    dense = as_dense(family, config, entries, left_dense)
+    target = targets.load(config["model_type"], family)
+    return {"tied": dense.tied, "serving": serving(target, dense, shape)}
 
 
 def read_experts(config: Config, entries: Entries) -> Experts:
@@ -167,16 +178,16 @@ def _told(found: Experts, config: Config) -> dict[str, Any]:
     }
 
 
-def _refused(folder: Path) -> list[str]:
+def _refused(folder: Path) -> list[MoefyError]:
     """What `open_checkpoint` finds, but that there are experts already."""
     try:
         open_checkpoint(folder)
     except MoefyError as error:
-        return [] if "already a Mixture of Experts" in str(error) else [str(error)]
+        return [] if "already a Mixture of Experts" in str(error) else [error]
     return []
 
 
-def _contradictions(found: Experts, config: Config) -> list[str]:
+def _contradictions(found: Experts, config: Config) -> list[MoefyError]:
     """Where the configuration and the tensors do not fit each other."""
     said, problems = number(config, EXPERTS), []
     if found.layers and said is not None and said != found.count:
@@ -185,7 +196,7 @@ def _contradictions(found: Experts, config: Config) -> list[str]:
         problems.append(f"{found.per_token} experts per token, but only {found.count} experts")
     if found.count and not found.per_token:
         problems.append(f"config.json has none of {', '.join(PER_TOKEN)}")
-    return problems
+    return [MoefyError(problem) for problem in problems]
 
 
 def _sibling(model_type: str, config: Config) -> Family:

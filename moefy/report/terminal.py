@@ -116,8 +116,6 @@ def show_inspection(found: Mapping[str, Any]) -> None:
     for name, value in _facts(found):
         facts.add_row(Text(name), Text(value))
     console.print(facts)
-    for problem in found["problems"]:
-        console.print(f"Problem: {problem}", markup=False, soft_wrap=True)
     if found.get("targets"):
         show_table(*_target_rows(found))
         for line in _target_notes(found):
