@@ -12,19 +12,8 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
-from moefy.layout import (
-    FFN,
-    Partition,
-    Profile,
-    Router,
-    Shape,
-    active_neurons,
-    choose,
-    chunks,
-    energies_of,
-    observe,
-    top_mask,
-)
+from moefy.layout import FFN, Partition, Profile, Router, Shape
+from moefy.profile import active_neurons, choose, chunks, energies_of, observe, top_mask
 from moefy.refit import refit
 
 

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from moefy import __version__, data, output, report, walk
 from moefy.block import Block, convert_block
-from moefy.checkpoint import CODES, ShardWriter, Slot, publishing, sha256, write_json, write_text
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
 from moefy.oracle import attach
+from moefy.publish import publishing, sha256, write_json, write_text
 from moefy.recipe import render
 from moefy.reopen import reopen
+from moefy.shards import CODES, ShardWriter, Slot
 from moefy.source import DEMO
 from moefy.validate import scan_finite
 

@@ -14,12 +14,13 @@ import torch
 
 from moefy import families, targets
 from moefy.block import Method
-from moefy.checkpoint import DTYPES, Checkpoint
+from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
 from moefy.families.family import Family
 from moefy.layout import Shape
 from moefy.recipe import Recipe, chosen_layers, nearest
 from moefy.shape import pruned, solve
+from moefy.shards import DTYPES
 from moefy.source import resolve
 from moefy.targets.dense import narrower
 from moefy.targets.target import Dense, Target

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from moefy import output
-from moefy.checkpoint import DTYPES
 from moefy.job import Job
-from moefy.layout import CHUNK
+from moefy.profile import CHUNK
+from moefy.shards import DTYPES
 
 LIBRARIES = 700_000_000
 """Resident bytes of Python, torch, transformers and scikit-learn before any tensor."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moefy.layout import FFN, Partition, Profile, Router, active_neurons, choose, chunks
+from moefy.layout import FFN, Partition, Profile, Router
+from moefy.profile import active_neurons, choose, chunks
 from moefy.solve import ridge
 
 STRENGTHS = ((0.3, 1.0, 3.0), (0.1, 0.03, 0.01))

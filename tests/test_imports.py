@@ -12,8 +12,9 @@ PACKAGE = Path(moefy.__file__).parent
 ROWS = [
     "__init__",  # may import nothing of moefy, and all may import it: for the version
     "errors layout modeling",
-    "shape headers",
-    "assign solve recipe checkpoint source families pack",
+    "profile shape headers publish",
+    "assign solve recipe shards source families pack",
+    "checkpoint",
     "targets",
     "partition route refit documents",
     "data",

@@ -8,8 +8,9 @@ import torch
 from planted import mask_of, random_ffn, seeded
 from sklearn.linear_model import Ridge
 
-from moefy.layout import FFN, Partition, Profile, Router, Shape, observe
+from moefy.layout import FFN, Partition, Profile, Router, Shape
 from moefy.partition import shuffle, static
+from moefy.profile import observe
 from moefy.refit import STRENGTHS, refit
 from moefy.route import linear
 

@@ -17,11 +17,9 @@ from planted import (
     seeded,
 )
 
-from moefy.layout import (
-    Partition,
-    Profile,
-    Router,
-    Shape,
+from moefy.layout import Partition, Profile, Router, Shape
+from moefy.partition import shuffle
+from moefy.profile import (
     active_neurons,
     choose,
     energies_of,
@@ -30,7 +28,6 @@ from moefy.layout import (
     observe,
     top_mask,
 )
-from moefy.partition import shuffle
 from moefy.solve import ridge, scorer
 
 FITS = methods("route", "fit")
