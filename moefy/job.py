@@ -225,7 +225,8 @@ def _method(recipe: Recipe, control: bool) -> Method:
         )
     split = _stage("partition", recipe.partition, "split", recipe.partition_options)
     fit = _stage("route", recipe.router, "fit", recipe.router_options)
-    return Method(split, None if recipe.partition == "static" else fit, recipe.refit)
+    routed = None if recipe.partition == "static" else fit
+    return Method(split, routed, recipe.refit, recipe.drift if recipe.refit else 0.0)
 
 
 def _stage(

@@ -30,6 +30,8 @@ class Recipe:
     partition: str = "alternating"
     router: str = "linear"
     refit: bool = True
+    drift: float = 0.5
+    """Share of what the residual stream has lost in the layers below that a refit makes good."""
     target: str = "auto"
     engines: str = ""
     """Engines that must run the result, comma-separated; they narrow `target`."""
@@ -175,6 +177,8 @@ def _check_ranges(recipe: Recipe) -> None:
     ):
         if value < least:
             raise MoefyError(f"{name} is {value}; expected at least {least}", code=2)
+    if not 0 <= recipe.drift <= 1:
+        raise MoefyError(f"drift is {recipe.drift:g}; expected a share from 0 to 1", code=2)
     if recipe.seed >= 2**32:  # layers draw from seed * 1,000,003 + layer, which 64 bits must hold
         raise MoefyError(f"--seed is {recipe.seed}; expected less than {2**32}", code=2)
 
