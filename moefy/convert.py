@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy import __version__, data, output, report, walk
+from moefy import __version__, budget, data, output, report, walk
 from moefy.block import Block, convert_block
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
@@ -54,6 +54,11 @@ def convert(
     with publishing(out, force=force) as part:
         with _timed(seconds, "calibration text"):
             tokens = tokens or calibration_tokens(job, watch)
+        loss_L: list[float] = []
+        asked = job.recipe.active
+        if job.recipe.layers == budget.AUTO:
+            with _timed(seconds, "sensitivity"):
+                job, loss_L = budget.settle(job, tokens, watch)
         writer = ShardWriter(part, output.slots(job))
         with _timed(seconds, "copy"):
             output.copy(job, writer, watch)
@@ -82,6 +87,8 @@ def convert(
                 prepare=lambda model: attach(model, norms),
             )
         summary = _summary(job, tokens, figures, checked, seconds, started)
+        if loss_L:
+            summary["budget"] = {"active": asked, "kl_when_pruned_alone": loss_L}
         extra = {"ids": tokens.ids_BT.int(), **{f"norm.{n}": norm for n, norm in norms.items()}}
         _write_report(job, part, summary, extra)
     return summary

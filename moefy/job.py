@@ -103,7 +103,8 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     family = families.load(str(checkpoint.config["model_type"]))
     notes = check_tensors(checkpoint, family)
     num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
-    layers = chosen_layers(recipe.layers, num_layers)
+    # "auto" is settled from weights (see `budget`); until then it stands for all.
+    layers = chosen_layers(":" if recipe.layers == "auto" else recipe.layers, num_layers)
     dense = describe(checkpoint, family, layers)
     if method.fit is None:
         target, reason = narrower(family), "the dense class itself, for it routes nothing"

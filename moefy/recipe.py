@@ -26,7 +26,8 @@ class Recipe:
     experts_per_token: int | None = None
     shared: float | None = None
     layers: str = ":"
-    """Layers to convert: `:` all, `4:` from the fifth on, `0,3,7` these; the rest stay dense."""
+    """Layers to convert: `:` all, `4:` from the fifth on, `0,3,7` these; the rest stay dense.
+    `auto` keeps those dense that would lose most; `active` then counts all layers."""
     partition: str = "alternating"
     router: str = "linear"
     refit: bool = True
@@ -117,7 +118,7 @@ def chosen_layers(text: str, num_layers: int) -> list[int]:
         if not 0 <= start < stop <= num_layers:
             raise MoefyError(
                 f"--layers {text}: {part.strip()!r} names no layers of 0 to {num_layers - 1}; "
-                "expected forms like `:`, `4:`, `0,3,7`",
+                "expected forms like `:`, `4:`, `0,3,7`, or `auto`",
                 code=2,
             )
         found.update(range(start, stop))

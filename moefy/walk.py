@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from moefy.checkpoint import Checkpoint
 from moefy.families.family import Family
@@ -106,6 +106,32 @@ def tap(
         name = family.layer.format(layer=layer) + family.down_bias
         states_BTD += checkpoint.tensor(name).float().to(states_BTD.device)
     return x_BTD.view(-1, x_BTD.shape[-1]), family.join(block) if family.join else None
+
+
+def ending(
+    checkpoint: Checkpoint, family: Family, config: PreTrainedConfig
+) -> Callable[[Tensor], Tensor]:
+    """A function from states that leave the last layer, (T, D), to the logits, (T, V).
+
+    Norm and head are those of transformers' own class, of which one layer is loaded.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder,
+        config=some_layers(config, 0, 1),
+        dtype="auto",
+        local_files_only=True,
+    ).eval()
+    given: list[Tensor] = []
+    block: Any = model.get_submodule(family.layer.format(layer=0).rstrip("."))
+    block.register_forward_hook(lambda module, args, out: given[0])
+
+    @torch.inference_mode()
+    def logits(states_TD: Tensor) -> Tensor:
+        given[:] = [states_TD[None].to(model.dtype).cpu()]
+        # The embeddings go unread.
+        return model(inputs_embeds=given[0], use_cache=False).logits[0]
+
+    return logits
 
 
 def some_layers(config: PreTrainedConfig, first: int, last: int) -> PreTrainedConfig:
