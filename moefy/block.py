@@ -12,19 +12,8 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
-from moefy.layout import (
-    FFN,
-    Partition,
-    Profile,
-    Router,
-    Shape,
-    active_neurons,
-    choose,
-    chunks,
-    energies_of,
-    observe,
-    top_mask,
-)
+from moefy.layout import FFN, Partition, Profile, Router, Shape
+from moefy.profile import active_neurons, choose, chunks, energies_of, observe, top_mask
 from moefy.refit import refit
 
 
@@ -36,6 +25,8 @@ class Method:
     fit: Callable[..., Router] | None
     """None for the static control, which routes nothing."""
     refit: bool
+    drift: float = 0.0
+    """Share of the drift of the residual stream that the refit makes good."""
     gradient: bool = False
     """Whether `split` needs the gradient of the dense model's loss."""
 
@@ -65,12 +56,13 @@ def convert_block(
     dtype: torch.dtype,
     seed: int,
     join: Callable[[Tensor], Tensor] | None = None,
+    dense_TD: Tensor | None = None,
     gradient_TD: Tensor | None = None,
 ) -> Block:
     """Split `ffn` on its inputs `x_TD`, of which the last `num_heldout` are only measured on.
 
     `residual_TD` is what the output is added to, having gone through `join`; it weighs the tokens
-    (see `Profile`, also for `gradient_TD`).
+    (see `Profile`, also for `gradient_TD`). `dense_TD` is what leaves the layer in the dense model.
 
     Raises:
         MoefyError: code 6, for outputs that are not finite.
@@ -82,6 +74,8 @@ def convert_block(
         num_heldout=num_heldout,
         residual_TD=residual_TD,
         join=join,
+        dense_TD=dense_TD,
+        drift=method.drift,
         gradient_TD=gradient_TD,
     )
     if not profile.y_TD.isfinite().all() or not profile.energy_F.isfinite().all():

@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 
 from moefy.assign import assign_balanced
 from moefy.errors import MoefyError
-from moefy.layout import CHUNK, FFN, Profile, top_mask
+from moefy.layout import FFN, Partition, Profile
+from moefy.profile import CHUNK, top_mask
 
 RUNS = 10
 """K-means runs on the tokens, of which the tightest counts."""
@@ -21,6 +22,12 @@ def ranked(score_F: Tensor, num_shared: int) -> tuple[Tensor, Tensor]:
     """The `num_shared` neurons of highest score, highest first, and the others in rising order."""
     order_F = score_F.argsort(descending=True, stable=True)
     return order_F[:num_shared], order_F[num_shared:].sort().values
+
+
+def gathered(shared_S: Tensor, rest_R: Tensor, expert_R: Tensor, num_experts: int) -> Partition:
+    """The partition that shares `shared_S` and puts each of `rest_R` (rising) in its expert."""
+    experts = [rest_R[expert_R == expert] for expert in range(num_experts)]
+    return Partition(shared_S.sort().values, torch.stack(experts))
 
 
 def balanced_kmeans(point_RQ: Tensor, centre_EQ: Tensor, rounds: int) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,13 @@ import torch
 
 from moefy import families, targets
 from moefy.block import Method
-from moefy.checkpoint import DTYPES, Checkpoint
+from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
 from moefy.families.family import Family
 from moefy.layout import Shape
 from moefy.recipe import Recipe, chosen_layers, nearest
 from moefy.shape import pruned, solve
+from moefy.shards import DTYPES
 from moefy.source import resolve
 from moefy.targets.dense import narrower
 from moefy.targets.target import Dense, Target
@@ -102,7 +103,8 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     family = families.load(str(checkpoint.config["model_type"]))
     notes = check_tensors(checkpoint, family)
     num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
-    layers = chosen_layers(recipe.layers, num_layers)
+    # "auto" is settled from weights (see `budget`); until then it stands for all.
+    layers = chosen_layers(":" if recipe.layers == "auto" else recipe.layers, num_layers)
     dense = describe(checkpoint, family, layers)
     if method.fit is None:
         target, reason = narrower(family), "the dense class itself, for it routes nothing"
@@ -237,6 +239,7 @@ def _method(recipe: Recipe, control: bool) -> Method:
         split,
         None if recipe.partition == "static" else fit,
         recipe.refit,
+        recipe.drift if recipe.refit else 0.0,
         getattr(partition, "GRADIENT", False),
     )
 

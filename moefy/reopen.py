@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moefy.checkpoint import read_header
 from moefy.errors import MoefyError
+from moefy.headers import read_header
 from moefy.walk import some_layers
 
 TOLERANCE = 0.1

@@ -9,7 +9,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 import moefy
-from moefy.layout import FFN, Partition, Profile, Shape, observe
+from moefy.layout import FFN, Partition, Profile, Shape
+from moefy.profile import observe
 
 PACKAGE = Path(moefy.__file__).parent
 NOT_ROUTED = {"static"}

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM
 from moefy import families, walk
 from moefy.cluster import balanced_kmeans, marks, token_centroids
 from moefy.errors import MoefyError
-from moefy.layout import FFN, Partition, Profile, Shape, choose, expert_energies
+from moefy.layout import FFN, Partition, Profile, Shape
 from moefy.partition.gradient import importance
 from moefy.partition.static import fluctuation
+from moefy.profile import choose, expert_energies
 from moefy.validate import open_checkpoint
 
 SPLITS = methods("partition", "split")

@@ -18,11 +18,9 @@ from planted import (
     squares,
 )
 
-from moefy.layout import (
-    Partition,
-    Profile,
-    Router,
-    Shape,
+from moefy.layout import Partition, Profile, Router, Shape
+from moefy.partition import shuffle
+from moefy.profile import (
     active_neurons,
     choose,
     energies_of,
@@ -31,7 +29,6 @@ from moefy.layout import (
     observe,
     top_mask,
 )
-from moefy.partition import shuffle
 from moefy.solve import ridge, scorer
 
 FITS = methods("route", "fit")

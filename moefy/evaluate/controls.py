@@ -36,7 +36,7 @@ STATIC = {"partition": "static", "partition_options": {}, "target": "auto"} | di
     ("experts", "experts_per_token", "shared")
 )
 
-METHOD = ("partition", "router", "refit", "seed")
+METHOD = ("partition", "router", "refit", "drift", "seed")
 """What may differ in a recipe that a run is held against; shape and tokens are the run's."""
 
 

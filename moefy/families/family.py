@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moefy.layout import FFN
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Config = Mapping[str, Any]
+Shapes = tuple[tuple[int, ...], ...]
 
 
 def nothing_wrong(config: dict[str, Any]) -> str | None:
@@ -37,6 +38,11 @@ def write_glu(ffn: FFN) -> tuple[Tensor, ...]:
     return ffn.gate_FD, ffn.up_FD, ffn.down_DF
 
 
+def shapes_glu(neurons: int, hidden: int) -> Shapes:
+    """Of gate, up and down."""
+    return (neurons, hidden), (neurons, hidden), (hidden, neurons)
+
+
 def read_fused(stored: Sequence[Tensor], activation: str) -> FFN:
     """An FFN stored as two matrices, gate above up in the first."""
     gate_FD, up_FD = stored[0].chunk(2)
@@ -45,8 +51,15 @@ def read_fused(stored: Sequence[Tensor], activation: str) -> FFN:
 
 def write_fused(ffn: FFN) -> tuple[Tensor, ...]:
     """Gate and up as one matrix, and down."""
+    import torch
+
     assert ffn.gate_FD is not None
     return torch.cat([ffn.gate_FD, ffn.up_FD]), ffn.down_DF
+
+
+def shapes_fused(neurons: int, hidden: int) -> Shapes:
+    """Of gate and up as one matrix, and down."""
+    return (2 * neurons, hidden), (hidden, neurons)
 
 
 def read_plain(stored: Sequence[Tensor], activation: str) -> FFN:
@@ -59,6 +72,11 @@ def write_plain(ffn: FFN) -> tuple[Tensor, ...]:
     """Up, its bias, and down."""
     assert ffn.bias_F is not None
     return ffn.up_FD, ffn.bias_F, ffn.down_DF
+
+
+def shapes_plain(neurons: int, hidden: int) -> Shapes:
+    """Of up, its bias, and down."""
+    return (neurons, hidden), (neurons,), (hidden, neurons)
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,8 @@ class Family:
     """The FFN from its tensors as stored, and the name of its activation."""
     write: Callable[[FFN], tuple[Tensor, ...]] = write_glu
     """The FFN's tensors as they are stored."""
+    shapes: Callable[[int, int], Shapes] = shapes_glu
+    """(neurons, hidden size) -> the shapes of those tensors."""
     down_bias: str | None = None
     """The bias that is added to the FFN's output, behind the layer's prefix."""
     gated: bool = True

@@ -7,16 +7,9 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from moefy.assign import assign_balanced
-from moefy.layout import (
-    FFN,
-    Partition,
-    Profile,
-    Shape,
-    activations,
-    gathered,
-    membership,
-    top_mask,
-)
+from moefy.cluster import gathered
+from moefy.layout import FFN, Partition, Profile, Shape
+from moefy.profile import activations, membership, top_mask
 from moefy.solve import scorer
 
 SKETCH = 128

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from moefy.cluster import balanced_kmeans, marks, ranked
-from moefy.layout import FFN, Partition, Profile, Shape, gathered
+from moefy.cluster import balanced_kmeans, gathered, marks, ranked
+from moefy.layout import FFN, Partition, Profile, Shape
 
 
 def split(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moefy.cluster import balanced_kmeans, ranked
-from moefy.layout import ACTIVATIONS, FFN, Partition, Profile, Shape, gathered
+from moefy.cluster import balanced_kmeans, gathered, ranked
+from moefy.layout import FFN, Partition, Profile, Shape
 
 
 def split(
@@ -40,12 +40,10 @@ def split(
 
 def _gates(ffn: FFN, x_TD: Tensor, passage: int) -> tuple[Tensor, Tensor]:
     """Mean act(gate x) of every passage (M, F), and mean |act(gate x)| of all tokens (F)."""
+    gate = ffn if ffn.gate_FD is None else FFN(None, ffn.gate_FD, ffn.down_DF, ffn.activation)
     means, size_F = [], 0.0
     for part_TD in x_TD.split(passage):
-        if ffn.gate_FD is None:
-            open_TF = ffn.activations(part_TD)
-        else:
-            open_TF = ACTIVATIONS[ffn.activation](part_TD @ ffn.gate_FD.T)
+        open_TF = gate.activations(part_TD)
         means.append(open_TF.mean(0))
         size_F = size_F + open_TF.abs().sum(0)
     return torch.stack(means), torch.as_tensor(size_F / len(x_TD))

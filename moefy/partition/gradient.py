@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from moefy.cluster import token_centroids
-from moefy.layout import CHUNK, FFN, Partition, Profile, Shape, activations, top_mask
+from moefy.layout import FFN, Partition, Profile, Shape
+from moefy.profile import CHUNK, activations, top_mask
 
 GRADIENT = True
 """It needs `Profile.gradient_TD`."""

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moefy.layout import CHUNK, FFN, Partition, Profile, Shape, activations
+from moefy.layout import FFN, Partition, Profile, Shape
+from moefy.profile import CHUNK, activations
 
 
 def split(

@@ -7,8 +7,8 @@ from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from moefy.cluster import balanced_kmeans, ranked
-from moefy.layout import FFN, Partition, Profile, Shape, gathered
+from moefy.cluster import balanced_kmeans, gathered, ranked
+from moefy.layout import FFN, Partition, Profile, Shape
 
 
 def split(

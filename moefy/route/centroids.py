@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from moefy.cluster import token_centroids
-from moefy.layout import FFN, Partition, Profile, Router, Shape, level
+from moefy.layout import FFN, Partition, Profile, Router, Shape
+from moefy.profile import level
 
 PARTITION = "gradient"
 """The partition whose experts are made for these clusters of tokens, in this order."""

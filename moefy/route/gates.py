@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from moefy.layout import FFN, Partition, Profile, Router, Shape, level
+from moefy.layout import FFN, Partition, Profile, Router, Shape
+from moefy.profile import level
 
 
 def fit(

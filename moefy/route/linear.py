@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moefy.layout import FFN, Partition, Profile, Router, Shape, expert_energies, top_mask
+from moefy.layout import FFN, Partition, Profile, Router, Shape
+from moefy.profile import expert_energies, top_mask
 from moefy.solve import scorer
 
 
