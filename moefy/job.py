@@ -235,10 +235,14 @@ def _method(recipe: Recipe, control: bool) -> Method:
         )
     split = _bound(f"--partition {recipe.partition}", partition.split, recipe.partition_options)
     fit = _bound(f"--router {recipe.router}", router.fit, recipe.router_options)
+    routed, refine = recipe.partition != "static", None
+    if routed and recipe.refit and hasattr(router, "refine"):
+        refine = _bound(f"--router {recipe.router}", router.refine, recipe.router_options)
     return Method(
         split,
-        None if recipe.partition == "static" else fit,
+        fit if routed else None,
         recipe.refit,
+        refine,
         recipe.drift if recipe.refit else 0.0,
         getattr(partition, "GRADIENT", False),
     )
