@@ -117,6 +117,7 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
         experts_per_token=recipe.experts_per_token,
         shared=recipe.shared,
         fits=target.fits if method.fit else None,
+        total=recipe.total if method.fit else 1.0,
     )
     if method.fit is None and len(layers) < num_layers:
         raise MoefyError(
@@ -220,6 +221,12 @@ def _method(recipe: Recipe, control: bool) -> Method:
     """The stages a recipe names, with their options bound."""
     partition = _module("partition", recipe.partition, "--partition")
     router = _module("route", recipe.router, "--router")
+    if recipe.total > 1 and recipe.partition not in ("alternating", "static"):
+        raise MoefyError(
+            f"--total {recipe.total:g} with --partition {recipe.partition}, whose experts do not "
+            "overlap; expected alternating",
+            code=2,
+        )
     if not control and not getattr(router, "WRITABLE", True):
         raise MoefyError(
             f"--router {recipe.router} looks at activations before it chooses and cannot be "

@@ -99,6 +99,10 @@ USAGE = {
         "--partition alternating",
         "expected --partition gradient",
     ),
+    "overlapping experts of a method that has none": (
+        ["MODEL", "OUT", "--partition", "weights", "--total", "2"],
+        "do not overlap",
+    ),
     "unknown metric": (
         ["MODEL", "OUT", "--partition", "static", "--set", "partition.metric=engery"],
         "did you mean energy",

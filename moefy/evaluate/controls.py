@@ -36,8 +36,8 @@ STATIC = {"partition": "static", "partition_options": {}, "target": "auto"} | di
     ("experts", "experts_per_token", "shared")
 )
 
-METHOD = ("partition", "router", "refit", "drift", "seed")
-"""What may differ in a recipe that a run is held against; shape and tokens are the run's."""
+METHOD = ("partition", "router", "refit", "drift", "total", "seed")
+"""What may differ in a recipe that a run is held against; all else is the run's."""
 
 
 def controls(recipe: Recipe) -> dict[str, Recipe]:
