@@ -9,6 +9,7 @@ Nothing here imports torch until an FFN is computed: headers alone say what a mo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -182,3 +183,5 @@ class Router:
     weight_ED: Tensor
     oracle: bool = False
     """Choose by the experts' true output energy instead (an evaluation control)."""
+    balance: tuple[Mapping[str, float], ...] = ()
+    """What evening out the load would have cost, at several strengths."""

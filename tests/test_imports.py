@@ -15,7 +15,7 @@ ROWS = [
     "profile shape headers publish",
     "assign solve recipe shards source families pack",
     "checkpoint",
-    "targets",
+    "targets balance",
     "partition route refit documents",
     "data",
     "walk block oracle",
