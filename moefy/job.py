@@ -100,7 +100,7 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     _check_device(recipe.device)
     checkpoint = open_checkpoint(resolve(recipe.model, revision=recipe.revision))
     family = families.load(str(checkpoint.config["model_type"]))
-    notes = check_tensors(checkpoint, family)
+    checkpoint, notes = check_tensors(checkpoint, family)
     num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
     layers = chosen_layers(recipe.layers, num_layers)
     dense = describe(checkpoint, family, layers)

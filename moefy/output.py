@@ -90,10 +90,7 @@ def _added(job: Job, found: Mapping[str, Slot]) -> dict[str, tuple[Slot, str | N
 
 def _rest(job: Job, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """What is written for a tensor that is no converted FFN."""
-    if job.target.native:
-        own = {stored: new for new, stored in job.family.renamed.items()}
-        return {own.get(name, name) if job.target.prefix else name: tensor}
-    if job.family.rest is None:
+    if job.target.native or job.family.rest is None:
         return {name: tensor}
     return job.family.rest(job.dense.own, name, tensor)
 

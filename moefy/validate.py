@@ -6,9 +6,10 @@ class, `scan_finite` looks at values as they pass.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -28,9 +29,6 @@ SIZES = "hidden_size num_hidden_layers num_attention_heads vocab_size".split()
 Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 FLOATS = ("F64", "F32", "F16", "BF16")
-IGNORABLE = re.compile(r"\.rotary_emb\.inv_freq$")
-"""What old versions stored, and every model class computes itself and ignores."""
-
 KINDS = {
     "already a Mixture of Experts": "expert",
     "a state-space or recurrent model": "state_size|ssm_|mamba|rwkv",
@@ -50,12 +48,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     path, config = folder / CONFIG, read_config(folder)
     if reason := _unsupported(path, config):
         raise MoefyError(f"{path} cannot be converted: {reason}", code=4)
-    config = families.load(config["model_type"]).sized(config)
+    family = families.load(config["model_type"])
+    config = family.sized(config)
     if reason := _wrong_size(config):
         raise damaged(f"{path} is wrong: {reason}")
-    entries = read_entries(folder)
+    entries = {family.named(name): entry for name, entry in read_entries(folder).items()}
     for name, entry in entries.items():
-        if entry.dtype not in FLOATS and not IGNORABLE.search(name):
+        if entry.dtype not in FLOATS and not re.search(family.unread, name):
             found = f"tensor {name!r} in {entry.file} is stored as {entry.dtype}"
             raise MoefyError(f"{found}, expected floating point; dequantise it first", code=4)
     _check_layers(path, config, entries)
@@ -131,8 +130,10 @@ def _check_shapes(path: Path, expected: Shapes, entries: Mapping[str, Entry]) ->
             raise damaged(f"{found}, but {path.name} implies {list(shape)}")
 
 
-def check_tensors(checkpoint: Checkpoint, family: Family) -> list[str]:
-    """Compare all names and shapes with the stock dense class, built without memory; give notes.
+def check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[Checkpoint, list[str]]:
+    """Compare all names and shapes with the stock dense class, built without memory.
+
+    Gives the checkpoint less what the class does not read, and notes.
 
     Raises:
         MoefyError: code 3 for a tensor that is missing, has another shape or is unknown to the
@@ -140,24 +141,25 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> list[str]:
     """
     folder, entries = checkpoint.folder, checkpoint.entries
     expected, tied = _implied(checkpoint)
-    expected = {family.renamed.get(name, name): shape for name, shape in expected.items()}
-    if tied and family.head not in entries:
-        del expected[family.head]
-    _check_shapes(folder / CONFIG, expected, entries)
+    _check_shapes(folder / CONFIG, _less(expected, tied - entries.keys()), entries)
     extra = [name for name in entries if name not in expected]
-    if unknown := [name for name in extra if not IGNORABLE.search(name)]:
+    if unknown := [name for name in extra if not re.search(family.unread, name)]:
         found = f"{folder} holds tensors that {family.model_type} does not have: {some(unknown)}"
         raise MoefyError(f"{found}; merge adapters first, or remove these tensors")
-    notes = [f"ignored by {family.model_type} and every target: {some(extra)}"] if extra else []
-    if tied and family.head in entries:
+    notes = [f"not read by {family.model_type}, not written: {some(extra)}"] if extra else []
+    if family.head in tied and family.head in entries:
         pair = [checkpoint.tensor(name) for name in (family.head, family.embedding)]
         if not torch.equal(*(tensor.view(torch.uint8) for tensor in pair)):
             notes.append(f"tied by {CONFIG}, but {family.head} differs: the weights are followed")
-    return notes
+    return dataclasses.replace(checkpoint, entries=_less(entries, extra)), notes
 
 
-def _implied(checkpoint: Checkpoint) -> tuple[Shapes, bool]:
-    """Names and shapes of the stock class's tensors, and whether it ties head and embedding."""
+def _less(table: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if name not in names}
+
+
+def _implied(checkpoint: Checkpoint) -> tuple[Shapes, set[str]]:
+    """Names and shapes of the stock class's tensors, and which of them are others again."""
     # Here, because these take seconds that `open_checkpoint` need not wait for.
     from transformers import AutoModelForCausalLM
 
@@ -172,7 +174,7 @@ def _implied(checkpoint: Checkpoint) -> tuple[Shapes, bool]:
         found = f"transformers can make no model of {checkpoint.folder / CONFIG}"
         raise damaged(f"{found}: {reason}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return shapes, bool(config.tie_word_embeddings)
+    return shapes, set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
 
 
 def scan_finite(name: str, tensor: Tensor, *, ffn: bool = False) -> None:

@@ -398,7 +398,7 @@ def values(checkpoint: Checkpoint) -> None:
 
 
 def tensors_of(checkpoint: Checkpoint) -> list[str]:
-    return check_tensors(checkpoint, families.load(str(checkpoint.config["model_type"])))
+    return check_tensors(checkpoint, families.load(str(checkpoint.config["model_type"])))[1]
 
 
 STAGES = {"open": open_checkpoint, "tensors": tensors_of, "values": values}

@@ -102,8 +102,11 @@ class Family:
     """Whether the class reads `partial_rotary_factor`."""
     block: str = "mlp"
     """The FFN's module in a layer of transformers' class."""
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that transformers' class has under another name: its name -> the stored one."""
+    named: Callable[[str], str] = lambda name: name
+    """The name that transformers' class has for a tensor, of the one under which it is stored."""
+    unread: str = r"\.rotary_emb\.inv_freq$"
+    """Tensors that are stored in some checkpoints and that the class does not read, by a pattern of
+    their names."""
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     positions: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -29,6 +30,11 @@ def write(ffn: FFN) -> tuple[Tensor, ...]:
     return up_FD.T, bias_F, down_DF.T
 
 
+def named(name: str) -> str:
+    """The first checkpoints lack the model's name before each tensor's."""
+    return re.sub(r"^(?=wte\.|wpe\.|h\.|ln_f\.)", "transformer.", name)
+
+
 def neurons(config: Config) -> int:
     """Four times the width of the model, if it does not say."""
     return int(config.get("n_inner") or 4 * config["n_embd"])
@@ -52,6 +58,8 @@ FAMILY = Family(
     width="n_inner",
     neurons=neurons,
     activation="activation_function",
+    named=named,
+    unread=r"\.attn\.(masked_)?bias$",
     embedding="transformer.wte.weight",
     positions="transformer.wpe.weight",
 )
