@@ -146,14 +146,14 @@ def _walk(
         stored = job.family.write(ffn)
         for name, weight in zip(job.family.ffn_names(layer), stored, strict=True):
             scan_finite(name, weight, ffn=weight.ndim > 1)
-        x_TD, join = walk.tap(job.checkpoint, job.family, config, layer, states_BTD)
+        x_TD, join, leave = walk.tap(job.checkpoint, job.family, config, layer, states_BTD)
         _check_states(x_TD, layer)
         flat_TD = states_BTD.view(x_TD.shape)
         if layer not in job.layers:
             for first in range(0, len(x_TD), 2048):
                 part = slice(first, first + 2048)
                 y_TD = ffn.activations(x_TD[part]) @ ffn.down_DF.T
-                flat_TD[part] += join(y_TD) if join else y_TD
+                flat_TD[part] = leave(flat_TD[part] + (join(y_TD) if join else y_TD))
             yield layer, None
             continue
         watch(f"layer {layer}: split and route", layer, job.num_layers)
@@ -170,6 +170,7 @@ def _walk(
             join=join,
         )
         flat_TD += join(block.y_TD) if join else block.y_TD
+        flat_TD.copy_(leave(flat_TD))
         yield layer, block
 
 

@@ -99,7 +99,7 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     method = _method(recipe, control)
     _check_device(recipe.device)
     checkpoint = open_checkpoint(resolve(recipe.model, revision=recipe.revision))
-    family = families.load(str(checkpoint.config["model_type"]))
+    family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
     checkpoint, notes = check_tensors(checkpoint, family)
     num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
     layers = chosen_layers(recipe.layers, num_layers)

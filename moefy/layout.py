@@ -102,7 +102,7 @@ class FFN:
         )
 
 
-def empty_ffn(neurons: int, hidden: int, *, gated: bool = True) -> FFN:
+def empty_ffn(neurons: int, hidden: int, *, gated: bool = True, biased: bool = True) -> FFN:
     """An FFN of shapes alone, its tensors on no device."""
     with torch.device("meta"):
         matrix_FD = torch.empty(neurons, hidden)
@@ -110,7 +110,7 @@ def empty_ffn(neurons: int, hidden: int, *, gated: bool = True) -> FFN:
             matrix_FD if gated else None,
             matrix_FD,
             torch.empty(hidden, neurons),
-            bias_F=None if gated else torch.empty(neurons),
+            bias_F=torch.empty(neurons) if biased and not gated else None,
         )
 
 

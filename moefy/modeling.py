@@ -31,8 +31,10 @@ class MoefyConfig(PreTrainedConfig):
         dense: dict[str, Any] | None = None,
         layer: str = "model.layers.{layer}.",
         block: str = "mlp",
+        emptied: list[str] | None = None,
         activation: str = "hidden_act",
         gated: bool = True,
+        biased: bool | None = None,
         down_bias: str | None = None,
         left_dense: list[int] | None = None,
         num_experts: int = 8,
@@ -43,7 +45,9 @@ class MoefyConfig(PreTrainedConfig):
     ) -> None:
         dense = dict(dense or {"model_type": "llama"})
         self.dense = dense
-        self.layer, self.block, self.activation, self.gated = layer, block, activation, gated
+        self.layer, self.block, self.emptied = layer, block, list(emptied or [])
+        self.activation, self.gated = activation, gated
+        self.biased = not gated if biased is None else biased
         self.down_bias = down_bias
         self.left_dense = list(left_dense or [])
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
@@ -86,7 +90,7 @@ class Experts(nn.Module):
         num, width = config.num_experts, config.expert_width
         self.gated, self.act_fn = config.gated, act
         self.up_proj = nn.Parameter(torch.empty(num, width * (1 + config.gated), hidden))
-        self.up_bias = None if config.gated else nn.Parameter(torch.empty(num, width))
+        self.up_bias = nn.Parameter(torch.empty(num, width)) if config.biased else None
         self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
 
     def activations(self, expert: int, x_TD: Tensor) -> Tensor:
@@ -113,7 +117,7 @@ class Shared(nn.Module):
         super().__init__()
         self.gated, self.act_fn = config.gated, act
         width = config.num_shared
-        self.up_proj = nn.Linear(hidden, width * (1 + config.gated), bias=not config.gated)
+        self.up_proj = nn.Linear(hidden, width * (1 + config.gated), bias=config.biased)
         self.down_proj = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -133,9 +137,10 @@ class MoeBlock(nn.Module):
         self.shared = Shared(config, hidden, act) if config.num_shared else None
         self.down_bias = config.down_bias
         if self.down_bias:  # it stays where the dense class has it
-            last = nn.Module()
-            last.bias = nn.Parameter(torch.empty(hidden))
-            self.add_module(self.down_bias.removesuffix(".bias"), last)
+            home, _, name = self.down_bias.rpartition(".")
+            if home:
+                self.add_module(home, nn.Module())
+            self.get_submodule(home).register_parameter(name, nn.Parameter(torch.empty(hidden)))
 
     def forward(self, x: Tensor) -> Tensor:
         """The FFN's output, of the shape of its input."""
@@ -169,6 +174,8 @@ class MoefyForCausalLM(PreTrainedModel, GenerationMixin):
             if layer not in config.left_dense:
                 home = self.dense.get_submodule(config.layer.format(layer=layer).rstrip("."))
                 home.set_submodule(config.block, MoeBlock(config, dense))
+                for name in config.emptied:
+                    home.set_submodule(name, nn.Identity())
         tied = self.dense._tied_weights_keys if dense.tie_word_embeddings else None
         self._tied_weights_keys = {f"dense.{a}": f"dense.{b}" for a, b in (tied or {}).items()}
         self.post_init()

@@ -45,7 +45,8 @@ def _slots(job: Job) -> dict[str, Slot]:
 def _block_slots(job: Job) -> dict[str, Slot]:
     """Tensors of one converted FFN, from shapes alone."""
     shape, hidden = job.shape, job.size("hidden_size")
-    ffn = empty_ffn(shape.num_neurons, hidden, gated=job.family.gated)
+    family = job.family
+    ffn = empty_ffn(shape.num_neurons, hidden, gated=family.gated, biased=family.biased)
     with torch.device("meta"):
         static = job.method.fit is None
         partition = Partition(

@@ -48,7 +48,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     path, config = folder / CONFIG, read_config(folder)
     if reason := _unsupported(path, config):
         raise MoefyError(f"{path} cannot be converted: {reason}", code=4)
-    family = families.load(config["model_type"])
+    family = families.load(config["model_type"], config)
     config = family.sized(config)
     if reason := _wrong_size(config):
         raise damaged(f"{path} is wrong: {reason}")
@@ -80,7 +80,7 @@ def _unsupported(path: Path, config: Config) -> str | None:
         found = f"model_type {short(model_type)} is {[*kinds, 'unknown'][0]}"
         guess = f"; the nearest is {near[0]}" if near else ""
         return f"{found}; supported dense families: {', '.join(known)}{guess}"
-    family = families.load(model_type)
+    family = families.load(model_type, config)
     if str(activation := config.get(family.activation, "silu")) not in ACTIVATIONS:
         found = f"{family.activation} is {short(activation)}"
         return f"{found}, expected one of {', '.join(ACTIVATIONS)}"
@@ -89,7 +89,7 @@ def _unsupported(path: Path, config: Config) -> str | None:
 
 def _wrong_size(config: Config) -> str | None:
     """Which size in a configuration no model can have, whatever the tensors say."""
-    family = families.load(config["model_type"])
+    family = families.load(config["model_type"], config)
     optional = ["num_key_value_heads", "head_dim", *([family.width] if family.neurons else [])]
     optional = [key for key in optional if config.get(key) is not None]
     for key in (*SIZES, *optional, *([] if family.neurons else [family.width])):
@@ -106,15 +106,15 @@ def _wrong_size(config: Config) -> str | None:
 
 def _check_layers(path: Path, config: Config, entries: Mapping[str, Entry]) -> None:
     """Compare the sizes in the configuration with the layers, FFNs and embedding that are there."""
-    family = families.load(config["model_type"])
+    family = families.load(config["model_type"], config)
     hidden, num_layers, neurons = (*(config[k] for k in SIZES[:2]), family.num_neurons(config))
     layer = re.compile(re.escape(family.layer).replace(r"\{layer\}", "([0-9]+)"))
     stored = {match[1] for match in map(layer.match, entries) if match}
     if len(stored) != num_layers:
         found = f"{path}: num_hidden_layers is {short(num_layers)}"
         raise damaged(f"{found}, but {len(stored)} layers are stored")
-    expected = {family.embedding: (config["vocab_size"], hidden)}
-    packed = family.write(empty_ffn(neurons, hidden, gated=family.gated))
+    expected = {family.embedding: (config["vocab_size"], config.get("embedding_size") or hidden)}
+    packed = family.write(empty_ffn(neurons, hidden, gated=family.gated, biased=family.biased))
     for number in range(num_layers):
         names = family.ffn_names(number)
         expected |= {name: tuple(t.shape) for name, t in zip(names, packed, strict=True)}

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from moefy.checkpoint import Checkpoint
+from moefy.errors import MoefyError
 from moefy.families.family import Family
 from moefy.layout import FFN
 
 Join = Callable[[Tensor], Tensor] | None
 """What a layer does to the FFN's output before it is added; None: nothing."""
+
+Leave = Callable[[Tensor], Tensor]
+"""What a layer does to the sum."""
 
 
 class _Tap(nn.Module):
@@ -31,10 +35,11 @@ class _Tap(nn.Module):
 
 
 class _Skip(nn.Module):
-    """Stands where embeddings, which are done, and the final norm stand."""
+    """Stands where embeddings, which are done, and norms of what leaves stand."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x if x.is_floating_point() else torch.zeros(())
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2)
+        return next(given, torch.zeros(()))  # nothing to add, made of ids or positions
 
 
 def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -56,9 +61,24 @@ def embed(checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.
     states_BTD = checkpoint.rows(family.embedding, ids_BT).to(device)
     if scale != 1.0:
         states_BTD.mul_(scale)
+    if family.projection in checkpoint.entries:
+        states_BTD = states_BTD @ checkpoint.tensor(family.projection).float().to(device).T
     if family.positions:
-        states_BTD += checkpoint.tensor(family.positions)[: ids_BT.shape[1]].float().to(device)
+        states_BTD += _positions(checkpoint, family, ids_BT.shape[1]).float().to(device)
     return states_BTD
+
+
+def _positions(checkpoint: Checkpoint, family: Family, length: int) -> Tensor:
+    """The learned positions of the first `length` tokens."""
+    assert family.positions is not None
+    table_PD = checkpoint.tensor(family.positions)[family.first_position :]
+    if length > len(table_PD):
+        raise MoefyError(
+            f"sequences of {length} tokens, but the model has positions for {len(table_PD)}; "
+            "lower --sequence-length",
+            code=2,
+        )
+    return table_PD[:length]
 
 
 def read_ffn(
@@ -77,15 +97,15 @@ def tap(
     states_BTD: Tensor,
     *,
     batch: int = 4,
-) -> tuple[Tensor, Join]:
-    """Run everything of one layer but its FFN; return the FFN's inputs, shape (B * T, D), and what
-    the FFN's outputs go through before they are added.
+) -> tuple[Tensor, Join, Leave]:
+    """Run everything of one layer but its FFN; return the FFN's inputs, shape (B * T, D), what the
+    FFN's outputs go through before they are added, and what the sum goes through.
 
     `states_BTD` holds the states that enter the layer and is overwritten with those that leave it
     less the FFN's part, which the caller adds. The layer is transformers' own, run inside its own
     model class, so masks and rotary embeddings are the family's.
     """
-    model, block, seen = _one_layer(checkpoint, family, config, layer, states_BTD.device)
+    model, block, seen, leave = _one_layer(checkpoint, family, config, layer, states_BTD.device)
     x_BTD = torch.empty_like(states_BTD)
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
@@ -100,8 +120,8 @@ def tap(
             entering[:], leaving[:] = [part], []
             model(inputs_embeds=part, use_cache=False)
             part.copy_(leaving[0])
-            x_BTD[first : first + batch] = seen.seen
-    return x_BTD.view(-1, x_BTD.shape[-1]), _join(checkpoint, family, layer, block)
+            x_BTD[first : first + batch] = seen.seen.view(part.shape)
+    return x_BTD.view(-1, x_BTD.shape[-1]), _join(checkpoint, family, layer, block), leave
 
 
 def _join(checkpoint: Checkpoint, family: Family, layer: int, block: Any) -> Join:
@@ -131,23 +151,33 @@ def _one_layer(
     config: PreTrainedConfig,
     layer: int,
     device: torch.device,
-) -> tuple[Any, Any, _Tap]:
-    """A base model holding only `layer`, that layer, and the tap in place of its FFN."""
+) -> tuple[Any, Any, _Tap, Leave]:
+    """A base model holding only `layer`, that layer, the tap in place of its FFN, and what is to be
+    done to what leaves."""
     single = some_layers(config, layer, layer + 1)
     with torch.device("meta"):
         model: Any = AutoModel.from_config(single, dtype=torch.float32)
     seen = _Tap()
     home = family.layer.format(layer=0).removeprefix(model.base_model_prefix + ".").rstrip(".")
-    block: Any = model.get_submodule(home)
+    block: Any = model
+    for part in home.split("."):
+        for name in [name for name, _ in block.named_children() if name != part]:
+            if name == "rotary_emb":
+                block.rotary_emb = type(block.rotary_emb)(config=single).to(device)
+            else:
+                setattr(block, name, _Skip())
+        block = block.get_submodule(part)
     block.set_submodule(family.block, seen)
-    for name in [name for name, _ in model.named_children()]:
-        if name == "rotary_emb":
-            model.rotary_emb = type(model.rotary_emb)(config=single).to(device)
-        elif name != home.split(".")[0]:
-            setattr(model, name, _Skip())
+    for name in family.emptied:
+        block.set_submodule(name, nn.Identity())
     prefix = family.layer.format(layer=layer)
     weights = {
         name: checkpoint.tensor(prefix + name).float().to(device) for name in block.state_dict()
     }
     block.load_state_dict(weights, assign=True)
-    return model.eval().requires_grad_(False), block, seen
+    model.eval().requires_grad_(False)
+    leave: Leave = nn.Identity()
+    if family.behind:
+        leave = block.get_submodule(family.behind)
+        block.set_submodule(family.behind, _Skip())
+    return model, block, seen, leave

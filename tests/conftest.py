@@ -62,6 +62,7 @@ FAMILY = {
     "mistral": {"sliding_window": None},
     "olmo2": {},
     "olmo3": ONE_SLIDING,
+    "opt": {"ffn_dim": 96},
     "phi3": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},  # not hidden_size / num_attention_heads, as in real ones

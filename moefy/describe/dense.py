@@ -37,7 +37,7 @@ def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
         checkpoint = open_checkpoint(folder)
     except MoefyError as error:
         return {"problems": [str(error)], "convertible": False, "targets": {}, "engines": {}}
-    family = families.load(config["model_type"])
+    family = families.load(config["model_type"], config)
     dense = _as_target_sees(checkpoint, family)
     num_neurons = family.num_neurons(checkpoint.config)
     shapes: dict[Fits, dict[float, Shape | None]] = {}

@@ -221,6 +221,6 @@ def _sibling(model_type: str, config: Config) -> Family:
     """The dense family inside, or one that the class can hold: engines ask for the same keys."""
     inside = config.get("dense")
     if isinstance(inside, dict) and inside.get("model_type") in families.names():
-        return families.load(inside["model_type"])
+        return families.load(inside["model_type"], inside)
     known = map(families.load, families.names())
     return next(family for family in known if model_type in family.targets)

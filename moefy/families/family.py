@@ -50,15 +50,14 @@ def write_fused(ffn: FFN) -> tuple[Tensor, ...]:
 
 
 def read_plain(stored: Sequence[Tensor], activation: str) -> FFN:
-    """An FFN without a gate: up, its bias, and down."""
-    up_FD, bias_F, down_DF = stored
-    return FFN(None, up_FD, down_DF, activation, bias_F)
+    """An FFN without a gate: up, its bias if there is one, and down."""
+    up_FD, *bias, down_DF = stored
+    return FFN(None, up_FD, down_DF, activation, *bias)
 
 
 def write_plain(ffn: FFN) -> tuple[Tensor, ...]:
-    """Up, its bias, and down."""
-    assert ffn.bias_F is not None
-    return ffn.up_FD, ffn.bias_F, ffn.down_DF
+    """Up, its bias if there is one, and down."""
+    return ffn.up_FD, *([] if ffn.bias_F is None else [ffn.bias_F]), ffn.down_DF
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,8 @@ class Family:
     down_bias: str | None = None
     """The bias that is added to the FFN's output, behind the layer's prefix."""
     gated: bool = True
+    biased: bool = True
+    """Whether neurons without a gate have biases."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Where the configuration names a size by another key than Llama's: usual key -> this one."""
     width: str = "intermediate_size"
@@ -102,6 +103,8 @@ class Family:
     """Whether the class reads `partial_rotary_factor`."""
     block: str = "mlp"
     """The FFN's module in a layer of transformers' class."""
+    emptied: tuple[str, ...] = ()
+    """Modules that do a part of the FFN's work before `block`, where it is not all in one."""
     named: Callable[[str], str] = lambda name: name
     """The name that transformers' class has for a tensor, of the one under which it is stored."""
     unread: str = r"\.rotary_emb\.inv_freq$"
@@ -111,15 +114,23 @@ class Family:
     head: str = "lm_head.weight"
     positions: str | None = None
     """Learned positions that are added to the embeddings."""
+    first_position: int = 0
+    """The row of the first token's position."""
+    projection: str | None = None
+    """A matrix that embeddings of another width than the model's go through, where they are."""
     embedding_scale: Callable[[Config], float] = lambda config: 1.0
     """What the embeddings are multiplied by before the first layer."""
     join: Callable[[Any], Callable[[Tensor], Tensor]] | None = None
     """A layer's module -> what the FFN's output goes through before it is added; None: nothing."""
+    behind: str | None = None
+    """A layer's norm that the sum of the residual and the FFN's output goes through."""
     rest: Callable[[Config, str, Tensor], dict[str, Tensor]] | None = None
     """(configuration, name, tensor) -> what is written for a tensor that is no FFN, in the names
     of the targets. None: everything is copied byte for byte."""
     canonical: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
     """The configuration in the keys of the targets, as `rest` has changed the tensors."""
+    variant: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+    """What of the above is otherwise in models of this configuration."""
 
     def ffn_names(self, layer: int) -> tuple[str, ...]:
         """Names of the FFN's tensors of a layer."""
