@@ -76,6 +76,7 @@ def convert(
                 tokens.ids_BT[-1],
                 ends,
                 layer=job.target.prefix + job.family.layer,
+                task=job.task,
                 prepare=lambda model: attach(model, norms),
             )
         summary = _summary(job, tokens, figures, checked, seconds, started)
@@ -202,6 +203,7 @@ def _summary(
         "model": job.recipe.model,
         "hub_id": None if local else job.recipe.model,
         "family": job.family.model_type,
+        "task": job.task,
         "target": job.target.model_type,
         "target_reason": job.reason,
         "engines": list(job.target.engines),

@@ -72,6 +72,11 @@ class Job:
         return self.size("num_hidden_layers")
 
     @property
+    def task(self) -> str:
+        """What the model is for (see `Family`)."""
+        return self.family.task(self.checkpoint.config)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the FFN and router tensors that are written."""
         if self.recipe.dtype != "as-stored":
@@ -101,6 +106,12 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     checkpoint = open_checkpoint(resolve(recipe.model, revision=recipe.revision))
     family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
     checkpoint, notes = check_tensors(checkpoint, family)
+    if recipe.calibration == "self" and "ForCausalLM" not in family.tasks:
+        raise MoefyError(
+            f"{family.model_type} writes no text of its own to be calibrated on; "
+            "give one: --calibration FILE",
+            code=2,
+        )
     num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
     layers = chosen_layers(recipe.layers, num_layers)
     dense = describe(checkpoint, family, layers)

@@ -1,8 +1,8 @@
 """A dense model of any family whose FFNs are experts: for families that no stock MoE class holds.
 
-`MoefyForCausalLM` is transformers' own dense class, each converted FFN replaced by a `MoeBlock`.
-`import moefy` makes it known to the Auto classes; a checkpoint never brings code of its own. It
-runs in transformers only.
+`MoefyForCausalLM` is transformers' own dense class, each converted FFN replaced by a `MoeBlock`; so
+are the classes for other tasks. `import moefy` makes them known to the Auto classes; a checkpoint
+never brings code of its own. They run in transformers only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -56,7 +59,7 @@ class MoefyConfig(PreTrainedConfig):
 
     def dense_config(self) -> PreTrainedConfig:
         """The configuration of the dense class."""
-        values = dict(self.dense)
+        values = {**self.dense, "id2label": self.id2label, "label2id": self.label2id}
         return AutoConfig.for_model(values.pop("model_type"), **values)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
@@ -154,8 +157,11 @@ class MoeBlock(nn.Module):
         return y_TD.view(x.shape)
 
 
-class MoefyForCausalLM(PreTrainedModel, GenerationMixin):
-    """The dense class of `config.dense`, its FFNs replaced."""
+class MoefyModel(PreTrainedModel):
+    """The dense class of `config.dense` without a head, its FFNs replaced."""
+
+    opens: Any = AutoModel
+    """The Auto class of the dense class."""
 
     config_class = MoefyConfig
     base_model_prefix = "dense"
@@ -169,42 +175,69 @@ class MoefyForCausalLM(PreTrainedModel, GenerationMixin):
         asked = config._attn_implementation
         # "sdpa" is what transformers sets where nothing was asked; the dense class knows better.
         chosen = {} if asked in (None, "sdpa") else {"attn_implementation": asked}
-        self.dense = AutoModelForCausalLM.from_config(dense, **chosen)
+        model = self.opens.from_config(dense, **chosen)
+        name = model.base_model_prefix
+        # Without a head, too, tensors are named as in the classes that have one.
+        bare = self.opens is AutoModel and config.layer.startswith(name + ".")
+        self.dense = nn.ModuleDict({name: model}) if bare else model
         for layer in range(dense.num_hidden_layers):
             if layer not in config.left_dense:
                 home = self.dense.get_submodule(config.layer.format(layer=layer).rstrip("."))
                 home.set_submodule(config.block, MoeBlock(config, dense))
                 for name in config.emptied:
                     home.set_submodule(name, nn.Identity())
-        tied = self.dense._tied_weights_keys if dense.tie_word_embeddings else None
+        tied = model._tied_weights_keys if dense.tie_word_embeddings and not bare else None
         self._tied_weights_keys = {f"dense.{a}": f"dense.{b}" for a, b in (tied or {}).items()}
         self.post_init()
 
+    @property
+    def inside(self) -> Any:
+        """The model of the dense class."""
+        return next(iter(self.dense.values())) if type(self.dense) is nn.ModuleDict else self.dense
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the dense class does."""
-        return self.dense(*args, **kwargs)
+        return self.inside(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The dense class's."""
+        return self.inside.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """The dense class's."""
+        self.inside.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The dense class's."""
+        return self.inside.get_output_embeddings()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """A checkpoint brings all weights; what is made anew starts as a linear layer does."""
+        for parameter in module.parameters(recurse=False):
+            nn.init.normal_(parameter, std=0.02)
+
+
+class MoefyForCausalLM(MoefyModel, GenerationMixin):
+    """The same for text that goes on."""
+
+    opens = AutoModelForCausalLM
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """What the dense class does."""
         self.dense.generation_config = self.generation_config
         return self.dense.generate(*args, **kwargs)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The dense class's."""
-        return self.dense.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """The dense class's."""
-        self.dense.set_input_embeddings(value)
+class MoefyForMaskedLM(MoefyModel):
+    """The same for text with gaps."""
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The dense class's."""
-        return self.dense.get_output_embeddings()
+    opens = AutoModelForMaskedLM
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """A checkpoint brings all weights; what is made anew starts as a linear layer does."""
-        for parameter in module.parameters(recurse=False):
-            nn.init.normal_(parameter, std=0.02)
+
+class MoefyForSequenceClassification(MoefyModel):
+    """The same for the kinds of text."""
+
+    opens = AutoModelForSequenceClassification
 
 
 def _answer(up: Tensor, module: Any) -> Tensor:
@@ -215,4 +248,10 @@ def _answer(up: Tensor, module: Any) -> Tensor:
 
 
 AutoConfig.register("moefy", MoefyConfig)
-AutoModelForCausalLM.register(MoefyConfig, MoefyForCausalLM)
+for kind in (
+    MoefyModel,
+    MoefyForCausalLM,
+    MoefyForMaskedLM,
+    MoefyForSequenceClassification,
+):
+    kind.opens.register(MoefyConfig, kind)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from moefy.checkpoint import read_header
 from moefy.errors import MoefyError
-from moefy.walk import some_layers
+from moefy.walk import auto_class, some_layers
 
 TOLERANCE = 0.1
 """Greatest mean relative error of a token's last hidden state. Router gates deviate from one by
@@ -29,14 +29,15 @@ def reopen(
     ends: list[Tensor],
     *,
     layer: str = "model.layers.{layer}.",
+    task: str = "ForCausalLM",
     prepare: Callable[[Any], Any] = lambda model: model,
 ) -> dict[str, Any]:
     """Load `folder` with its stock class and compare hidden states with those of the conversion.
 
     `ends[l]` holds the states (T, D) that left layer l on the sequence `ids_T`. As many layers are
     loaded as fit in memory that does not grow with the model. `layer` is the prefix of a layer's
-    names. `prepare` may put the oracle router
-    of an evaluation control into the loaded model.
+    names, `task` what the model is for. `prepare` may put the oracle router of an evaluation
+    control into the loaded model.
 
     Raises:
         MoefyError: code 6, for missing, unexpected or mismatched keys, or other hidden states.
@@ -46,7 +47,7 @@ def reopen(
     whole = layers == len(ends)
     if not whole:
         config = some_layers(config, 0, layers)
-    opened: Any = AutoModelForCausalLM.from_pretrained(
+    opened: Any = auto_class(task).from_pretrained(
         folder,
         config=config,
         dtype=torch.float32 if whole else "auto",
@@ -65,10 +66,11 @@ def reopen(
     if wrong:
         raise MoefyError(f"the written folder does not load cleanly: {wrong}", code=6)
     seen: list[Tensor] = []
-    last = model.get_submodule(layer.format(layer=layers - 1).rstrip("."))
+    home = layer if hasattr(model, layer.split(".")[0]) else layer.partition(".")[2]
+    last = model.get_submodule(home.format(layer=layers - 1).rstrip("."))
     last.register_forward_hook(lambda module, args, out: seen.append(out))
     with torch.inference_mode():
-        prepare(model.eval())(ids_T[None], logits_to_keep=1)
+        prepare(model.eval())(ids_T[None], **({"logits_to_keep": 1} if "Causal" in task else {}))
     expected_TD = ends[layers - 1].cpu()
     # Token by token: a few tokens with huge states would hide the others in one norm.
     wrong_T = (seen[0][0].float() - expected_TD).norm(dim=1) / expected_TD.norm(dim=1)

@@ -140,7 +140,7 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[Checkpoint, l
             class, and for a configuration of which transformers cannot make a model.
     """
     folder, entries = checkpoint.folder, checkpoint.entries
-    expected, tied = _implied(checkpoint)
+    expected, tied = _implied(checkpoint, family)
     _check_shapes(folder / CONFIG, _less(expected, tied - entries.keys()), entries)
     extra = [name for name in entries if name not in expected]
     if unknown := [name for name in extra if not re.search(family.unread, name)]:
@@ -158,22 +158,23 @@ def _less(table: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in table.items() if name not in names}
 
 
-def _implied(checkpoint: Checkpoint) -> tuple[Shapes, set[str]]:
+def _implied(checkpoint: Checkpoint, family: Family) -> tuple[Shapes, set[str]]:
     """Names and shapes of the stock class's tensors, and which of them are others again."""
-    # Here, because these take seconds that `open_checkpoint` need not wait for.
-    from transformers import AutoModelForCausalLM
+    # Here, because it takes seconds that `open_checkpoint` need not wait for.
+    from moefy.walk import auto_class, model_config
 
-    from moefy.walk import model_config
-
+    task = family.task(checkpoint.config)
     try:
         config = model_config(checkpoint)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            model = auto_class(task).from_config(config, attn_implementation="eager")
     except Exception as error:  # whatever a value of the configuration makes transformers raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         found = f"transformers can make no model of {checkpoint.folder / CONFIG}"
         raise damaged(f"{found}: {reason}") from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    whole = model.base_model_prefix + "."
+    prefix = whole if task == "Model" and family.layer.startswith(whole) else ""
+    shapes = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return shapes, set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
@@ -42,6 +43,11 @@ class _Skip(nn.Module):
         return next(given, torch.zeros(()))  # nothing to add, made of ids or positions
 
 
+def auto_class(task: str) -> Any:
+    """The Auto class of transformers that opens models for a task."""
+    return getattr(transformers, "AutoModel" + task.removeprefix("Model"))
+
+
 def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The transformers configuration of a checkpoint, with its defaults filled in."""
     config: dict[str, Any] = {key: _number(value) for key, value in checkpoint.config.items()}
@@ -56,7 +62,15 @@ def _number(value: Any) -> Any:
 
 
 def embed(checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.device) -> Tensor:
-    """What enters the first layer for the token ids, float32, shape (B, T, D)."""
+    """What enters the first layer for the token ids, float32, shape (B, T, D).
+
+    Raises:
+        MoefyError: code 2, for sequences that are longer than the learned positions.
+    """
+    if family.positions:
+        positions_TD = _positions(checkpoint, family, ids_BT.shape[1])
+    if family.embeddings:
+        return _embedded(checkpoint, family, ids_BT, device)
     scale = family.embedding_scale(model_config(checkpoint).to_dict())
     states_BTD = checkpoint.rows(family.embedding, ids_BT).to(device)
     if scale != 1.0:
@@ -64,8 +78,23 @@ def embed(checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.
     if family.projection in checkpoint.entries:
         states_BTD = states_BTD @ checkpoint.tensor(family.projection).float().to(device).T
     if family.positions:
-        states_BTD += _positions(checkpoint, family, ids_BT.shape[1]).float().to(device)
+        states_BTD += positions_TD.float().to(device)
     return states_BTD
+
+
+def _embedded(
+    checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.device
+) -> Tensor:
+    """What transformers' own embeddings make of the token ids."""
+    config, home = model_config(checkpoint), str(family.embeddings)
+    with torch.device("meta"):
+        model: Any = AutoModel.from_config(config)
+    found: Any = model.get_submodule(home.removeprefix(model.base_model_prefix + "."))
+    made = type(found)(config)  # with the buffers that are stored nowhere
+    weights = {name: checkpoint.tensor(f"{home}.{name}").float() for name in made.state_dict()}
+    made.load_state_dict(weights, assign=True)
+    made.to(device).eval().requires_grad_(False)
+    return torch.cat([made(ids_BT.to(device)) for ids_BT in ids_BT.split(32)])
 
 
 def _positions(checkpoint: Checkpoint, family: Family, length: int) -> Tensor:

@@ -39,7 +39,9 @@ ONE_SLIDING = {
     "layer_types": ["full_attention", "sliding_attention"],
 }
 FAMILY = {
+    "bert": {},
     "cohere2": ONE_SLIDING,
+    "distilbert": {"hidden_dim": 96},
     "ernie4_5": {"head_dim": 16},
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, **ONE_SLIDING},
@@ -65,6 +67,7 @@ FAMILY = {
     "opt": {"ffn_dim": 96},
     "phi3": {},
     "qwen2": {},
+    "roberta": {"pad_token_id": 1},
     "qwen3": {"head_dim": 16},  # not hidden_size / num_attention_heads, as in real ones
     "smollm3": {"no_rope_layers": [1, 0]},
     "starcoder2": {"sliding_window": None},
@@ -98,14 +101,18 @@ def build_tokenizer(folder: Path) -> None:
 def build_model(folder: Path, model_type: str, overrides: dict) -> None:
     """Save a random model in which every tensor matters: norms are not one, biases not zero."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    from moefy import families
+    from moefy.walk import auto_class
+
+    task = overrides.pop("task", None) or families.load(model_type).tasks[0]
     config = AutoConfig.for_model(model_type, **PICO | FAMILY.get(model_type, {}) | overrides)
     generator = torch.Generator().manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto_class(task).from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if name.endswith("norm.weight"):
+        if name.lower().endswith("norm.weight"):
             parameter.data = 1 + 0.2 * noise
         elif parameter.ndim == 1:
             parameter.data = 0.2 * noise

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from moefy import families, targets
 from moefy.shape import no_shared, one_shared
@@ -101,11 +101,21 @@ def shape_of(target: str, experts: int) -> dict[str, Any]:
 
 def opened(folder: Path, dtype: torch.dtype = torch.float32, **options: Any):
     """The model, which must load without a missing, unexpected or mismatched tensor."""
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = auto_class(folder).from_pretrained(
         folder, dtype=dtype, output_loading_info=True, **options
     )
     assert not any(info.values()), info
     return model.eval()
+
+
+def auto_class(folder: Path):
+    """The Auto class for what a folder's configuration says it holds."""
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    for task in ("MaskedLM", "SequenceClassification"):
+        if name.endswith(task):
+            return getattr(transformers, f"AutoModelFor{task}")
+    bare = name in ("MoefyModel", "BertModel", "RobertaModel", "DistilBertModel")
+    return transformers.AutoModel if bare else transformers.AutoModelForCausalLM
 
 
 def num_experts(folder: Path) -> int:
@@ -153,12 +163,12 @@ def logits(model) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     ids_BT = torch.randint(1, 128, (2, TOKENS), generator=generator)
     with torch.inference_mode():
-        return model(ids_BT).logits.float()
+        return model(ids_BT)[0].float()
 
 
 @functools.cache
 def dense_logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval())
+    return logits(auto_class(folder).from_pretrained(folder, dtype=dtype).eval())
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -198,7 +208,7 @@ def gates(target: str, score_BTE: torch.Tensor, k: int) -> torch.Tensor:
 def masked(dense: Path, moe, k: int):
     """The dense model with its neurons counting as the experts of `moe` in which they stand."""
     family = families.load(json.loads((dense / "config.json").read_text())["model_type"])
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    model = auto_class(dense).from_pretrained(dense, dtype=torch.float32).eval()
     for number, block in blocks(moe).items():
         layer = model.get_submodule(family.layer.format(layer=number).rstrip("."))
         first, last = family.ffn[0], family.ffn[-1].removesuffix(".weight")

@@ -135,7 +135,7 @@ def test_its_own_class_holds_every_family(family, pico, converted):
     for layers in (":", "1:"):
         folder = converted(dense, **recipe(OWN) | {"layers": layers})
         moe = open_all_active(folder)
-        assert type(moe).__name__ == "MoefyForCausalLM"
+        assert type(moe).__name__ == "Moefy" + families.load(family).tasks[0]
         assert list(blocks(moe)) == {":": [0, 1], "1:": [1]}[layers]
         assert distance(logits(moe), dense_logits(dense)) < EXACT
     moe = opened(folder)

@@ -110,6 +110,8 @@ class Family:
     unread: str = r"\.rotary_emb\.inv_freq$"
     """Tensors that are stored in some checkpoints and that the class does not read, by a pattern of
     their names."""
+    tasks: tuple[str, ...] = ("ForCausalLM",)
+    """What its checkpoints are for, the usual first: how the names of their Auto classes end."""
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     positions: str | None = None
@@ -118,6 +120,8 @@ class Family:
     """The row of the first token's position."""
     projection: str | None = None
     """A matrix that embeddings of another width than the model's go through, where they are."""
+    embeddings: str | None = None
+    """The module that makes the first layer's states of token ids, where more is done."""
     embedding_scale: Callable[[Config], float] = lambda config: 1.0
     """What the embeddings are multiplied by before the first layer."""
     join: Callable[[Any], Callable[[Tensor], Tensor]] | None = None
@@ -131,6 +135,11 @@ class Family:
     """The configuration in the keys of the targets, as `rest` has changed the tensors."""
     variant: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     """What of the above is otherwise in models of this configuration."""
+
+    def task(self, config: Config) -> str:
+        """What a checkpoint is for, as the name of its class says."""
+        (name, *_) = config.get("architectures") or [""]
+        return next((task for task in self.tasks if str(name).endswith(task)), self.tasks[0])
 
     def ffn_names(self, layer: int) -> tuple[str, ...]:
         """Names of the FFN's tensors of a layer."""

@@ -21,8 +21,9 @@ def target(family: Family) -> Target:
     """The dense class of `family` with experts."""
 
     def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
+        task = family.task(dense.own)
         return {
-            "architectures": ["MoefyForCausalLM"],
+            "architectures": ["Moefy" + task],
             "model_type": "moefy",
             "dense": {k: v for k, v in dense.own.items() if k != "dtype"},
             "layer": family.layer,
@@ -38,7 +39,7 @@ def target(family: Family) -> Target:
             "expert_width": shape.expert_width,
             "num_shared": shape.num_shared,
             "tie_word_embeddings": dense.tied,
-            **{key: dense.config.get(key) for key in TOKENS},
+            **{key: dense.own.get(key) for key in (*TOKENS, *LABELS.get(task, ()))},
         }
 
     def tensors(
@@ -76,6 +77,7 @@ def target(family: Family) -> Target:
 
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+LABELS = {"ForSequenceClassification": ("id2label", "label2id")}
 
 
 def _above(part: FFN) -> Tensor:
