@@ -127,10 +127,13 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
         shared=recipe.shared,
         fits=target.fits if method.fit else None,
     )
-    if method.fit is None and len(layers) < num_layers:
+    if family.beside:
+        notes.append(f"{family.beside} stays dense")
+    if method.fit is None and (len(layers) < num_layers or family.beside):
+        left = family.beside or f"all but --layers {recipe.layers}"
         raise MoefyError(
-            f"--layers {recipe.layers} with --partition static: a dense class has one FFN width; "
-            "convert all layers",
+            f"--partition static: a dense class has one FFN width, and {left} would stay as wide "
+            "as before; expected another partition",
             code=2,
         )
     if method.fit is None:

@@ -16,6 +16,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     GenerationMixin,
     PreTrainedConfig,
@@ -228,6 +229,12 @@ class MoefyForCausalLM(MoefyModel, GenerationMixin):
         return self.dense.generate(*args, **kwargs)
 
 
+class MoefyForSeq2SeqLM(MoefyForCausalLM):
+    """The same for text that is made of other text."""
+
+    opens = AutoModelForSeq2SeqLM
+
+
 class MoefyForMaskedLM(MoefyModel):
     """The same for text with gaps."""
 
@@ -251,6 +258,7 @@ AutoConfig.register("moefy", MoefyConfig)
 for kind in (
     MoefyModel,
     MoefyForCausalLM,
+    MoefyForSeq2SeqLM,
     MoefyForMaskedLM,
     MoefyForSequenceClassification,
 ):

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from moefy.checkpoint import read_header
 from moefy.errors import MoefyError
-from moefy.walk import auto_class, some_layers
+from moefy.walk import auto_class, some_layers, states_of
 
 TOLERANCE = 0.1
 """Greatest mean relative error of a token's last hidden state. Router gates deviate from one by
@@ -68,9 +68,13 @@ def reopen(
     seen: list[Tensor] = []
     home = layer if hasattr(model, layer.split(".")[0]) else layer.partition(".")[2]
     last = model.get_submodule(home.format(layer=layers - 1).rstrip("."))
-    last.register_forward_hook(lambda module, args, out: seen.append(out))
+    last.register_forward_hook(lambda module, args, out: seen.append(states_of(out)))
+    more = {
+        "ForCausalLM": {"logits_to_keep": 1},
+        "ForSeq2SeqLM": {"decoder_input_ids": ids_T[None]},
+    }
     with torch.inference_mode():
-        prepare(model.eval())(ids_T[None], **({"logits_to_keep": 1} if "Causal" in task else {}))
+        prepare(model.eval())(ids_T[None], **more.get(task, {}))
     expected_TD = ends[layers - 1].cpu()
     # Token by token: a few tokens with huge states would hide the others in one norm.
     wrong_T = (seen[0][0].float() - expected_TD).norm(dim=1) / expected_TD.norm(dim=1)

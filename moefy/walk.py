@@ -135,6 +135,7 @@ def tap(
     model class, so masks and rotary embeddings are the family's.
     """
     model, block, seen, leave = _one_layer(checkpoint, family, config, layer, states_BTD.device)
+    run = model.encoder if config.is_encoder_decoder else model
     x_BTD = torch.empty_like(states_BTD)
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
@@ -142,15 +143,20 @@ def tap(
     block.register_forward_pre_hook(
         lambda module, args, kwargs: ((entering[0], *args[1:]), kwargs), with_kwargs=True
     )
-    block.register_forward_hook(lambda module, args, out: leaving.append(out))
+    block.register_forward_hook(lambda module, args, out: leaving.append(states_of(out)))
     with torch.inference_mode():
         for first in range(0, len(states_BTD), batch):
             part = states_BTD[first : first + batch]
             entering[:], leaving[:] = [part], []
-            model(inputs_embeds=part, use_cache=False)
+            run(inputs_embeds=part, use_cache=False)
             part.copy_(leaving[0])
             x_BTD[first : first + batch] = seen.seen.view(part.shape)
     return x_BTD.view(-1, x_BTD.shape[-1]), _join(checkpoint, family, layer, block), leave
+
+
+def states_of(out: Any) -> Tensor:
+    """The states in what a layer returns."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _join(checkpoint: Checkpoint, family: Family, layer: int, block: Any) -> Join:
@@ -199,10 +205,12 @@ def _one_layer(
     block.set_submodule(family.block, seen)
     for name in family.emptied:
         block.set_submodule(name, nn.Identity())
-    prefix = family.layer.format(layer=layer)
-    weights = {
-        name: checkpoint.tensor(prefix + name).float().to(device) for name in block.state_dict()
-    }
+    own, first = (family.layer.format(layer=number) for number in (layer, 0))
+    weights = {}
+    for name in block.state_dict():
+        # T5's first layer holds the distances' biases of all.
+        prefix = own if own + name in checkpoint.entries else first
+        weights[name] = checkpoint.tensor(prefix + name).float().to(device)
     block.load_state_dict(weights, assign=True)
     model.eval().requires_grad_(False)
     leave: Leave = nn.Identity()

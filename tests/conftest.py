@@ -71,6 +71,13 @@ FAMILY = {
     "qwen3": {"head_dim": 16},  # not hidden_size / num_attention_heads, as in real ones
     "smollm3": {"no_rope_layers": [1, 0]},
     "starcoder2": {"sliding_window": None},
+    "t5": {
+        "d_ff": 96,
+        "d_kv": 16,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    },
 }
 SPACE, NEWLINE = "\u0120", "\u010a"  # as byte-level tokenizers write them
 PAIRS = "th he in er an re on at en nd st es ng of te ed or ti hi as to it is ar".split()

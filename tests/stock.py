@@ -114,6 +114,8 @@ def auto_class(folder: Path):
     for task in ("MaskedLM", "SequenceClassification"):
         if name.endswith(task):
             return getattr(transformers, f"AutoModelFor{task}")
+    if name in ("MoefyForSeq2SeqLM", "T5ForConditionalGeneration"):
+        return transformers.AutoModelForSeq2SeqLM
     bare = name in ("MoefyModel", "BertModel", "RobertaModel", "DistilBertModel")
     return transformers.AutoModel if bare else transformers.AutoModelForCausalLM
 
@@ -163,7 +165,8 @@ def logits(model) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     ids_BT = torch.randint(1, 128, (2, TOKENS), generator=generator)
     with torch.inference_mode():
-        return model(ids_BT)[0].float()
+        given = {"decoder_input_ids": ids_BT} if model.config.is_encoder_decoder else {}
+        return model(ids_BT, **given)[0].float()
 
 
 @functools.cache

@@ -81,6 +81,8 @@ class Family:
     """The FFN from its tensors as stored, and the name of its activation."""
     write: Callable[[FFN], tuple[Tensor, ...]] = write_glu
     """The FFN's tensors as they are stored."""
+    beside: str = ""
+    """What has FFNs of the same width and stays dense, beside the layers that are converted."""
     down_bias: str | None = None
     """The bias that is added to the FFN's output, behind the layer's prefix."""
     gated: bool = True

@@ -39,7 +39,7 @@ def target(family: Family) -> Target:
             "expert_width": shape.expert_width,
             "num_shared": shape.num_shared,
             "tie_word_embeddings": dense.tied,
-            **{key: dense.own.get(key) for key in (*TOKENS, *LABELS.get(task, ()))},
+            **{key: dense.own.get(key) for key in (*TOKENS, *MORE.get(task, ()))},
         }
 
     def tensors(
@@ -77,7 +77,11 @@ def target(family: Family) -> Target:
 
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-LABELS = {"ForSequenceClassification": ("id2label", "label2id")}
+MORE = {
+    "ForSequenceClassification": ("id2label", "label2id"),
+    "ForSeq2SeqLM": ("is_encoder_decoder", "decoder_start_token_id"),
+}
+"""What else others look for in a model's own configuration, by task."""
 
 
 def _above(part: FFN) -> Tensor:
