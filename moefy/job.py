@@ -106,12 +106,6 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     checkpoint = open_checkpoint(resolve(recipe.model, revision=recipe.revision))
     family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
     checkpoint, notes = check_tensors(checkpoint, family)
-    if recipe.calibration == "self" and "ForCausalLM" not in family.tasks:
-        raise MoefyError(
-            f"{family.model_type} writes no text of its own to be calibrated on; "
-            "give one: --calibration FILE",
-            code=2,
-        )
     num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
     layers = chosen_layers(recipe.layers, num_layers)
     dense = describe(checkpoint, family, layers)
@@ -119,6 +113,12 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
         target, reason = narrower(family), "the dense class itself, for it routes nothing"
     else:
         target, reason = choose_target(recipe, family, dense)
+    if recipe.calibration == "self" and "ForCausalLM" not in family.tasks:
+        raise MoefyError(
+            f"{family.model_type} cannot write its own calibration text; give one: "
+            "--calibration FILE",
+            code=2,
+        )
     shape = solve(
         family.num_neurons(checkpoint.config),
         active=recipe.active,
@@ -152,9 +152,8 @@ def describe(checkpoint: Checkpoint, family: Family, layers: list[int]) -> Dense
     first = family.layer.format(layer=0)
     biases = {part for part in "qkvo" if f"{first}self_attn.{part}_proj.bias" in checkpoint.entries}
     left = tuple(n for n in range(int(config["num_hidden_layers"])) if n not in layers)
-    return Dense(
-        family, config, own, frozenset(biases), family.head not in checkpoint.entries, left
-    )
+    tied = family.tied(own, checkpoint.entries)
+    return Dense(family, config, own, frozenset(biases), tied, left)
 
 
 def choose_target(recipe: Recipe, family: Family, dense: Dense) -> tuple[Target, str]:
@@ -222,7 +221,7 @@ def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:
     if dense.rope_type == "longrope":
         length = dense.config.get("original_max_position_embeddings", "the original length")
         notes.append(f"text that grows past {length} tokens keeps keys rotated for short text")
-    if shape.expert_width % 128:
+    if shape.expert_width % 128 and "vLLM" in target.engines:
         found = f"expert width {shape.expert_width}, no multiple of 128"
         notes.append(f"fused kernels of vLLM and SGLang may refuse {found}, or be slow")
     return notes

@@ -180,7 +180,7 @@ class MoefyModel(PreTrainedModel):
         name = model.base_model_prefix
         # Without a head, too, tensors are named as in the classes that have one.
         bare = self.opens is AutoModel and config.layer.startswith(name + ".")
-        self.dense = nn.ModuleDict({name: model}) if bare else model
+        self.dense: Any = nn.ModuleDict({name: model}) if bare else model
         for layer in range(dense.num_hidden_layers):
             if layer not in config.left_dense:
                 home = self.dense.get_submodule(config.layer.format(layer=layer).rstrip("."))
@@ -229,10 +229,15 @@ class MoefyForCausalLM(MoefyModel, GenerationMixin):
         return self.dense.generate(*args, **kwargs)
 
 
-class MoefyForSeq2SeqLM(MoefyForCausalLM):
+class MoefyForSeq2SeqLM(MoefyModel, GenerationMixin):
     """The same for text that is made of other text."""
 
     opens = AutoModelForSeq2SeqLM
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What the dense class does."""
+        self.dense.generation_config = self.generation_config
+        return self.dense.generate(*args, **kwargs)
 
 
 class MoefyForMaskedLM(MoefyModel):
@@ -255,11 +260,8 @@ def _answer(up: Tensor, module: Any) -> Tensor:
 
 
 AutoConfig.register("moefy", MoefyConfig)
-for kind in (
-    MoefyModel,
-    MoefyForCausalLM,
-    MoefyForSeq2SeqLM,
-    MoefyForMaskedLM,
-    MoefyForSequenceClassification,
-):
-    kind.opens.register(MoefyConfig, kind)
+AutoModel.register(MoefyConfig, MoefyModel)
+AutoModelForCausalLM.register(MoefyConfig, MoefyForCausalLM)
+AutoModelForSeq2SeqLM.register(MoefyConfig, MoefyForSeq2SeqLM)
+AutoModelForMaskedLM.register(MoefyConfig, MoefyForMaskedLM)
+AutoModelForSequenceClassification.register(MoefyConfig, MoefyForSequenceClassification)

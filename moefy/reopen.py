@@ -43,7 +43,7 @@ def reopen(
         MoefyError: code 6, for missing, unexpected or mismatched keys, or other hidden states.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    layers = _fitting_layers(folder, len(ends))
+    layers = _fitting_layers(folder, len(ends), layer.partition("{layer}")[0])
     whole = layers == len(ends)
     if not whole:
         config = some_layers(config, 0, layers)
@@ -69,12 +69,10 @@ def reopen(
     home = layer if hasattr(model, layer.split(".")[0]) else layer.partition(".")[2]
     last = model.get_submodule(home.format(layer=layers - 1).rstrip("."))
     last.register_forward_hook(lambda module, args, out: seen.append(states_of(out)))
-    more = {
-        "ForCausalLM": {"logits_to_keep": 1},
-        "ForSeq2SeqLM": {"decoder_input_ids": ids_T[None]},
-    }
+    ids_1T = ids_T[None]
+    more = {"ForCausalLM": {"logits_to_keep": 1}, "ForSeq2SeqLM": {"decoder_input_ids": ids_1T}}
     with torch.inference_mode():
-        prepare(model.eval())(ids_T[None], **more.get(task, {}))
+        prepare(model.eval())(ids_1T, **more.get(task, {}))
     expected_TD = ends[layers - 1].cpu()
     # Token by token: a few tokens with huge states would hide the others in one norm.
     wrong_T = (seen[0][0].float() - expected_TD).norm(dim=1) / expected_TD.norm(dim=1)
@@ -88,7 +86,7 @@ def reopen(
     return {"class": type(model).__name__, "layers": layers, "hidden_state_error": error}
 
 
-def _fitting_layers(folder: Path, num_layers: int) -> int:
+def _fitting_layers(folder: Path, num_layers: int, prefix: str) -> int:
     """How many layers to load: all if their float32 weights fit `MEMORY`, else what fits stored."""
     entries = {
         name: entry
@@ -98,6 +96,6 @@ def _fitting_layers(folder: Path, num_layers: int) -> int:
     if 4 * sum(entry.num_elements for entry in entries.values()) <= MEMORY:
         return num_layers
     sizes = {name: entry.stop - entry.start for name, entry in entries.items()}
-    layered = sum(size for name, size in sizes.items() if ".layers." in name)
+    layered = sum(size for name, size in sizes.items() if name.startswith(prefix))
     room = MEMORY - (sum(sizes.values()) - layered)
     return max(1, min(num_layers - 1, int(room * num_layers / layered)))

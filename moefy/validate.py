@@ -147,7 +147,8 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[Checkpoint, l
         found = f"{folder} holds tensors that {family.model_type} does not have: {some(unknown)}"
         raise MoefyError(f"{found}; merge adapters first, or remove these tensors")
     notes = [f"not read by {family.model_type}, not written: {some(extra)}"] if extra else []
-    if family.head in tied and family.head in entries:
+    said = checkpoint.config.get("tie_word_embeddings", True)  # T5 ties whatever is said
+    if said and family.head in tied and family.head in entries:
         pair = [checkpoint.tensor(name) for name in (family.head, family.embedding)]
         if not torch.equal(*(tensor.view(torch.uint8) for tensor in pair)):
             notes.append(f"tied by {CONFIG}, but {family.head} differs: the weights are followed")

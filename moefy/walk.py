@@ -67,17 +67,16 @@ def embed(checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.
     Raises:
         MoefyError: code 2, for sequences that are longer than the learned positions.
     """
-    if family.positions:
-        positions_TD = _positions(checkpoint, family, ids_BT.shape[1])
+    positions_TD = _positions(checkpoint, family, ids_BT.shape[1])
     if family.embeddings:
         return _embedded(checkpoint, family, ids_BT, device)
     scale = family.embedding_scale(model_config(checkpoint).to_dict())
     states_BTD = checkpoint.rows(family.embedding, ids_BT).to(device)
     if scale != 1.0:
         states_BTD.mul_(scale)
-    if family.projection in checkpoint.entries:
+    if family.projection and family.projection in checkpoint.entries:
         states_BTD = states_BTD @ checkpoint.tensor(family.projection).float().to(device).T
-    if family.positions:
+    if positions_TD is not None:
         states_BTD += positions_TD.float().to(device)
     return states_BTD
 
@@ -97,9 +96,10 @@ def _embedded(
     return torch.cat([made(ids_BT.to(device)) for ids_BT in ids_BT.split(32)])
 
 
-def _positions(checkpoint: Checkpoint, family: Family, length: int) -> Tensor:
-    """The learned positions of the first `length` tokens."""
-    assert family.positions is not None
+def _positions(checkpoint: Checkpoint, family: Family, length: int) -> Tensor | None:
+    """The learned positions of the first `length` tokens, if there are any."""
+    if family.positions is None:
+        return None
     table_PD = checkpoint.tensor(family.positions)[family.first_position :]
     if length > len(table_PD):
         raise MoefyError(
@@ -171,7 +171,10 @@ def _join(checkpoint: Checkpoint, family: Family, layer: int, block: Any) -> Joi
 
 def some_layers(config: PreTrainedConfig, first: int, last: int) -> PreTrainedConfig:
     """The configuration of a model of only the layers from `first` to before `last`."""
-    fewer = copy.deepcopy(config)
+    fewer: Any = copy.deepcopy(config)
+    if config.model_type == "moefy":
+        fewer.dense = some_layers(fewer.dense_config(), first, last).to_dict()
+        return fewer
     num_layers = config.num_hidden_layers
     for key, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == num_layers and not key.endswith("_token_id"):

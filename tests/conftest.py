@@ -38,6 +38,8 @@ ONE_SLIDING = {
     "sliding_window": 16,
     "layer_types": ["full_attention", "sliding_attention"],
 }
+T5 = {"d_ff": 96, "d_kv": 16, "num_decoder_layers": 2, "decoder_start_token_id": 0}
+T5 |= {"pad_token_id": 0, "eos_token_id": 1}
 FAMILY = {
     "bert": {},
     "cohere2": ONE_SLIDING,
@@ -62,22 +64,18 @@ FAMILY = {
     "llama": {},
     "ministral": {"head_dim": 8, **ONE_SLIDING},
     "mistral": {"sliding_window": None},
+    "mt5": T5,
     "olmo2": {},
     "olmo3": ONE_SLIDING,
     "opt": {"ffn_dim": 96},
     "phi3": {},
     "qwen2": {},
-    "roberta": {"pad_token_id": 1},
     "qwen3": {"head_dim": 16},  # not hidden_size / num_attention_heads, as in real ones
+    "roberta": {"pad_token_id": 1},
     "smollm3": {"no_rope_layers": [1, 0]},
     "starcoder2": {"sliding_window": None},
-    "t5": {
-        "d_ff": 96,
-        "d_kv": 16,
-        "decoder_start_token_id": 0,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    },
+    "t5": T5,
+    "xlm-roberta": {"pad_token_id": 1},
 }
 SPACE, NEWLINE = "\u0120", "\u010a"  # as byte-level tokenizers write them
 PAIRS = "th he in er an re on at en nd st es ng of te ed or ti hi as to it is ar".split()
@@ -113,8 +111,9 @@ def build_model(folder: Path, model_type: str, overrides: dict) -> None:
     from moefy import families
     from moefy.walk import auto_class
 
-    task = overrides.pop("task", None) or families.load(model_type).tasks[0]
-    config = AutoConfig.for_model(model_type, **PICO | FAMILY.get(model_type, {}) | overrides)
+    values = PICO | FAMILY.get(model_type, {}) | overrides
+    task = values.pop("task", families.load(model_type).tasks[0])
+    config = AutoConfig.for_model(model_type, **values)
     generator = torch.Generator().manual_seed(0)
     model = auto_class(task).from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():

@@ -39,6 +39,9 @@ ONE_EACH = [
 ]
 """A family per class, of those whose tensors other than the FFN's are copied as they are."""
 
+UNHELD = [name for name in families.names() if not families.load(name).targets]
+"""Families that only the package's own class holds."""
+
 SHARES, SIGMOIDS = ("qwen2_moe", "flex_olmo"), ("glm4_moe", "cohere2_moe", "lfm2_moe")
 """Classes whose gates are softmax probabilities over all experts, and sigmoids. In the others the
 gates of the chosen experts sum to one."""
@@ -108,16 +111,24 @@ def opened(folder: Path, dtype: torch.dtype = torch.float32, **options: Any):
     return model.eval()
 
 
+CLASSES = {
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForSeq2SeqLM": "AutoModelForSeq2SeqLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "Model": "AutoModel",
+}
+"""How a class's name ends -> the Auto class that opens it; AutoModelForCausalLM all others."""
+
+
 def auto_class(folder: Path):
     """The Auto class for what a folder's configuration says it holds."""
     (name,) = json.loads((folder / "config.json").read_text())["architectures"]
-    for task in ("MaskedLM", "SequenceClassification"):
-        if name.endswith(task):
-            return getattr(transformers, f"AutoModelFor{task}")
-    if name in ("MoefyForSeq2SeqLM", "T5ForConditionalGeneration"):
-        return transformers.AutoModelForSeq2SeqLM
-    bare = name in ("MoefyModel", "BertModel", "RobertaModel", "DistilBertModel")
-    return transformers.AutoModel if bare else transformers.AutoModelForCausalLM
+    for ending, auto in CLASSES.items():
+        if name.endswith(ending):
+            return getattr(transformers, auto)
+    return transformers.AutoModelForCausalLM
 
 
 def num_experts(folder: Path) -> int:

@@ -342,12 +342,17 @@ FAULTS = [
     Fault("19 code", code_of_its_own, (CONFIG, "auto_map"), 4),
     Fault("19 kernel", config(attn_implementation="evil/kernel"), (CONFIG, "kernel"), 4),
     Fault(
-        "20 encoder", other_config(model_type="bert", type_vocab_size=2), ("'bert'", "encoder"), 4
+        "20 encoder",
+        other_config(model_type="electra", type_vocab_size=2),
+        ("'electra'", "encoder"),
+        4,
     ),
     Fault(
         "20 masked", other_config(model_type="x", architectures=["XForMaskedLM"]), ("encoder",), 4
     ),
-    Fault("20 two halves", other_config(model_type="t5", is_encoder_decoder=True), ("encoder",), 4),
+    Fault(
+        "20 two halves", other_config(model_type="bart", is_encoder_decoder=True), ("encoder",), 4
+    ),
     Fault("20 SSM", other_config(model_type="mamba", state_size=16), ("state-space", "qwen3"), 4),
     Fault("20 recurrent", other_config(model_type="rwkv"), ("'rwkv'", "recurrent"), 4),
     Fault("20 MoE", other_config(model_type="mixtral", num_local_experts=8), ("Mixture",), 4),

@@ -19,11 +19,11 @@ from moefy.targets.target import Dense, Target
 from moefy.validate import open_checkpoint
 
 ROUTED = re.compile(
-    r"\.(?:layers|h)\.(\d+)\.(?:.*\.)?(?:experts\.(?:(\d+)\.)?|block_sparse_moe\.(?:in|out)put_linear\.)"
+    r"\.(?:layers?|h|block)\.(\d+)\.(?:.*\.)?(?:experts\.(?:(\d+)\.)?|block_sparse_moe\.(?:in|out)put_linear\.)"
 )
 """A tensor of routed experts: its layer, and its expert where each has tensors of its own."""
 
-SHARED = re.compile(r"\.(?:shared|shared_experts?|shared_mlp)\.")
+SHARED = re.compile(r"\.\d+\.(?:.*\.)?(?:shared|shared_experts?|shared_mlp)\.")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
 
@@ -145,7 +145,7 @@ def serving(target: Target, dense: Dense, shape: Shape) -> dict[str, dict[str, A
         reasons = [*([balks[engine]] if engine in balks else []), *_against(engine, target, dense)]
         if engine == "llama.cpp" and shape.num_experts > LLAMA_CPP_MOST:
             reasons.append(f"has at most {LLAMA_CPP_MOST} experts, not {shape.num_experts}")
-        notes = _heed(engine, shape.expert_width, dense)
+        notes = _heed(engine, target, shape.expert_width, dense)
         verdicts[engine] = {"runs": not reasons, "reasons": reasons, "notes": notes}
     return verdicts
 
@@ -166,12 +166,12 @@ def _against(engine: str, target: Target, dense: Dense) -> list[str]:
     return found
 
 
-def _heed(engine: str, width: int, dense: Dense) -> list[str]:
+def _heed(engine: str, target: Target, width: int, dense: Dense) -> list[str]:
     """What does not keep an engine from running a model, but is to be known."""
     if engine == "transformers":
         notes = [] if width % 8 == 0 else ["needs experts_implementation='eager'"]
         older = "versions before 5 read rope_theta, which config.json lacks"
-        return notes + ([] if "rope_theta" in dense.config else [older])
+        return notes + ([] if "rope_theta" in dense.config or target.native else [older])
     if engine in ("vLLM", "SGLang") and width % 128:
         return [f"fused kernels may refuse expert width {width}, no multiple of 128, or be slow"]
     if engine in ("llama.cpp", "Ollama") and width % 256:

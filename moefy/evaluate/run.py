@@ -54,8 +54,8 @@ def evaluate(
     summary = open_run(run)
     if "ForCausalLM" not in families.load(summary["family"]).tasks:
         raise MoefyError(
-            f"{summary['family']} predicts no next token, by which models are compared here; what "
-            "each layer lost is in moefy/conversion.md",
+            f"{summary['family']} has no next-token perplexity on plain text, by which models are "
+            "compared here; what each layer lost is in moefy/conversion.md",
             code=4,
         )
     recipe = Recipe(**read(run / "moefy" / "recipe.toml"))

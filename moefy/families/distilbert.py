@@ -8,7 +8,7 @@ from moefy.families.family import Family, nothing_wrong, read_plain, write_plain
 
 FAMILY = Family(
     "distilbert",
-    unheld="an encoder's attention, to both sides",
+    unheld="an encoder's layers, which attend to both sides",
     refuse=nothing_wrong,
     tasks=("ForMaskedLM", "ForSequenceClassification", "Model"),
     layer="distilbert.transformer.layer.{layer}.",

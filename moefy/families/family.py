@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,8 +140,13 @@ class Family:
 
     def task(self, config: Config) -> str:
         """What a checkpoint is for, as the name of its class says."""
-        (name, *_) = config.get("architectures") or [""]
+        found = config.get("architectures")
+        (name, *_) = found if isinstance(found, list) and found else [""]
         return next((task for task in self.tasks if str(name).endswith(task)), self.tasks[0])
+
+    def tied(self, config: Config, names: Iterable[str]) -> bool:
+        """Whether the embedding is the head of a checkpoint that holds tensors of these names."""
+        return "LM" in self.task(config) and not any(name.endswith(self.head) for name in names)
 
     def ffn_names(self, layer: int) -> tuple[str, ...]:
         """Names of the FFN's tensors of a layer."""

@@ -14,9 +14,8 @@ def refuse(config: Config) -> str | None:
     """An activation that is not known."""
     kind = str(config.get("feed_forward_proj", "relu"))
     if kind.removeprefix("gated-") not in ACTIVATIONS:
-        return (
-            f"feed_forward_proj is {kind}, expected one of {', '.join(ACTIVATIONS)}, or gated-..."
-        )
+        known = f"{', '.join(ACTIVATIONS)}, each as it is or behind gated-"
+        return f"feed_forward_proj is {kind}, expected one of {known}"
     return None
 
 
@@ -30,7 +29,7 @@ def variant(config: Config) -> dict[str, Any]:
 
 FAMILY = Family(
     "t5",
-    unheld="an encoder, of which a decoder makes text",
+    unheld="T5's layers with several experts per token",
     refuse=refuse,
     tasks=("ForSeq2SeqLM",),
     layer="encoder.block.{layer}.",
