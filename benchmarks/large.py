@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 import typer
 
-from moefy.checkpoint import CODES, ShardWriter, Slot, write_json
+from moefy.publish import write_json
+from moefy.shards import CODES, ShardWriter, Slot
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -12,19 +12,8 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
-from moefy.layout import (
-    FFN,
-    Partition,
-    Profile,
-    Router,
-    Shape,
-    active_neurons,
-    choose,
-    chunks,
-    energies_of,
-    observe,
-    top_mask,
-)
+from moefy.layout import FFN, Partition, Profile, Router, Shape
+from moefy.profile import active_neurons, choose, chunks, energies_of, observe, top_mask
 from moefy.refit import refit
 
 
@@ -36,6 +25,10 @@ class Method:
     fit: Callable[..., Router] | None
     """None for the static control, which routes nothing."""
     refit: bool
+    refine: Callable[..., Router] | None = None
+    """Fits the router again to what a refit has left, where the router's file has a way to."""
+    drift: float = 0.0
+    """Share of the drift of the residual stream that the refit makes good."""
 
 
 @dataclass(frozen=True)
@@ -65,29 +58,49 @@ def convert_block(
     dtype: torch.dtype,
     seed: int,
     join: Callable[[Tensor], Tensor] | None = None,
+    dense_TD: Tensor | None = None,
 ) -> Block:
     """Split `ffn` on its inputs `x_TD`, of which the last `num_heldout` are only measured on.
 
     `residual_TD` is what the output is added to, having gone through `join`; it weighs the tokens
-    (see `Profile`).
+    (see `Profile`). `dense_TD` is what leaves the layer in the dense model.
 
     Raises:
         MoefyError: code 6, for outputs that are not finite.
     """
     clock = time.perf_counter()
-    profile = observe(ffn, x_TD, num_heldout=num_heldout, residual_TD=residual_TD, join=join)
+    profile = observe(
+        ffn,
+        x_TD,
+        num_heldout=num_heldout,
+        residual_TD=residual_TD,
+        join=join,
+        dense_TD=dense_TD,
+        drift=method.drift,
+    )
     if not profile.y_TD.isfinite().all() or not profile.energy_F.isfinite().all():
         raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
     generator = torch.Generator().manual_seed(seed)
     partition = method.split(ffn, profile, shape, generator=generator)
     router = _no_router(ffn)
+    # Where all experts run there is nothing to choose, and zero rows make every gate one.
+    choice = 1.0 if shape.experts_per_token < shape.num_experts else 0.0
+
+    def stored(router: Router) -> Router:
+        return Router((router.weight_ED * choice).to(dtype).float(), router.oracle)
+
     if method.fit is not None:
-        router = method.fit(ffn, profile, partition, shape, generator=generator)
-        # Where all experts run there is nothing to choose, and zero rows make every gate one.
-        choice = 1.0 if shape.experts_per_token < shape.num_experts else 0.0
-        router = Router((router.weight_ED * choice).to(dtype).float(), router.oracle)
+        router = stored(method.fit(ffn, profile, partition, shape, generator=generator))
     k = shape.experts_per_token if method.fit is not None else 0
     fitted = refit(ffn, profile, partition, router, k, enabled=method.refit)
+    if method.refine is not None and choice and fitted.strength is not None:
+        changed = dataclasses.replace(ffn, down_DF=fitted.down_DF)
+        again = stored(
+            method.refine(changed, profile, partition, shape, router, generator=generator)
+        )
+        refitted = refit(ffn, profile, partition, again, k)
+        if refitted.error_after < fitted.error_after:
+            router, fitted = again, refitted
     kept = dataclasses.replace(ffn, down_DF=fitted.down_DF.to(dtype).float())
     y_TD = torch.cat(
         [

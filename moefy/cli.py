@@ -91,7 +91,8 @@ def convert(
         float | None, typer.Option(help="FFN neurons that are always active, as a fraction.")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Layers to convert: `:`, `4:`, `0,3,7`. (default: all)")
+        str | None,
+        typer.Option(help="Layers to convert: `:`, `4:`, `0,3,7`, `auto`. (default: all)"),
     ] = None,
     partition: Annotated[
         str | None, typer.Option(help="alternating, shuffle or static. (default: alternating)")
@@ -151,9 +152,9 @@ def convert(
         return
     if out is None:
         raise MoefyError("no OUT given; expected `moefy convert MODEL OUT`", code=2)
-    from moefy.checkpoint import check_free
     from moefy.convert import convert as run
     from moefy.progress import watching
+    from moefy.publish import check_free
 
     check_free(out, force=force)
     with watching(quiet=quiet) as watch:
@@ -232,11 +233,18 @@ def inspect(
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what the checkpoint PATH is, what can become of it, and which engines run it."""
+    """Tell what the checkpoint PATH is, what can become of it, and which engines run it.
+
+    Where something is wrong with it, tells as well what can be read. The exit code is 3 for a
+    broken checkpoint and 4 for one that cannot be converted.
+    """
     from moefy.describe import describe
     from moefy.report import terminal
 
-    _print(describe(path, revision=revision), terminal.show_inspection, as_json, quiet=False)
+    found = describe(path, revision=revision)
+    _print(found, terminal.show_inspection, as_json, quiet=False)
+    if problems := found["problems"]:
+        raise MoefyError("; ".join(problems), code=found["code"])
 
 
 @app.command()

@@ -14,12 +14,13 @@ import torch
 
 from moefy import families, targets
 from moefy.block import Method
-from moefy.checkpoint import DTYPES, Checkpoint
+from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
 from moefy.families.family import Family
 from moefy.layout import Shape
 from moefy.recipe import Recipe, chosen_layers, nearest
 from moefy.shape import pruned, solve
+from moefy.shards import DTYPES
 from moefy.source import resolve
 from moefy.targets.dense import narrower
 from moefy.targets.target import Dense, Target
@@ -107,18 +108,14 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
     checkpoint, notes = check_tensors(checkpoint, family)
     num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
-    layers = chosen_layers(recipe.layers, num_layers)
+    # "auto" is settled from weights (see `budget`); until then it stands for all.
+    layers = chosen_layers(":" if recipe.layers == "auto" else recipe.layers, num_layers)
     dense = describe(checkpoint, family, layers)
     if method.fit is None:
         target, reason = narrower(family), "the dense class itself, for it routes nothing"
     else:
         target, reason = choose_target(recipe, family, dense)
-    if recipe.calibration == "self" and "ForCausalLM" not in family.tasks:
-        raise MoefyError(
-            f"{family.model_type} cannot write its own calibration text; give one: "
-            "--calibration FILE",
-            code=2,
-        )
+    _check_writes(recipe, family)
     shape = solve(
         family.num_neurons(checkpoint.config),
         active=recipe.active,
@@ -143,6 +140,19 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     return Job(
         recipe, checkpoint, family, dense, target, reason, shape, layers, method, tuple(notes)
     )
+
+
+def _check_writes(recipe: Recipe, family: Family) -> None:
+    """Refuse what takes a model that predicts the next token, where `family` has none."""
+    if "ForCausalLM" in family.tasks:
+        return
+    if recipe.calibration == "self":
+        lacks, do = "cannot write its own calibration text", "give one: --calibration FILE"
+    elif recipe.layers == "auto":
+        lacks, do = "has no next-token loss to weigh layers by", "name them: --layers 4:"
+    else:
+        return
+    raise MoefyError(f"{family.model_type} {lacks}; {do}", code=2)
 
 
 def describe(checkpoint: Checkpoint, family: Family, layers: list[int]) -> Dense:
@@ -237,18 +247,29 @@ def _method(recipe: Recipe, control: bool) -> Method:
         )
     split = _stage("partition", recipe.partition, "split", recipe.partition_options)
     fit = _stage("route", recipe.router, "fit", recipe.router_options)
-    return Method(split, None if recipe.partition == "static" else fit, recipe.refit)
+    if recipe.partition == "static" or not recipe.refit:
+        refine = None
+    else:
+        refine = _stage("route", recipe.router, "refine", recipe.router_options)
+    return Method(
+        split,
+        None if recipe.partition == "static" else fit,
+        recipe.refit,
+        refine,
+        recipe.drift if recipe.refit else 0.0,
+    )
 
 
-def _stage(
-    package: str, name: str, function: str, options: Mapping[str, Any]
-) -> Callable[..., Any]:
+def _stage(package: str, name: str, function: str, options: Mapping[str, Any]) -> Any:
+    """The function of that name in the file of that name, if it has one."""
     folder = Path(__file__).parent / package
     known = sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
     flag = {"partition": "--partition", "route": "--router"}[package]
     if name not in known:
         raise MoefyError(f"unknown {flag} {name!r}; {nearest(name, known)}", code=2)
-    stage = getattr(importlib.import_module(f"moefy.{package}.{name}"), function)
+    stage = getattr(importlib.import_module(f"moefy.{package}.{name}"), function, None)
+    if stage is None:
+        return None
     legal = {
         key: parameter.default
         for key, parameter in inspect.signature(stage).parameters.items()

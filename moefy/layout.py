@@ -3,26 +3,31 @@
 Shape legend, used as suffixes on tensor names everywhere: `T` tokens, `D` hidden size, `F` dense
 FFN neurons, `S` shared neurons, `E` routed experts, `N` neurons per routed expert, `K` routed
 experts per token.
+
+Nothing here imports torch until an FFN is computed: headers alone say what a model can become.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
+TANH = ("gelu", {"approximate": "tanh"})
 ACTIVATIONS = {
-    "silu": torch.nn.functional.silu,
-    "swish": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "relu": torch.nn.functional.relu,
-    "gelu_new": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": ("silu", {}),
+    "swish": ("silu", {}),
+    "gelu": ("gelu", {}),
+    "relu": ("relu", {}),
+    "gelu_new": TANH,
+    "gelu_fast": TANH,
+    "gelu_pytorch_tanh": TANH,
 }
-"""Names of `hidden_act` that the walk can compute."""
+"""Names of `hidden_act` that the walk can compute: torch's function for each, and its options."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,10 @@ class FFN:
 
     def activations(self, x_TD: Tensor) -> Tensor:
         """What every neuron answers to `x_TD`: act(gate x) * (up x), shape (T, F)."""
-        act = ACTIVATIONS[self.activation]
+        from torch.nn import functional
+
+        name, options = ACTIVATIONS[self.activation]
+        act = partial(getattr(functional, name), **options)
         if self.gate_FD is not None:
             return act(x_TD @ self.gate_FD.T).mul_(x_TD @ self.up_FD.T)
         h_TF = x_TD @ self.up_FD.T
@@ -99,18 +107,6 @@ class FFN:
             (down_DF if scale == 1.0 else down_DF * scale).to(dtype),
             self.activation,
             None if self.bias_F is None else self.bias_F[neurons].to(dtype),
-        )
-
-
-def empty_ffn(neurons: int, hidden: int, *, gated: bool = True, biased: bool = True) -> FFN:
-    """An FFN of shapes alone, its tensors on no device."""
-    with torch.device("meta"):
-        matrix_FD = torch.empty(neurons, hidden)
-        return FFN(
-            matrix_FD if gated else None,
-            matrix_FD,
-            torch.empty(hidden, neurons),
-            bias_F=torch.empty(neurons) if biased and not gated else None,
         )
 
 
@@ -135,6 +131,13 @@ class Profile:
     energy_F: Tensor
     """Mean scaled output energy h^2 * |down column|^2 of each neuron over the fitting tokens."""
     h_TF: Tensor | None = None
+    aim_TD: Tensor | None = None
+    """What the outputs should be, scaled, where that is not what the dense FFN answers."""
+
+    @property
+    def goal_TD(self) -> Tensor:
+        """What the outputs should be, scaled."""
+        return self.y_TD if self.aim_TD is None else self.aim_TD
 
     @property
     def num_fit(self) -> int:
@@ -145,66 +148,6 @@ class Profile:
         """First token of `part` ("fit", "heldout" or "all"), and the one behind its last."""
         total = self.x_TD.shape[0]
         return {"fit": (0, self.num_fit), "heldout": (self.num_fit, total), "all": (0, total)}[part]
-
-
-CHUNK = 2048
-"""Tokens whose activations are in memory at a time."""
-
-
-def chunks(
-    ffn: FFN, profile: Profile, part: str = "fit"
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield inputs (T, D), scaled activations (T, F) and scaled dense outputs (T, D) of `part`."""
-    start, stop = profile.span(part)
-    for first in range(start, stop, CHUNK):
-        tokens = slice(first, min(first + CHUNK, stop))
-        yield profile.x_TD[tokens], activations(ffn, profile, tokens), profile.y_TD[tokens]
-
-
-def activations(ffn: FFN, profile: Profile, tokens: slice) -> Tensor:
-    """Scaled activations of some of the profile's tokens, shape (T, F)."""
-    if profile.h_TF is not None:
-        return profile.h_TF[tokens]
-    return ffn.activations(profile.x_TD[tokens]).mul_(profile.scale_T[tokens, None])
-
-
-def observe(
-    ffn: FFN,
-    x_TD: Tensor,
-    *,
-    num_heldout: int,
-    residual_TD: Tensor | None = None,
-    join: Callable[[Tensor], Tensor] | None = None,
-    cache_bytes: int = 1 << 30,
-) -> Profile:
-    """Profile `ffn` on the inputs `x_TD`, of which the last `num_heldout` are held out.
-
-    `residual_TD` is what the output is added to, having gone through `join` where a layer does more
-    than add; without it all tokens weigh the same.
-    """
-    keep = x_TD.shape[0] * ffn.num_neurons * 4 <= cache_bytes
-    kept, outputs, scales = [], [], []
-    num_fit = x_TD.shape[0] - num_heldout
-    total_F = torch.zeros(ffn.num_neurons, dtype=torch.float64, device=x_TD.device)
-    for first in range(0, x_TD.shape[0], CHUNK):
-        h_TF = ffn.activations(x_TD[first : first + CHUNK])
-        y_TD = h_TF @ ffn.down_DF.T
-        scale_T = torch.ones_like(y_TD[:, 0])
-        if residual_TD is not None:
-            added_TD = join(y_TD) if join else y_TD
-            leaving_T = (residual_TD[first : first + CHUNK] + added_TD).norm(dim=1)
-            scale_T = leaving_T.clamp_min(1e-6).reciprocal_()
-            if join:  # an error in the output arrives as much larger as the output itself does
-                scale_T *= added_TD.norm(dim=1) / y_TD.norm(dim=1).clamp_min(1e-12)
-        h_TF.mul_(scale_T[:, None])
-        total_F += h_TF[: max(num_fit - first, 0)].square().sum(0)
-        outputs.append(y_TD.mul_(scale_T[:, None]))
-        scales.append(scale_T)
-        if keep:
-            kept.append(h_TF)
-    energy_F = (total_F / num_fit).float() * ffn.down_norm_sq_F
-    h_TF = torch.cat(kept) if keep else None
-    return Profile(x_TD, torch.cat(outputs), torch.cat(scales), num_heldout, energy_F, h_TF)
 
 
 @dataclass(frozen=True)
@@ -222,45 +165,3 @@ class Router:
     weight_ED: Tensor
     oracle: bool = False
     """Choose by the experts' true output energy instead (an evaluation control)."""
-
-
-def expert_energies(ffn: FFN, profile: Profile, partition: Partition, part: str) -> Tensor:
-    """Summed output energy of each routed expert's neurons on each token of `part`, (T, E)."""
-    return torch.cat(
-        [energies_of(ffn, partition, h_TF) for _, h_TF, _ in chunks(ffn, profile, part)]
-    )
-
-
-def energies_of(ffn: FFN, partition: Partition, h_TF: Tensor) -> Tensor:
-    """Summed h^2 * |down column|^2 over each expert's neurons, shape (T, E)."""
-    weight_FE = membership(partition, ffn.num_neurons) * ffn.down_norm_sq_F[:, None]
-    return h_TF.square() @ weight_FE
-
-
-def membership(partition: Partition, num_neurons: int) -> Tensor:
-    """One where a neuron stands in an expert, shape (F, E)."""
-    num_experts = len(partition.experts_EN)
-    member_FE = torch.zeros(num_neurons, num_experts, device=partition.experts_EN.device)
-    for expert, neurons in enumerate(partition.experts_EN):
-        member_FE[neurons, expert] = 1.0
-    return member_FE
-
-
-def top_mask(score_TE: Tensor, k: int) -> Tensor:
-    """One where an expert is among the `k` highest of its token, else zero; shape (T, E)."""
-    return torch.zeros_like(score_TE).scatter_(1, score_TE.topk(k, dim=1).indices, 1.0)
-
-
-def choose(
-    ffn: FFN, partition: Partition, router: Router, k: int, x_TD: Tensor, h_TF: Tensor
-) -> Tensor:
-    """The experts each token goes to, as ones in a (T, E) mask."""
-    score_TE = energies_of(ffn, partition, h_TF) if router.oracle else x_TD @ router.weight_ED.T
-    return top_mask(score_TE, k)
-
-
-def active_neurons(partition: Partition, mask_TE: Tensor, num_neurons: int) -> Tensor:
-    """One where a neuron runs for a token (shared, or in a chosen expert), shape (T, F)."""
-    active_TF = mask_TE @ membership(partition, num_neurons).T
-    active_TF[:, partition.shared_S] = 1.0
-    return active_TF

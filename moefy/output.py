@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from moefy.block import Block
-from moefy.checkpoint import CODES, DTYPES, ShardWriter, Slot, write_json
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
-from moefy.layout import Partition, empty_ffn
-from moefy.targets.target import Dense
+from moefy.layout import FFN, Partition
+from moefy.publish import write_json
+from moefy.shards import CODES, DTYPES, ShardWriter, Slot
+from moefy.targets.target import Dense, Split
 from moefy.validate import regular_file, scan_finite
 
 
@@ -53,14 +54,22 @@ def _block_slots(job: Job) -> dict[str, Slot]:
             torch.empty(shape.num_active if static else shape.num_shared, dtype=torch.long),
             torch.empty(shape.num_experts, shape.expert_width, dtype=torch.long),
         )
-        tensors = job.target.tensors(
-            ffn,
-            partition,
-            torch.empty(shape.num_experts, hidden),
-            shape.experts_per_token,
-            job.dtype,
-        )
+        router_ED = torch.empty(shape.num_experts, hidden)
+        split = Split(ffn, partition, router_ED, shape.experts_per_token, job.dtype)
+        tensors = job.target.tensors(split)
     return {name: Slot(CODES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+
+
+def empty_ffn(neurons: int, hidden: int, *, gated: bool, biased: bool) -> FFN:
+    """An FFN of shapes alone, its tensors on no device."""
+    with torch.device("meta"):
+        matrix_FD = torch.empty(neurons, hidden)
+        return FFN(
+            matrix_FD if gated else None,
+            matrix_FD,
+            torch.empty(hidden, neurons),
+            bias_F=torch.empty(neurons) if biased else None,
+        )
 
 
 def _stored(job: Job, code: str) -> str:
@@ -130,10 +139,9 @@ def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> None
         MoefyError: code 6, when a rescaled weight is not finite in that dtype.
     """
     prefix = job.target.prefix + job.family.layer.format(layer=layer)
-    tensors = job.target.tensors(
-        block.ffn, block.partition, block.router.weight_ED, job.shape.experts_per_token, job.dtype
-    )
-    for tail, tensor in tensors.items():
+    router_ED, k = block.router.weight_ED, job.shape.experts_per_token
+    split = Split(block.ffn, block.partition, router_ED, k, job.dtype)
+    for tail, tensor in job.target.tensors(split).items():
         if not torch.isfinite(tensor).all():
             raise MoefyError(
                 f"{prefix}{tail} overflows {job.dtype}; use --dtype bfloat16 or float32", code=6

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from moefy.checkpoint import read_header
 from moefy.errors import MoefyError
+from moefy.headers import read_header
 from moefy.walk import auto_class, some_layers, states_of
 
 TOLERANCE = 0.1

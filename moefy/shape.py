@@ -41,10 +41,10 @@ def solve(
     fitting = [
         shape
         for count in ((experts,) if experts else PREFERRED_EXPERTS)
-        for shape in legal(num_neurons, count, fits)
-        if abs(shape.active_fraction - active) <= TOLERANCE
-        and shape.experts_per_token
-        in (_routing(count) if experts_per_token is None else (experts_per_token,))
+        for k in (_routing(count) if experts_per_token is None else (experts_per_token,))
+        for shape in _near(num_neurons, count, k, active)
+        if fits(shape)
+        and abs(shape.active_fraction - active) <= TOLERANCE
         and (shared is None or abs(shape.num_shared / num_neurons - shared) <= TOLERANCE)
     ]
     if fitting:
@@ -86,14 +86,32 @@ def pruned(shape: Shape) -> Shape:
 
 def legal(num_neurons: int, num_experts: int, fits: Callable[[Shape], bool]) -> list[Shape]:
     """Every shape with `num_experts` that `fits`, its expert width a multiple of 8 (or F small)."""
-    step = 8 if num_neurons >= 256 else 1
-    widths = range(step, num_neurons // num_experts + 1, step)
+    step = _step(num_neurons)
     shapes = [
-        Shape(num_neurons, num_neurons - num_experts * width, num_experts, width, k)
-        for width in widths
+        _shape(num_neurons, num_experts, width, k)
+        for width in range(step, num_neurons // num_experts + 1, step)
         for k in range(1, num_experts + 1)
     ]
     return [shape for shape in shapes if fits(shape)]
+
+
+def _near(num_neurons: int, num_experts: int, k: int, active: float) -> list[Shape]:
+    """The legal shapes with `k` experts per token that may have about this active fraction."""
+    step, most = _step(num_neurons), num_neurons // num_experts
+    least = step
+    if idle := num_experts - k:  # F * (1 - active) = idle * N
+        least = max(least, int((1 - active - TOLERANCE) * num_neurons / idle) // step * step)
+        most = min(most, int((1 - active + TOLERANCE) * num_neurons / idle) + 1)
+    return [_shape(num_neurons, num_experts, n, k) for n in range(least, most + 1, step)]
+
+
+def _shape(num_neurons: int, num_experts: int, width: int, k: int) -> Shape:
+    return Shape(num_neurons, num_neurons - num_experts * width, num_experts, width, k)
+
+
+def _step(num_neurons: int) -> int:
+    """What expert widths are multiples of."""
+    return 8 if num_neurons >= 256 else 1
 
 
 def alignment(width: int) -> int:

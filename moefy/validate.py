@@ -12,10 +12,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moefy import families
 from moefy.checkpoint import Checkpoint
@@ -23,7 +20,10 @@ from moefy.errors import MoefyError
 from moefy.families.family import Family
 from moefy.headers import CONFIG, Entry, damaged, read_config, read_entries, some
 from moefy.headers import regular_file as regular_file
-from moefy.layout import ACTIVATIONS, empty_ffn
+from moefy.layout import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIZES = "hidden_size num_hidden_layers num_attention_heads vocab_size".split()
 Config = Mapping[str, Any]
@@ -31,8 +31,8 @@ Shapes = dict[str, tuple[int, ...]]
 FLOATS = ("F64", "F32", "F16", "BF16")
 KINDS = {
     "already a Mixture of Experts": "expert",
-    "a state-space or recurrent model": "state_size|ssm_|mamba|rwkv",
-    "an encoder or an encoder-decoder": "is_encoder_decoder|type_vocab_size|MaskedLM",
+    "a state-space or recurrent model": "state_size|ssm_|mamba|rwkv|recurrent",
+    "an encoder or an encoder-decoder": "is_encoder_decoder|type_vocab_size|MaskedLM|bert",
     "several models in one, of which text is a part": "(text|vision|audio)_config",
 }
 """What an unsupported configuration is, by what its keys, type and architectures contain."""
@@ -114,10 +114,9 @@ def _check_layers(path: Path, config: Config, entries: Mapping[str, Entry]) -> N
         found = f"{path}: num_hidden_layers is {short(num_layers)}"
         raise damaged(f"{found}, but {len(stored)} layers are stored")
     expected = {family.embedding: (config["vocab_size"], config.get("embedding_size") or hidden)}
-    packed = family.write(empty_ffn(neurons, hidden, gated=family.gated, biased=family.biased))
+    shapes = family.shapes(neurons, hidden)
     for number in range(num_layers):
-        names = family.ffn_names(number)
-        expected |= {name: tuple(t.shape) for name, t in zip(names, packed, strict=True)}
+        expected |= dict(zip(family.ffn_names(number), shapes, strict=True))
     _check_shapes(path, expected, entries)
 
 
@@ -139,6 +138,8 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[Checkpoint, l
         MoefyError: code 3 for a tensor that is missing, has another shape or is unknown to the
             class, and for a configuration of which transformers cannot make a model.
     """
+    import torch
+
     folder, entries = checkpoint.folder, checkpoint.entries
     expected, tied = _implied(checkpoint, family)
     _check_shapes(folder / CONFIG, _less(expected, tied - entries.keys()), entries)
@@ -161,7 +162,9 @@ def _less(table: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
 
 def _implied(checkpoint: Checkpoint, family: Family) -> tuple[Shapes, set[str]]:
     """Names and shapes of the stock class's tensors, and which of them are others again."""
-    # Here, because it takes seconds that `open_checkpoint` need not wait for.
+    # Here, because these take seconds that `open_checkpoint` need not wait for.
+    import torch
+
     from moefy.walk import auto_class, model_config
 
     task = family.task(checkpoint.config)
@@ -183,7 +186,7 @@ def scan_finite(name: str, tensor: Tensor, *, ffn: bool = False) -> None:
     """Refuse, with code 3, NaN and infinity, and with `ffn` a matrix of nothing but zeros."""
     # In pieces: what is compared on the way is several times the size of the tensor.
     pieces = tensor.reshape(-1).split(1 << 22)
-    if bad := tensor.numel() - sum(int(torch.isfinite(piece).sum()) for piece in pieces):
+    if bad := tensor.numel() - sum(int(piece.isfinite().sum()) for piece in pieces):
         raise damaged(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite")
     if ffn and not any(piece.any() for piece in pieces):
         raise damaged(f"tensor {name} is all zeros")

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 import moefy
-from moefy.layout import FFN, Partition, Profile, Shape, observe
+from moefy.layout import FFN, Partition, Profile, Shape
+from moefy.profile import observe
 
 PACKAGE = Path(moefy.__file__).parent
 NOT_ROUTED = {"static"}

@@ -17,7 +17,8 @@ from planted import (
 )
 
 from moefy.block import Block, Method, convert_block
-from moefy.layout import FFN, Partition, Shape, observe
+from moefy.layout import FFN, Partition, Shape
+from moefy.profile import observe
 
 SPLITS = methods("partition", "split")
 FITS = methods("route", "fit")

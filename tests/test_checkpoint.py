@@ -14,17 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from moefy.checkpoint import (
-    CODES,
-    Checkpoint,
-    ShardWriter,
-    Slot,
-    check_free,
-    publishing,
-    read_header,
-    sha256,
-)
+from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
+from moefy.headers import read_header
+from moefy.publish import check_free, publishing, sha256
+from moefy.shards import CODES, ShardWriter, Slot
 
 INDEX = "model.safetensors.index.json"
 

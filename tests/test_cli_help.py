@@ -1,14 +1,16 @@
-"""Help answers before anything slow is imported."""
+"""What needs no tensor answers before anything slow is imported."""
 
 import subprocess
 import sys
 
-SLOW_TO_IMPORT = {"torch", "transformers", "sklearn", "scipy", "datasets"}
+import pytest
+
+SLOW_TO_IMPORT = {"torch", "transformers", "numpy", "sklearn", "scipy", "datasets"}
 
 
-def run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+def run(*arguments: object) -> tuple[subprocess.CompletedProcess[str], set[str]]:
     """The finished `python ARGUMENTS` and the top-level packages that it imported."""
-    command = [sys.executable, "-X", "importtime", *arguments]
+    command = [sys.executable, "-X", "importtime", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     names = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line]
     return done, {name.split(".")[0] for name in names}
@@ -22,6 +24,15 @@ def test_help_imports_nothing_slow():
     assert imported & SLOW_TO_IMPORT == set()
 
 
+@pytest.mark.parametrize("command", ["inspect", "families"])
+def test_what_reads_headers_imports_nothing_slow(command, pico):
+    done, imported = run("-m", "moefy", command, *([pico("phi3")] if command == "inspect" else []))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "glm4_moe" in done.stdout
+    assert "moefy" in imported
+    assert imported & SLOW_TO_IMPORT == set()
+
+
 def test_an_import_inside_a_function_is_seen():
     _, imported = run("-c", "def late():\n    import scipy\nlate()")
-    assert imported & SLOW_TO_IMPORT == {"scipy"}
+    assert imported & SLOW_TO_IMPORT == {"numpy", "scipy"}

@@ -364,6 +364,7 @@ def told(job, code: int) -> str:
 def test_what_an_encoder_does_not_do(family, pico, a_job, converted):
     model = pico(family)
     assert "--calibration FILE" in told(lambda: a_job(model, target="moefy", calibration="self"), 2)
+    assert "--layers" in told(lambda: a_job(model, target="moefy", layers="auto"), 2)
     out = converted(model, target="moefy", partition="shuffle", refit=False)
     assert "no next-token perplexity" in told(lambda: evaluate(out, []), 4)
     assert "moefy report" not in (out / "README.md").read_text()

@@ -16,16 +16,18 @@ from conftest import FAMILY, PICO
 from stock import auto_class
 
 from moefy import cli, families, headers, job, targets
-from moefy.checkpoint import DTYPES
 from moefy.describe import describe
 from moefy.describe.catalogue import catalogue, engines
+from moefy.describe.moe import PER_TOKEN
 from moefy.describe.settled import as_dense
 from moefy.errors import MoefyError
 from moefy.layout import Shape
 from moefy.recipe import build
+from moefy.shards import DTYPES
 from moefy.validate import open_checkpoint
 
 ESCAPE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+BIAS = re.compile(r"\.(e_score_correction_bias|expert_bias)$")
 STOCK = [name for name in families.names() if name in FAMILY]
 LLAMA3 = {
     "rope_theta": 10000.0,
@@ -380,6 +382,25 @@ def test_the_facts_of_a_stock_model(model_type, stock):
     assert bool(found["serving"]) == (model_type in targets.names())
 
 
+@pytest.mark.parametrize("model_type", sorted({*MOE} & {*targets.names()}))
+def test_a_selection_bias_moves_the_choice_and_no_gate(model_type, stock):
+    """As the class itself computes: with all experts chosen it changes nothing."""
+    from transformers import AutoModelForCausalLM
+
+    ids_BT = torch.arange(24).view(1, -1)
+    key = next(key for key in PER_TOKEN if key in MOE[model_type][0])
+    changes = []
+    for chosen in (2, 8):
+        model = AutoModelForCausalLM.from_pretrained(stock(model_type), **{key: chosen}).eval()
+        before = model(ids_BT).logits
+        biases = [t for name, t in model.state_dict().items() if BIAS.search(name)]
+        for bias in biases:
+            bias += torch.linspace(0, 9, 8)
+        changes.append(not torch.allclose(model(ids_BT).logits, before, atol=1e-6))
+    told = catalogue()["targets"][model_type]["selection_bias"]
+    assert (bool(biases), *changes) == (told, told, False)
+
+
 def test_every_stock_target_is_tried():
     assert {*targets.names()} <= {*MOE, "moefy"}
 
@@ -495,21 +516,20 @@ def test_families(moefy):
     assert not ESCAPE.search(out)
 
 
-def test_what_is_not_needed_is_not_imported(pico, tmp_path):
-    """What takes seconds to import: torch where nothing is read, transformers ever."""
+def test_nothing_slow_is_imported(pico, stock, own_pico):
+    """What takes seconds to import, whatever there is to tell."""
+    folders = [pico(name) for name in STOCK] + [stock(name) for name in MOE]
+    folders.append(change(own_pico("llama"), model_type="bert"))
     script = (
-        "import sys, moefy.describe as d\n"
-        "try: d.describe(sys.argv[1])\n"
-        "except Exception as error: print(error)\n"
-        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+        "import sys\n"
+        "from moefy.describe import catalogue, describe\n"
+        "catalogue.catalogue()\n"
+        "for folder in sys.argv[1:]: describe(folder)\n"
+        "print([name for name in sys.modules if name in ('torch', 'transformers', 'numpy')])"
     )
-
-    def imported(path: Path) -> str:
-        command = [sys.executable, "-c", script, str(path)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    assert "transformers" not in imported(pico("llama"))
-    assert imported(tmp_path / "none").endswith("\n[]\n")
+    command = [sys.executable, "-c", script, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_sizes_of_values():

@@ -21,7 +21,8 @@ from planted import (
 )
 from scipy.optimize import linear_sum_assignment
 
-from moefy.layout import FFN, Partition, Profile, Shape, observe
+from moefy.layout import FFN, Partition, Profile, Shape
+from moefy.profile import observe
 from moefy.route import linear
 
 SPLITS = methods("partition", "split")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.errors import MoefyError
-from moefy.headers import Entry, read_config, read_entries
+from moefy.headers import CONFIG, Entry, damaged, read_config, read_entries
 from moefy.source import resolve
 
 Config = Mapping[str, Any]
@@ -31,6 +31,9 @@ SIZES = {
 }
 """What a size is called here, and in configurations."""
 
+MISREAD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What reading a value of the wrong kind raises."""
+
 INSIDE = ("text_config", "dense")
 """Keys under which a configuration holds that of a language model."""
 
@@ -46,6 +49,8 @@ FFN = re.compile(
 
 def describe(model: str, *, revision: str | None = None) -> dict[str, Any]:
     """Everything that `moefy inspect` tells of `model`, ready for JSON.
+
+    `problems` are lines, and `code` is that of the first as an exit code, 0 if there is none.
 
     Raises:
         MoefyError: code 3 when there is no model, or no configuration that can be read.
@@ -68,16 +73,27 @@ def describe(model: str, *, revision: str | None = None) -> dict[str, Any]:
         **_tensors(entries),
     }
     more = kind.describe(folder, config, entries)
-    told = {**found, **more, "sizes": {**found["sizes"], **more.get("sizes", {})}}
-    return {**told, "problems": list(dict.fromkeys([*problems, *more["problems"]]))}
+    problems = {str(problem): problem.code for problem in (*problems, *more["problems"])}
+    return {
+        **found,
+        **more,
+        "sizes": {**found["sizes"], **more.get("sizes", {})},
+        "problems": [*problems],
+        "code": next(iter(problems.values()), 0),
+    }
 
 
-def _stored(folder: Path) -> tuple[dict[str, Entry], list[str]]:
+def misread(folder: Path, error: Exception) -> MoefyError:
+    """The problem with a configuration in which a value is of a kind that none has there."""
+    return damaged(f"{folder / CONFIG} cannot be understood: {type(error).__name__}: {error}")
+
+
+def _stored(folder: Path) -> tuple[dict[str, Entry], list[MoefyError]]:
     """Every tensor, or none and the reason."""
     try:
         return read_entries(folder), []
     except MoefyError as error:
-        return {}, [str(error)]
+        return {}, [error]
 
 
 def _flat(config: Config) -> dict[str, Any]:

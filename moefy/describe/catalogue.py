@@ -59,6 +59,7 @@ def _expresses(target: Target, family: Family) -> dict[str, Any]:
     return {
         "shared": shared_expert(target),
         "dense_layers": dense_layers(target, family),
+        "selection_bias": target.selection_bias,
         "elastic": target.elastic,
         "engines": list(target.engines),
     }

@@ -9,11 +9,10 @@ from typing import Any
 
 from moefy import families, targets
 from moefy.checkpoint import Checkpoint
-from moefy.describe import Config, Entries, head_dim
+from moefy.describe import MISREAD, Config, Entries, head_dim, misread
 from moefy.describe.catalogue import OWN, engines, shared_expert
 from moefy.describe.settled import as_dense
 from moefy.errors import MoefyError
-from moefy.families.family import Family
 from moefy.layout import Shape
 from moefy.shape import solve
 from moefy.targets.target import Dense, Target
@@ -34,11 +33,18 @@ Fits = Callable[[Shape], bool]
 def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
     """Targets and engines of a dense checkpoint, if it can be converted; else why not."""
     try:
-        checkpoint = open_checkpoint(folder)
+        return _told(open_checkpoint(folder), entries)
     except MoefyError as error:
-        return {"problems": [str(error)], "convertible": False, "targets": {}, "engines": {}}
-    family = families.load(config["model_type"], config)
-    dense = _as_target_sees(checkpoint, family)
+        problem = error
+    except MISREAD as error:
+        problem = misread(folder, error)
+    return {"problems": [problem], "convertible": False, "targets": {}, "engines": {}}
+
+
+def _told(checkpoint: Checkpoint, entries: Entries) -> dict[str, Any]:
+    """What can become of a checkpoint that is whole."""
+    family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
+    dense = as_dense(family, checkpoint.config, checkpoint.entries)
     num_neurons = family.num_neurons(checkpoint.config)
     shapes: dict[Fits, dict[float, Shape | None]] = {}
     held = {}
@@ -63,17 +69,6 @@ def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
         },
         "problems": [],
     }
-
-
-def _as_target_sees(checkpoint: Checkpoint, family: Family) -> Dense:
-    """The model in the keys of the targets; by transformers, if it takes values not stored."""
-    try:
-        return as_dense(family, checkpoint.config, checkpoint.entries)
-    except KeyError:
-        from moefy import job
-
-        layers = range(int(checkpoint.config["num_hidden_layers"]))  # pyright: ignore[reportArgumentType]
-        return job.describe(checkpoint, family, [*layers])
 
 
 def _held(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy import families, targets
-from moefy.describe import SIZES, Config, Entries, head_dim, number
+from moefy.describe import MISREAD, SIZES, Config, Entries, head_dim, misread, number
 from moefy.describe.catalogue import engines
 from moefy.describe.settled import as_dense
 from moefy.errors import MoefyError
@@ -27,20 +27,8 @@ SHARED = re.compile(r"\.\d+\.(?:.*\.)?(?:shared|shared_experts?|shared_mlp)\.")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
 
-NEED_HEAD = {"qwen2_moe": ("SGLang", "llama.cpp", "MLX"), "glm4_moe": ("vLLM", "SGLang", "MLX")}
-"""Engines that do not load a class whose head is the embedding."""
-
-ONE_NORM = {"qwen2_moe": (False, ("llama.cpp", "MLX")), "qwen3_moe": (True, ("llama.cpp",))}
-"""The only `norm_topk_prob` that engines know in a class, whatever the configuration says."""
-
-NEED_THETA = {"mixtral": ("MLX",), "glm4_moe": ("MLX",)}
-"""Engines that read `rope_theta`, which newer versions of transformers no longer write."""
-
 MOST_LAYERS = 10_000
 """A configuration may say anything."""
-
-LLAMA_CPP_MOST = 512
-"""Experts that llama.cpp is built for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +72,25 @@ def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
         "serving": {},
     }
     model_type = config.get("model_type")
-    if found.shape and not told["problems"] and model_type in targets.names():
-        known = _sibling(model_type, config)
-        # What a class with experts does with these keys, its target says.
-        family = dataclasses.replace(known, windows="some", partial_rotary=True)
-        target = targets.load(model_type, family)
-        dense = as_dense(family, config, entries, tuple(told["experts"]["dense_layers"]))
-        told |= {"tied": dense.tied, "serving": serving(target, dense, found.shape)}
-    return told
+    if not found.shape or told["problems"] or model_type not in targets.names():
+        return told
+    left_dense = tuple(told["experts"]["dense_layers"])
+    try:
+        return told | _served(config, entries, left_dense, found.shape)
+    except MISREAD as error:
+        return told | {"problems": [misread(folder, error)]}
+
+
+def _served(
+    config: Config, entries: Entries, left_dense: tuple[int, ...], shape: Shape
+) -> dict[str, Any]:
+    """Which engines run a model of a class that is known."""
+    # What a class with experts does with these keys, its target says.
+    known = _sibling(config["model_type"], config)
+    family = dataclasses.replace(known, windows="some", partial_rotary=True)
+    dense = as_dense(family, config, entries, left_dense)
+    target = targets.load(config["model_type"], family)
+    return {"tied": dense.tied, "serving": serving(target, dense, shape)}
 
 
 def read_experts(config: Config, entries: Entries) -> Experts:
@@ -142,28 +141,11 @@ def serving(target: Target, dense: Dense, shape: Shape) -> dict[str, dict[str, A
             reasons = [f"not known to run {target.model_type}; known: {known}"]
             verdicts[engine] = {"runs": None, "reasons": reasons, "notes": []}
             continue
-        reasons = [*([balks[engine]] if engine in balks else []), *_against(engine, target, dense)]
-        if engine == "llama.cpp" and shape.num_experts > LLAMA_CPP_MOST:
-            reasons.append(f"has at most {LLAMA_CPP_MOST} experts, not {shape.num_experts}")
+        reasons = [balks[engine]] if engine in balks else []
+        reasons += [why for names, why in target.foreign(dense) if engine in names.split(",")]
         notes = _heed(engine, target, shape.expert_width, dense)
         verdicts[engine] = {"runs": not reasons, "reasons": reasons, "notes": notes}
     return verdicts
-
-
-def _against(engine: str, target: Target, dense: Dense) -> list[str]:
-    """Why an engine that knows a class does not run this model of it, or not rightly."""
-    found, name, config = [], target.model_type, dense.config
-    if dense.tied and engine in NEED_HEAD.get(name, ()):
-        found.append("needs lm_head.weight, and the head is the embedding")
-    norm, wrong = ONE_NORM.get(name, (None, ()))
-    if engine in wrong and bool(config.get("norm_topk_prob", False)) != norm:
-        found.append(f"computes as if norm_topk_prob were {str(norm).lower()}")
-    if engine in NEED_THETA.get(name, ()) and "rope_theta" not in config:
-        found.append("reads rope_theta, which config.json lacks")
-    types = set(dense.config.get("layer_types") or ()) if name == "granitemoehybrid" else set()
-    if engine == "SGLang" and "full_attention" in types:
-        found.append("wants layer_types to say attention, not full_attention")
-    return found
 
 
 def _heed(engine: str, target: Target, width: int, dense: Dense) -> list[str]:
@@ -196,16 +178,16 @@ def _told(found: Experts, config: Config) -> dict[str, Any]:
     }
 
 
-def _refused(folder: Path) -> list[str]:
+def _refused(folder: Path) -> list[MoefyError]:
     """What `open_checkpoint` finds, but that there are experts already."""
     try:
         open_checkpoint(folder)
     except MoefyError as error:
-        return [] if "already a Mixture of Experts" in str(error) else [str(error)]
+        return [] if "already a Mixture of Experts" in str(error) else [error]
     return []
 
 
-def _contradictions(found: Experts, config: Config) -> list[str]:
+def _contradictions(found: Experts, config: Config) -> list[MoefyError]:
     """Where the configuration and the tensors do not fit each other."""
     said, problems = number(config, EXPERTS), []
     if found.layers and said is not None and said != found.count:
@@ -214,7 +196,7 @@ def _contradictions(found: Experts, config: Config) -> list[str]:
         problems.append(f"{found.per_token} experts per token, but only {found.count} experts")
     if found.count and not found.per_token:
         problems.append(f"config.json has none of {', '.join(PER_TOKEN)}")
-    return problems
+    return [MoefyError(problem) for problem in problems]
 
 
 def _sibling(model_type: str, config: Config) -> Family:

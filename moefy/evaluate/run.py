@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from moefy import __version__, data, families
-from moefy.checkpoint import write_json, write_text
 from moefy.errors import MoefyError
 from moefy.evaluate.controls import (
     MEANING,
@@ -25,6 +24,7 @@ from moefy.evaluate.controls import (
 )
 from moefy.evaluate.text import Score, compare
 from moefy.job import Watch, prepare
+from moefy.publish import write_json, write_text
 from moefy.recipe import Recipe, read
 from moefy.report import report_page
 from moefy.source import resolve

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from moefy.families.family import Family, read_plain, write_plain
+from moefy.families.family import Family, read_plain, shapes_plain, write_plain
 
 
 def refuse(config: dict[str, Any]) -> str | None:
@@ -34,6 +34,7 @@ FAMILY = Family(
     ffn=("intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight"),
     read=read_plain,
     write=write_plain,
+    shapes=shapes_plain,
     down_bias="output.dense.bias",
     gated=False,
     block="output.dense",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from moefy.families.family import Family, nothing_wrong, read_plain, write_plain
+from moefy.families.family import Family, nothing_wrong, read_plain, shapes_plain, write_plain
 
 FAMILY = Family(
     "distilbert",
@@ -15,6 +15,7 @@ FAMILY = Family(
     ffn=("ffn.lin1.weight", "ffn.lin1.bias", "ffn.lin2.weight"),
     read=read_plain,
     write=write_plain,
+    shapes=shapes_plain,
     down_bias="ffn.lin2.bias",
     gated=False,
     keys={

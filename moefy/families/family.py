@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moefy.layout import FFN
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Config = Mapping[str, Any]
+Shapes = tuple[tuple[int, ...], ...]
 
 
 def nothing_wrong(config: dict[str, Any]) -> str | None:
@@ -37,6 +38,11 @@ def write_glu(ffn: FFN) -> tuple[Tensor, ...]:
     return ffn.gate_FD, ffn.up_FD, ffn.down_DF
 
 
+def shapes_glu(neurons: int, hidden: int) -> Shapes:
+    """Of gate, up and down."""
+    return (neurons, hidden), (neurons, hidden), (hidden, neurons)
+
+
 def read_fused(stored: Sequence[Tensor], activation: str) -> FFN:
     """An FFN stored as two matrices, gate above up in the first."""
     gate_FD, up_FD = stored[0].chunk(2)
@@ -45,8 +51,15 @@ def read_fused(stored: Sequence[Tensor], activation: str) -> FFN:
 
 def write_fused(ffn: FFN) -> tuple[Tensor, ...]:
     """Gate and up as one matrix, and down."""
+    import torch
+
     assert ffn.gate_FD is not None
     return torch.cat([ffn.gate_FD, ffn.up_FD]), ffn.down_DF
+
+
+def shapes_fused(neurons: int, hidden: int) -> Shapes:
+    """Of gate and up as one matrix, and down."""
+    return (2 * neurons, hidden), (hidden, neurons)
 
 
 def read_plain(stored: Sequence[Tensor], activation: str) -> FFN:
@@ -58,6 +71,16 @@ def read_plain(stored: Sequence[Tensor], activation: str) -> FFN:
 def write_plain(ffn: FFN) -> tuple[Tensor, ...]:
     """Up, its bias if there is one, and down."""
     return ffn.up_FD, *([] if ffn.bias_F is None else [ffn.bias_F]), ffn.down_DF
+
+
+def shapes_plain(neurons: int, hidden: int) -> Shapes:
+    """Of up, its bias, and down."""
+    return (neurons, hidden), (neurons,), (hidden, neurons)
+
+
+def shapes_bare(neurons: int, hidden: int) -> Shapes:
+    """Of up and down, where there is no bias."""
+    return (neurons, hidden), (hidden, neurons)
 
 
 @dataclass(frozen=True)
@@ -81,13 +104,13 @@ class Family:
     """The FFN from its tensors as stored, and the name of its activation."""
     write: Callable[[FFN], tuple[Tensor, ...]] = write_glu
     """The FFN's tensors as they are stored."""
+    shapes: Callable[[int, int], Shapes] = shapes_glu
+    """(neurons, hidden size) -> the shapes of those tensors."""
     beside: str = ""
     """What has FFNs of the same width and stays dense, beside the layers that are converted."""
     down_bias: str | None = None
     """The bias that is added to the FFN's output, behind the layer's prefix."""
     gated: bool = True
-    biased: bool = True
-    """Whether neurons without a gate have biases."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Where the configuration names a size by another key than Llama's: usual key -> this one."""
     width: str = "intermediate_size"
@@ -137,6 +160,11 @@ class Family:
     """The configuration in the keys of the targets, as `rest` has changed the tensors."""
     variant: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     """What of the above is otherwise in models of this configuration."""
+
+    @property
+    def biased(self) -> bool:
+        """Whether the neurons have biases, as only those without a gate can."""
+        return not self.gated and len(self.ffn) == 3
 
     def task(self, config: Config) -> str:
         """What a checkpoint is for, as the name of its class says."""

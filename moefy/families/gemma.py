@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from moefy.families.family import Config, Family
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def rest(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from moefy.families.family import Config, Family, Shapes, read_plain, write_plain
 
-from moefy.families.family import Config, Family, read_plain, write_plain
-from moefy.layout import FFN
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moefy.layout import FFN
 
 
 def refuse(config: dict) -> str | None:
@@ -35,6 +38,11 @@ def named(name: str) -> str:
     return re.sub(r"^(?=wte\.|wpe\.|h\.|ln_f\.)", "transformer.", name)
 
 
+def shapes(neurons: int, hidden: int) -> Shapes:
+    """Of both matrices transposed, the bias between them."""
+    return (hidden, neurons), (neurons,), (neurons, hidden)
+
+
 def neurons(config: Config) -> int:
     """Four times the width of the model, if it does not say."""
     return int(config.get("n_inner") or 4 * config["n_embd"])
@@ -48,6 +56,7 @@ FAMILY = Family(
     ffn=("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight"),
     read=read,
     write=write,
+    shapes=shapes,
     down_bias="mlp.c_proj.bias",
     gated=False,
     keys={

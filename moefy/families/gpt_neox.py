@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moefy.families.family import Family, nothing_wrong, read_plain, write_plain
+from moefy.families.family import Family, nothing_wrong, read_plain, shapes_plain, write_plain
 
 FAMILY = Family(
     "gpt_neox",
@@ -16,6 +16,7 @@ FAMILY = Family(
     ),
     read=read_plain,
     write=write_plain,
+    shapes=shapes_plain,
     down_bias="mlp.dense_4h_to_h.bias",
     gated=False,
     embedding="gpt_neox.embed_in.weight",

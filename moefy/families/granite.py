@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moefy.families.family import Family
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def join(layer: Any) -> Callable[[Tensor], Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moefy.families.family import Family, read_fused, write_fused
+from moefy.families.family import Family, read_fused, shapes_fused, write_fused
 from moefy.families.granite import join
 
 
@@ -25,6 +25,7 @@ FAMILY = Family(
     ffn=("shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight"),
     read=read_fused,
     write=write_fused,
+    shapes=shapes_fused,
     width="shared_intermediate_size",
     block="shared_mlp",
     embedding_scale=lambda config: config["embedding_multiplier"],

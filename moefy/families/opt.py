@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from moefy.families.family import Config, Family, nothing_wrong, read_plain, write_plain
+from moefy.families.family import (
+    Config,
+    Family,
+    nothing_wrong,
+    read_plain,
+    shapes_bare,
+    shapes_plain,
+    write_plain,
+)
 
 
 def variant(config: Config) -> dict[str, Any]:
@@ -13,7 +21,7 @@ def variant(config: Config) -> dict[str, Any]:
     if not config.get("do_layer_norm_before", True):
         found["behind"] = "final_layer_norm"
     if not config.get("enable_bias", True):
-        found |= {"ffn": ("fc1.weight", "fc2.weight"), "biased": False, "down_bias": None}
+        found |= {"ffn": ("fc1.weight", "fc2.weight"), "shapes": shapes_bare, "down_bias": None}
     return found
 
 
@@ -25,6 +33,7 @@ FAMILY = Family(
     ffn=("fc1.weight", "fc1.bias", "fc2.weight"),
     read=read_plain,
     write=write_plain,
+    shapes=shapes_plain,
     down_bias="fc2.bias",
     gated=False,
     keys={"embedding_size": "word_embed_proj_dim"},

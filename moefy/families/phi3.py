@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from moefy.families.family import Config, Family, read_fused, write_fused
+from moefy.families.family import Config, Family, read_fused, shapes_fused, write_fused
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def rest(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -32,6 +35,7 @@ FAMILY = Family(
     ffn=("mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
     read=read_fused,
     write=write_fused,
+    shapes=shapes_fused,
     rest=rest,
     windows="all",
     partial_rotary=True,

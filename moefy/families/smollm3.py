@@ -8,12 +8,12 @@ and the others in the other. Exact, for twice the key-value cache.
 from __future__ import annotations
 
 import re
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moefy.families.family import Config, Family
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def refuse(config: dict[str, Any]) -> str | None:
@@ -36,6 +36,8 @@ def rest(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:
     Scores are divided by sqrt(2 d) instead of sqrt(d), hence queries times sqrt(2): in bfloat16
     this rounds them once more.
     """
+    import torch
+
     found = re.search(r"layers\.(\d+)\.self_attn\.([qkvo])_proj\.weight$", name)
     if not found:
         return {name: tensor}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moefy.families.family import Family, read_plain, write_plain
+from moefy.families.family import Family, read_plain, shapes_plain, write_plain
 
 
 def refuse(config: dict) -> str | None:
@@ -17,6 +17,7 @@ FAMILY = Family(
     ffn=("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight"),
     read=read_plain,
     write=write_plain,
+    shapes=shapes_plain,
     down_bias="mlp.c_proj.bias",
     gated=False,
 )

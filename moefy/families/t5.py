@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from moefy.families.family import Config, Family, read_glu, read_plain, write_glu, write_plain
+from moefy.families.family import (
+    Config,
+    Family,
+    read_glu,
+    read_plain,
+    shapes_bare,
+    shapes_glu,
+    write_glu,
+    write_plain,
+)
 from moefy.layout import ACTIVATIONS
 
 FFN = "layer.1.DenseReluDense."
@@ -24,7 +33,13 @@ def variant(config: Config) -> dict[str, Any]:
     if not str(config.get("feed_forward_proj")).startswith("gated-"):
         return {}
     names = tuple(FFN + name for name in ("wi_0.weight", "wi_1.weight", "wo.weight"))
-    return {"ffn": names, "read": read_glu, "write": write_glu, "gated": True}
+    return {
+        "ffn": names,
+        "read": read_glu,
+        "write": write_glu,
+        "shapes": shapes_glu,
+        "gated": True,
+    }
 
 
 FAMILY = Family(
@@ -36,8 +51,8 @@ FAMILY = Family(
     ffn=(FFN + "wi.weight", FFN + "wo.weight"),
     read=read_plain,
     write=write_plain,
+    shapes=shapes_bare,
     gated=False,
-    biased=False,
     keys={
         "hidden_size": "d_model",
         "num_hidden_layers": "num_layers",

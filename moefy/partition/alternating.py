@@ -7,7 +7,8 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from moefy.assign import assign_balanced
-from moefy.layout import FFN, Partition, Profile, Shape, activations, membership, top_mask
+from moefy.layout import FFN, Partition, Profile, Shape
+from moefy.profile import activations, membership, top_mask
 from moefy.solve import scorer
 
 SKETCH = 128

@@ -16,10 +16,13 @@ from moefy.report.pages import SCORES, score_rows, seen_warnings, shape_text
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Print a table; columns but the first are right-aligned when they hold numbers."""
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=title or None, title_justify="left", padding=(0, 1, 0, 0)
+    )
     for number, name in enumerate(header):
         numeric = number > 0 and any(row[number][:1].isdigit() for row in rows)
-        table.add_column(name, justify="right" if numeric else "left")
+        justify = "right" if numeric else "left"
+        table.add_column(name, justify=justify, no_wrap=number == 0)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)
@@ -113,8 +116,6 @@ def show_inspection(found: Mapping[str, Any]) -> None:
     for name, value in _facts(found):
         facts.add_row(Text(name), Text(value))
     console.print(facts)
-    for problem in found["problems"]:
-        console.print(f"Problem: {problem}", markup=False, soft_wrap=True)
     if found.get("targets"):
         show_table(*_target_rows(found))
         for line in _target_notes(found):
@@ -250,9 +251,12 @@ def show_catalogue(known: Mapping[str, Any]) -> None:
             name,
             told["shared"],
             told["dense_layers"],
+            "yes" if told["selection_bias"] else "no",
             "yes" if told["elastic"] else "no",
-            ", ".join(told["engines"]),
+            ", ".join(name for name in told["engines"] if name != "transformers") or "none",
         )
         for name, told in known["targets"].items()
     ]
-    show_table(("class", "shared expert", "dense layers", "elastic", "engines"), rows)
+    header = "class, shared expert, dense layers, selection bias, elastic, other engines"
+    show_table(header.split(", "), rows)
+    Console().print("Every class runs in transformers.")

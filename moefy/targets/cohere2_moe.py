@@ -9,21 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moefy.layout import FFN, Partition, Shape
+from moefy.layout import Shape
 from moefy.shape import shared_multiple
 from moefy.targets.target import (
-    ROUTER_SCALE,
     Dense,
+    Split,
     Target,
+    Tensors,
     copied,
     engine_reasons,
     expert_tensors,
-    glu_tensors,
     mismatch,
-    named,
+    shared_tensors,
 )
 
 
@@ -56,14 +53,12 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     }
 
 
-def tensors(
-    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one."""
     return {
-        "mlp.gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
-        **expert_tensors(ffn, partition, 0.25, dtype),
-        **named("mlp.shared_experts.", glu_tensors(ffn, partition.shared_S, 2.0, dtype)),
+        "mlp.gate.weight": split.scaled_ED,
+        **expert_tensors(split, 0.25),
+        **shared_tensors(split, "mlp.shared_experts.", 2.0),
     }
 
 
@@ -75,7 +70,7 @@ TARGET = Target(
     elastic=True,
     engines=("transformers", "llama.cpp"),
     cannot=lambda dense: mismatch(dense, biases="qkvo", windows="any", dense_layers="any"),
-    balks=lambda dense, shape: engine_reasons(dense),
+    balks=engine_reasons,
     biases=lambda dense: "qkvo" if dense.biases else "",
     ties=True,
 )

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from moefy.families.family import Family
-from moefy.layout import FFN, Partition, Shape
-from moefy.targets.target import Dense, Target
+from moefy.layout import Shape
+from moefy.targets.target import Dense, Split, Target, Tensors
 
 
 def narrower(family: Family) -> Target:
@@ -18,10 +15,8 @@ def narrower(family: Family) -> Target:
     def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
         return family.resized(dense.config, shape.num_active)
 
-    def tensors(
-        ffn: FFN, partition: Partition, router_ED: Tensor, k: int, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        kept = family.write(ffn.some(partition.shared_S, dtype))
+    def tensors(split: Split) -> Tensors:
+        kept = family.write(split.part(split.partition.shared_S))
         return dict(zip(family.ffn, kept, strict=True))
 
     return Target(

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moefy.layout import FFN, Partition, Shape
+from moefy.layout import Shape
 from moefy.shape import shared_multiple
 from moefy.targets.target import (
-    ROUTER_SCALE,
     Dense,
+    Split,
     Target,
+    Tensors,
     copied,
     engine_reasons,
     expert_tensors,
-    glu_tensors,
     mismatch,
-    named,
-    rounded,
+    shared_tensors,
 )
 
 
@@ -50,16 +46,13 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     }
 
 
-def tensors(
-    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one at `experts_per_token`."""
-    zeros = torch.zeros(1, len(router_ED), dtype=torch.float32, device=router_ED.device)
     return {
-        "mlp.gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
-        "mlp.moe_statics.e_score_correction_bias": zeros,
-        **expert_tensors(ffn, partition, rounded(1 / experts_per_token, dtype), dtype),
-        **named("mlp.shared_experts.", glu_tensors(ffn, partition.shared_S, 1.0, dtype)),
+        "mlp.gate.weight": split.scaled_ED,
+        "mlp.moe_statics.e_score_correction_bias": split.unbiased_E[None],
+        **expert_tensors(split, split.rounded(1 / split.experts_per_token)),
+        **shared_tensors(split, "mlp.shared_experts."),
     }
 
 
@@ -77,8 +70,9 @@ TARGET = Target(
     tensors,
     shared_multiple,
     elastic=False,
+    selection_bias=True,
     engines=("transformers",),
     cannot=cannot,
-    balks=lambda dense, shape: engine_reasons(dense),
+    balks=engine_reasons,
     ties=True,
 )

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moefy.layout import FFN, Partition, Shape
+from moefy.layout import Shape
 from moefy.shape import no_shared
 from moefy.targets.target import (
-    ROUTER_SCALE,
     Dense,
+    Split,
     Target,
+    Tensors,
     copied,
     engine_reasons,
     expert_tensors,
     mismatch,
-    rounded,
 )
 
 
@@ -42,13 +39,11 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     }
 
 
-def tensors(
-    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one."""
     return {
-        "mlp.gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
-        **expert_tensors(ffn, partition, rounded(1 / len(router_ED), dtype), dtype),
+        "mlp.gate.weight": split.scaled_ED,
+        **expert_tensors(split, split.rounded(1 / split.num_experts)),
     }
 
 
@@ -60,5 +55,5 @@ TARGET = Target(
     elastic=True,
     engines=("transformers", "vLLM"),
     cannot=lambda dense: mismatch(dense, biases="qkvo", wide_heads=False),
-    balks=lambda dense, shape: engine_reasons(dense),
+    balks=engine_reasons,
 )

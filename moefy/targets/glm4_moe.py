@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moefy.layout import FFN, Partition, Shape
+from moefy.layout import Shape
 from moefy.shape import shared_multiple
 from moefy.targets.target import (
-    ROUTER_SCALE,
     Dense,
     Reasons,
+    Split,
     Target,
+    Tensors,
     copied,
     engine_reasons,
     expert_tensors,
-    glu_tensors,
+    foreign_reasons,
     mismatch,
-    named,
+    shared_tensors,
 )
 
 
@@ -55,16 +53,13 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     }
 
 
-def tensors(
-    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one."""
-    zeros = torch.zeros(len(router_ED), dtype=torch.float32, device=router_ED.device)
     return {
-        "mlp.gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
-        "mlp.gate.e_score_correction_bias": zeros,
-        **expert_tensors(ffn, partition, 1.0, dtype),
-        **named("mlp.shared_experts.", glu_tensors(ffn, partition.shared_S, 1.0, dtype)),
+        "mlp.gate.weight": split.scaled_ED,
+        "mlp.gate.e_score_correction_bias": split.unbiased_E,
+        **expert_tensors(split, 1.0),
+        **shared_tensors(split, "mlp.shared_experts."),
     }
 
 
@@ -75,7 +70,7 @@ def cannot(dense: Dense) -> str | None:
 
 def balks(dense: Dense, shape: Shape) -> Reasons:
     """Several shared experts, which SGLang fuses only one at a time."""
-    found = engine_reasons(dense)
+    found = engine_reasons(dense, shape)
     if shape.num_shared != shape.expert_width:
         units = shape.num_shared // shape.expert_width
         found.setdefault(
@@ -90,8 +85,10 @@ TARGET = Target(
     tensors,
     shared_multiple,
     elastic=True,
+    selection_bias=True,
     engines=("transformers", "vLLM", "SGLang", "MLX"),
     cannot=cannot,
     balks=balks,
+    foreign=lambda dense: foreign_reasons(dense, head="vLLM,SGLang,MLX", theta="MLX"),
     biases=lambda dense: "qkv" if dense.biases else "",
 )

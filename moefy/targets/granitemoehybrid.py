@@ -7,7 +7,7 @@ from typing import Any
 
 from moefy.layout import Shape
 from moefy.targets import granitemoeshared
-from moefy.targets.target import Dense, Reasons, engine_reasons
+from moefy.targets.target import Dense, Foreign, Reasons, engine_reasons
 
 
 def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
@@ -32,7 +32,14 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
 
 def balks(dense: Dense, shape: Shape) -> Reasons:
     """Scaled frequencies, which llama.cpp's converter refuses and MLX ignores."""
-    return engine_reasons(dense, rope="llama.cpp,MLX", biases="vLLM")
+    return engine_reasons(dense, shape, rope="llama.cpp,MLX", biases="vLLM")
+
+
+def foreign(dense: Dense) -> Foreign:
+    """Layer types by the name that newer versions of transformers give them."""
+    if "full_attention" not in (dense.config.get("layer_types") or ()):
+        return []
+    return [("SGLang", "wants layer_types to say attention, not full_attention")]
 
 
 TARGET = dataclasses.replace(
@@ -41,4 +48,5 @@ TARGET = dataclasses.replace(
     configure=configure,
     engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"),
     balks=balks,
+    foreign=foreign,
 )

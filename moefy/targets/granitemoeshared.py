@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moefy.layout import FFN, Partition, Shape
+from moefy.families.family import write_fused
+from moefy.layout import Shape
 from moefy.shape import any_shared
 from moefy.targets.target import (
-    ROUTER_SCALE,
     Dense,
     Reasons,
+    Split,
     Target,
+    Tensors,
     copied,
     engine_reasons,
-    glu_tensors,
     mismatch,
-    rounded,
 )
 
 
@@ -51,26 +48,26 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     }
 
 
-def tensors(
-    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one at `experts_per_token`."""
-    scale = 1 / rounded(1 / experts_per_token, dtype)
-    experts = [glu_tensors(ffn, neurons, scale, dtype) for neurons in partition.experts_EN]
-    gate, up, down = glu_tensors(ffn, partition.shared_S, 1.0, dtype)
-    moe = "block_sparse_moe."
+    import torch
+
+    scale = 1 / split.rounded(1 / split.experts_per_token)
+    parts = [write_fused(split.part(n, scale)) for n in split.partition.experts_EN]
+    inputs, outputs = (torch.stack(matrices) for matrices in zip(*parts, strict=True))
+    shared_input, shared_output = write_fused(split.part(split.partition.shared_S))
     return {
-        moe + "router.layer.weight": (router_ED * ROUTER_SCALE).to(dtype),
-        moe + "input_linear.weight": torch.stack([torch.cat(expert[:2]) for expert in experts]),
-        moe + "output_linear.weight": torch.stack([expert[2] for expert in experts]),
-        "shared_mlp.input_linear.weight": torch.cat([gate, up]),
-        "shared_mlp.output_linear.weight": down,
+        "block_sparse_moe.router.layer.weight": split.scaled_ED,
+        "block_sparse_moe.input_linear.weight": inputs,
+        "block_sparse_moe.output_linear.weight": outputs,
+        "shared_mlp.input_linear.weight": shared_input,
+        "shared_mlp.output_linear.weight": shared_output,
     }
 
 
 def balks(dense: Dense, shape: Shape) -> Reasons:
     """Scaled frequencies, which llama.cpp's converter refuses, and biases, which vLLM ignores."""
-    return engine_reasons(dense, rope="llama.cpp", biases="vLLM")
+    return engine_reasons(dense, shape, rope="llama.cpp", biases="vLLM")
 
 
 TARGET = Target(

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moefy.layout import FFN, Partition, Shape
+from moefy.layout import Shape
 from moefy.shape import one_shared
 from moefy.targets.target import (
-    ROUTER_SCALE,
     Dense,
+    Split,
     Target,
+    Tensors,
     copied,
     engine_reasons,
     expert_tensors,
-    glu_tensors,
     mismatch,
-    named,
+    shared_tensors,
 )
 
 
@@ -45,15 +42,13 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     }
 
 
-def tensors(
-    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one at `experts_per_token`. The router is computed in
     float32, so its gates are not rounded."""
     return {
-        "mlp.gate.wg.weight": (router_ED * ROUTER_SCALE).to(dtype),
-        **expert_tensors(ffn, partition, 1 / experts_per_token, dtype),
-        **named("mlp.shared_mlp.", glu_tensors(ffn, partition.shared_S, 1.0, dtype)),
+        "mlp.gate.wg.weight": split.scaled_ED,
+        **expert_tensors(split, 1 / split.experts_per_token),
+        **shared_tensors(split, "mlp.shared_mlp."),
     }
 
 
@@ -65,7 +60,7 @@ TARGET = Target(
     elastic=False,
     engines=("transformers",),
     cannot=lambda dense: mismatch(dense, biases="qkvo"),
-    balks=lambda dense, shape: engine_reasons(dense),
+    balks=engine_reasons,
     biases=lambda dense: "qkvo" if dense.biases else "",
     ties=True,
 )

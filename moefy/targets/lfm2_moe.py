@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moefy.layout import FFN, Partition, Shape
+from moefy.layout import Shape
 from moefy.shape import no_shared
-from moefy.targets.target import ROUTER_SCALE, Dense, Target, copied, expert_tensors, mismatch
-
-NAMES = ("w1.weight", "w3.weight", "w2.weight")
-"""Gate, up and down of an expert."""
+from moefy.targets.target import (
+    NUMBERED,
+    Dense,
+    Split,
+    Target,
+    Tensors,
+    copied,
+    expert_tensors,
+    mismatch,
+)
 
 
 def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
@@ -40,16 +43,13 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     }
 
 
-def tensors(
-    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one."""
-    zeros = torch.zeros(len(router_ED), dtype=torch.float32, device=router_ED.device)
     prefix = "feed_forward."
     return {
-        prefix + "gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
-        prefix + "expert_bias": zeros,
-        **expert_tensors(ffn, partition, 1.0, dtype, prefix + "experts.", NAMES),
+        prefix + "gate.weight": split.scaled_ED,
+        prefix + "expert_bias": split.unbiased_E,
+        **expert_tensors(split, 1.0, prefix + "experts.", NUMBERED),
     }
 
 
@@ -59,6 +59,7 @@ TARGET = Target(
     tensors,
     no_shared,
     elastic=True,
+    selection_bias=True,
     engines=("transformers",),
     cannot=lambda dense: mismatch(dense, dense_layers="first"),
     ties=True,

@@ -8,25 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moefy.layout import FFN, Partition, Shape
+from moefy.layout import Shape
 from moefy.shape import no_shared
 from moefy.targets.target import (
-    ROUTER_SCALE,
+    NUMBERED,
     Dense,
     Reasons,
+    Split,
     Target,
+    Tensors,
     copied,
     engine_reasons,
     expert_tensors,
+    foreign_reasons,
     mismatch,
-    rounded,
 )
-
-NAMES = ("w1.weight", "w3.weight", "w2.weight")
-"""Gate, up and down of an expert."""
 
 
 def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
@@ -46,21 +42,19 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     }
 
 
-def tensors(
-    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one at `experts_per_token`."""
-    gate = rounded(1 / experts_per_token, dtype)
+    gate = split.rounded(1 / split.experts_per_token)
     prefix = "block_sparse_moe."
     return {
-        prefix + "gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
-        **expert_tensors(ffn, partition, gate, dtype, prefix + "experts.", NAMES),
+        prefix + "gate.weight": split.scaled_ED,
+        **expert_tensors(split, gate, prefix + "experts.", NUMBERED),
     }
 
 
 def balks(dense: Dense, shape: Shape) -> Reasons:
     """Windows and wide heads, and in MLX scaled frequencies."""
-    return engine_reasons(dense, rope="MLX", window="llama.cpp,MLX", wide_heads="MLX")
+    return engine_reasons(dense, shape, rope="MLX", window="llama.cpp,MLX", wide_heads="MLX")
 
 
 TARGET = Target(
@@ -72,5 +66,6 @@ TARGET = Target(
     engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX", "Ollama"),
     cannot=lambda dense: mismatch(dense, windows="all layers or none"),
     balks=balks,
+    foreign=lambda dense: foreign_reasons(dense, theta="MLX"),
     ties=True,
 )

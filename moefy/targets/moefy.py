@@ -6,15 +6,15 @@ whatever the number of experts per token, and every expert is a bare slice of th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from moefy.families.family import Family
-from moefy.layout import FFN, Partition, Shape
+from moefy.families.family import Family, write_fused
+from moefy.layout import FFN, Shape
 from moefy.shape import any_shared
-from moefy.targets.target import ROUTER_SCALE, Dense, Target
+from moefy.targets.target import Dense, Split, Target, Tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def target(family: Family) -> Target:
@@ -31,7 +31,7 @@ def target(family: Family) -> Target:
             "emptied": list(family.emptied),
             "activation": family.activation,
             "gated": family.gated,
-            "biased": family.biased and not family.gated,
+            "biased": family.biased,
             "down_bias": family.down_bias and family.down_bias.removeprefix(f"{family.block}."),
             "left_dense": list(dense.left_dense),
             "num_experts": shape.num_experts,
@@ -42,21 +42,21 @@ def target(family: Family) -> Target:
             **{key: dense.own.get(key) for key in (*TOKENS, *MORE.get(task, ()))},
         }
 
-    def tensors(
-        ffn: FFN, partition: Partition, router_ED: Tensor, k: int, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
+    def tensors(split: Split) -> Tensors:
+        import torch
+
         block = family.block + "."
-        experts = [ffn.some(neurons, dtype) for neurons in partition.experts_EN]
+        experts = [split.part(neurons) for neurons in split.partition.experts_EN]
         found = {
-            block + "gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
+            block + "gate.weight": split.scaled_ED,
             block + "experts.up_proj": torch.stack([_above(part) for part in experts]),
             block + "experts.down_proj": torch.stack([part.down_DF for part in experts]),
         }
         biases = [part.bias_F for part in experts if part.bias_F is not None]
         if biases:
             found[block + "experts.up_bias"] = torch.stack(biases)
-        if len(partition.shared_S):
-            shared = ffn.some(partition.shared_S, dtype)
+        if len(split.partition.shared_S):
+            shared = split.part(split.partition.shared_S)
             found[block + "shared.up_proj.weight"] = _above(shared)
             found[block + "shared.down_proj.weight"] = shared.down_DF
             if shared.bias_F is not None:
@@ -86,4 +86,4 @@ MORE = {
 
 def _above(part: FFN) -> Tensor:
     """Gate above up, or up alone."""
-    return part.up_FD if part.gate_FD is None else torch.cat([part.gate_FD, part.up_FD])
+    return part.up_FD if part.gate_FD is None else write_fused(part)[0]

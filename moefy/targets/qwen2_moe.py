@@ -9,23 +9,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moefy.layout import FFN, Partition, Shape
+from moefy.layout import Shape
 from moefy.shape import any_shared
 from moefy.targets.target import (
-    ROUTER_SCALE,
     Dense,
     Reasons,
+    Split,
     Target,
+    Tensors,
     copied,
     engine_reasons,
     expert_tensors,
-    glu_tensors,
+    foreign_reasons,
     mismatch,
-    named,
-    rounded,
+    shared_tensors,
     sliding,
 )
 
@@ -54,16 +51,14 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     }
 
 
-def tensors(
-    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one."""
-    hidden = ffn.hidden_size
+    gate_1D = split.ffn.up_FD.new_full((1, split.ffn.hidden_size), SHARED_GATE, dtype=split.dtype)
     return {
-        "mlp.gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
-        **expert_tensors(ffn, partition, rounded(1 / len(router_ED), dtype), dtype),
-        **named("mlp.shared_expert.", glu_tensors(ffn, partition.shared_S, 2.0, dtype)),
-        "mlp.shared_expert_gate.weight": torch.full((1, hidden), SHARED_GATE, dtype=dtype),
+        "mlp.gate.weight": split.scaled_ED,
+        **expert_tensors(split, split.rounded(1 / split.num_experts)),
+        **shared_tensors(split, "mlp.shared_expert.", 2.0),
+        "mlp.shared_expert_gate.weight": gate_1D,
     }
 
 
@@ -76,6 +71,7 @@ def balks(dense: Dense, shape: Shape) -> Reasons:
     """Scaled frequencies, windows, wide heads and dense layers, which only some engines know."""
     return engine_reasons(
         dense,
+        shape,
         rope="llama.cpp,MLX",
         window="llama.cpp,MLX",
         mixed="vLLM",
@@ -93,5 +89,8 @@ TARGET = Target(
     engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"),
     cannot=cannot,
     balks=balks,
+    foreign=lambda dense: foreign_reasons(
+        dense, head="SGLang,llama.cpp,MLX", unnormed="llama.cpp,MLX"
+    ),
     biases=lambda dense: "qkv",  # engines create them unconditionally
 )

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moefy.layout import FFN, Partition, Shape
+from moefy.layout import Shape
 from moefy.shape import no_shared
 from moefy.targets.target import (
-    ROUTER_SCALE,
     Dense,
     Reasons,
+    Split,
     Target,
+    Tensors,
     copied,
     engine_reasons,
     expert_tensors,
+    foreign_reasons,
     mismatch,
-    rounded,
     sliding,
 )
 
@@ -47,20 +45,20 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     }
 
 
-def tensors(
-    ffn: FFN, partition: Partition, router_ED: Tensor, experts_per_token: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one at `experts_per_token`."""
-    gate = rounded(1 / experts_per_token, dtype)
+    gate = split.rounded(1 / split.experts_per_token)
     return {
-        "mlp.gate.weight": (router_ED * ROUTER_SCALE).to(dtype),
-        **expert_tensors(ffn, partition, gate, dtype),
+        "mlp.gate.weight": split.scaled_ED,
+        **expert_tensors(split, gate),
     }
 
 
 def balks(dense: Dense, shape: Shape) -> Reasons:
     """Scaled frequencies, windows and dense layers, which llama.cpp does not know here."""
-    return engine_reasons(dense, rope="llama.cpp", window="llama.cpp,MLX", dense_layers="llama.cpp")
+    return engine_reasons(
+        dense, shape, rope="llama.cpp", window="llama.cpp,MLX", dense_layers="llama.cpp"
+    )
 
 
 TARGET = Target(
@@ -74,5 +72,6 @@ TARGET = Target(
         dense, biases="qkvo", windows="all layers or none", dense_layers="any"
     ),
     balks=balks,
+    foreign=lambda dense: foreign_reasons(dense, normed="llama.cpp"),
     biases=lambda dense: "qkvo" if dense.biases else "",
 )

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moefy.families.family import Family
 from moefy.layout import FFN, Partition, Shape
 from moefy.shape import no_shared
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 ROUTER_SCALE = 2.0**-10
 """Router rows are written this small, so that every softmax gate is 1 / E to about 0.1 %."""
 
+LLAMA_CPP_MOST = 512
+"""Experts that llama.cpp is built for."""
+
 NAMES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
-"""An expert's tensors in most classes."""
+"""An expert's tensors in most classes: gate, up and down."""
+
+NUMBERED = ("w1.weight", "w3.weight", "w2.weight")
+"""The same in those that number them."""
+
+Tensors = dict[str, "Tensor"]
+"""By the name behind the layer's prefix."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,47 @@ class Dense:
         return [used and kind == "sliding_attention" for kind in types]
 
 
+@dataclass(frozen=True)
+class Split:
+    """A split FFN that is about to be written."""
+
+    ffn: FFN
+    partition: Partition
+    router_ED: Tensor
+    experts_per_token: int
+    dtype: torch.dtype
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.router_ED)
+
+    @property
+    def scaled_ED(self) -> Tensor:
+        """Router rows as they are written."""
+        return (self.router_ED * ROUTER_SCALE).to(self.dtype)
+
+    @property
+    def unbiased_E(self) -> Tensor:
+        """The selection bias as it is written: zeros in float32."""
+        return self.router_ED.new_zeros(self.num_experts).float()
+
+    def part(self, neurons: Tensor, scale: float = 1.0) -> FFN:
+        """The FFN of some of the neurons as it is written, `down_proj` times `scale`."""
+        return self.ffn.some(neurons, self.dtype, scale)
+
+    def rounded(self, value: float) -> float:
+        """`value` as `dtype` holds it: what a gate computed in that precision really is."""
+        import torch
+
+        return float(torch.tensor(value, dtype=torch.float64, device="cpu").to(self.dtype))
+
+
 Reasons = dict[str, str]
 """Engine -> why it cannot run the result, or not rightly."""
+
+Foreign = list[tuple[str, str]]
+"""The same as pairs of engines, by name and comma-separated, and a reason that they share."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +132,8 @@ class Target:
     model_type: str
     configure: Callable[[Dense, Shape], dict[str, Any]]
     """The configuration of the MoE class."""
-    tensors: Callable[[FFN, Partition, Tensor, int, torch.dtype], dict[str, Tensor]]
-    """(ffn, partition, router rows, experts per token, dtype) -> the MoE block's tensors, by the
-    name behind the layer's prefix."""
+    tensors: Callable[[Split], Tensors]
+    """The MoE block's tensors."""
     fits: Callable[[Shape], bool]
     """Whether a shape's shared neurons are of a number that the class can hold."""
     elastic: bool
@@ -96,6 +144,10 @@ class Target:
     """Why the class cannot hold this model exactly; None if it can."""
     balks: Callable[[Dense, Shape], Reasons] = lambda dense, shape: {}
     """Engines that know the class and yet would not run this model rightly, and why."""
+    foreign: Callable[[Dense], Foreign] = lambda dense: []
+    """Likewise, if the model is one of the class already: for what moefy never writes."""
+    selection_bias: bool = False
+    """Whether the class has a bias that moves which experts are chosen, and not their gates."""
     biases: Callable[[Dense], str] = lambda dense: ""
     """The attention's projections, of q, k, v and o, for which zeros are written where the dense
     model has no bias."""
@@ -185,6 +237,7 @@ def mismatch(
 
 def engine_reasons(
     dense: Dense,
+    shape: Shape,
     *,
     rope: str = "",
     window: str = "",
@@ -217,41 +270,51 @@ def engine_reasons(
         add(biases, "ignores the attention's biases in this class")
     if dense.left_dense:
         add(dense_layers, f"cannot load dense layers, and {len(dense.left_dense)} stay dense")
+    if shape.num_experts > LLAMA_CPP_MOST:
+        add("llama.cpp", f"has at most {LLAMA_CPP_MOST} experts, not {shape.num_experts}")
+    return found
+
+
+def foreign_reasons(
+    dense: Dense, *, head: str = "", theta: str = "", normed: str = "", unnormed: str = ""
+) -> Foreign:
+    """Which engines do not run what others than moefy may have written of a class, and why.
+
+    `head` need a head beside the embedding; `theta` read `rope_theta`, which newer versions of
+    transformers no longer write; `normed` and `unnormed` know one value of `norm_topk_prob`.
+    """
+    found = []
+    if dense.tied:
+        found.append((head, "needs lm_head.weight, and the head is the embedding"))
+    if dense.config.get("norm_topk_prob", False):
+        found.append((unnormed, "computes as if norm_topk_prob were false"))
+    else:
+        found.append((normed, "computes as if norm_topk_prob were true"))
+    if "rope_theta" not in dense.config:
+        found.append((theta, "reads rope_theta, which config.json lacks"))
     return found
 
 
 def expert_tensors(
-    ffn: FFN,
-    partition: Partition,
+    split: Split,
     gate: float,
-    dtype: torch.dtype,
     prefix: str = "mlp.experts.",
     names: tuple[str, str, str] = NAMES,
-) -> dict[str, Tensor]:
+) -> Tensors:
     """The routed experts as linear layers of their own, their `down_proj` divided by `gate`."""
     tensors = {}
-    for expert, neurons in enumerate(partition.experts_EN):
-        found = glu_tensors(ffn, neurons, 1 / gate, dtype)
-        tensors.update(
-            {f"{prefix}{expert}.{name}": t for name, t in zip(names, found, strict=True)}
-        )
+    for expert, neurons in enumerate(split.partition.experts_EN):
+        tensors |= _glu(split.part(neurons, 1 / gate), f"{prefix}{expert}.", names)
     return tensors
 
 
-def glu_tensors(
-    ffn: FFN, neurons: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate, up and down of some of the neurons, `down_proj` times `scale`."""
-    part = ffn.some(neurons, dtype, scale)
-    assert part.gate_FD is not None, "stock classes hold gated FFNs only"
-    return part.gate_FD, part.up_FD, part.down_DF
+def shared_tensors(split: Split, prefix: str, scale: float = 1.0) -> Tensors:
+    """The shared expert as linear layers, its `down_proj` times `scale`."""
+    return _glu(split.part(split.partition.shared_S, scale), prefix, NAMES)
 
 
-def named(prefix: str, tensors: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+def _glu(part: FFN, prefix: str, names: tuple[str, str, str]) -> Tensors:
     """Gate, up and down under a prefix."""
-    return {prefix + name: tensor for name, tensor in zip(NAMES, tensors, strict=True)}
-
-
-def rounded(value: float, dtype: torch.dtype) -> float:
-    """`value` as `dtype` holds it: what a gate computed in that precision really is."""
-    return float(torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype))
+    assert part.gate_FD is not None, "stock classes hold gated FFNs only"
+    found = (part.gate_FD, part.up_FD, part.down_DF)
+    return {prefix + name: tensor for name, tensor in zip(names, found, strict=True)}

@@ -1,0 +1,195 @@
+"""Tensors in safetensors files, in and out: one in memory at a time.
+
+Files are read and written by offset, without memory maps, so that resident memory is what is held
+and not what was touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moefy.errors import MoefyError
+from moefy.headers import BYTES, Entry
+from moefy.publish import BLOCK, write_json
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def read(name: str, entry: Entry) -> Tensor:
+    """The tensor of that name, as stored.
+
+    Raises:
+        MoefyError: code 3, when the file has shrunk since its header was read.
+    """
+    data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        if data.numel() and file.readinto(data.numpy().data) != data.numel():
+            raise MoefyError(f"{entry.file} ends inside tensor {name}; fetch the file again")
+    return data.view(DTYPES[entry.dtype]).view(entry.shape)
+
+
+def read_rows(entry: Entry, ids: Tensor) -> Tensor:
+    """Rows `ids` (any shape) of a matrix, float32, reading only those rows."""
+    width = entry.shape[1]
+    size = (entry.stop - entry.start) // entry.shape[0]
+    unique, inverse = torch.unique(ids, return_inverse=True)
+    data = torch.empty(len(unique) * size, dtype=torch.uint8)
+    view = data.numpy().data
+    with entry.file.open("rb") as file:
+        for place, row in enumerate(unique.tolist()):
+            file.seek(entry.start + row * size)
+            file.readinto(view[place * size : (place + 1) * size])
+    table = data.view(DTYPES[entry.dtype]).view(-1, width).float()
+    return table[inverse]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of the output before it is written: dtype code and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return math.prod(self.shape) * BYTES[self.dtype]
+
+
+class ShardWriter:
+    """Writes tensors in any order into shards whose layout is known from the start.
+
+    A shard's header is written last, by `finish`: until then no file can be mistaken for a model.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        slots: Mapping[str, Slot],
+        *,
+        name: str = "model",
+        shard_bytes: int = 5 * 10**9,
+    ) -> None:
+        self.folder, self.name = folder, name
+        self.total_bytes = sum(slot.num_bytes for slot in slots.values())
+        self._slots = slots
+        self._shards = _shards(slots, shard_bytes)
+        self._where: dict[str, tuple[Path, int]] = {}
+        self._headers: dict[Path, bytes] = {}
+        count = len(self._shards)
+        for number, group in enumerate(self._shards, 1):
+            file = folder / (
+                f"{name}.safetensors"
+                if count == 1
+                else f"{name}-{number:05d}-of-{count:05d}.safetensors"
+            )
+            header, start = _header({key: slots[key] for key in group})
+            self._headers[file] = header
+            for key in group:
+                self._where[key] = (file, start)
+                start += slots[key].num_bytes
+            with file.open("wb") as out:
+                out.truncate(start)
+        self._left = set(slots)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor in its place; it must have the dtype and shape of its slot."""
+        slot = self._slots[name]
+        assert CODES[tensor.dtype] == slot.dtype and tuple(tensor.shape) == slot.shape, name
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        self._put(name, [data.numpy().data])
+
+    def copy(self, name: str, entry: Entry) -> None:
+        """Copy a tensor's bytes from the file it lies in, block by block."""
+        assert self._slots[name].num_bytes == entry.stop - entry.start, name
+        self._put(name, _blocks(entry))
+
+    def _put(self, name: str, blocks: Iterable) -> None:
+        file, start = self._where[name]
+        with file.open("r+b") as out:
+            out.seek(start)
+            for block in blocks:
+                out.write(block)
+        self._left.discard(name)
+
+    def finish(self) -> list[Path]:
+        """Write headers and the index, and flush all to disk. Returns the files written."""
+        assert not self._left, f"never written: {sorted(self._left)[:3]}"
+        for file, header in self._headers.items():
+            with file.open("r+b") as out:
+                out.write(header)
+                out.flush()
+                os.fsync(out.fileno())
+        files = list(self._headers)
+        if len(files) > 1:
+            index = {
+                "metadata": {"total_size": self.total_bytes},
+                "weight_map": {name: file.name for name, (file, _) in sorted(self._where.items())},
+            }
+            files.append(write_json(self.folder / f"{self.name}.safetensors.index.json", index))
+        return files
+
+
+def _blocks(entry: Entry) -> Iterator[bytes]:
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        left = entry.stop - entry.start
+        while left:
+            block = file.read(min(BLOCK, left))
+            if not block:
+                raise MoefyError(f"{entry.file} ends early; fetch the file again")
+            left -= len(block)
+            yield block
+
+
+def _shards(slots: Mapping[str, Slot], most: int) -> list[list[str]]:
+    """Names in order, cut into groups of at most `most` bytes (a larger tensor stands alone)."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, slot in slots.items():
+        if shards[-1] and size + slot.num_bytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += slot.num_bytes
+    return shards
+
+
+def _header(slots: Mapping[str, Slot]) -> tuple[bytes, int]:
+    """The bytes of a safetensors header for these tensors in this order, and its length."""
+    spec: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, slot in slots.items():
+        stop = start + slot.num_bytes
+        spec[name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(spec, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, 8 + len(text)
