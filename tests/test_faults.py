@@ -371,7 +371,7 @@ FAULTS = [
         (CONFIG, "self_attn.q_proj.bias"),
         stage="tensors",
     ),
-    Fault("21 not gated", other_config(model_type="opt", ffn_dim=32), ("'opt'", "unknown"), 4),
+    Fault("21 not gated", other_config(model_type="bloom", n_embed=32), ("'bloom'", "unknown"), 4),
     Fault("21 activation", config(hidden_act="relu2"), ("relu2", "silu"), 4),
     Fault("21 odd activation", config(hidden_act=["silu"]), ("hidden_act", "gelu"), 4),
     Fault("22 config", config(quantization_config={"quant_method": "x"}), ("dequantise",), 4),
