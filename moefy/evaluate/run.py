@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy import __version__, data
+from moefy import __version__, data, families
 from moefy.errors import MoefyError
 from moefy.evaluate.controls import (
     MEANING,
@@ -52,6 +52,12 @@ def evaluate(
         MoefyError: code 3 when `run` is no whole run of moefy, or a text is too short.
     """
     summary = open_run(run)
+    if "ForCausalLM" not in families.load(summary["family"]).tasks:
+        raise MoefyError(
+            f"{summary['family']} has no next-token perplexity on plain text, by which models are "
+            "compared here; what each layer lost is in moefy/conversion.md",
+            code=4,
+        )
     recipe = Recipe(**read(run / "moefy" / "recipe.toml"))
     source = resolve(dense or recipe.model, revision=recipe.revision)
     tokenizer = data.load_tokenizer(source)
