@@ -25,6 +25,8 @@ class Method:
     fit: Callable[..., Router] | None
     """None for the static control, which routes nothing."""
     refit: bool
+    drift: float = 0.0
+    """Share of the drift of the residual stream that the refit makes good."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,26 @@ def convert_block(
     dtype: torch.dtype,
     seed: int,
     join: Callable[[Tensor], Tensor] | None = None,
+    dense_TD: Tensor | None = None,
 ) -> Block:
     """Split `ffn` on its inputs `x_TD`, of which the last `num_heldout` are only measured on.
 
     `residual_TD` is what the output is added to, having gone through `join`; it weighs the tokens
-    (see `Profile`).
+    (see `Profile`). `dense_TD` is what leaves the layer in the dense model.
 
     Raises:
         MoefyError: code 6, for outputs that are not finite.
     """
     clock = time.perf_counter()
-    profile = observe(ffn, x_TD, num_heldout=num_heldout, residual_TD=residual_TD, join=join)
+    profile = observe(
+        ffn,
+        x_TD,
+        num_heldout=num_heldout,
+        residual_TD=residual_TD,
+        join=join,
+        dense_TD=dense_TD,
+        drift=method.drift,
+    )
     if not profile.y_TD.isfinite().all() or not profile.energy_F.isfinite().all():
         raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
     generator = torch.Generator().manual_seed(seed)

@@ -91,7 +91,7 @@ def convert(
         float | None, typer.Option(help="FFN neurons that are always active, as a fraction.")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Layers to convert: `:`, `4:`, `0,3,7`. (default: all)")
+        str | None, typer.Option(help="Layers to convert: `:`, `4:`, `0,3,7`, `auto`. (default: all)")
     ] = None,
     partition: Annotated[
         str | None, typer.Option(help="alternating, shuffle or static. (default: alternating)")

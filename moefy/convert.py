@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy import __version__, data, output, report, walk
+from moefy import __version__, budget, data, output, report, walk
 from moefy.block import Block, convert_block
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
@@ -54,19 +54,26 @@ def convert(
     with publishing(out, force=force) as part:
         with _timed(seconds, "calibration text"):
             tokens = tokens or calibration_tokens(job, watch)
+        loss_L: list[float] = []
+        asked = job.recipe.active
+        if job.recipe.layers == budget.AUTO:
+            with _timed(seconds, "sensitivity"):
+                job, loss_L = budget.settle(job, tokens, watch)
         writer = ShardWriter(part, output.slots(job))
         with _timed(seconds, "copy"):
             output.copy(job, writer, watch)
         ends, figures, norms = [], [], {}
-        states_BTD = walk.embed(job.checkpoint, job.family, tokens.ids_BT, job.device)
+        # With a refit against drift, the dense model's states go along behind the converted one's.
+        ids_BT = torch.cat([tokens.ids_BT] * (2 if job.method.drift else 1))
+        states_BTD = walk.embed(job.checkpoint, job.family, ids_BT, job.device)
         with _timed(seconds, "layers"):
-            for layer, block in _walk(job, states_BTD, tokens.num_heldout, watch):
+            for layer, block in _walk(job, states_BTD, tokens, watch):
                 if isinstance(block, Block):
                     output.write_block(job, writer, layer, block)
                     figures.append({"layer": layer, **block.figures})
                     if block.router.oracle:
                         norms[layer] = block.norm_EN
-                ends.append(states_BTD[-1].clone())
+                ends.append(states_BTD[len(tokens.ids_BT) - 1].clone())
                 watch("layers", layer + 1, job.num_layers)
         with _timed(seconds, "write"):
             writer.finish()
@@ -80,6 +87,8 @@ def convert(
                 prepare=lambda model: attach(model, norms),
             )
         summary = _summary(job, tokens, figures, checked, seconds, started)
+        if loss_L:
+            summary["budget"] = {"active": asked, "kl_when_pruned_alone": loss_L}
         extra = {"ids": tokens.ids_BT.int(), **{f"norm.{n}": norm for n, norm in norms.items()}}
         _write_report(job, part, summary, extra)
     return summary
@@ -135,12 +144,15 @@ def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
 
 
 def _walk(
-    job: Job, states_BTD: Tensor, num_heldout: int, watch: Watch
+    job: Job, states_BTD: Tensor, tokens: data.Tokens, watch: Watch
 ) -> Iterator[tuple[int, Block | None]]:
-    """Yield each layer's converted block (None where dense), having moved the states past it."""
+    """Yield each layer's converted block (None where dense), having moved the states past it.
+
+    The first sequences of `states_BTD` are those of `tokens`; any others go through the dense FFNs.
+    """
     config = walk.model_config(job.checkpoint)
     activation = getattr(config, job.family.activation, "silu")
-    heldout = num_heldout * states_BTD.shape[1]
+    num_tokens, heldout = tokens.ids_BT.numel(), tokens.num_heldout * tokens.ids_BT.shape[1]
     for layer in range(job.num_layers):
         watch(f"layer {layer}: attention", layer, job.num_layers)
         ffn = walk.read_ffn(job.checkpoint, job.family, layer, activation, job.device)
@@ -150,27 +162,29 @@ def _walk(
         x_TD, join = walk.tap(job.checkpoint, job.family, config, layer, states_BTD)
         _check_states(x_TD, layer)
         flat_TD = states_BTD.view(x_TD.shape)
-        if layer not in job.layers:
-            for first in range(0, len(x_TD), 2048):
-                part = slice(first, first + 2048)
-                y_TD = ffn.activations(x_TD[part]) @ ffn.down_DF.T
-                flat_TD[part] += join(y_TD) if join else y_TD
+        converted = layer in job.layers
+        for first in range(num_tokens if converted else 0, len(x_TD), 2048):
+            part = slice(first, first + 2048)
+            y_TD = ffn.activations(x_TD[part]) @ ffn.down_DF.T
+            flat_TD[part] += join(y_TD) if join else y_TD
+        if not converted:
             yield layer, None
             continue
         watch(f"layer {layer}: split and route", layer, job.num_layers)
         seed = job.recipe.seed * 1_000_003 + layer
         block = convert_block(
             ffn,
-            x_TD,
-            flat_TD,
+            x_TD[:num_tokens],
+            flat_TD[:num_tokens],
             heldout,
             job.shape,
             job.method,
             dtype=job.dtype,
             seed=seed,
             join=join,
+            dense_TD=flat_TD[num_tokens:] if job.method.drift else None,
         )
-        flat_TD += join(block.y_TD) if join else block.y_TD
+        flat_TD[:num_tokens] += join(block.y_TD) if join else block.y_TD
         yield layer, block
 
 

@@ -103,7 +103,8 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     family = families.load(str(checkpoint.config["model_type"]))
     notes = check_tensors(checkpoint, family)
     num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
-    layers = chosen_layers(recipe.layers, num_layers)
+    # "auto" is settled from weights (see `budget`); until then it stands for all.
+    layers = chosen_layers(":" if recipe.layers == "auto" else recipe.layers, num_layers)
     dense = describe(checkpoint, family, layers)
     if method.fit is None:
         target, reason = narrower(family), "the dense class itself, for it routes nothing"
@@ -225,7 +226,8 @@ def _method(recipe: Recipe, control: bool) -> Method:
         )
     split = _stage("partition", recipe.partition, "split", recipe.partition_options)
     fit = _stage("route", recipe.router, "fit", recipe.router_options)
-    return Method(split, None if recipe.partition == "static" else fit, recipe.refit)
+    routed = None if recipe.partition == "static" else fit
+    return Method(split, routed, recipe.refit, recipe.drift if recipe.refit else 0.0)
 
 
 def _stage(

@@ -131,6 +131,13 @@ class Profile:
     energy_F: Tensor
     """Mean scaled output energy h^2 * |down column|^2 of each neuron over the fitting tokens."""
     h_TF: Tensor | None = None
+    aim_TD: Tensor | None = None
+    """What the outputs should be, scaled, where that is not what the dense FFN answers."""
+
+    @property
+    def goal_TD(self) -> Tensor:
+        """What the outputs should be, scaled."""
+        return self.y_TD if self.aim_TD is None else self.aim_TD
 
     @property
     def num_fit(self) -> int:

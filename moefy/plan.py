@@ -62,7 +62,7 @@ def _memory(job: Job) -> int:
     hidden, neurons = job.size("hidden_size"), job.shape.num_neurons
     tokens = job.recipe.tokens
     layer = 4 * (3 * hidden * neurons + 4 * hidden * hidden)
-    states = 4 * tokens * hidden * 4
+    states = 4 * tokens * hidden * (8 if job.method.drift else 4)
     activations = min(1 << 30, 4 * tokens * neurons)
     sample = 4 * min(tokens, 8192) * neurons * 2
     used = neurons if job.method.fit is not None else job.shape.num_active
@@ -80,6 +80,8 @@ def _seconds(job: Job) -> float:
     attention = tokens * (8 * hidden * hidden + 4 * hidden * job.recipe.sequence_length)
     ffn = tokens * 8 * hidden * neurons
     refit = 2 * tokens * neurons * (neurons + 2 * hidden) + 4 * neurons**3 // 3
+    if job.method.drift:  # the dense model's states go along
+        attention, ffn = 2 * attention, ffn + tokens * 6 * hidden * neurons
     per_layer = attention + ffn + (refit if job.recipe.refit else 0)
     return OVERHEAD * per_layer * job.num_layers / _speed(job.device)
 

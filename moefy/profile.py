@@ -16,11 +16,11 @@ CHUNK = 2048
 def chunks(
     ffn: FFN, profile: Profile, part: str = "fit"
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield inputs (T, D), scaled activations (T, F) and scaled dense outputs (T, D) of `part`."""
+    """Yield inputs (T, D), scaled activations (T, F) and what the output aims at (T, D)."""
     start, stop = profile.span(part)
     for first in range(start, stop, CHUNK):
         tokens = slice(first, min(first + CHUNK, stop))
-        yield profile.x_TD[tokens], activations(ffn, profile, tokens), profile.y_TD[tokens]
+        yield profile.x_TD[tokens], activations(ffn, profile, tokens), profile.goal_TD[tokens]
 
 
 def activations(ffn: FFN, profile: Profile, tokens: slice) -> Tensor:
@@ -37,15 +37,22 @@ def observe(
     num_heldout: int,
     residual_TD: Tensor | None = None,
     join: Callable[[Tensor], Tensor] | None = None,
+    dense_TD: Tensor | None = None,
+    drift: float = 0.0,
     cache_bytes: int = 1 << 30,
 ) -> Profile:
     """Profile `ffn` on the inputs `x_TD`, of which the last `num_heldout` are held out.
 
     `residual_TD` is what the output is added to, having gone through `join` where a layer does more
-    than add; without it all tokens weigh the same.
+    than add; without it all tokens weigh the same. `dense_TD` is what leaves the layer in the dense
+    model; the layers below, converted already, have let the residual stream drift from it, and the
+    FFN aims at making good the share `drift` of that.
+
+    Source: `drift` is the propagation strength of QEP (arXiv 2504.09629), which corrects the
+    weights of a quantised layer for the errors of those below it.
     """
     keep = x_TD.shape[0] * ffn.num_neurons * 4 <= cache_bytes
-    kept, outputs, scales = [], [], []
+    kept, outputs, aims, scales = [], [], [], []
     num_fit = x_TD.shape[0] - num_heldout
     total_F = torch.zeros(ffn.num_neurons, dtype=torch.float64, device=x_TD.device)
     for first in range(0, x_TD.shape[0], CHUNK):
@@ -54,10 +61,15 @@ def observe(
         scale_T = torch.ones_like(y_TD[:, 0])
         if residual_TD is not None:
             added_TD = join(y_TD) if join else y_TD
-            leaving_T = (residual_TD[first : first + CHUNK] + added_TD).norm(dim=1)
-            scale_T = leaving_T.clamp_min(1e-6).reciprocal_()
+            leaving_TD = residual_TD[first : first + CHUNK] + added_TD
+            scale_T = leaving_TD.norm(dim=1).clamp_min(1e-6).reciprocal_()
             if join:  # an error in the output arrives as much larger as the output itself does
                 scale_T *= added_TD.norm(dim=1) / y_TD.norm(dim=1).clamp_min(1e-12)
+            if dense_TD is not None and drift:
+                lacking_TD = (dense_TD[first : first + CHUNK] - leaving_TD).mul_(drift)
+                if join:  # what has to enter it, so that this leaves it
+                    lacking_TD.mul_(y_TD).div_(added_TD).nan_to_num_(0.0, 0.0, 0.0)
+                aims.append(lacking_TD.add_(y_TD).mul_(scale_T[:, None]))
         h_TF.mul_(scale_T[:, None])
         total_F += h_TF[: max(num_fit - first, 0)].square().sum(0)
         outputs.append(y_TD.mul_(scale_T[:, None]))
@@ -66,7 +78,9 @@ def observe(
             kept.append(h_TF)
     energy_F = (total_F / num_fit).float() * ffn.down_norm_sq_F
     h_TF = torch.cat(kept) if keep else None
-    return Profile(x_TD, torch.cat(outputs), torch.cat(scales), num_heldout, energy_F, h_TF)
+    y_TD = torch.cat(outputs)
+    aim_TD = torch.cat(aims) if aims else y_TD
+    return Profile(x_TD, y_TD, torch.cat(scales), num_heldout, energy_F, h_TF, aim_TD)
 
 
 def expert_energies(ffn: FFN, profile: Profile, partition: Partition, part: str) -> Tensor:

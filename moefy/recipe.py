@@ -26,10 +26,13 @@ class Recipe:
     experts_per_token: int | None = None
     shared: float | None = None
     layers: str = ":"
-    """Layers to convert: `:` all, `4:` from the fifth on, `0,3,7` these; the rest stay dense."""
+    """Layers to convert: `:` all, `4:` from the fifth on, `0,3,7` these; the rest stay dense.
+    `auto` keeps those dense that would lose most; `active` then counts all layers."""
     partition: str = "alternating"
     router: str = "linear"
     refit: bool = True
+    drift: float = 0.5
+    """Share of what the residual stream has lost in the layers below that a refit makes good."""
     target: str = "auto"
     engines: str = ""
     """Engines that must run the result, comma-separated; they narrow `target`."""
@@ -115,7 +118,7 @@ def chosen_layers(text: str, num_layers: int) -> list[int]:
         if not 0 <= start < stop <= num_layers:
             raise MoefyError(
                 f"--layers {text}: {part.strip()!r} names no layers of 0 to {num_layers - 1}; "
-                "expected forms like `:`, `4:`, `0,3,7`",
+                "expected forms like `:`, `4:`, `0,3,7`, or `auto`",
                 code=2,
             )
         found.update(range(start, stop))
@@ -175,6 +178,8 @@ def _check_ranges(recipe: Recipe) -> None:
     ):
         if value < least:
             raise MoefyError(f"{name} is {value}; expected at least {least}", code=2)
+    if not 0 <= recipe.drift <= 1:
+        raise MoefyError(f"drift is {recipe.drift:g}; expected a share from 0 to 1", code=2)
     if recipe.seed >= 2**32:  # layers draw from seed * 1,000,003 + layer, which 64 bits must hold
         raise MoefyError(f"--seed is {recipe.seed}; expected less than {2**32}", code=2)
 

@@ -22,7 +22,10 @@ ROUNDING = 1e-10
 
 @dataclass(frozen=True)
 class Refit:
-    """New `down_DF` and its relative output errors |y' - y| / |y| (held-out tokens, or `fit`)."""
+    """New `down_DF` and its relative output errors |y' - y| / |y| (held-out tokens, or `fit`).
+
+    y is what the output aims at (see `profile.observe`): the dense output, but for drift.
+    """
 
     down_DF: Tensor
     error_before: float
@@ -43,9 +46,9 @@ def refit(
 ) -> Refit:
     """Correct `down_proj` by ridge regression under the actual routing, if that helps.
 
-    With H the activations that run (zero elsewhere) and R = Y - H W' what they miss of the dense
-    output Y, the correction dW' = (H'H + s * mean(diag) * I)^-1 H'R minimises the missing output
-    and stays near the dense weights. The strength s with the least held-out error wins; the
+    With H the activations that run (zero elsewhere) and R = Y - H W' what they miss of the output Y
+    that is aimed at, the correction dW' = (H'H + s * mean(diag) * I)^-1 H'R minimises the missing
+    output and stays near the dense weights. The strength s with the least held-out error wins; the
     dense weights are kept when none is below theirs.
 
     Source: the least squares of SparseGPT (arXiv 2301.00774), over a mask that routing sets per
@@ -104,7 +107,7 @@ def _used(partition: Partition) -> Tensor:
 def _runs(
     ffn: FFN, profile: Profile, partition: Partition, router: Router, k: int, part: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the activations that run (T, F) and the dense output (T, D), chunk by chunk."""
+    """Yield the activations that run (T, F) and what the output aims at (T, D), chunk by chunk."""
     for x_TD, h_TF, y_TD in chunks(ffn, profile, part):
         if len(partition.experts_EN):
             mask_TE = choose(ffn, partition, router, k, x_TD, h_TF)

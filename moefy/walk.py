@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from moefy.checkpoint import Checkpoint
 from moefy.families.family import Family
@@ -82,8 +82,9 @@ def tap(
     the FFN's outputs go through before they are added.
 
     `states_BTD` holds the states that enter the layer and is overwritten with those that leave it
-    less the FFN's part, which the caller adds. The layer is transformers' own, run inside its own
-    model class, so masks and rotary embeddings are the family's.
+    less the FFN's part, which the caller adds; a bias behind the FFN is in them. The layer is
+    transformers' own, run inside its own model class, so masks and rotary embeddings are the
+    family's.
     """
     model, block, seen = _one_layer(checkpoint, family, config, layer, states_BTD.device)
     x_BTD = torch.empty_like(states_BTD)
@@ -101,17 +102,36 @@ def tap(
             model(inputs_embeds=part, use_cache=False)
             part.copy_(leaving[0])
             x_BTD[first : first + batch] = seen.seen
-    return x_BTD.view(-1, x_BTD.shape[-1]), _join(checkpoint, family, layer, block)
+    if family.down_bias:
+        name = family.layer.format(layer=layer) + family.down_bias
+        states_BTD += checkpoint.tensor(name).float().to(states_BTD.device)
+    return x_BTD.view(-1, x_BTD.shape[-1]), family.join(block) if family.join else None
 
 
-def _join(checkpoint: Checkpoint, family: Family, layer: int, block: Any) -> Join:
-    """What the FFN's outputs go through before a layer adds them."""
-    behind = family.join(block) if family.join else None
-    if family.down_bias is None:
-        return behind
-    name = family.layer.format(layer=layer) + family.down_bias
-    bias_D = checkpoint.tensor(name).float().to(next(block.parameters()).device)
-    return lambda y_TD: behind(y_TD + bias_D) if behind else y_TD + bias_D
+def ending(
+    checkpoint: Checkpoint, family: Family, config: PreTrainedConfig
+) -> Callable[[Tensor], Tensor]:
+    """A function from states that leave the last layer, (T, D), to the logits, (T, V).
+
+    Norm and head are those of transformers' own class, of which one layer is loaded.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder,
+        config=some_layers(config, 0, 1),
+        dtype="auto",
+        local_files_only=True,
+    ).eval()
+    given: list[Tensor] = []
+    block: Any = model.get_submodule(family.layer.format(layer=0).rstrip("."))
+    block.register_forward_hook(lambda module, args, out: given[0])
+
+    @torch.inference_mode()
+    def logits(states_TD: Tensor) -> Tensor:
+        given[:] = [states_TD[None].to(model.dtype).cpu()]
+        # The embeddings go unread.
+        return model(inputs_embeds=given[0], use_cache=False).logits[0]
+
+    return logits
 
 
 def some_layers(config: PreTrainedConfig, first: int, last: int) -> PreTrainedConfig:

@@ -22,6 +22,7 @@ EVERYTHING = Recipe(
     partition="shuffle",
     router="random",
     refit=False,
+    drift=0.25,
     target="qwen2_moe",
     engines="vllm,llama.cpp",
     calibration="text.txt",

@@ -261,3 +261,49 @@ def test_an_expert_is_corrected_under_the_tokens_that_it_gets():
     assert routed.error_after < 0.05
     everywhere = refit(ffn, profile, keep(6), NOTHING_ROUTED, 0)
     assert everywhere.error_after > 0.5
+
+
+# Drift: what the layers below have lost
+
+
+def drifted(join=None, *, drift: float = 1.0):
+    """An FFN whose stream came with an error that its own activations tell."""
+    ffn = random_ffn(3)
+    x_TD, residual_TD = torch.randn(2, 300, 12, generator=seeded(4))
+    added_TD = ffn.activations(x_TD) @ ffn.down_DF.T
+    leaving_TD = residual_TD + (join(added_TD) if join else added_TD)
+    lost_TD = ffn.activations(x_TD) @ torch.randn(48, 12, generator=seeded(5)) * 0.05
+    profile = observe(
+        ffn,
+        x_TD,
+        num_heldout=100,
+        residual_TD=residual_TD,
+        join=join,
+        dense_TD=leaving_TD + lost_TD,
+        drift=drift,
+    )
+    return ffn, profile, lost_TD
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.5, 1.0])
+def test_the_output_aims_at_a_share_of_what_is_lacking(drift):
+    _, profile, lost_TD = drifted(drift=drift)
+    wanted_TD = profile.y_TD + drift * lost_TD * profile.scale_T[:, None]
+    torch.testing.assert_close(profile.goal_TD, wanted_TD)
+
+
+def test_what_enters_a_join_makes_what_leaves_it():
+    _, profile, lost_TD = drifted(lambda y_TD: 0.25 * y_TD)
+    wanted_TD = profile.y_TD + 4 * lost_TD * profile.scale_T[:, None]
+    torch.testing.assert_close(profile.goal_TD, wanted_TD)
+
+
+def test_a_refit_makes_good_what_its_activations_tell():
+    """All neurons run, so nothing but the drift is there to fit; without it nothing is."""
+    every = Partition(torch.arange(48), torch.zeros(0, 0, dtype=torch.long))
+    ffn, profile, _ = drifted()
+    found = refit(ffn, profile, every, NOTHING_ROUTED, 0)
+    assert found.error_after < 0.2 * found.error_before
+    ffn, profile, _ = drifted(drift=0.0)
+    found = refit(ffn, profile, every, NOTHING_ROUTED, 0)
+    assert found.strength is None and found.error_before < 1e-6

@@ -1,0 +1,125 @@
+"""The layers that stay dense are those whose loss the stock model itself feels most."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moefy import budget
+from moefy.convert import calibration_tokens, convert
+from moefy.errors import MoefyError
+from moefy.job import Job, prepare
+from moefy.recipe import build, read
+
+LAYERS, LOUD = 6, 3
+
+
+@pytest.fixture
+def loud(own_pico) -> Path:
+    """A model of six layers, of which one writes twenty times as much as any other."""
+    folder = own_pico("llama", num_hidden_layers=LAYERS)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for layer in range(LAYERS):
+        tensors[f"model.layers.{layer}.mlp.down_proj.weight"] *= 6.0 if layer == LOUD else 0.3
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def job_of(model: Path, text: Path, **recipe: Any) -> Job:
+    few = {"tokens": 1024, "sequence_length": 64, "calibration": str(text), "layers": "auto"}
+    return prepare(build(None, {"model": str(model), **few, **recipe}, []))
+
+
+def silent(*_: object) -> None:
+    pass
+
+
+def test_sensitivities_are_what_the_stock_model_loses(loud, text, monkeypatch):
+    job = job_of(loud, text)
+    tokens = calibration_tokens(job, silent)
+    blocks = []
+
+    def noted(*args: Any, **options: Any):
+        blocks.append(convert_block(*args, **options))
+        return blocks[-1]
+
+    convert_block = budget.convert_block
+    monkeypatch.setattr(budget, "convert_block", noted)
+    found = budget.sensitivities(job, tokens, silent)
+    assert len(found) == len(blocks) == LAYERS
+    assert found.index(max(found)) == LOUD
+    probes = tokens.ids_BT[-min(budget.PROBES, tokens.num_heldout) :]
+    dense = AutoModelForCausalLM.from_pretrained(loud).eval()
+    with torch.inference_mode():
+        wanted_BTV = dense(probes).logits.log_softmax(-1)
+        for layer, block in enumerate(blocks):
+            pruned = AutoModelForCausalLM.from_pretrained(loud).eval()
+            down = pruned.model.layers[layer].mlp.down_proj
+            down.weight.zero_()
+            kept = block.partition.shared_S
+            assert 0 < len(kept) < 96
+            down.weight[:, kept] = block.ffn.down_DF[:, kept]
+            loss_BTV = wanted_BTV.exp() * (wanted_BTV - pruned(probes).logits.log_softmax(-1))
+            assert found[layer] == pytest.approx(float(loss_BTV.sum(-1).mean()), rel=1e-3)
+
+
+def test_auto_leaves_the_loud_layer_dense_and_shrinks_the_others(loud, text, tmp_path):
+    job = job_of(loud, text)
+    summary = convert(job, tmp_path / "out")
+    assert LOUD in summary["layers_left_dense"]
+    dense = len(summary["layers_left_dense"])
+    left = summary["shape"]["active_fraction"]
+    assert left < 0.5
+    assert (dense + (LAYERS - dense) * left) / LAYERS == pytest.approx(0.5, abs=0.01)
+    assert (
+        AutoConfig.from_pretrained(tmp_path / "out").mlp_only_layers
+        == (summary["layers_left_dense"])
+    )
+    told = json.loads((tmp_path / "out" / "moefy" / "conversion.json").read_text())["budget"]
+    assert told["active"] == 0.5 and len(told["kl_when_pruned_alone"]) == LAYERS
+
+
+def test_the_recipe_that_is_kept_names_the_layers_and_gives_the_same_bytes(loud, text, tmp_path):
+    convert(job_of(loud, text), tmp_path / "auto")
+    again = prepare(build(None, read(tmp_path / "auto" / "moefy" / "recipe.toml"), []))
+    assert again.recipe.layers != "auto"
+    convert(again, tmp_path / "again")
+    first, second = ((tmp_path / name / "model.safetensors") for name in ("auto", "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_class_that_can_leave_no_layer_dense_converts_all(loud, text):
+    job = job_of(loud, text, target="mixtral")
+    settled, loss_L = budget.settle(job, calibration_tokens(job, silent), silent)
+    assert settled.layers == list(range(LAYERS)) and settled.recipe.active == 0.5
+    assert len(loss_L) == LAYERS
+
+
+def test_layers_of_equal_sensitivity_are_not_worth_a_dense_one():
+    assert budget._promised([1.0] * 10, 0.5, 0) == pytest.approx(10)
+    assert all(
+        budget._promised([1.0] * 10, 0.5, n) >= 10 * 10 ** (budget.GROWTH - 1) / 1.5
+        for n in range(5)
+    )
+    assert budget._promised([9.0] + [1.0] * 9, 0.5, 1) < budget._promised([9.0] + [1.0] * 9, 0.5, 0)
+    assert budget._promised([1.0] * 10, 0.5, 9) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("layers", "written"), [([0, 1, 2], "0:3"), ([1, 3, 4], "1:2,3:5"), ([5], "5:6")]
+)
+def test_layers_are_written_as_the_option_takes_them(layers, written):
+    from moefy.recipe import chosen_layers
+
+    assert budget._ranges(layers) == written
+    assert chosen_layers(written, 6) == layers
+
+
+def test_an_unknown_word_is_still_refused(loud, text):
+    with pytest.raises(MoefyError, match="auto"):
+        job_of(loud, text, layers="most")
