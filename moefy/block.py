@@ -25,6 +25,8 @@ class Method:
     fit: Callable[..., Router] | None
     """None for the static control, which routes nothing."""
     refit: bool
+    refine: Callable[..., Router] | None = None
+    """Fits the router again to what a refit has left, where the router's file has a way to."""
     drift: float = 0.0
     """Share of the drift of the residual stream that the refit makes good."""
 
@@ -81,13 +83,24 @@ def convert_block(
     generator = torch.Generator().manual_seed(seed)
     partition = method.split(ffn, profile, shape, generator=generator)
     router = _no_router(ffn)
+    # Where all experts run there is nothing to choose, and zero rows make every gate one.
+    choice = 1.0 if shape.experts_per_token < shape.num_experts else 0.0
+
+    def stored(router: Router) -> Router:
+        return Router((router.weight_ED * choice).to(dtype).float(), router.oracle)
+
     if method.fit is not None:
-        router = method.fit(ffn, profile, partition, shape, generator=generator)
-        # Where all experts run there is nothing to choose, and zero rows make every gate one.
-        choice = 1.0 if shape.experts_per_token < shape.num_experts else 0.0
-        router = Router((router.weight_ED * choice).to(dtype).float(), router.oracle)
+        router = stored(method.fit(ffn, profile, partition, shape, generator=generator))
     k = shape.experts_per_token if method.fit is not None else 0
     fitted = refit(ffn, profile, partition, router, k, enabled=method.refit)
+    if method.refine is not None and choice and fitted.strength is not None:
+        changed = dataclasses.replace(ffn, down_DF=fitted.down_DF)
+        again = stored(
+            method.refine(changed, profile, partition, shape, router, generator=generator)
+        )
+        refitted = refit(ffn, profile, partition, again, k)
+        if refitted.error_after < fitted.error_after:
+            router, fitted = again, refitted
     kept = dataclasses.replace(ffn, down_DF=fitted.down_DF.to(dtype).float())
     y_TD = torch.cat(
         [

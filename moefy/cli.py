@@ -91,7 +91,8 @@ def convert(
         float | None, typer.Option(help="FFN neurons that are always active, as a fraction.")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Layers to convert: `:`, `4:`, `0,3,7`, `auto`. (default: all)")
+        str | None,
+        typer.Option(help="Layers to convert: `:`, `4:`, `0,3,7`, `auto`. (default: all)"),
     ] = None,
     partition: Annotated[
         str | None, typer.Option(help="alternating, shuffle or static. (default: alternating)")

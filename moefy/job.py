@@ -226,19 +226,29 @@ def _method(recipe: Recipe, control: bool) -> Method:
         )
     split = _stage("partition", recipe.partition, "split", recipe.partition_options)
     fit = _stage("route", recipe.router, "fit", recipe.router_options)
-    routed = None if recipe.partition == "static" else fit
-    return Method(split, routed, recipe.refit, recipe.drift if recipe.refit else 0.0)
+    if recipe.partition == "static" or not recipe.refit:
+        refine = None
+    else:
+        refine = _stage("route", recipe.router, "refine", recipe.router_options)
+    return Method(
+        split,
+        None if recipe.partition == "static" else fit,
+        recipe.refit,
+        refine,
+        recipe.drift if recipe.refit else 0.0,
+    )
 
 
-def _stage(
-    package: str, name: str, function: str, options: Mapping[str, Any]
-) -> Callable[..., Any]:
+def _stage(package: str, name: str, function: str, options: Mapping[str, Any]) -> Any:
+    """The function of that name in the file of that name, if it has one."""
     folder = Path(__file__).parent / package
     known = sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
     flag = {"partition": "--partition", "route": "--router"}[package]
     if name not in known:
         raise MoefyError(f"unknown {flag} {name!r}; {nearest(name, known)}", code=2)
-    stage = getattr(importlib.import_module(f"moefy.{package}.{name}"), function)
+    stage = getattr(importlib.import_module(f"moefy.{package}.{name}"), function, None)
+    if stage is None:
+        return None
     legal = {
         key: parameter.default
         for key, parameter in inspect.signature(stage).parameters.items()

@@ -12,6 +12,9 @@ from moefy.layout import FFN, Partition, Profile, Router
 CHUNK = 2048
 """Tokens whose activations are in memory at a time."""
 
+GAINS = 1 << 24
+"""Numbers in memory at a time when experts' outputs are compared."""
+
 
 def chunks(
     ffn: FFN, profile: Profile, part: str = "fit"
@@ -88,6 +91,37 @@ def expert_energies(ffn: FFN, profile: Profile, partition: Partition, part: str)
     return torch.cat(
         [energies_of(ffn, partition, h_TF) for _, h_TF, _ in chunks(ffn, profile, part)]
     )
+
+
+def gains(ffn: FFN, profile: Profile, partition: Partition, router: Router, k: int) -> Tensor:
+    """Squared output error that each expert takes away on each token, shape (T, E).
+
+    With r the error that is left and c the expert's output: |r + c|^2 - |r|^2 for an expert that
+    the router chooses, and for another |r|^2 - |r - c|^2 in the place of the weakest chosen one.
+    """
+    found = []
+    rows = max(1, GAINS // (len(partition.experts_EN) * ffn.hidden_size))
+    for x_TD, h_TF, goal_TD in chunks(ffn, profile, "all"):
+        mask_TE = choose(ffn, partition, router, k, x_TD, h_TF)
+        run_TF = h_TF * active_neurons(partition, mask_TE, ffn.num_neurons)
+        left_TD = goal_TD - run_TF @ ffn.down_DF.T
+        for part in zip(h_TF.split(rows), left_TD.split(rows), mask_TE.split(rows), strict=True):
+            found.append(_gains(ffn, partition, *part))
+    return torch.cat(found)
+
+
+def _gains(
+    ffn: FFN, partition: Partition, h_TF: Tensor, left_TD: Tensor, mask_TE: Tensor
+) -> Tensor:
+    part_TED = torch.stack(
+        [h_TF[:, neurons] @ ffn.down_DF[:, neurons].T for neurons in partition.experts_EN], 1
+    )
+    square_TE = part_TED.square().sum(2)
+    chosen_TE = 2 * torch.einsum("td,ted->te", left_TD, part_TED) + square_TE
+    weakest_T = chosen_TE.masked_fill(mask_TE == 0, float("inf")).argmin(1)
+    without_TD = left_TD + part_TED[torch.arange(len(h_TF)), weakest_T]
+    other_TE = 2 * torch.einsum("td,ted->te", without_TD, part_TED) - square_TE
+    return torch.where(mask_TE == 1, chosen_TE, other_TE)
 
 
 def energies_of(ffn: FFN, partition: Partition, h_TF: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from planted import (
     seeded,
 )
 
+from moefy import profile as profiles
 from moefy.layout import Partition, Profile, Router, Shape
 from moefy.partition import shuffle
 from moefy.profile import (
@@ -283,3 +284,34 @@ def test_ridge_survives_a_matrix_that_rounding_left_indefinite():
     wanted_A = 1 / (np.array([1.0, 1.0, -1e-3]) + damping)
     np.testing.assert_allclose(solution_AB[:, 0], wanted_A, rtol=1e-3)
     assert torch.equal(gram_AA, torch.diag(torch.tensor([1.0, 1.0, -1e-3])))
+
+
+# What experts are worth beside the others
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_gains_are_differences_of_squared_errors(k, monkeypatch):
+    monkeypatch.setattr(profiles, "GAINS", 100)  # several parts
+    ffn = random_ffn(0)
+    shape = dataclasses.replace(SHAPE, experts_per_token=k)
+    profile = observe(ffn, torch.randn(60, 12, generator=seeded(1)), num_heldout=20)
+    partition = shuffle.split(ffn, profile, shape, generator=seeded(0))
+    router = FITS["random"](ffn, profile, partition, shape, generator=seeded(0))
+    changed = dataclasses.replace(ffn, down_DF=ffn.down_DF * 1.1)
+    found_TE = profiles.gains(changed, profile, partition, router, k)
+    parts = [(profile.h_TF[:, n] @ changed.down_DF[:, n].T).double() for n in partition.experts_EN]
+    shared_TD = profile.h_TF[:, partition.shared_S] @ changed.down_DF[:, partition.shared_S].T
+    score_TE = profile.x_TD @ router.weight_ED.T
+
+    def error(token: int, experts: set[int]) -> float:
+        made_D = shared_TD[token].double() + sum(parts[e][token] for e in experts)
+        return float((profile.y_TD[token].double() - made_D).square().sum())
+
+    for token in range(60):
+        chosen = set(score_TE[token].topk(k).indices.tolist())
+        worth = {e: error(token, chosen - {e}) - error(token, chosen) for e in chosen}
+        rest = chosen - {min(worth, key=worth.__getitem__)}
+        for expert in set(range(shape.num_experts)) - chosen:
+            worth[expert] = error(token, rest) - error(token, rest | {expert})
+        wanted_E = [worth[expert] for expert in range(shape.num_experts)]
+        np.testing.assert_allclose(found_TE[token].numpy(), wanted_E, rtol=1e-3, atol=1e-5)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moefy.layout import FFN, Partition, Profile, Router, Shape
-from moefy.profile import expert_energies, top_mask
+from moefy.profile import expert_energies, gains, top_mask
 from moefy.solve import scorer
 
 
@@ -28,13 +28,49 @@ def fit(
     are judged on the held-out tokens by the energy that the hard choice captures, and the rows
     that captured most are returned: the closed form, if no step improved on it.
     """
-    energy_TE = expert_energies(ffn, profile, partition, "fit")
-    x_TD = profile.x_TD[: profile.num_fit]
+    worth_TE = expert_energies(ffn, profile, partition, "all")
+    return _fit(profile, worth_TE, shape, generator, strength, steps, batch, learning_rate)
+
+
+def refine(
+    ffn: FFN,
+    profile: Profile,
+    partition: Partition,
+    shape: Shape,
+    router: Router,
+    *,
+    generator: torch.Generator,
+    strength: float = 1e-2,
+    steps: int = 100,
+    batch: int = 2048,
+    learning_rate: float = 1e-2,
+) -> Router:
+    """Fit again, to what the experts of a refitted `ffn` are worth beside those `router` chooses.
+
+    The worth of an expert on a token is the squared error that it takes away (`gains`). Energies
+    know neither what the refit has made up for nor what the experts of a token say alike.
+    """
+    worth_TE = gains(ffn, profile, partition, router, shape.experts_per_token)
+    worth_TE -= worth_TE.min(1, keepdim=True).values  # only differences decide
+    return _fit(profile, worth_TE, shape, generator, strength, steps, batch, learning_rate)
+
+
+def _fit(
+    profile: Profile,
+    worth_TE: Tensor,
+    shape: Shape,
+    generator: torch.Generator,
+    strength: float,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+) -> Router:
+    """Rows whose k highest scores have most of the worth, which is at least zero."""
+    energy_TE, held_energy_TE = worth_TE[: profile.num_fit], worth_TE[profile.num_fit :]
+    x_TD, held_x_TD = profile.x_TD[: profile.num_fit], profile.x_TD[profile.num_fit :]
     weight_ED = scorer(x_TD, strength)(energy_TE)
     if steps == 0 or shape.experts_per_token == shape.num_experts:
         return Router(weight_ED)
-    held_x_TD = profile.x_TD[profile.num_fit :]
-    held_energy_TE = expert_energies(ffn, profile, partition, "heldout")
 
     def captured(rows_ED: Tensor) -> float:
         mask_TE = top_mask(held_x_TD @ rows_ED.T, shape.experts_per_token)
