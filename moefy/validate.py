@@ -123,13 +123,16 @@ def _check_layers(path: Path, config: Config, entries: Mapping[str, Entry]) -> N
 
 
 def _attention(config: Config, prefix: str, entries: Mapping[str, Entry]) -> Shapes:
-    """Shapes of a layer's projections, if they have their usual names; of heads as wide as the
-    queries have them where the configuration does not say."""
+    """Shapes of a layer's projections, as far as they have their usual names.
+
+    Heads are as wide as in the queries where the configuration does not say; keys and values are
+    left out where it does not say how many there are, for the defaults of the classes differ.
+    """
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    groups = config.get("num_key_value_heads") or heads
-    units = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
+    groups = config.get("num_key_value_heads")
+    units = {"q_proj": heads, **({"k_proj": groups, "v_proj": groups} if groups else {})}
     if f"{prefix}qkv_proj.weight" in entries:
-        units = {"qkv_proj": heads + 2 * groups}
+        units = {"qkv_proj": heads + 2 * (groups or heads)}
     first, count = next(iter(units.items()))
     if f"{prefix}{first}.weight" not in entries:
         return {}
