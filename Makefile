@@ -12,7 +12,7 @@ VLLM_INSTALLED := .venv-vllm/.installed-$(VLLM)
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-engines check format bench
+.PHONY: help demo test test-engines check format bench bench-quality
 
 help: ## list the targets (the default)
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -35,6 +35,10 @@ check: $(INSTALLED) ## check format, lint and types; change nothing
 format: $(INSTALLED) ## format the code and mend what the linter can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+# QUALITY: the model, --calibration FILE, --text FILE (several), --out DIR, and --quick for minutes.
+bench-quality: $(INSTALLED) ## compare ours with other methods: make bench-quality QUALITY="MODEL ..."
+	$(BIN)/python benchmarks/quality.py $(QUALITY)
 
 bench: $(INSTALLED) ## measure the speed of converted models against dense ones
 	$(BIN)/python benchmarks/speed.py

@@ -1,9 +1,9 @@
-"""Quality at several active fractions: ours against dense and the controls, over seeds.
+"""Quality at several active fractions: ours against dense, the controls and published methods.
 
     python benchmarks/quality.py MODEL --calibration FILE --text FILE --text FILE --out DIR
 
-Every finished (active, seed, method) is one line of DIR/quality.jsonl; a second run continues.
-Models are evaluated in the dtype they are stored in, dense ones alike.
+Every finished (active, seed, method) is one line of DIR/quality.jsonl; a second run continues, and
+several may work on one DIR. Models are evaluated in the dtype they are stored in, dense ones alike.
 """
 
 from __future__ import annotations
@@ -14,17 +14,38 @@ import shutil
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
 
 from moefy import data
 from moefy.convert import calibration_tokens, convert
-from moefy.evaluate.controls import controls, load_model
+from moefy.evaluate.controls import load_model
 from moefy.evaluate.run import standard_error
 from moefy.evaluate.text import compare
 from moefy.job import prepare
 from moefy.recipe import Recipe
+
+STATIC: dict[str, Any] = {"partition": "static", "layers": ":", "total": 1.0}
+METHODS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, dense layers": {"layers": "auto"},
+    "ours, total 2": {"total": 2.0},
+    "ours, total 2, dense layers": {"total": 2.0, "layers": "auto"},
+    "ours, total 4": {"total": 4.0},
+    "ours, total 4, dense layers": {"total": 4.0, "layers": "auto"},
+    "static": STATIC,
+    "static, refit without drift": {**STATIC, "drift": 0.0},
+    "static, no refit": {**STATIC, "refit": False},
+    "random router": {"router": "random"},
+    "oracle router": {"router": "oracle"},
+}
+"""What each changes in the recipe. "static" is what the others are compared with."""
+
+USUAL = "ours,ours; dense layers,ours; total 4; dense layers,static,random router,oracle router"
+DRAWS = 10_000
+"""Of windows, for an interval."""
 
 
 def main(
@@ -32,49 +53,60 @@ def main(
     calibration: str = typer.Option(...),
     text: list[Path] = typer.Option(...),
     out: Path = typer.Option(...),
-    active: str = "0.75,0.5,0.25",
+    active: str = "0.875,0.75,0.625,0.5,0.25",
     seeds: str = "0,1,2",
-    methods: str = "ours,static,random router,oracle router,static; no refit",
-    tokens: int = 16384,
+    methods: str = typer.Option(USUAL, help="Of a name, `;` stands for its commas."),
+    target: str = "auto",
+    tokens: int = 32768,
     eval_tokens: int = 20480,
-    table: bool = False,
+    quick: bool = typer.Option(False, help="One seed, 0.5 and few tokens: minutes."),
+    table: bool = typer.Option(False, help="Only print the table."),
 ) -> None:
-    """Fill in what is missing in the table, then print it (`--table`: only print it)."""
+    """Fill in what is missing in the table, then print it."""
+    if quick:
+        active, seeds, tokens, eval_tokens = "0.5", "0", 8192, 4096
+        methods = "ours,static"
     out.mkdir(parents=True, exist_ok=True)
     log = out / "quality.jsonl"
     wanted = [
         (float(fraction), int(seed), method.strip().replace(";", ","))
-        for method in methods.split(",")
         for seed in seeds.split(",")
         for fraction in active.split(",")
+        for method in methods.split(",")
     ]
     for fraction, seed, method in [] if table else wanted:
         if (fraction, seed, method) in {(r["active"], r["seed"], r["method"]) for r in rows(log)}:
             continue
-        recipe = Recipe(model, active=fraction, seed=seed, calibration=calibration, tokens=tokens)
+        recipe = Recipe(
+            model, active=fraction, seed=seed, calibration=calibration, tokens=tokens, target=target
+        )
         record = measure(recipe, method, text, out, eval_tokens)
         with log.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        print(json.dumps({k: v for k, v in record.items() if k != "layers"}), flush=True)
+        shown = {key: value for key, value in record.items() if key not in ("layers", "scores")}
+        shown["dnll"] = {name: round(s["dnll"], 3) for name, s in record["scores"].items()}
+        print(json.dumps(shown), flush=True)
     print(markdown(rows(log)))
 
 
 def measure(recipe: Recipe, method: str, texts: list[Path], out: Path, num_tokens: int) -> dict:
     """Convert by one method and score the result on every text."""
-    ours = prepare(recipe)
-    chosen = recipe if method == "ours" else controls(recipe)[method]
-    job = dataclasses.replace(prepare(chosen, control=True), shape=ours.shape)
+    chosen = dataclasses.replace(recipe, **METHODS[method])
+    if chosen.partition == "static":
+        chosen = dataclasses.replace(chosen, target="auto")
+    job = prepare(chosen, control=True)
     start = time.perf_counter()
     folder = out / f"{recipe.active}-{recipe.seed}-{method.replace(' ', '_').replace(',', '')}"
-    summary = convert(job, folder, tokens=calibration_tokens(ours, lambda *_: None), force=True)
+    tokens = calibration_tokens(job, lambda *_: None)
+    summary = convert(job, folder, tokens=tokens, force=True)
     seconds = time.perf_counter() - start
-    tokenizer = data.load_tokenizer(ours.checkpoint.folder)
+    tokenizer = data.load_tokenizer(job.checkpoint.folder)
     models = {method: load_model(folder)}
     scores = {}
     for path in texts:
         windows = data.text_windows(tokenizer, path, num_tokens=num_tokens, length=1024)
         kept = out / f"dense-logits-{path.stem}-{num_tokens}.pt"
-        found = compare(remembered(ours.checkpoint.folder, kept, windows), models, windows)
+        found = compare(remembered(job.checkpoint.folder, kept, windows), models, windows)
         score, base = found[method], found["dense"]
         scores[path.stem] = {
             "dense_perplexity": base.perplexity,
@@ -84,13 +116,22 @@ def measure(recipe: Recipe, method: str, texts: list[Path], out: Path, num_token
             "kl": score.kl,
             "top1": score.agreement,
             "tokens": score.num_tokens,
+            "window_tokens": score.tokens_W,
+            "window_dnll": [round(a - b, 3) for a, b in zip(score.nll_W, base.nll_W, strict=True)],
         }
     shutil.rmtree(folder)
+    dense = summary["layers_left_dense"]
+    share = summary["shape"]["active_fraction"]
     return {
         "active": recipe.active,
         "seed": recipe.seed,
         "method": method,
-        "shape": str(ours.shape),
+        "shape": {key: summary["shape"][key] for key in summary["shape"]},
+        "dense_layers": dense,
+        "active_of_all_layers": (len(dense) + (job.num_layers - len(dense)) * share)
+        / job.num_layers,
+        "parameters_dense": summary["parameters_dense"],
+        "calibration_tokens": recipe.tokens,
         "convert_seconds": round(seconds, 1),
         "peak_bytes": summary["peak_resident_bytes"],
         "scores": scores,
@@ -122,29 +163,54 @@ def rows(log: Path) -> list[dict]:
 
 
 def markdown(records: list[dict]) -> str:
-    """Mean over seeds, and their standard deviation where there are several."""
+    """Means over seeds, and how much less is lost than with static pruning of the same seeds.
+
+    Seeds whose static record is missing are left out of the comparison. The interval is 95 % of a
+    bootstrap over windows, which all seeds and both methods share.
+    """
     if not records:
         return "nothing measured yet"
     texts = list(records[0]["scores"])
-    lines = [
-        "| active | method | seeds | " + " | ".join(f"{t}: ppl, dNLL, KL" for t in texts) + " |"
-    ]
+    lines = ["| active | method | seeds | " + " | ".join(texts) + " |"]
     lines.append("|" + "---|" * (3 + len(texts)))
     keys = sorted({(r["active"], r["method"]) for r in records}, key=lambda key: (-key[0], key[1]))
     for active, method in keys:
-        group = [r for r in records if (r["active"], r["method"]) == (active, method)]
+        group = {r["seed"]: r for r in records if (r["active"], r["method"]) == (active, method)}
+        static = {r["seed"]: r for r in records if (r["active"], r["method"]) == (active, "static")}
         cells = []
         for text in texts:
-            found = [r["scores"][text] for r in group]
+            found = [r["scores"][text] for r in group.values()]
             dnll = [score["dnll"] for score in found]
             spread = f" ± {statistics.stdev(dnll):.3f}" if len(dnll) > 1 else ""
-            perplexity = statistics.fmean(score["perplexity"] for score in found)
-            kl = statistics.fmean(score["kl"] for score in found)
-            cells.append(f"{perplexity:.2f}, {statistics.fmean(dnll):.3f}{spread}, {kl:.3f}")
+            cell = (
+                f"{statistics.fmean(s['perplexity'] for s in found):.2f}, "
+                f"dNLL {statistics.fmean(dnll):.3f}{spread}, "
+                f"KL {statistics.fmean(s['kl'] for s in found):.3f}, "
+                f"top-1 {statistics.fmean(s['top1'] for s in found):.3f}"
+            )
+            both = [(group[s], static[s]) for s in sorted(group) if s in static]
+            if method != "static" and both:
+                least, middle, most = saving(both, text)
+                cell += f"; **{middle:+.0%}** ({least:+.0%} to {most:+.0%})"
+            cells.append(cell)
         lines.append(f"| {active} | {method} | {len(group)} | " + " | ".join(cells) + " |")
     dense = {t: records[0]["scores"][t]["dense_perplexity"] for t in texts}
-    lines.append("| 1.0 | dense | | " + " | ".join(f"{dense[t]:.2f}, 0, 0" for t in texts) + " |")
+    lines.append("| 1.0 | dense | | " + " | ".join(f"{dense[t]:.2f}" for t in texts) + " |")
     return "\n".join(lines)
+
+
+def saving(both: list[tuple[dict, dict]], text: str) -> tuple[float, float, float]:
+    """dNLL of the first over that of the second, less one: 2.5 %, mean and 97.5 %."""
+    ours_W, base_W = (
+        torch.tensor([pair[place]["scores"][text]["window_dnll"] for pair in both]).double().sum(0)
+        for place in (0, 1)
+    )
+    drawn = torch.randint(
+        len(ours_W), (DRAWS, len(ours_W)), generator=torch.Generator().manual_seed(0)
+    )
+    ratio_R = ours_W[drawn].sum(1) / base_W[drawn].sum(1) - 1
+    least, most = ratio_R.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return least, float(ours_W.sum() / base_W.sum()) - 1, most
 
 
 if __name__ == "__main__":

@@ -13,8 +13,16 @@ from torch import Tensor
 
 from moefy.errors import MoefyError
 from moefy.layout import FFN, Partition, Profile, Router, Shape
-from moefy.profile import active_neurons, choose, chunks, energies_of, observe, top_mask
-from moefy.refit import refit
+from moefy.profile import (
+    active_neurons,
+    choose,
+    chunks,
+    energies_of,
+    observe,
+    top_mask,
+    unfold,
+)
+from moefy.refit import refit, refit_experts
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,21 @@ def convert_block(
         refitted = refit(ffn, profile, partition, again, k)
         if refitted.error_after < fitted.error_after:
             router, fitted = again, refitted
-    kept = dataclasses.replace(ffn, down_DF=fitted.down_DF.to(dtype).float())
+    shares = captured(ffn, profile, partition, router, shape, k)
+    norm_EN = ffn.down_norm_sq_F[partition.experts_EN]
+    kept, error = dataclasses.replace(ffn, down_DF=fitted.down_DF), fitted.error_after
+    chooser = ffn
+    if shape.overlaps and k:
+        kept, profile, partition = unfold(kept, profile, partition)
+        if method.refit:
+            down_DF, error = refit_experts(kept, profile, partition, router, k)
+            kept = dataclasses.replace(kept, down_DF=down_DF)
+        chooser = kept
+    kept = dataclasses.replace(kept, down_DF=kept.down_DF.to(dtype).float())
     y_TD = torch.cat(
         [
-            h_TF.mul(_active(ffn, partition, router, k, x, h_TF)) @ kept.down_DF.T
-            for x, h_TF, _ in chunks(ffn, profile, "all")
+            h_TF.mul(_active(chooser, partition, router, k, x, h_TF)) @ kept.down_DF.T
+            for x, h_TF, _ in chunks(kept, profile, "all")
         ]
     ).div_(profile.scale_T[:, None])
     figures = {
@@ -114,13 +132,12 @@ def convert_block(
         "expert_width": partition.experts_EN.shape[1] if k else 0,
         "experts_per_token": k,
         "error_before_refit": fitted.error_before,
-        "error_after_refit": fitted.error_after,
+        "error_after_refit": error,
         "error_after_refit_on_fitting_tokens": fitted.error_fit,
         "refit_strength": fitted.strength,
-        **captured(ffn, profile, partition, router, shape, k),
+        **shares,
         "seconds": round(time.perf_counter() - clock, 3),
     }
-    norm_EN = ffn.down_norm_sq_F[partition.experts_EN]
     return Block(kept, partition, router, y_TD, norm_EN, figures)
 
 

@@ -90,6 +90,12 @@ def convert(
     shared: Annotated[
         float | None, typer.Option(help="FFN neurons that are always active, as a fraction.")
     ] = None,
+    total: Annotated[
+        float | None,
+        typer.Option(
+            help="FFN neurons stored, as a multiple; above 1 experts overlap. (default: 1)"
+        ),
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(help="Layers to convert: `:`, `4:`, `0,3,7`, `auto`. (default: all)"),

@@ -117,6 +117,7 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
         experts_per_token=recipe.experts_per_token,
         shared=recipe.shared,
         fits=target.fits if method.fit else None,
+        total=recipe.total if method.fit else 1.0,
     )
     if method.fit is None and len(layers) < num_layers:
         raise MoefyError(
@@ -218,6 +219,12 @@ def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:
 
 def _method(recipe: Recipe, control: bool) -> Method:
     """The stages a recipe names, with their options bound."""
+    if recipe.total > 1 and recipe.partition not in ("alternating", "static"):
+        raise MoefyError(
+            f"--total {recipe.total:g} with --partition {recipe.partition}, whose experts do not "
+            "overlap; expected alternating",
+            code=2,
+        )
     if recipe.router == "oracle" and not control:
         raise MoefyError(
             "--router oracle looks at every expert before choosing and cannot be written; it is "

@@ -32,7 +32,10 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """How one FFN of `num_neurons` is divided: F = S + E * N, of which S + K * N are active."""
+    """How one FFN of `num_neurons` is divided: F = S + E * N, of which S + K * N are active.
+
+    Where experts overlap, a neuron standing in several of them, S + E * N is more than F.
+    """
 
     num_neurons: int
     num_shared: int
@@ -50,11 +53,22 @@ class Shape:
         """Share of the dense FFN's neurons executed per token."""
         return self.num_active / self.num_neurons
 
+    @property
+    def num_stored(self) -> int:
+        """Neurons in memory."""
+        return self.num_shared + self.num_experts * self.expert_width
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether neurons stand in several experts."""
+        return self.num_stored > self.num_neurons
+
     def __str__(self) -> str:
+        stored = f", {self.num_stored / self.num_neurons:.2f} x stored" if self.overlaps else ""
         return (
             f"{self.num_shared} shared + {self.num_experts} experts x {self.expert_width}, "
             f"{self.experts_per_token} per token ({self.active_fraction:.1%} of "
-            f"{self.num_neurons} active)"
+            f"{self.num_neurons} active{stored})"
         )
 
 
@@ -152,7 +166,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class Partition:
-    """Which neurons are always on, and which stand in each routed expert (dense indices)."""
+    """Which neurons are always on, and which stand in each routed expert (dense indices).
+
+    A neuron may stand in several experts, but not in one of them and among the shared.
+    """
 
     shared_S: Tensor
     experts_EN: Tensor

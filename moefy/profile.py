@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
@@ -31,6 +32,30 @@ def activations(ffn: FFN, profile: Profile, tokens: slice) -> Tensor:
     if profile.h_TF is not None:
         return profile.h_TF[tokens]
     return ffn.activations(profile.x_TD[tokens]).mul_(profile.scale_T[tokens, None])
+
+
+def some_activations(ffn: FFN, profile: Profile, token_T: Tensor, neurons: Tensor) -> Tensor:
+    """Scaled activations of some neurons on some tokens."""
+    if profile.h_TF is not None:
+        return profile.h_TF[token_T[:, None], neurons]
+    h_TN = ffn.some(neurons).activations(profile.x_TD[token_T])
+    return h_TN.mul_(profile.scale_T[token_T, None])
+
+
+def unfold(
+    ffn: FFN, profile: Profile, partition: Partition, cache_bytes: int = 1 << 30
+) -> tuple[FFN, Profile, Partition]:
+    """The same with every neuron as often as it stands in `partition`, which then is disjoint."""
+    num_shared, (num_experts, width) = len(partition.shared_S), partition.experts_EN.shape
+    neurons = torch.cat([partition.shared_S, partition.experts_EN.reshape(-1)])
+    keep = profile.x_TD.shape[0] * len(neurons) * 4 <= cache_bytes
+    h_TF = profile.h_TF[:, neurons] if profile.h_TF is not None and keep else None
+    place = torch.arange(len(neurons), device=neurons.device)
+    return (
+        ffn.some(neurons),
+        dataclasses.replace(profile, h_TF=h_TF, energy_F=profile.energy_F[neurons]),
+        Partition(place[:num_shared], place[num_shared:].view(num_experts, width)),
+    )
 
 
 def observe(

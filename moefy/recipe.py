@@ -25,6 +25,8 @@ class Recipe:
     experts: int | None = None
     experts_per_token: int | None = None
     shared: float | None = None
+    total: float = 1.0
+    """FFN neurons stored, as a multiple of the dense FFN's; above one, experts overlap."""
     layers: str = ":"
     """Layers to convert: `:` all, `4:` from the fifth on, `0,3,7` these; the rest stay dense.
     `auto` keeps those dense that would lose most; `active` then counts all layers."""

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from moefy.layout import FFN, Partition, Profile, Router
-from moefy.profile import active_neurons, choose, chunks
+from moefy.profile import CHUNK, active_neurons, choose, chunks, some_activations
 from moefy.solve import ridge
 
 STRENGTHS = ((0.3, 1.0, 3.0), (0.1, 0.03, 0.01))
 """Ridge strengths, as multiples of the mean squared activation: upward first, then downward, each
 way until the held-out error rises. It has one minimum, mostly at the first or second."""
+
+EXPERT_STRENGTHS = (0.3, 1.0, 3.0, 10.0)
+"""The same for single experts, which see fewer tokens."""
 
 ROUNDING = 1e-10
 """Share of the squared output that may be missing by float32 rounding alone."""
@@ -101,7 +104,7 @@ def _corrected(ffn: FFN, used: Tensor, delta_FD: Tensor) -> Tensor:
 
 
 def _used(partition: Partition) -> Tensor:
-    return torch.cat([partition.shared_S, partition.experts_EN.reshape(-1)]).sort().values
+    return torch.cat([partition.shared_S, partition.experts_EN.reshape(-1)]).unique()
 
 
 def _runs(
@@ -123,3 +126,48 @@ def _error(runs: list[tuple[Tensor, Tensor]], down_DF: Tensor) -> tuple[float, f
         wrong += float((run_TF @ down_DF.T - y_TD).square().sum())
         norm += float(y_TD.square().sum())
     return wrong, max(norm, 1e-30)
+
+
+def refit_experts(
+    ffn: FFN, profile: Profile, partition: Partition, router: Router, k: int
+) -> tuple[Tensor, float]:
+    """Correct each expert's own columns of `down_DF` on the tokens that it is chosen for.
+
+    For experts that overlap: `ffn` has a neuron once for every expert it stands in. The ridge
+    shrinks towards the columns that `ffn` comes with, which a refit of all experts together has
+    found, so that an expert with few tokens stays near those. One strength serves all experts, and
+    none is kept where it does not err less on the held-out tokens. Returns the columns and that
+    error, relative as in `Refit`.
+    """
+    down_DF, num_fit = ffn.down_DF, profile.num_fit
+    groups: list[list[Tensor]] = [[] for _ in partition.experts_EN]
+    rests = []
+    for number, (x_TD, h_TF, goal_TD) in enumerate(chunks(ffn, profile, "all")):
+        mask_TE = choose(ffn, partition, router, k, x_TD, h_TF)
+        run_TF = h_TF * active_neurons(partition, mask_TE, ffn.num_neurons)
+        rests.append(goal_TD - run_TF @ down_DF.T)
+        for expert, chosen_T in enumerate(mask_TE.T):
+            groups[expert].append(chosen_T.nonzero()[:, 0] + number * CHUNK)
+    rest_TD = torch.cat(rests)
+    norm = max(float(profile.goal_TD[num_fit:].square().sum()), 1e-30)
+    left = {strength: rest_TD[num_fit:].clone() for strength in EXPERT_STRENGTHS}
+    deltas: dict[float, list[Tensor]] = {strength: [] for strength in EXPERT_STRENGTHS}
+    for neurons, group in zip(partition.experts_EN, groups, strict=True):
+        token_T = torch.cat(group)
+        h_TN = some_activations(ffn, profile, token_T, neurons)
+        fit_T = token_T < num_fit
+        gram_NN = h_TN[fit_T].T @ h_TN[fit_T]
+        cross_ND = h_TN[fit_T].T @ rest_TD[token_T[fit_T]]
+        for strength in EXPERT_STRENGTHS:
+            delta_ND = ridge(gram_NN, cross_ND, strength)
+            deltas[strength].append(delta_ND)
+            left[strength].index_add_(0, token_T[~fit_T] - num_fit, h_TN[~fit_T] @ -delta_ND)
+    errors = {strength: float(rest.square().sum()) for strength, rest in left.items()}
+    best = min(errors, key=errors.__getitem__)
+    plain = float(rest_TD[num_fit:].square().sum())
+    if errors[best] >= plain:
+        return down_DF, (plain / norm) ** 0.5
+    down_DF = down_DF.clone()
+    for neurons, delta_ND in zip(partition.experts_EN, deltas[best], strict=True):
+        down_DF[:, neurons] += delta_ND.T
+    return down_DF, (errors[best] / norm) ** 0.5

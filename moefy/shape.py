@@ -13,6 +13,9 @@ PREFERRED_EXPERTS = (8, 16, 32, 4, 64, 7, 9, 6, 10, 12, 5, 14, 20, 24, 28, 3, 48
 ALIGNMENTS = (128, 64, 32, 16, 8)
 """Widths that kernels and quantised formats like, best first; 8 is the least that all run."""
 
+MOST_STORED = 64
+"""How many times the FFN may be stored."""
+
 TOLERANCE = 0.01
 """How far the active and the shared fraction may lie from what was asked."""
 
@@ -25,31 +28,47 @@ def solve(
     experts_per_token: int | None = None,
     shared: float | None = None,
     fits: Callable[[Shape], bool] | None = None,
+    total: float = 1.0,
 ) -> Shape:
     """The best legal shape for an FFN of `num_neurons` under the options that were given.
 
     What is not given is chosen: expert widths that are multiples of 32 where there are any, 8
     experts if they fit, else the next preferred count, two experts per token, else the next
     higher number, and then the widest alignment. `fits` tells which shapes the class to be written
-    can hold; a shared expert of any width, if not given.
+    can hold; a shared expert of any width, if not given. With a `total` above one experts overlap,
+    and of 8 that are one per token the widest are chosen that keep the neurons stored within it.
 
     Raises:
         MoefyError: code 2, naming the nearest legal values, when nothing fits.
     """
-    _check(num_neurons, active, experts, experts_per_token, shared)
+    _check(num_neurons, active, experts, experts_per_token, shared, total)
     fits = fits or any_shared
+    possible = (
+        _overlapping(num_neurons, active, total, experts, experts_per_token or 1, fits)
+        if total > 1
+        else _disjoint(num_neurons, active, experts, experts_per_token)
+    )
     fitting = [
         shape
-        for count in ((experts,) if experts else PREFERRED_EXPERTS)
-        for k in (_routing(count) if experts_per_token is None else (experts_per_token,))
-        for shape in _near(num_neurons, count, k, active)
+        for shape in possible
         if fits(shape)
         and abs(shape.active_fraction - active) <= TOLERANCE
         and (shared is None or abs(shape.num_shared / num_neurons - shared) <= TOLERANCE)
     ]
+    if fitting and total > 1:
+        aligned = max(min(alignment(shape.expert_width), 32) for shape in fitting)
+        return max(
+            (shape for shape in fitting if shape.expert_width % aligned == 0),
+            key=lambda shape: shape.num_stored,
+        )
     if fitting:
         return min(fitting, key=lambda shape: _rank(shape, active))
-    asked = {"experts": experts, "experts-per-token": experts_per_token, "shared": shared}
+    asked = {
+        "experts": experts,
+        "experts-per-token": experts_per_token,
+        "shared": shared,
+        "total": total if total > 1 else None,
+    }
     wanted = ", ".join(f"--{name} {value}" for name, value in asked.items() if value is not None)
     raise MoefyError(
         f"no split of {num_neurons} FFN neurons has --active {active:g}"
@@ -93,6 +112,50 @@ def legal(num_neurons: int, num_experts: int, fits: Callable[[Shape], bool]) -> 
         for k in range(1, num_experts + 1)
     ]
     return [shape for shape in shapes if fits(shape)]
+
+
+def _disjoint(
+    num_neurons: int, active: float, experts: int | None, per_token: int | None
+) -> list[Shape]:
+    """Shapes that divide the FFN and have about this active fraction."""
+    return [
+        shape
+        for count in ((experts,) if experts else PREFERRED_EXPERTS)
+        for k in (_routing(count) if per_token is None else (per_token,))
+        for shape in _near(num_neurons, count, k, active)
+    ]
+
+
+def _overlapping(
+    num_neurons: int,
+    active: float,
+    total: float,
+    experts: int | None,
+    k: int,
+    fits: Callable[[Shape], bool],
+) -> list[Shape]:
+    """Shapes that store the FFN more than once, at most `total` times, at this active fraction.
+
+    Of 8 experts, or of the next lower number that has any.
+    """
+    step = _step(num_neurons)
+    running = round(active * num_neurons / step) * step
+    for count in (experts,) if experts else range(8, k, -1):
+        shapes = [
+            Shape(num_neurons, running - k * width, count, width, k)
+            for width in range(step, running // k + 1, step)
+        ]
+        fitting = [
+            shape
+            for shape in shapes
+            if shape.overlaps
+            and shape.num_stored <= total * num_neurons
+            and shape.num_shared + shape.expert_width <= num_neurons
+            and fits(shape)
+        ]
+        if fitting:
+            return fitting
+    return []
 
 
 def _near(num_neurons: int, num_experts: int, k: int, active: float) -> list[Shape]:
@@ -140,7 +203,10 @@ def _check(
     experts: int | None,
     per_token: int | None,
     shared: float | None,
+    total: float,
 ) -> None:
+    if not 1 <= total <= MOST_STORED:
+        raise MoefyError(f"--total is {total:g}; expected 1 to {MOST_STORED}", code=2)
     if not 0 < active <= 1:
         raise MoefyError(f"--active is {active:g}; expected a fraction above 0, up to 1", code=2)
     if shared is not None and not 0 <= shared < 1:

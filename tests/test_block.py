@@ -312,3 +312,40 @@ def test_a_layer_that_writes_nothing_is_converted_to_one_that_writes_nothing(spl
     assert not block.y_TD.any()
     assert block.figures["error_after_refit"] == 0
     assert block.figures["energy_neurons"] == 0
+
+
+# Experts that overlap
+
+OVERLAP = Shape(48, 8, 5, 16, 1)
+
+
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize("k", [1, 2])
+def test_overlapping_experts_write_what_is_stored(k, refit):
+    ffn, x_TD, residual_TD = inputs(2)
+    shape = dataclasses.replace(OVERLAP, experts_per_token=k)
+    block = convert(ffn, x_TD, residual_TD, method("alternating", refit=refit), shape=shape)
+    assert block.ffn.num_neurons == shape.num_stored == 88 and shape.overlaps
+    rows = {row.numpy().tobytes(): neuron for neuron, row in enumerate(ffn.up_FD)}
+    origin_F = torch.tensor([rows[row.numpy().tobytes()] for row in block.ffn.up_FD])
+    assert torch.equal(block.ffn.gate_FD, ffn.gate_FD[origin_F])
+    for neurons in block.partition.experts_EN:  # never twice in a token's run with one expert
+        active = torch.cat([block.partition.shared_S, neurons])
+        assert len(origin_F[active].unique()) == 24
+    assert len(origin_F.unique()) < 88
+    assert_close(block.y_TD, routed(block, block.ffn, x_TD, k))
+    if not refit:
+        assert torch.equal(block.ffn.down_DF, ffn.down_DF[:, origin_F])
+
+
+def test_the_error_told_of_overlapping_experts_is_that_of_their_outputs():
+    ffn, x_TD, residual_TD = inputs(2)
+    block = convert(ffn, x_TD, residual_TD, method("alternating"), shape=OVERLAP)
+    wanted_TD = dense(ffn, x_TD).numpy()
+    scale_T1 = 1 / np.linalg.norm(residual_TD.numpy() + wanted_TD, axis=1, keepdims=True)
+    held = slice(-HELDOUT, None)
+    found_TD = routed(block, block.ffn, x_TD, 1)
+    wrong = np.linalg.norm(((found_TD - wanted_TD) * scale_T1)[held])
+    told = block.figures["error_after_refit"]
+    assert told == pytest.approx(wrong / np.linalg.norm((wanted_TD * scale_T1)[held]), rel=1e-3)
+    assert told <= block.figures["error_before_refit"]

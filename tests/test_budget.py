@@ -102,10 +102,7 @@ def test_a_class_that_can_leave_no_layer_dense_converts_all(loud, text):
 
 def test_layers_of_equal_sensitivity_are_not_worth_a_dense_one():
     assert budget._promised([1.0] * 10, 0.5, 0) == pytest.approx(10)
-    assert all(
-        budget._promised([1.0] * 10, 0.5, n) >= 10 * 10 ** (budget.GROWTH - 1) / 1.5
-        for n in range(5)
-    )
+    assert all(budget._promised([1.0] * 10, 0.5, n) > 10 for n in range(1, 4))
     assert budget._promised([9.0] + [1.0] * 9, 0.5, 1) < budget._promised([9.0] + [1.0] * 9, 0.5, 0)
     assert budget._promised([1.0] * 10, 0.5, 9) == float("inf")
 

@@ -558,3 +558,24 @@ def test_the_model_card_says_what_the_class_is(pico, converted):
     assert "stock" not in own and "import moefy" in own and "transformers only" in own
     static = (converted(pico("llama"), partition="static", refit=False) / "README.md").read_text()
     assert "statically pruned" in static and "Mixture of Experts" not in static
+
+
+@pytest.mark.parametrize("target", ["qwen2_moe", "mixtral", "granitemoeshared", "moefy"])
+def test_overlapping_experts_in_a_class(target, pico, converted):
+    """Reopened by the conversion itself; here, that the class stores and runs as many neurons."""
+    out = converted(pico("llama"), total=2.0, target=target)
+    told = summary_of(out)
+    shape = told["shape"]
+    assert shape["num_shared"] + shape["num_experts"] * shape["expert_width"] > 96
+    assert told["reopened"]["hidden_state_error"] < 1e-2
+    assert logits(out).isfinite().all()
+    sizes = [
+        sum(tensor.numel() for tensor in load_file(folder / SINGLE).values())
+        for folder in (pico("llama"), out)
+    ]
+    assert sizes[1] - sizes[0] > 0.5 * (2 * 96 * 3 * 32)
+
+
+def test_only_one_partition_lets_experts_overlap(pico, a_job):
+    with pytest.raises(MoefyError, match="overlap"):
+        a_job(total=2.0, partition="shuffle")

@@ -23,6 +23,7 @@ EVERYTHING = Recipe(
     router="random",
     refit=False,
     drift=0.25,
+    total=2.0,
     target="qwen2_moe",
     engines="vllm,llama.cpp",
     calibration="text.txt",

@@ -9,9 +9,9 @@ from planted import mask_of, random_ffn, seeded
 from sklearn.linear_model import Ridge
 
 from moefy.layout import FFN, Partition, Profile, Router, Shape
-from moefy.partition import shuffle, static
-from moefy.profile import observe
-from moefy.refit import STRENGTHS, refit
+from moefy.partition import alternating, shuffle, static
+from moefy.profile import observe, unfold
+from moefy.refit import EXPERT_STRENGTHS, STRENGTHS, refit, refit_experts
 from moefy.route import linear
 
 SHAPE = Shape(48, 8, 5, 8, 2)
@@ -307,3 +307,38 @@ def test_a_refit_makes_good_what_its_activations_tell():
     ffn, profile, _ = drifted(drift=0.0)
     found = refit(ffn, profile, every, NOTHING_ROUTED, 0)
     assert found.strength is None and found.error_before < 1e-6
+
+
+# Experts that overlap
+
+
+def test_experts_are_refitted_on_their_own_tokens():
+    """Equal to scikit-learn's ridge of each expert's residual, at the strength that was taken."""
+    ffn, profile, _, _ = setting(5, tokens=900)
+    shape = Shape(48, 8, 4, 16, 1)
+    partition = alternating.split(ffn, profile, shape, generator=seeded(0))
+    router = linear.fit(ffn, profile, partition, shape, generator=seeded(0), steps=0)
+    unfolded, spread, places = unfold(ffn, profile, partition)
+    down_DF, error = refit_experts(unfolded, spread, places, router, 1)
+    run_TF = running(spread, places, router, 1)
+    plain_TD = run_TF @ unfolded.down_DF.double().numpy().T
+    rest_TD = profile.y_TD.double().numpy() - plain_TD
+    chosen_T = (profile.x_TD @ router.weight_ED.T).argmax(1).numpy()
+    fit_T = np.arange(900) < profile.num_fit
+    errors = []
+    for strength in EXPERT_STRENGTHS:
+        wanted_DF = unfolded.down_DF.double().numpy().copy()
+        for expert, neurons in enumerate(places.experts_EN.numpy()):
+            own_TN = run_TF[fit_T & (chosen_T == expert)][:, neurons]
+            damping = strength * (own_TN**2).sum(0).mean()
+            model = Ridge(alpha=damping, fit_intercept=False)
+            model.fit(own_TN, rest_TD[fit_T & (chosen_T == expert)])
+            wanted_DF[:, neurons] += model.coef_
+        wrong_TD = profile.y_TD.double().numpy() - run_TF @ wanted_DF.T
+        errors.append(np.linalg.norm(wrong_TD[~fit_T]))
+        if errors[-1] == min(errors):
+            best_DF = wanted_DF
+    norm = np.linalg.norm(profile.y_TD[~torch.tensor(fit_T)])
+    assert min(errors) < np.linalg.norm(rest_TD[~fit_T])
+    np.testing.assert_allclose(down_DF.numpy(), best_DF, rtol=2e-3, atol=2e-4)
+    assert error == pytest.approx(min(errors) / norm, rel=1e-3)

@@ -189,3 +189,34 @@ def test_every_refusal_names_what_it_was_given():
     for active, experts in itertools.product([0.03, 0.11], [2, 3]):
         message = refusal(96, active=active, experts=experts, fits=no_shared)
         assert f"--active {active:g}" in message and f"--experts {experts}" in message
+
+
+# Experts that overlap
+
+
+@pytest.mark.parametrize("num_neurons", [96, 1536, 11008])
+@pytest.mark.parametrize("total", [1.5, 2.0, 4.0])
+@pytest.mark.parametrize("active", [0.25, 0.5, 0.75])
+def test_overlapping_experts_keep_both_budgets(num_neurons, active, total):
+    shape = solve(num_neurons, active=active, total=total)
+    assert shape.active_fraction == pytest.approx(active, abs=0.01)
+    assert num_neurons < shape.num_stored <= total * num_neurons
+    assert (shape.num_experts, shape.experts_per_token) == (8, 1)
+    assert shape.num_shared + shape.expert_width <= num_neurons
+    assert num_neurons == 96 or shape.expert_width % 32 == 0
+
+
+def test_a_class_without_shared_experts_overlaps_too():
+    shape = solve(1536, active=0.5, total=4.0, fits=no_shared)
+    assert shape == Shape(1536, 0, 8, 768, 1)
+
+
+@pytest.mark.parametrize("total", [0.5, 65.0, float("nan")])
+def test_a_total_that_cannot_be_is_refused(total):
+    with pytest.raises(MoefyError, match="--total"):
+        solve(1536, total=total)
+
+
+def test_too_little_to_overlap_is_refused():
+    with pytest.raises(MoefyError, match="--total 1.001"):
+        solve(96, active=0.5, total=1.001)

@@ -36,13 +36,20 @@ def split(
     which such a router can serve. The round whose linear router captures most energy on the
     held-out tokens is returned. At most `sample` fitting tokens are used.
 
+    Where the shape overlaps, every expert takes the neurons that deliver most on its own tokens,
+    whoever else has them, the neurons that deliver most in all are shared, and the start is k-means
+    of the tokens' inputs.
+
     Source: the loop is ours; its ingredients are the balanced clustering of MoEfication
     (arXiv 2110.01786) and the output-aware assignment of DOT-MoE (arXiv 2606.01666).
     Cost: a few passes of T * F * E operations.
     """
     x_TD, energy_TF = _sample(ffn, profile, sample, "fit")
     held_x_TD, held_energy_TF = _sample(ffn, profile, sample // 4, "heldout")
-    start = _cluster(energy_TF, profile.energy_F, shape, generator)
+    if shape.overlaps:
+        start = _reassign(energy_TF, _cluster_tokens(x_TD, shape, generator), shape)
+    else:
+        start = _cluster(energy_TF, profile.energy_F, shape, generator)
     best, most = start, -1.0
     partition, fit = start, scorer(x_TD)
     for turn in range(rounds + routed_rounds + 1):
@@ -83,9 +90,24 @@ def _cluster(
     return _partition(order_F[: shape.num_shared], rest, closeness_RE, shape)
 
 
+def _cluster_tokens(x_TD: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
+    """One where a token is in a cluster, (T, E): k-means of the sketched inputs."""
+    directions_DQ = torch.randn(x_TD.shape[1], SKETCH, generator=generator).to(x_TD.device)
+    seed = int(torch.randint(2**31 - 1, (), generator=generator))
+    found = KMeans(shape.num_experts, n_init="auto", random_state=seed)
+    cluster_T = torch.as_tensor(found.fit_predict((x_TD @ directions_DQ).cpu().numpy())).long()
+    return torch.nn.functional.one_hot(cluster_T, shape.num_experts).to(x_TD)
+
+
 def _reassign(energy_TF: Tensor, mask_TE: Tensor, shape: Shape) -> Partition:
     """Share the neurons that lose most by being routed; give the others their best expert."""
     delivered_FE = energy_TF.T @ mask_TE
+    if shape.overlaps:
+        order_F = energy_TF.sum(0).argsort(descending=True, stable=True)
+        shared_S = order_F[: shape.num_shared].sort().values
+        delivered_FE[shared_S] = -1.0
+        best_FE = delivered_FE.argsort(dim=0, descending=True, stable=True)
+        return Partition(shared_S, best_FE[: shape.expert_width].T.sort(1).values.contiguous())
     loss_F = energy_TF.sum(0) - delivered_FE.max(1).values
     order_F = loss_F.argsort(descending=True, stable=True)
     rest = order_F[shape.num_shared :].sort().values
