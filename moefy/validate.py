@@ -117,7 +117,28 @@ def _check_layers(path: Path, config: Config, entries: Mapping[str, Entry]) -> N
     shapes = family.shapes(neurons, hidden)
     for number in range(num_layers):
         expected |= dict(zip(family.ffn_names(number), shapes, strict=True))
+        expected |= _attention(config, family.layer.format(layer=number) + "self_attn.", entries)
     _check_shapes(path, expected, entries)
+
+
+def _attention(config: Config, prefix: str, entries: Mapping[str, Entry]) -> Shapes:
+    """Shapes of a layer's projections, as far as they have their usual names.
+
+    Heads are as wide as in the queries where the configuration does not say; keys and values are
+    left out where it does not say how many there are, for the defaults of the classes differ.
+    """
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    groups = config.get("num_key_value_heads")
+    units = {"q_proj": heads, **({"k_proj": groups, "v_proj": groups} if groups else {})}
+    if f"{prefix}qkv_proj.weight" in entries:
+        units = {"qkv_proj": heads + 2 * (groups or heads)}
+    first, count = next(iter(units.items()))
+    if f"{prefix}{first}.weight" not in entries:
+        return {}
+    width = config.get("head_dim") or entries[f"{prefix}{first}.weight"].shape[0] // count
+    expected = {f"{prefix}{part}.weight": (n * width, hidden) for part, n in units.items()}
+    out = f"{prefix}o_proj.weight"
+    return expected | ({out: (hidden, heads * width)} if out in entries else {})
 
 
 def _check_shapes(path: Path, expected: Shapes, entries: Mapping[str, Entry]) -> None:

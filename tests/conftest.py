@@ -67,7 +67,7 @@ FAMILY = {
     "mt5": T5,
     "olmo2": {},
     "olmo3": ONE_SLIDING,
-    "opt": {"ffn_dim": 96},
+    "opt": {"ffn_dim": 96, "num_key_value_heads": 4},
     "phi3": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},  # not hidden_size / num_attention_heads, as in real ones

@@ -30,6 +30,7 @@ SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 GATE = "model.layers.1.mlp.gate_proj.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
+KEY = QUERY.replace("q_proj", "k_proj")
 EMBEDDING = "model.embed_tokens.weight"
 
 Damage = Callable[[Path], object]
@@ -259,10 +260,9 @@ FAULTS = [
     ),
     Fault("9 FFN", tensor(UP, lambda w: w[:95]), (UP, "[95, 32]", "[96, 32]")),
     Fault("9 embedding", tensor(EMBEDDING, lambda w: w[:127]), ("[127, 32]", "[128, 32]")),
-    Fault(
-        "9 query", tensor(QUERY, lambda w: w[:31]), (QUERY, "[31, 32]", "[32, 32]"), stage="tensors"
-    ),
-    Fault("9 head_dim", config(head_dim=16), (QUERY, "[32, 32]", "[64, 32]"), stage="tensors"),
+    Fault("9 query", tensor(QUERY, lambda w: w[:31]), (QUERY, "[31, 32]", "[32, 32]")),
+    Fault("9 key", tensor(KEY, lambda w: w[:, :31]), (KEY, "[16, 31]", "[16, 32]")),
+    Fault("9 head_dim", config(head_dim=16), (QUERY, "[32, 32]", "[64, 32]")),
     Fault("10 NaN", tensor(UP, first_value(float("nan"))), (UP, "3 of 3072"), stage="values"),
     Fault(
         "10 infinity", tensor(QUERY, first_value(float("-inf"))), (QUERY, "3 of"), stage="values"

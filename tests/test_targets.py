@@ -239,6 +239,7 @@ NOTES = [
     ("qwen2", ONE_WINDOW | {"use_sliding_window": False}, 2, "qwen2_moe", SHAPE, []),
     ("llama", {}, 1, "qwen2_moe", SHAPE, [("SGLang", "cannot load dense layers, and 1 stay")]),
     ("qwen3", {}, 1, "qwen3_moe", UNSHARED, [("llama.cpp:", "cannot load dense layers")]),
+    ("llama", {}, 2, "mixtral", Shape(131072, 0, 1024, 128, 4), [("llama.cpp", "most 512")]),
     ("llama", {}, 2, "qwen2_moe", Shape(2048, 1280, 8, 96, 4), [("vLLM and SGLang", "width 96")]),
     (
         "llama",

@@ -63,12 +63,13 @@ def describe(model: str, *, revision: str | None = None) -> dict[str, Any]:
     from moefy.describe import dense, moe
 
     kind = moe if moe.is_moe(config, entries) else dense
+    classes = config.get("architectures")
     found = {
         "model": Path(model).absolute().name if Path(model).is_dir() else model,
         "path": str(folder),
         "kind": "MoE" if kind is moe else "dense",
         "model_type": config.get("model_type"),
-        "architectures": config.get("architectures") or [],
+        "architectures": classes if isinstance(classes, list) else [],
         "sizes": _sizes(config),
         **_tensors(entries),
     }
