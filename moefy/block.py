@@ -97,7 +97,8 @@ def convert_block(
     choice = 1.0 if shape.experts_per_token < shape.num_experts else 0.0
 
     def stored(router: Router) -> Router:
-        return Router((router.weight_ED * choice).to(dtype).float(), router.norm_EN)
+        rows_ED = (router.weight_ED * choice).to(dtype).float()
+        return dataclasses.replace(router, weight_ED=rows_ED)
 
     if method.fit is not None:
         router = stored(method.fit(ffn, profile, partition, shape, generator=generator))
@@ -135,6 +136,7 @@ def convert_block(
         "error_after_refit_on_fitting_tokens": fitted.error_fit,
         "refit_strength": fitted.strength,
         **shares,
+        "balance": list(router.balance),
         "seconds": round(time.perf_counter() - clock, 3),
     }
     return Block(kept, partition, router, y_TD, figures)

@@ -76,7 +76,7 @@ def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:
     for layer in range(job.num_layers):
         watch("sensitivity of the layers", layer, job.num_layers)
         ffn = walk.read_ffn(job.checkpoint, job.family, layer, activation, job.device)
-        x_TD, join = walk.tap(job.checkpoint, job.family, config, layer, states_BTD)
+        x_TD, join, leave = walk.tap(job.checkpoint, job.family, config, layer, states_BTD)
         flat_TD = states_BTD.view(x_TD.shape)
         block = convert_block(
             ffn,
@@ -95,6 +95,8 @@ def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:
             part = slice(start, start + 2048)
             y_TD = ffn.activations(x_TD[part]) @ ffn.down_DF.T
             flat_TD[part] += join(y_TD) if join else y_TD
+        flat_TD.copy_(leave(flat_TD))
+        branch_TD = leave(branch_TD)
         states_BTD = torch.cat([states_BTD, branch_TD.view(-1, length, branch_TD.shape[1])])
     ends = states_BTD[num_fit:].split(len(probes))
     logits = walk.ending(job.checkpoint, job.family, config)

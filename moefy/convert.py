@@ -88,6 +88,7 @@ def convert(
                 tokens.ids_BT[-1],
                 ends,
                 layer=job.target.prefix + job.family.layer,
+                task=job.task,
                 prepare=lambda model: attach(model, norms),
             )
         summary = _summary(job, tokens, figures, checked, seconds, started)
@@ -186,7 +187,7 @@ def _walk(
         stored = job.family.write(ffn)
         for name, weight in zip(job.family.ffn_names(layer), stored, strict=True):
             scan_finite(name, weight, ffn=weight.ndim > 1)
-        x_TD, join = walk.tap(job.checkpoint, job.family, config, layer, states_BTD)
+        x_TD, join, leave = walk.tap(job.checkpoint, job.family, config, layer, states_BTD)
         _check_states(x_TD, layer)
         flat_TD = states_BTD.view(x_TD.shape)
         converted = layer in job.layers
@@ -195,6 +196,7 @@ def _walk(
             y_TD = ffn.activations(x_TD[part]) @ ffn.down_DF.T
             flat_TD[part] += join(y_TD) if join else y_TD
         if not converted:
+            flat_TD.copy_(leave(flat_TD))
             yield layer, None
             continue
         watch(f"layer {layer}: split and route", layer, job.num_layers)
@@ -213,6 +215,7 @@ def _walk(
             gradient_TD=gradients.pop(layer, None),
         )
         flat_TD[:num_tokens] += join(block.y_TD) if join else block.y_TD
+        flat_TD.copy_(leave(flat_TD))
         yield layer, block
 
 
@@ -244,6 +247,7 @@ def _summary(
         "model": job.recipe.model,
         "hub_id": None if local else job.recipe.model,
         "family": job.family.model_type,
+        "task": job.task,
         "target": job.target.model_type,
         "target_reason": job.reason,
         "engines": list(job.target.engines),

@@ -242,7 +242,8 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 def _bos(tokenizer: Any) -> list[int]:
     """Give the beginning-of-text token if the tokenizer puts one before a text, else nothing."""
     first = tokenizer("x")["input_ids"][:1]
-    return first if first and first[0] == tokenizer.bos_token_id else []
+    known = (tokenizer.bos_token_id, tokenizer.cls_token_id)
+    return first if first and first[0] in known else []
 
 
 def _gather(tokenizer: Any, texts: list[str], *, share: int, wanted: int) -> list[list[int]]:
@@ -250,7 +251,8 @@ def _gather(tokenizer: Any, texts: list[str], *, share: int, wanted: int) -> lis
 
     Gives the ids of each document, in the order of `texts`, end-of-text token included.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    end = [token for token in ends if token is not None][:1]
     readers = {index: _shares(tokenizer, text, share) for index, text in enumerate(texts)}
     taken: dict[int, list[int]] = {}
     num_taken = 0

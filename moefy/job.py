@@ -73,6 +73,11 @@ class Job:
         return self.size("num_hidden_layers")
 
     @property
+    def task(self) -> str:
+        """What the model is for (see `Family`)."""
+        return self.family.task(self.checkpoint.config)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the FFN and router tensors that are written."""
         if self.recipe.dtype != "as-stored":
@@ -100,8 +105,8 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     method = _method(recipe, control)
     _check_device(recipe.device)
     checkpoint = open_checkpoint(resolve(recipe.model, revision=recipe.revision))
-    family = families.load(str(checkpoint.config["model_type"]))
-    notes = check_tensors(checkpoint, family)
+    family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
+    checkpoint, notes = check_tensors(checkpoint, family)
     num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
     # "auto" is settled from weights (see `budget`); until then it stands for all.
     layers = chosen_layers(":" if recipe.layers == "auto" else recipe.layers, num_layers)
@@ -110,6 +115,7 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
         target, reason = narrower(family), "the dense class itself, for it routes nothing"
     else:
         target, reason = choose_target(recipe, family, dense)
+    _check_writes(recipe, method, family)
     shape = solve(
         family.num_neurons(checkpoint.config),
         active=recipe.active,
@@ -119,10 +125,13 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
         fits=target.fits if method.fit else None,
         total=recipe.total if method.fit else 1.0,
     )
-    if method.fit is None and len(layers) < num_layers:
+    if family.beside:
+        notes.append(f"{family.beside} stays dense")
+    if method.fit is None and (len(layers) < num_layers or family.beside):
+        left = family.beside or f"all but --layers {recipe.layers}"
         raise MoefyError(
-            f"--layers {recipe.layers} with --partition static: a dense class has one FFN width; "
-            "convert all layers",
+            f"--partition static: a dense class has one FFN width, and {left} would stay as wide "
+            "as before; expected another partition",
             code=2,
         )
     if method.fit is None:
@@ -134,6 +143,21 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     )
 
 
+def _check_writes(recipe: Recipe, method: Method, family: Family) -> None:
+    """Refuse what takes a model that predicts the next token, where `family` has none."""
+    if "ForCausalLM" in family.tasks:
+        return
+    if recipe.calibration == "self":
+        lacks, do = "cannot write its own calibration text", "give one: --calibration FILE"
+    elif recipe.layers == "auto":
+        lacks, do = "has no next-token loss to weigh layers by", "name them: --layers 4:"
+    elif method.gradient:
+        lacks, do = "has no next-token loss to take gradients of", "use another --partition"
+    else:
+        return
+    raise MoefyError(f"{family.model_type} {lacks}; {do}", code=2)
+
+
 def describe(checkpoint: Checkpoint, family: Family, layers: list[int]) -> Dense:
     """The dense model as targets see it, `layers` of which are to be converted."""
     own = family.sized(model_config(checkpoint).to_dict())
@@ -141,9 +165,8 @@ def describe(checkpoint: Checkpoint, family: Family, layers: list[int]) -> Dense
     first = family.layer.format(layer=0)
     biases = {part for part in "qkvo" if f"{first}self_attn.{part}_proj.bias" in checkpoint.entries}
     left = tuple(n for n in range(int(config["num_hidden_layers"])) if n not in layers)
-    return Dense(
-        family, config, own, frozenset(biases), family.head not in checkpoint.entries, left
-    )
+    tied = family.tied(own, checkpoint.entries)
+    return Dense(family, config, own, frozenset(biases), tied, left)
 
 
 def choose_target(recipe: Recipe, family: Family, dense: Dense) -> tuple[Target, str]:
@@ -211,7 +234,7 @@ def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:
     if dense.rope_type == "longrope":
         length = dense.config.get("original_max_position_embeddings", "the original length")
         notes.append(f"text that grows past {length} tokens keeps keys rotated for short text")
-    if shape.expert_width % 128:
+    if shape.expert_width % 128 and "vLLM" in target.engines:
         found = f"expert width {shape.expert_width}, no multiple of 128"
         notes.append(f"fused kernels of vLLM and SGLang may refuse {found}, or be slow")
     return notes

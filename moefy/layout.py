@@ -9,6 +9,7 @@ Nothing here imports torch until an FFN is computed: headers alone say what a mo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -186,3 +187,5 @@ class Router:
     norm_EN: Tensor | None = None
     """Score an expert by its neurons' squared activations times these, instead. No stock class
     looks at activations before it chooses, so such a router is for evaluation only."""
+    balance: tuple[Mapping[str, float], ...] = ()
+    """What evening out the load would have cost, at several strengths."""

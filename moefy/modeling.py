@@ -1,8 +1,8 @@
 """A dense model of any family whose FFNs are experts: for families that no stock MoE class holds.
 
-`MoefyForCausalLM` is transformers' own dense class, each converted FFN replaced by a `MoeBlock`.
-`import moefy` makes it known to the Auto classes; a checkpoint never brings code of its own. It
-runs in transformers only.
+`MoefyForCausalLM` is transformers' own dense class, each converted FFN replaced by a `MoeBlock`; so
+are the classes for other tasks. `import moefy` makes them known to the Auto classes; a checkpoint
+never brings code of its own. They run in transformers only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,8 +35,10 @@ class MoefyConfig(PreTrainedConfig):
         dense: dict[str, Any] | None = None,
         layer: str = "model.layers.{layer}.",
         block: str = "mlp",
+        emptied: list[str] | None = None,
         activation: str = "hidden_act",
         gated: bool = True,
+        biased: bool | None = None,
         down_bias: str | None = None,
         left_dense: list[int] | None = None,
         num_experts: int = 8,
@@ -43,7 +49,9 @@ class MoefyConfig(PreTrainedConfig):
     ) -> None:
         dense = dict(dense or {"model_type": "llama"})
         self.dense = dense
-        self.layer, self.block, self.activation, self.gated = layer, block, activation, gated
+        self.layer, self.block, self.emptied = layer, block, list(emptied or [])
+        self.activation, self.gated = activation, gated
+        self.biased = not gated if biased is None else biased
         self.down_bias = down_bias
         self.left_dense = list(left_dense or [])
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
@@ -52,7 +60,7 @@ class MoefyConfig(PreTrainedConfig):
 
     def dense_config(self) -> PreTrainedConfig:
         """The configuration of the dense class."""
-        values = dict(self.dense)
+        values = {**self.dense, "id2label": self.id2label, "label2id": self.label2id}
         return AutoConfig.for_model(values.pop("model_type"), **values)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
@@ -86,7 +94,7 @@ class Experts(nn.Module):
         num, width = config.num_experts, config.expert_width
         self.gated, self.act_fn = config.gated, act
         self.up_proj = nn.Parameter(torch.empty(num, width * (1 + config.gated), hidden))
-        self.up_bias = None if config.gated else nn.Parameter(torch.empty(num, width))
+        self.up_bias = nn.Parameter(torch.empty(num, width)) if config.biased else None
         self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
 
     def activations(self, expert: int, x_TD: Tensor) -> Tensor:
@@ -113,7 +121,7 @@ class Shared(nn.Module):
         super().__init__()
         self.gated, self.act_fn = config.gated, act
         width = config.num_shared
-        self.up_proj = nn.Linear(hidden, width * (1 + config.gated), bias=not config.gated)
+        self.up_proj = nn.Linear(hidden, width * (1 + config.gated), bias=config.biased)
         self.down_proj = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -133,9 +141,10 @@ class MoeBlock(nn.Module):
         self.shared = Shared(config, hidden, act) if config.num_shared else None
         self.down_bias = config.down_bias
         if self.down_bias:  # it stays where the dense class has it
-            last = nn.Module()
-            last.bias = nn.Parameter(torch.empty(hidden))
-            self.add_module(self.down_bias.removesuffix(".bias"), last)
+            home, _, name = self.down_bias.rpartition(".")
+            if home:
+                self.add_module(home, nn.Module())
+            self.get_submodule(home).register_parameter(name, nn.Parameter(torch.empty(hidden)))
 
     def forward(self, x: Tensor) -> Tensor:
         """The FFN's output, of the shape of its input."""
@@ -149,8 +158,11 @@ class MoeBlock(nn.Module):
         return y_TD.view(x.shape)
 
 
-class MoefyForCausalLM(PreTrainedModel, GenerationMixin):
-    """The dense class of `config.dense`, its FFNs replaced."""
+class MoefyModel(PreTrainedModel):
+    """The dense class of `config.dense` without a head, its FFNs replaced."""
+
+    opens: Any = AutoModel
+    """The Auto class of the dense class."""
 
     config_class = MoefyConfig
     base_model_prefix = "dense"
@@ -164,40 +176,80 @@ class MoefyForCausalLM(PreTrainedModel, GenerationMixin):
         asked = config._attn_implementation
         # "sdpa" is what transformers sets where nothing was asked; the dense class knows better.
         chosen = {} if asked in (None, "sdpa") else {"attn_implementation": asked}
-        self.dense = AutoModelForCausalLM.from_config(dense, **chosen)
+        model = self.opens.from_config(dense, **chosen)
+        name = model.base_model_prefix
+        # Without a head, too, tensors are named as in the classes that have one.
+        bare = self.opens is AutoModel and config.layer.startswith(name + ".")
+        self.dense: Any = nn.ModuleDict({name: model}) if bare else model
         for layer in range(dense.num_hidden_layers):
             if layer not in config.left_dense:
                 home = self.dense.get_submodule(config.layer.format(layer=layer).rstrip("."))
                 home.set_submodule(config.block, MoeBlock(config, dense))
-        tied = self.dense._tied_weights_keys if dense.tie_word_embeddings else None
+                for name in config.emptied:
+                    home.set_submodule(name, nn.Identity())
+        tied = model._tied_weights_keys if dense.tie_word_embeddings and not bare else None
         self._tied_weights_keys = {f"dense.{a}": f"dense.{b}" for a, b in (tied or {}).items()}
         self.post_init()
 
+    @property
+    def inside(self) -> Any:
+        """The model of the dense class."""
+        return next(iter(self.dense.values())) if type(self.dense) is nn.ModuleDict else self.dense
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the dense class does."""
-        return self.dense(*args, **kwargs)
+        return self.inside(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The dense class's."""
+        return self.inside.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """The dense class's."""
+        self.inside.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The dense class's."""
+        return self.inside.get_output_embeddings()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """A checkpoint brings all weights; what is made anew starts as a linear layer does."""
+        for parameter in module.parameters(recurse=False):
+            nn.init.normal_(parameter, std=0.02)
+
+
+class MoefyForCausalLM(MoefyModel, GenerationMixin):
+    """The same for text that goes on."""
+
+    opens = AutoModelForCausalLM
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """What the dense class does."""
         self.dense.generation_config = self.generation_config
         return self.dense.generate(*args, **kwargs)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The dense class's."""
-        return self.dense.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """The dense class's."""
-        self.dense.set_input_embeddings(value)
+class MoefyForSeq2SeqLM(MoefyModel, GenerationMixin):
+    """The same for text that is made of other text."""
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The dense class's."""
-        return self.dense.get_output_embeddings()
+    opens = AutoModelForSeq2SeqLM
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """A checkpoint brings all weights; what is made anew starts as a linear layer does."""
-        for parameter in module.parameters(recurse=False):
-            nn.init.normal_(parameter, std=0.02)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What the dense class does."""
+        self.dense.generation_config = self.generation_config
+        return self.dense.generate(*args, **kwargs)
+
+
+class MoefyForMaskedLM(MoefyModel):
+    """The same for text with gaps."""
+
+    opens = AutoModelForMaskedLM
+
+
+class MoefyForSequenceClassification(MoefyModel):
+    """The same for the kinds of text."""
+
+    opens = AutoModelForSequenceClassification
 
 
 def _answer(up: Tensor, module: Any) -> Tensor:
@@ -208,4 +260,8 @@ def _answer(up: Tensor, module: Any) -> Tensor:
 
 
 AutoConfig.register("moefy", MoefyConfig)
+AutoModel.register(MoefyConfig, MoefyModel)
 AutoModelForCausalLM.register(MoefyConfig, MoefyForCausalLM)
+AutoModelForSeq2SeqLM.register(MoefyConfig, MoefyForSeq2SeqLM)
+AutoModelForMaskedLM.register(MoefyConfig, MoefyForMaskedLM)
+AutoModelForSequenceClassification.register(MoefyConfig, MoefyForSequenceClassification)

@@ -46,7 +46,8 @@ def _slots(job: Job) -> dict[str, Slot]:
 def _block_slots(job: Job) -> dict[str, Slot]:
     """Tensors of one converted FFN, from shapes alone."""
     shape, hidden = job.shape, job.size("hidden_size")
-    ffn = empty_ffn(shape.num_neurons, hidden, gated=job.family.gated)
+    family = job.family
+    ffn = empty_ffn(shape.num_neurons, hidden, gated=family.gated, biased=family.biased)
     with torch.device("meta"):
         static = job.method.fit is None
         partition = Partition(
@@ -59,7 +60,7 @@ def _block_slots(job: Job) -> dict[str, Slot]:
     return {name: Slot(CODES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
 
 
-def empty_ffn(neurons: int, hidden: int, *, gated: bool = True) -> FFN:
+def empty_ffn(neurons: int, hidden: int, *, gated: bool, biased: bool) -> FFN:
     """An FFN of shapes alone, its tensors on no device."""
     with torch.device("meta"):
         matrix_FD = torch.empty(neurons, hidden)
@@ -67,7 +68,7 @@ def empty_ffn(neurons: int, hidden: int, *, gated: bool = True) -> FFN:
             matrix_FD if gated else None,
             matrix_FD,
             torch.empty(hidden, neurons),
-            bias_F=None if gated else torch.empty(neurons),
+            bias_F=torch.empty(neurons) if biased else None,
         )
 
 
@@ -99,10 +100,7 @@ def _added(job: Job, found: Mapping[str, Slot]) -> dict[str, tuple[Slot, str | N
 
 def _rest(job: Job, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """What is written for a tensor that is no converted FFN."""
-    if job.target.native:
-        own = {stored: new for new, stored in job.family.renamed.items()}
-        return {own.get(name, name) if job.target.prefix else name: tensor}
-    if job.family.rest is None:
+    if job.target.native or job.family.rest is None:
         return {name: tensor}
     return job.family.rest(job.dense.own, name, tensor)
 

@@ -29,10 +29,11 @@ def estimate(job: Job) -> dict[str, Any]:
     dense = sum(entry.num_elements for entry in job.checkpoint.entries.values())
     total = sum(slot.num_bytes // DTYPES[slot.dtype].itemsize for slot in slots.values())
     hidden, shape = job.size("hidden_size"), job.shape
-    idle = (shape.num_experts - shape.experts_per_token) * shape.expert_width * 3 * hidden
+    neuron = (3 if job.family.gated else 2) * hidden
+    idle = (shape.num_experts - shape.experts_per_token) * shape.expert_width * neuron
     if job.method.fit is None:
         idle = 0
-    ffn_flops = 6 * hidden * shape.num_neurons
+    ffn_flops = 2 * neuron * shape.num_neurons
     embedding = job.checkpoint.entries[job.family.embedding].num_elements
     # Every matrix but the embedding is multiplied once per token; a tied head counts as one.
     tied = job.family.head not in job.checkpoint.entries

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from moefy.errors import MoefyError
 from moefy.headers import read_header
-from moefy.walk import some_layers
+from moefy.walk import auto_class, some_layers, states_of
 
 TOLERANCE = 0.1
 """Greatest mean relative error of a token's last hidden state. Router gates deviate from one by
@@ -29,23 +29,25 @@ def reopen(
     ends: list[Tensor],
     *,
     layer: str = "model.layers.{layer}.",
+    task: str = "ForCausalLM",
     prepare: Callable[[Any], Any] = lambda model: model,
 ) -> dict[str, Any]:
     """Load `folder` with its stock class and compare hidden states with those of the conversion.
 
     `ends[l]` holds the states (T, D) that left layer l on the sequence `ids_T`. As many layers are
     loaded as fit in memory that does not grow with the model. `layer` is the prefix of a layer's
-    names. `prepare` may put a router that cannot be written into the loaded model.
+    names, `task` what the model is for. `prepare` may put a router that cannot be written into the
+    loaded model.
 
     Raises:
         MoefyError: code 6, for missing, unexpected or mismatched keys, or other hidden states.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    layers = _fitting_layers(folder, len(ends))
+    layers = _fitting_layers(folder, len(ends), layer.partition("{layer}")[0])
     whole = layers == len(ends)
     if not whole:
         config = some_layers(config, 0, layers)
-    opened: Any = AutoModelForCausalLM.from_pretrained(
+    opened: Any = auto_class(task).from_pretrained(
         folder,
         config=config,
         dtype=torch.float32 if whole else "auto",
@@ -64,10 +66,13 @@ def reopen(
     if wrong:
         raise MoefyError(f"the written folder does not load cleanly: {wrong}", code=6)
     seen: list[Tensor] = []
-    last = model.get_submodule(layer.format(layer=layers - 1).rstrip("."))
-    last.register_forward_hook(lambda module, args, out: seen.append(out))
+    home = layer if hasattr(model, layer.split(".")[0]) else layer.partition(".")[2]
+    last = model.get_submodule(home.format(layer=layers - 1).rstrip("."))
+    last.register_forward_hook(lambda module, args, out: seen.append(states_of(out)))
+    ids_1T = ids_T[None]
+    more = {"ForCausalLM": {"logits_to_keep": 1}, "ForSeq2SeqLM": {"decoder_input_ids": ids_1T}}
     with torch.inference_mode():
-        prepare(model.eval())(ids_T[None], logits_to_keep=1)
+        prepare(model.eval())(ids_1T, **more.get(task, {}))
     expected_TD = ends[layers - 1].cpu()
     # Token by token: a few tokens with huge states would hide the others in one norm.
     wrong_T = (seen[0][0].float() - expected_TD).norm(dim=1) / expected_TD.norm(dim=1)
@@ -81,7 +86,7 @@ def reopen(
     return {"class": type(model).__name__, "layers": layers, "hidden_state_error": error}
 
 
-def _fitting_layers(folder: Path, num_layers: int) -> int:
+def _fitting_layers(folder: Path, num_layers: int, prefix: str) -> int:
     """How many layers to load: all if their float32 weights fit `MEMORY`, else what fits stored."""
     entries = {
         name: entry
@@ -91,6 +96,6 @@ def _fitting_layers(folder: Path, num_layers: int) -> int:
     if 4 * sum(entry.num_elements for entry in entries.values()) <= MEMORY:
         return num_layers
     sizes = {name: entry.stop - entry.start for name, entry in entries.items()}
-    layered = sum(size for name, size in sizes.items() if ".layers." in name)
+    layered = sum(size for name, size in sizes.items() if name.startswith(prefix))
     room = MEMORY - (sum(sizes.values()) - layered)
     return max(1, min(num_layers - 1, int(room * num_layers / layered)))

@@ -6,9 +6,10 @@ class, `scan_finite` looks at values as they pass.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,6 @@ SIZES = "hidden_size num_hidden_layers num_attention_heads vocab_size".split()
 Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 FLOATS = ("F64", "F32", "F16", "BF16")
-IGNORABLE = re.compile(r"\.rotary_emb\.inv_freq$")
-"""What old versions stored, and every model class computes itself and ignores."""
-
 KINDS = {
     "already a Mixture of Experts": "expert",
     "a state-space or recurrent model": "state_size|ssm_|mamba|rwkv|recurrent",
@@ -50,12 +48,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     path, config = folder / CONFIG, read_config(folder)
     if reason := _unsupported(path, config):
         raise MoefyError(f"{path} cannot be converted: {reason}", code=4)
-    config = families.load(config["model_type"]).sized(config)
+    family = families.load(config["model_type"], config)
+    config = family.sized(config)
     if reason := _wrong_size(config):
         raise damaged(f"{path} is wrong: {reason}")
-    entries = read_entries(folder)
+    entries = {family.named(name): entry for name, entry in read_entries(folder).items()}
     for name, entry in entries.items():
-        if entry.dtype not in FLOATS and not IGNORABLE.search(name):
+        if entry.dtype not in FLOATS and not re.search(family.unread, name):
             found = f"tensor {name!r} in {entry.file} is stored as {entry.dtype}"
             raise MoefyError(f"{found}, expected floating point; dequantise it first", code=4)
     _check_layers(path, config, entries)
@@ -81,7 +80,7 @@ def _unsupported(path: Path, config: Config) -> str | None:
         found = f"model_type {short(model_type)} is {[*kinds, 'unknown'][0]}"
         guess = f"; the nearest is {near[0]}" if near else ""
         return f"{found}; supported dense families: {', '.join(known)}{guess}"
-    family = families.load(model_type)
+    family = families.load(model_type, config)
     if str(activation := config.get(family.activation, "silu")) not in ACTIVATIONS:
         found = f"{family.activation} is {short(activation)}"
         return f"{found}, expected one of {', '.join(ACTIVATIONS)}"
@@ -90,7 +89,7 @@ def _unsupported(path: Path, config: Config) -> str | None:
 
 def _wrong_size(config: Config) -> str | None:
     """Which size in a configuration no model can have, whatever the tensors say."""
-    family = families.load(config["model_type"])
+    family = families.load(config["model_type"], config)
     optional = ["num_key_value_heads", "head_dim", *([family.width] if family.neurons else [])]
     optional = [key for key in optional if config.get(key) is not None]
     for key in (*SIZES, *optional, *([] if family.neurons else [family.width])):
@@ -107,18 +106,39 @@ def _wrong_size(config: Config) -> str | None:
 
 def _check_layers(path: Path, config: Config, entries: Mapping[str, Entry]) -> None:
     """Compare the sizes in the configuration with the layers, FFNs and embedding that are there."""
-    family = families.load(config["model_type"])
+    family = families.load(config["model_type"], config)
     hidden, num_layers, neurons = (*(config[k] for k in SIZES[:2]), family.num_neurons(config))
     layer = re.compile(re.escape(family.layer).replace(r"\{layer\}", "([0-9]+)"))
     stored = {match[1] for match in map(layer.match, entries) if match}
     if len(stored) != num_layers:
         found = f"{path}: num_hidden_layers is {short(num_layers)}"
         raise damaged(f"{found}, but {len(stored)} layers are stored")
-    expected = {family.embedding: (config["vocab_size"], hidden)}
+    expected = {family.embedding: (config["vocab_size"], config.get("embedding_size") or hidden)}
     shapes = family.shapes(neurons, hidden)
     for number in range(num_layers):
         expected |= dict(zip(family.ffn_names(number), shapes, strict=True))
+        expected |= _attention(config, family.layer.format(layer=number) + "self_attn.", entries)
     _check_shapes(path, expected, entries)
+
+
+def _attention(config: Config, prefix: str, entries: Mapping[str, Entry]) -> Shapes:
+    """Shapes of a layer's projections, as far as they have their usual names.
+
+    Heads are as wide as in the queries where the configuration does not say; keys and values are
+    left out where it does not say how many there are, for the defaults of the classes differ.
+    """
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    groups = config.get("num_key_value_heads")
+    units = {"q_proj": heads, **({"k_proj": groups, "v_proj": groups} if groups else {})}
+    if f"{prefix}qkv_proj.weight" in entries:
+        units = {"qkv_proj": heads + 2 * (groups or heads)}
+    first, count = next(iter(units.items()))
+    if f"{prefix}{first}.weight" not in entries:
+        return {}
+    width = config.get("head_dim") or entries[f"{prefix}{first}.weight"].shape[0] // count
+    expected = {f"{prefix}{part}.weight": (n * width, hidden) for part, n in units.items()}
+    out = f"{prefix}o_proj.weight"
+    return expected | ({out: (hidden, heads * width)} if out in entries else {})
 
 
 def _check_shapes(path: Path, expected: Shapes, entries: Mapping[str, Entry]) -> None:
@@ -130,8 +150,10 @@ def _check_shapes(path: Path, expected: Shapes, entries: Mapping[str, Entry]) ->
             raise damaged(f"{found}, but {path.name} implies {list(shape)}")
 
 
-def check_tensors(checkpoint: Checkpoint, family: Family) -> list[str]:
-    """Compare all names and shapes with the stock dense class, built without memory; give notes.
+def check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[Checkpoint, list[str]]:
+    """Compare all names and shapes with the stock dense class, built without memory.
+
+    Gives the checkpoint less what the class does not read, and notes.
 
     Raises:
         MoefyError: code 3 for a tensor that is missing, has another shape or is unknown to the
@@ -140,41 +162,45 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> list[str]:
     import torch
 
     folder, entries = checkpoint.folder, checkpoint.entries
-    expected, tied = _implied(checkpoint)
-    expected = {family.renamed.get(name, name): shape for name, shape in expected.items()}
-    if tied and family.head not in entries:
-        del expected[family.head]
-    _check_shapes(folder / CONFIG, expected, entries)
+    expected, tied = _implied(checkpoint, family)
+    _check_shapes(folder / CONFIG, _less(expected, tied - entries.keys()), entries)
     extra = [name for name in entries if name not in expected]
-    if unknown := [name for name in extra if not IGNORABLE.search(name)]:
+    if unknown := [name for name in extra if not re.search(family.unread, name)]:
         found = f"{folder} holds tensors that {family.model_type} does not have: {some(unknown)}"
         raise MoefyError(f"{found}; merge adapters first, or remove these tensors")
-    notes = [f"ignored by {family.model_type} and every target: {some(extra)}"] if extra else []
-    if tied and family.head in entries:
+    notes = [f"not read by {family.model_type}, not written: {some(extra)}"] if extra else []
+    said = checkpoint.config.get("tie_word_embeddings", True)  # T5 ties whatever is said
+    if said and family.head in tied and family.head in entries:
         pair = [checkpoint.tensor(name) for name in (family.head, family.embedding)]
         if not torch.equal(*(tensor.view(torch.uint8) for tensor in pair)):
             notes.append(f"tied by {CONFIG}, but {family.head} differs: the weights are followed")
-    return notes
+    return dataclasses.replace(checkpoint, entries=_less(entries, extra)), notes
 
 
-def _implied(checkpoint: Checkpoint) -> tuple[Shapes, bool]:
-    """Names and shapes of the stock class's tensors, and whether it ties head and embedding."""
+def _less(table: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if name not in names}
+
+
+def _implied(checkpoint: Checkpoint, family: Family) -> tuple[Shapes, set[str]]:
+    """Names and shapes of the stock class's tensors, and which of them are others again."""
     # Here, because these take seconds that `open_checkpoint` need not wait for.
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from moefy.walk import model_config
+    from moefy.walk import auto_class, model_config
 
+    task = family.task(checkpoint.config)
     try:
         config = model_config(checkpoint)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            model = auto_class(task).from_config(config, attn_implementation="eager")
     except Exception as error:  # whatever a value of the configuration makes transformers raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         found = f"transformers can make no model of {checkpoint.folder / CONFIG}"
         raise damaged(f"{found}: {reason}") from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return shapes, bool(config.tie_word_embeddings)
+    whole = model.base_model_prefix + "."
+    prefix = whole if task == "Model" and family.layer.startswith(whole) else ""
+    shapes = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes, set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
 
 
 def scan_finite(name: str, tensor: Tensor, *, ffn: bool = False) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
@@ -18,6 +19,9 @@ from moefy.layout import FFN
 
 Join = Callable[[Tensor], Tensor] | None
 """What a layer does to the FFN's output before it is added; None: nothing."""
+
+Leave = Callable[[Tensor], Tensor]
+"""What a layer does to the sum."""
 
 
 class _Tap(nn.Module):
@@ -33,10 +37,16 @@ class _Tap(nn.Module):
 
 
 class _Skip(nn.Module):
-    """Stands where embeddings, which are done, and the final norm stand."""
+    """Stands where embeddings, which are done, and norms of what leaves stand."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x if x.is_floating_point() else torch.zeros(())
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2)
+        return next(given, torch.zeros(()))  # nothing to add, made of ids or positions
+
+
+def auto_class(task: str) -> Any:
+    """The Auto class of transformers that opens models for a task."""
+    return getattr(transformers, "AutoModel" + task.removeprefix("Model"))
 
 
 def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -53,14 +63,52 @@ def _number(value: Any) -> Any:
 
 
 def embed(checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.device) -> Tensor:
-    """What enters the first layer for the token ids, float32, shape (B, T, D)."""
+    """What enters the first layer for the token ids, float32, shape (B, T, D).
+
+    Raises:
+        MoefyError: code 2, for sequences that are longer than the learned positions.
+    """
+    positions_TD = _positions(checkpoint, family, ids_BT.shape[1])
+    if family.embeddings:
+        return _embedded(checkpoint, family, ids_BT, device)
     scale = family.embedding_scale(model_config(checkpoint).to_dict())
     states_BTD = checkpoint.rows(family.embedding, ids_BT).to(device)
     if scale != 1.0:
         states_BTD.mul_(scale)
-    if family.positions:
-        states_BTD += checkpoint.tensor(family.positions)[: ids_BT.shape[1]].float().to(device)
+    if family.projection and family.projection in checkpoint.entries:
+        states_BTD = states_BTD @ checkpoint.tensor(family.projection).float().to(device).T
+    if positions_TD is not None:
+        states_BTD += positions_TD.float().to(device)
     return states_BTD
+
+
+def _embedded(
+    checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.device
+) -> Tensor:
+    """What transformers' own embeddings make of the token ids."""
+    config, home = model_config(checkpoint), str(family.embeddings)
+    with torch.device("meta"):
+        model: Any = AutoModel.from_config(config)
+    found: Any = model.get_submodule(home.removeprefix(model.base_model_prefix + "."))
+    made = type(found)(config)  # with the buffers that are stored nowhere
+    weights = {name: checkpoint.tensor(f"{home}.{name}").float() for name in made.state_dict()}
+    made.load_state_dict(weights, assign=True)
+    made.to(device).eval().requires_grad_(False)
+    return torch.cat([made(ids_BT.to(device)) for ids_BT in ids_BT.split(32)])
+
+
+def _positions(checkpoint: Checkpoint, family: Family, length: int) -> Tensor | None:
+    """The learned positions of the first `length` tokens, if there are any."""
+    if family.positions is None:
+        return None
+    table_PD = checkpoint.tensor(family.positions)[family.first_position :]
+    if length > len(table_PD):
+        raise MoefyError(
+            f"sequences of {length} tokens, but the model has positions for {len(table_PD)}; "
+            "lower --sequence-length",
+            code=2,
+        )
+    return table_PD[:length]
 
 
 def read_ffn(
@@ -79,16 +127,17 @@ def tap(
     states_BTD: Tensor,
     *,
     batch: int = 4,
-) -> tuple[Tensor, Join]:
-    """Run everything of one layer but its FFN; return the FFN's inputs, shape (B * T, D), and what
-    the FFN's outputs go through before they are added.
+) -> tuple[Tensor, Join, Leave]:
+    """Run everything of one layer but its FFN; return the FFN's inputs, shape (B * T, D), what the
+    FFN's outputs go through before they are added, and what the sum goes through.
 
     `states_BTD` holds the states that enter the layer and is overwritten with those that leave it
     less the FFN's part, which the caller adds; a bias behind the FFN is in them. The layer is
     transformers' own, run inside its own model class, so masks and rotary embeddings are the
     family's.
     """
-    model, block, seen = _one_layer(checkpoint, family, config, layer, states_BTD.device)
+    model, block, seen, leave = _one_layer(checkpoint, family, config, layer, states_BTD.device)
+    run = model.encoder if config.is_encoder_decoder else model
     x_BTD = torch.empty_like(states_BTD)
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
@@ -96,18 +145,24 @@ def tap(
     block.register_forward_pre_hook(
         lambda module, args, kwargs: ((entering[0], *args[1:]), kwargs), with_kwargs=True
     )
-    block.register_forward_hook(lambda module, args, out: leaving.append(out))
+    block.register_forward_hook(lambda module, args, out: leaving.append(states_of(out)))
     with torch.inference_mode():
         for first in range(0, len(states_BTD), batch):
             part = states_BTD[first : first + batch]
             entering[:], leaving[:] = [part], []
-            model(inputs_embeds=part, use_cache=False)
+            run(inputs_embeds=part, use_cache=False)
             part.copy_(leaving[0])
-            x_BTD[first : first + batch] = seen.seen
+            x_BTD[first : first + batch] = seen.seen.view(part.shape)
     if family.down_bias:
         name = family.layer.format(layer=layer) + family.down_bias
         states_BTD += checkpoint.tensor(name).float().to(states_BTD.device)
-    return x_BTD.view(-1, x_BTD.shape[-1]), family.join(block) if family.join else None
+    join = family.join(block) if family.join else None
+    return x_BTD.view(-1, x_BTD.shape[-1]), join, leave
+
+
+def states_of(out: Any) -> Tensor:
+    """The states in what a layer returns."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 def ending(
@@ -130,8 +185,9 @@ def ending(
     @torch.inference_mode()
     def logits(states_TD: Tensor) -> Tensor:
         given[:] = [states_TD[None].to(model.dtype).cpu()]
-        # The embeddings go unread.
-        return model(inputs_embeds=given[0], use_cache=False).logits[0]
+        # What the layer is given goes unread.
+        ids_1T = torch.zeros(given[0].shape[:2], dtype=torch.long)
+        return model(ids_1T, use_cache=False).logits[0]
 
     return logits
 
@@ -181,12 +237,16 @@ def gradients(
 
 
 def _keep_gradient(parts: list[Tensor], module: Any, args: Any, out: Tensor) -> None:
-    out.register_hook(lambda slope_1TD: parts.append(slope_1TD[0].bfloat16().cpu()))
+    width = out.shape[-1]  # some classes flatten sequences
+    out.register_hook(lambda slope: parts.append(slope.reshape(-1, width).bfloat16().cpu()))
 
 
 def some_layers(config: PreTrainedConfig, first: int, last: int) -> PreTrainedConfig:
     """The configuration of a model of only the layers from `first` to before `last`."""
-    fewer = copy.deepcopy(config)
+    fewer: Any = copy.deepcopy(config)
+    if config.model_type == "moefy":
+        fewer.dense = some_layers(fewer.dense_config(), first, last).to_dict()
+        return fewer
     num_layers = config.num_hidden_layers
     for key, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == num_layers and not key.endswith("_token_id"):
@@ -201,23 +261,35 @@ def _one_layer(
     config: PreTrainedConfig,
     layer: int,
     device: torch.device,
-) -> tuple[Any, Any, _Tap]:
-    """A base model holding only `layer`, that layer, and the tap in place of its FFN."""
+) -> tuple[Any, Any, _Tap, Leave]:
+    """A base model holding only `layer`, that layer, the tap in place of its FFN, and what is to be
+    done to what leaves."""
     single = some_layers(config, layer, layer + 1)
     with torch.device("meta"):
         model: Any = AutoModel.from_config(single, dtype=torch.float32)
     seen = _Tap()
     home = family.layer.format(layer=0).removeprefix(model.base_model_prefix + ".").rstrip(".")
-    block: Any = model.get_submodule(home)
+    block: Any = model
+    for part in home.split("."):
+        for name in [name for name, _ in block.named_children() if name != part]:
+            if name == "rotary_emb":
+                block.rotary_emb = type(block.rotary_emb)(config=single).to(device)
+            else:
+                setattr(block, name, _Skip())
+        block = block.get_submodule(part)
     block.set_submodule(family.block, seen)
-    for name in [name for name, _ in model.named_children()]:
-        if name == "rotary_emb":
-            model.rotary_emb = type(model.rotary_emb)(config=single).to(device)
-        elif name != home.split(".")[0]:
-            setattr(model, name, _Skip())
-    prefix = family.layer.format(layer=layer)
-    weights = {
-        name: checkpoint.tensor(prefix + name).float().to(device) for name in block.state_dict()
-    }
+    for name in family.emptied:
+        block.set_submodule(name, nn.Identity())
+    own, first = (family.layer.format(layer=number) for number in (layer, 0))
+    weights = {}
+    for name in block.state_dict():
+        # T5's first layer holds the distances' biases of all.
+        prefix = own if own + name in checkpoint.entries else first
+        weights[name] = checkpoint.tensor(prefix + name).float().to(device)
     block.load_state_dict(weights, assign=True)
-    return model.eval().requires_grad_(False), block, seen
+    model.eval().requires_grad_(False)
+    leave: Leave = nn.Identity()
+    if family.behind:
+        leave = block.get_submodule(family.behind)
+        block.set_submodule(family.behind, _Skip())
+    return model, block, seen, leave

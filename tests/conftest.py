@@ -38,8 +38,12 @@ ONE_SLIDING = {
     "sliding_window": 16,
     "layer_types": ["full_attention", "sliding_attention"],
 }
+T5 = {"d_ff": 96, "d_kv": 16, "num_decoder_layers": 2, "decoder_start_token_id": 0}
+T5 |= {"pad_token_id": 0, "eos_token_id": 1}
 FAMILY = {
+    "bert": {},
     "cohere2": ONE_SLIDING,
+    "distilbert": {"hidden_dim": 96},
     "ernie4_5": {"head_dim": 16},
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, **ONE_SLIDING},
@@ -60,13 +64,18 @@ FAMILY = {
     "llama": {},
     "ministral": {"head_dim": 8, **ONE_SLIDING},
     "mistral": {"sliding_window": None},
+    "mt5": T5,
     "olmo2": {},
     "olmo3": ONE_SLIDING,
+    "opt": {"ffn_dim": 96, "num_key_value_heads": 4},
     "phi3": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},  # not hidden_size / num_attention_heads, as in real ones
+    "roberta": {"pad_token_id": 1},
     "smollm3": {"no_rope_layers": [1, 0]},
     "starcoder2": {"sliding_window": None},
+    "t5": T5,
+    "xlm-roberta": {"pad_token_id": 1},
 }
 SPACE, NEWLINE = "\u0120", "\u010a"  # as byte-level tokenizers write them
 PAIRS = "th he in er an re on at en nd st es ng of te ed or ti hi as to it is ar".split()
@@ -97,14 +106,19 @@ def build_tokenizer(folder: Path) -> None:
 def build_model(folder: Path, model_type: str, overrides: dict) -> None:
     """Save a random model in which every tensor matters: norms are not one, biases not zero."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.for_model(model_type, **PICO | FAMILY.get(model_type, {}) | overrides)
+    from moefy import families
+    from moefy.walk import auto_class
+
+    values = PICO | FAMILY.get(model_type, {}) | overrides
+    task = values.pop("task", families.load(model_type).tasks[0])
+    config = AutoConfig.for_model(model_type, **values)
     generator = torch.Generator().manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto_class(task).from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if name.endswith("norm.weight"):
+        if name.lower().endswith("norm.weight"):
             parameter.data = 1 + 0.2 * noise
         elif parameter.ndim == 1:
             parameter.data = 0.2 * noise

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from moefy import families, targets
 from moefy.shape import no_shared, one_shared
@@ -38,6 +38,9 @@ ONE_EACH = [
     for target in TARGETS
 ]
 """A family per class, of those whose tensors other than the FFN's are copied as they are."""
+
+UNHELD = [name for name in families.names() if not families.load(name).targets]
+"""Families that only the package's own class holds."""
 
 SHARES, SIGMOIDS = ("qwen2_moe", "flex_olmo"), ("glm4_moe", "cohere2_moe", "lfm2_moe")
 """Classes whose gates are softmax probabilities over all experts, and sigmoids. In the others the
@@ -101,11 +104,31 @@ def shape_of(target: str, experts: int) -> dict[str, Any]:
 
 def opened(folder: Path, dtype: torch.dtype = torch.float32, **options: Any):
     """The model, which must load without a missing, unexpected or mismatched tensor."""
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = auto_class(folder).from_pretrained(
         folder, dtype=dtype, output_loading_info=True, **options
     )
     assert not any(info.values()), info
     return model.eval()
+
+
+CLASSES = {
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForSeq2SeqLM": "AutoModelForSeq2SeqLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "Model": "AutoModel",
+}
+"""How a class's name ends -> the Auto class that opens it; AutoModelForCausalLM all others."""
+
+
+def auto_class(folder: Path):
+    """The Auto class for what a folder's configuration says it holds."""
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    for ending, auto in CLASSES.items():
+        if name.endswith(ending):
+            return getattr(transformers, auto)
+    return transformers.AutoModelForCausalLM
 
 
 def num_experts(folder: Path) -> int:
@@ -153,12 +176,13 @@ def logits(model) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     ids_BT = torch.randint(1, 128, (2, TOKENS), generator=generator)
     with torch.inference_mode():
-        return model(ids_BT).logits.float()
+        given = {"decoder_input_ids": ids_BT} if model.config.is_encoder_decoder else {}
+        return model(ids_BT, **given)[0].float()
 
 
 @functools.cache
 def dense_logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval())
+    return logits(auto_class(folder).from_pretrained(folder, dtype=dtype).eval())
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -198,7 +222,7 @@ def gates(target: str, score_BTE: torch.Tensor, k: int) -> torch.Tensor:
 def masked(dense: Path, moe, k: int):
     """The dense model with its neurons counting as the experts of `moe` in which they stand."""
     family = families.load(json.loads((dense / "config.json").read_text())["model_type"])
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    model = auto_class(dense).from_pretrained(dense, dtype=torch.float32).eval()
     for number, block in blocks(moe).items():
         layer = model.get_submodule(family.layer.format(layer=number).rstrip("."))
         first, last = family.ffn[0], family.ffn[-1].removesuffix(".weight")

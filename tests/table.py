@@ -1,4 +1,4 @@
-"""Print a Markdown table of every family with every stock class: `python tests/table.py`.
+"""Print a Markdown table of every family with every class that holds it: `python tests/table.py`.
 
 The identity error is the greatest difference of two logits relative to the largest of them, all
 experts active and the router's rows zero.
@@ -22,9 +22,10 @@ from stock import (
     silence,
     some_active,
 )
-from test_targets import generated
+from test_targets import GENERATIVE, OWNED, generated
 from transformers.utils import logging
 
+from moefy import families
 from moefy.convert import convert
 from moefy.job import prepare
 from moefy.recipe import build
@@ -46,8 +47,9 @@ def line(family: str, target: str, text: Path) -> str:
         model = opened(root / "some")
         model.save_pretrained(root / "again")
         again = torch.equal(logits(opened(root / "again")), logits(model))
-        alike = torch.equal(generated(model, True), generated(model, False))
-    words = {True: "yes", False: "NO"}
+        writes = bool({*families.load(family).tasks} & {*GENERATIVE})
+        alike = torch.equal(generated(model, True), generated(model, False)) if writes else None
+    words = {True: "yes", False: "NO", None: ""}
     name = type(model).__name__
     return ROW.format(family, target, name, f"{error:.0e}", words[alike], words[again])
 
@@ -63,5 +65,5 @@ if __name__ == "__main__":
         heads = ("family", "class", "opened as", "error", "generates", "saved again")
         print(ROW.format(*heads))
         print(ROW.format(*["---"] * len(heads)))
-        for pair in HELD:
+        for pair in [*HELD, *OWNED]:
             print(line(*pair, text), flush=True)

@@ -285,7 +285,7 @@ def test_more_clusters_than_tokens_are_refused():
         token_centroids(profile, 161, seeded(0))
 
 
-FAMILIES = ["llama", "gpt2", "gemma2", "granite", "gpt_neox", "lfm2"]
+FAMILIES = ["llama", "gpt2", "gemma2", "granite", "gpt_neox", "lfm2", "opt"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

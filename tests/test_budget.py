@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moefy import budget
+from moefy import budget, families
 from moefy.convert import calibration_tokens, convert
 from moefy.errors import MoefyError
 from moefy.job import Job, prepare
@@ -18,16 +18,24 @@ from moefy.recipe import build, read
 LAYERS, LOUD = 6, 3
 
 
-@pytest.fixture
-def loud(own_pico) -> Path:
-    """A model of six layers, of which one writes twenty times as much as any other."""
-    folder = own_pico("llama", num_hidden_layers=LAYERS)
+def down_of(family: str, layer: int) -> str:
+    return families.load(family).ffn_names(layer)[-1]
+
+
+def make_loud(folder: Path, family: str) -> Path:
+    """Have one layer write twenty times as much as any other."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for layer in range(LAYERS):
-        tensors[f"model.layers.{layer}.mlp.down_proj.weight"] *= 6.0 if layer == LOUD else 0.3
+        tensors[down_of(family, layer)] *= 6.0 if layer == LOUD else 0.3
     save_file(tensors, file, {"format": "pt"})
     return folder
+
+
+@pytest.fixture
+def loud(own_pico) -> Path:
+    """A model of six layers, one of them loud."""
+    return make_loud(own_pico("llama", num_hidden_layers=LAYERS), "llama")
 
 
 def job_of(model: Path, text: Path, **recipe: Any) -> Job:
@@ -39,8 +47,13 @@ def silent(*_: object) -> None:
     pass
 
 
-def test_sensitivities_are_what_the_stock_model_loses(loud, text, monkeypatch):
-    job = job_of(loud, text)
+OPT_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("opt", {}), ("opt", OPT_350M)])
+def test_sensitivities_are_what_the_stock_model_loses(family, changes, own_pico, text, monkeypatch):
+    loud = make_loud(own_pico(family, num_hidden_layers=LAYERS, **changes), family)
+    job = job_of(loud, text, target="moefy")
     tokens = calibration_tokens(job, silent)
     blocks = []
 
@@ -59,13 +72,13 @@ def test_sensitivities_are_what_the_stock_model_loses(loud, text, monkeypatch):
         wanted_BTV = dense(probes).logits.log_softmax(-1)
         for layer, block in enumerate(blocks):
             pruned = AutoModelForCausalLM.from_pretrained(loud).eval()
-            down = pruned.model.layers[layer].mlp.down_proj
-            down.weight.zero_()
+            down_DF = pruned.get_parameter(down_of(family, layer))
+            down_DF.zero_()
             kept = block.partition.shared_S
             assert 0 < len(kept) < 96
-            down.weight[:, kept] = block.ffn.down_DF[:, kept]
+            down_DF[:, kept] = block.ffn.down_DF[:, kept]
             loss_BTV = wanted_BTV.exp() * (wanted_BTV - pruned(probes).logits.log_softmax(-1))
-            assert found[layer] == pytest.approx(float(loss_BTV.sum(-1).mean()), rel=1e-3)
+            assert found[layer] == pytest.approx(float(loss_BTV.sum(-1).mean()), rel=1e-3, abs=1e-7)
 
 
 def test_auto_leaves_the_loud_layer_dense_and_shrinks_the_others(loud, text, tmp_path):

@@ -18,7 +18,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from stock import auto_class
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from moefy import __version__, families
 from moefy.convert import convert
@@ -62,7 +69,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def logits(folder: Path, **options: Any) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    model = auto_class(folder).from_pretrained(folder, dtype=torch.float32, **options).eval()
     ids_BT = torch.randint(1, 128, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         return model(ids_BT).logits
@@ -281,19 +288,129 @@ def test_mixed_dtypes_stay_as_they_are(own_pico, a_job, tmp_path):
     assert {t.dtype for name, t in stored.items() if ".mlp." in name} == {torch.bfloat16}
 
 
-def test_what_old_versions_stored_needlessly_is_not_in_the_way(own_pico, a_job, tmp_path):
-    dense = own_pico("llama")
+MASK = torch.ones(1, 1, 8, 8).tril().bool()
+PLACES = torch.arange(128)[None]
+NEEDLESS: dict[str, dict[str, torch.Tensor]] = {
+    "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+    "gpt2": {"transformer.h.0.attn.bias": MASK},
+    "gpt_neox": {
+        "gpt_neox.layers.0.attention.bias": MASK,
+        "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
+    },
+    "bert": {
+        "bert.embeddings.position_ids": PLACES,
+        "bert.pooler.dense.weight": torch.ones(32, 32),
+        "cls.seq_relationship.bias": torch.ones(2),
+    },
+    "roberta": {"roberta.embeddings.position_ids": PLACES},
+    "t5": {
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.ones(32, 4)
+    },
+}
+
+
+@pytest.mark.parametrize("family", NEEDLESS)
+def test_what_old_versions_stored_needlessly_is_not_in_the_way(family, own_pico, a_job, tmp_path):
+    dense = own_pico(family)
     tensors = load_file(dense / SINGLE)
-    needless = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    save_file(tensors | {needless: torch.ones(4)}, dense / SINGLE, metadata={"format": "pt"})
-    summary = convert(a_job(dense), tmp_path / "out")
-    assert any(needless in note for note in summary["notes"])
+    assert not tensors.keys() & NEEDLESS[family].keys()
+    save_file(tensors | NEEDLESS[family], dense / SINGLE, metadata={"format": "pt"})
+    target = "auto" if families.load(family).targets else "moefy"
+    summary = convert(a_job(dense, target=target), tmp_path / "out")
+    assert all(any(name in note for note in summary["notes"]) for name in NEEDLESS[family])
+    written = load_file(tmp_path / "out" / SINGLE)
+    assert not any(name.endswith(tuple(NEEDLESS[family])) for name in written)
+
+
+def as_google_stored(name: str) -> str:
+    name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+    return name.replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+OLD_NAMES: dict[str, tuple[str, dict, Callable[[str], str]]] = {
+    "gpt2": ("gpt2", {}, lambda name: name.removeprefix("transformer.")),
+    "bert": ("bert", {}, as_google_stored),
+}
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+def test_names_of_the_first_checkpoints(name, own_pico, converted):
+    family, changes, old = OLD_NAMES[name]
+    quick = {"target": "moefy", "refit": False, "partition": "shuffle"}
+    dense = own_pico(family, **changes)
+    expected = weights(converted(dense, **quick))
+    tensors = load_file(dense / SINGLE)
+    renamed = {old(name): tensor for name, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, dense / SINGLE, metadata={"format": "pt"})
+    assert weights(converted(dense, **quick, seed=0)) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_a_model_that_is_too_large_to_be_reopened_whole(family, pico, a_job, tmp_path, monkeypatch):
+    monkeypatch.setattr("moefy.reopen.MEMORY", 1)
+    target = "auto" if families.load(family).targets else "moefy"
+    reopened = convert(a_job(pico(family), target=target), tmp_path / "out")["reopened"]
+    assert reopened["layers"] == 1 and reopened["hidden_state_error"] < 0.05
+
+
+# --- encoders ------------------------------------------------------------------------------------
+
+
+def told(job, code: int) -> str:
+    with pytest.raises(MoefyError) as caught:
+        job()
+    assert caught.value.code == code and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "t5"])
+def test_what_an_encoder_does_not_do(family, pico, a_job, converted):
+    model = pico(family)
+    assert "--calibration FILE" in told(lambda: a_job(model, target="moefy", calibration="self"), 2)
+    by_loss = {"target": "moefy", "partition": "gradient"}
+    assert "no next-token loss" in told(lambda: a_job(model, **by_loss), 2)
+    assert "--layers" in told(lambda: a_job(model, target="moefy", layers="auto"), 2)
+    out = converted(model, target="moefy", partition="shuffle", refit=False)
+    assert "no next-token perplexity" in told(lambda: evaluate(out, []), 4)
+    assert "moefy report" not in (out / "README.md").read_text()
+    if family == "t5":
+        assert "decoder" in told(lambda: a_job(model, partition="static"), 2)
+        assert "the decoder stays dense" in summary_of(out)["notes"]
+
+
+def test_a_decoder_made_of_an_encoder_is_refused(own_pico, a_job):
+    dense = own_pico("bert")
+    config = json.loads((dense / "config.json").read_text()) | {"is_decoder": True}
+    (dense / "config.json").write_text(json.dumps(config))
+    assert "is_decoder" in told(lambda: a_job(dense, target="moefy"), 4)
+
+
+@pytest.mark.parametrize(("family", "most"), [("opt", 128), ("roberta", 126), ("gpt2", 128)])
+def test_sequences_longer_than_the_positions(family, most, pico, a_job, tmp_path):
+    job = a_job(pico(family), target="moefy", tokens=2048, sequence_length=most + 1)
+    assert f"positions for {most}" in told(lambda: convert(job, tmp_path / "out"), 2)
+
+
+def test_an_encoder_is_opened_for_other_tasks(pico, converted):
+    """All experts active: what the dense model gives, with a head of one's own or none."""
+    dense = pico("bert")
+    shape = {"experts": 4, "experts_per_token": 4, "active": 1.0}
+    out = converted(dense, target="moefy", partition="shuffle", refit=False, **shape)
+    ids_BT = torch.randint(1, 128, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        states = AutoModel.from_pretrained(out).eval()(ids_BT).last_hidden_state
+        expected = AutoModel.from_pretrained(dense).eval()(ids_BT).last_hidden_state
+        kinds = AutoModelForSequenceClassification.from_pretrained(out, num_labels=5)
+        assert torch.allclose(states, expected, atol=1e-4)
+        assert kinds.eval()(ids_BT).logits.shape == (2, 5)
 
 
 # --- the controls --------------------------------------------------------------------------------
 
 
-PRUNED = [(name, {}) for name in families.names() if families.load(name).targets]
+TRANSPOSED_OR_NOT_ALL = ("gpt2", "t5", "mt5")
+PRUNED = [(name, {}) for name in families.names() if name not in TRANSPOSED_OR_NOT_ALL]
 PRUNED += [
     (
         "lfm2",
@@ -307,14 +424,17 @@ PRUNED += [
 def test_static_pruning_is_the_dense_class_with_fewer_neurons(family, changes, pico, converted):
     dense = pico(family, **changes)
     out = converted(dense, partition="static", refit=False)
-    whole = AutoModelForCausalLM.from_pretrained(dense).eval()
+    whole = auto_class(dense).from_pretrained(dense).eval()
     assert AutoConfig.from_pretrained(out).architectures == [type(whole).__name__]
     stored = load_file(out / SINGLE)
-    first, *_, last = families.load(family).ffn
-    for number, layer in enumerate(whole.model.layers):
+    known = families.load(family)
+    first, *_, last = known.ffn
+    for number in range(2):
+        prefix = known.layer.format(layer=number)
+        layer = whole.get_submodule(prefix.rstrip("."))
         gate_FD = layer.get_parameter(first).data[:96]  # up may stand below
         rows = {row.numpy().tobytes(): at for at, row in enumerate(gate_FD)}
-        written = stored[f"model.layers.{number}.{first}"][:48]
+        written = stored[prefix + first][:48]
         kept = [rows[row.numpy().tobytes()] for row in written]
         assert len(set(kept)) == 48
         lost = torch.ones(96, dtype=torch.bool).index_fill(0, torch.tensor(kept), False)

@@ -30,6 +30,7 @@ SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 GATE = "model.layers.1.mlp.gate_proj.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
+KEY = QUERY.replace("q_proj", "k_proj")
 EMBEDDING = "model.embed_tokens.weight"
 
 Damage = Callable[[Path], object]
@@ -259,10 +260,9 @@ FAULTS = [
     ),
     Fault("9 FFN", tensor(UP, lambda w: w[:95]), (UP, "[95, 32]", "[96, 32]")),
     Fault("9 embedding", tensor(EMBEDDING, lambda w: w[:127]), ("[127, 32]", "[128, 32]")),
-    Fault(
-        "9 query", tensor(QUERY, lambda w: w[:31]), (QUERY, "[31, 32]", "[32, 32]"), stage="tensors"
-    ),
-    Fault("9 head_dim", config(head_dim=16), (QUERY, "[32, 32]", "[64, 32]"), stage="tensors"),
+    Fault("9 query", tensor(QUERY, lambda w: w[:31]), (QUERY, "[31, 32]", "[32, 32]")),
+    Fault("9 key", tensor(KEY, lambda w: w[:, :31]), (KEY, "[16, 31]", "[16, 32]")),
+    Fault("9 head_dim", config(head_dim=16), (QUERY, "[32, 32]", "[64, 32]")),
     Fault("10 NaN", tensor(UP, first_value(float("nan"))), (UP, "3 of 3072"), stage="values"),
     Fault(
         "10 infinity", tensor(QUERY, first_value(float("-inf"))), (QUERY, "3 of"), stage="values"
@@ -342,12 +342,17 @@ FAULTS = [
     Fault("19 code", code_of_its_own, (CONFIG, "auto_map"), 4),
     Fault("19 kernel", config(attn_implementation="evil/kernel"), (CONFIG, "kernel"), 4),
     Fault(
-        "20 encoder", other_config(model_type="bert", type_vocab_size=2), ("'bert'", "encoder"), 4
+        "20 encoder",
+        other_config(model_type="electra", type_vocab_size=2),
+        ("'electra'", "encoder"),
+        4,
     ),
     Fault(
         "20 masked", other_config(model_type="x", architectures=["XForMaskedLM"]), ("encoder",), 4
     ),
-    Fault("20 two halves", other_config(model_type="t5", is_encoder_decoder=True), ("encoder",), 4),
+    Fault(
+        "20 two halves", other_config(model_type="bart", is_encoder_decoder=True), ("encoder",), 4
+    ),
     Fault("20 SSM", other_config(model_type="mamba", state_size=16), ("state-space", "qwen3"), 4),
     Fault("20 recurrent", other_config(model_type="rwkv"), ("'rwkv'", "recurrent"), 4),
     Fault("20 MoE", other_config(model_type="mixtral", num_local_experts=8), ("Mixture",), 4),
@@ -366,7 +371,7 @@ FAULTS = [
         (CONFIG, "self_attn.q_proj.bias"),
         stage="tensors",
     ),
-    Fault("21 not gated", other_config(model_type="opt", ffn_dim=32), ("'opt'", "unknown"), 4),
+    Fault("21 not gated", other_config(model_type="bloom", n_embed=32), ("'bloom'", "unknown"), 4),
     Fault("21 activation", config(hidden_act="relu2"), ("relu2", "silu"), 4),
     Fault("21 odd activation", config(hidden_act=["silu"]), ("hidden_act", "gelu"), 4),
     Fault("22 config", config(quantization_config={"quant_method": "x"}), ("dequantise",), 4),
@@ -398,7 +403,7 @@ def values(checkpoint: Checkpoint) -> None:
 
 
 def tensors_of(checkpoint: Checkpoint) -> list[str]:
-    return check_tensors(checkpoint, families.load(str(checkpoint.config["model_type"])))
+    return check_tensors(checkpoint, families.load(str(checkpoint.config["model_type"])))[1]
 
 
 STAGES = {"open": open_checkpoint, "tensors": tensors_of, "values": values}

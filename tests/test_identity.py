@@ -32,6 +32,7 @@ from stock import (
     Plant,
     all_active,
     assert_identity,
+    auto_class,
     blocks,
     changed,
     dense_logits,
@@ -125,21 +126,53 @@ def test_a_layer_left_dense(family, target, layers, pair, converted):
     assert_identity(dense, moe)
 
 
+ENCODERS = [family for family in families.names() if "ForMaskedLM" in families.load(family).tasks]
 GATED = [family for family in families.names() if families.load(family).gated]
 
 
-@pytest.mark.parametrize("family", families.names())
-def test_its_own_class_holds_every_family(family, pico, converted):
+GATED_T5 = {"feed_forward_proj": "gated-gelu"}
+OWN_VARIANTS: list[tuple[str, dict]] = [
+    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),  # as the 350M has it
+    ("opt", {"enable_bias": False, "activation_function": "gelu"}),  # as Galactica
+    ("opt", {"_remove_final_layer_norm": True, "layer_norm_elementwise_affine": False}),
+    ("bert", {"tie_word_embeddings": True, "type_vocab_size": 1, "layer_norm_eps": 0.3}),
+    ("bert", {"hidden_act": "gelu_new"}),
+    ("roberta", {"tie_word_embeddings": True, "pad_token_id": 3}),
+    ("distilbert", {"tie_word_embeddings": True, "sinusoidal_pos_embds": True}),
+    ("t5", GATED_T5),
+    ("t5", {"tie_word_embeddings": True, "num_decoder_layers": 1}),
+    *((f, {"task": t}) for f in ENCODERS for t in ("Model", "ForSequenceClassification")),
+    ("bert", {"task": "ForSequenceClassification", "num_labels": 5}),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [*((family, {}) for family in families.names()), *OWN_VARIANTS]
+)
+def test_its_own_class_holds_every_family(family, changes, pico, converted):
     """All of the experts are the dense model, as written, with a layer left dense or none."""
-    dense = pico(family)
+    dense = pico(family, **changes)
     for layers in (":", "1:"):
         folder = converted(dense, **recipe(OWN) | {"layers": layers})
         moe = open_all_active(folder)
-        assert type(moe).__name__ == "MoefyForCausalLM"
+        assert type(moe).__name__ == "Moefy" + changes.get("task", families.load(family).tasks[0])
         assert list(blocks(moe)) == {":": [0, 1], "1:": [1]}[layers]
         assert distance(logits(moe), dense_logits(dense)) < EXACT
     moe = opened(folder)
     assert distance(logits(moe), dense_logits(dense)) > 10 * EXACT  # with two experts it is not
+
+
+def test_a_head_of_its_own_in_its_own_class(own_pico, converted):
+    """T5 1.1 has one, and its class ties it to the embedding where no other is stored."""
+    dense = own_pico("t5", **GATED_T5)
+    stored = load_file(dense / "model.safetensors")
+    stored["lm_head.weight"] = stored["shared.weight"].flip(0).contiguous()
+    tied = dense_logits(dense)
+    save_file(stored, dense / "model.safetensors", metadata={"format": "pt"})
+    untied = logits(auto_class(dense).from_pretrained(dense, dtype=torch.float32).eval())
+    assert distance(untied, tied) > FAULT
+    moe = open_all_active(converted(dense, **recipe(OWN)))
+    assert distance(logits(moe), untied) < EXACT
 
 
 @pytest.mark.parametrize("family", GATED)
@@ -617,6 +650,19 @@ def norms_less_one(tensors: dict[str, torch.Tensor], config: dict) -> None:
     changed(tensors, r"norm\.weight$", lambda weight: weight - 1)
 
 
+def inside(**values: object) -> Plant:
+    """The same for the dense configuration inside."""
+    return lambda tensors, config: said(**values)(tensors, config["dense"])
+
+
+def one_row_on(pattern: str) -> Plant:
+    return lambda tensors, config: changed(tensors, pattern, lambda rows: rows.roll(1, 0))
+
+
+def gate_below_up(tensors: dict[str, torch.Tensor], config: dict) -> None:
+    changed(tensors, r"experts\.up_proj$", lambda both: torch.cat(both.chunk(2, 1)[::-1], 1))
+
+
 DOWN_SWAPPED = exchange("mlp.experts.0.down_proj", "mlp.experts.1.down_proj")
 FAULTS: dict[str, tuple[str, str, dict, Plant]] = {
     "shared down_proj not doubled": (
@@ -783,7 +829,32 @@ FAULTS: dict[str, tuple[str, str, dict, Plant]] = {
     ),
     "norms less one": ("gemma", "glm4_moe", {}, norms_less_one),
     "embeddings as stored": ("gemma", "glm4_moe", {}, scale("embed_tokens.weight", 32**-0.5)),
+    "positions one on": ("opt", OWN, {}, one_row_on("embed_positions")),
+    "norms before, not behind": (
+        "opt",
+        OWN,
+        {"do_layer_norm_before": False, "_remove_final_layer_norm": True},
+        inside(do_layer_norm_before=True),
+    ),
+    "bias of the neurons lost, opt": ("opt", OWN, {}, scale("experts.up_bias", 0)),
+    "bias behind the FFN lost, opt": ("opt", OWN, {}, scale("fc2.bias", 0)),
+    "bias of the neurons lost, bert": ("bert", OWN, {}, scale("experts.up_bias", 0)),
+    "bias behind the FFN lost, bert": ("bert", OWN, {}, scale("layer.1.output.dense.bias", 0)),
+    "positions one on, roberta": ("roberta", OWN, {}, one_row_on("position_embeddings")),
+    "kinds of tokens lost": ("bert", OWN, {}, scale("token_type_embeddings.weight", 0)),
+    "another activation, distilbert": ("distilbert", OWN, {}, inside(activation="relu")),
+    "distances lost": ("t5", OWN, {}, scale("relative_attention_bias.weight", 0)),
+    "gate below up": ("t5", OWN, GATED_T5, gate_below_up),
     "a convolution lost": ("lfm2", "lfm2_moe", {}, scale("conv.conv.weight", 0)),
+}
+FAULTS |= {
+    f"routed down columns of another expert, {family}": (
+        family,
+        OWN,
+        {},
+        one_row_on(r"experts\.down_proj$"),
+    )
+    for family in ("opt", *ENCODERS, "t5")
 }
 FAULTS |= {
     f"routed down not rescaled, {target}": (family, target, {}, scale_routed)

@@ -15,7 +15,7 @@ ROWS = [
     "profile shape headers publish",
     "assign solve recipe shards source families pack",
     "checkpoint",
-    "targets cluster",
+    "targets cluster balance",
     "partition route refit documents",
     "data",
     "walk block oracle",

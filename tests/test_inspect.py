@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILY, PICO
+from safetensors.torch import load_file, save_file
+from stock import auto_class
 
 from moefy import cli, families, headers, job, targets
 from moefy.describe import describe
@@ -22,10 +24,17 @@ from moefy.describe.settled import as_dense
 from moefy.errors import MoefyError
 from moefy.layout import Shape
 from moefy.recipe import build
+from moefy.report import terminal
 from moefy.shards import DTYPES
 from moefy.validate import open_checkpoint
 
 ESCAPE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+ODD = (
+    "architectures dense full_attn_idxs head_dim layer_types no_rope_layers quantization "
+    "rope_parameters rope_scaling sliding_window text_config use_sliding_window"
+).split()
+"""Keys that are read, and not in every configuration."""
+
 BIAS = re.compile(r"\.(e_score_correction_bias|expert_bias)$")
 STOCK = [name for name in families.names() if name in FAMILY]
 LLAMA3 = {
@@ -66,10 +75,8 @@ def change(folder: Path, **keys: object) -> Path:
 
 def loaded(folder: Path) -> dict[str, torch.Tensor]:
     """What transformers loads, every tensor once."""
-    from transformers import AutoModelForCausalLM
-
     found: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, tensor in AutoModelForCausalLM.from_pretrained(folder).state_dict().items():
+    for name, tensor in auto_class(folder).from_pretrained(folder).state_dict().items():
         found.setdefault(tensor.data_ptr(), (name, tensor))
     return dict(found.values())
 
@@ -85,10 +92,14 @@ def test_the_facts_of_a_dense_model(model_type, pico):
     tensors = loaded(folder)
     total = sum(tensor.numel() for tensor in tensors.values())
     assert found["parameters"] == found["parameters_active"] == total
-    ffn = sum(t.numel() for name, t in tensors.items() if families.load(model_type).block in name)
-    assert found["parameters_ffn"] == ffn
+    family = families.load(model_type)
+    first = family.layer.format(layer=0)
+    parts = tuple(f"{first}{part}." for part in (family.block, *family.emptied))
+    ffn = sum(t.numel() for name, t in tensors.items() if name.startswith(parts))
+    assert found["parameters_ffn"] == ffn * 2 * (2 if family.beside else 1)  # layers, and decoder's
     assert found["sizes"]["ffn"] == PICO["intermediate_size"]
-    heads = 16 if model_type == "qwen3" else FAMILY.get(model_type, {}).get("head_dim", 8)
+    known = FAMILY.get(model_type, {})
+    heads = known.get("head_dim", known.get("d_kv", 8))
     assert found["sizes"]["head_dim"] == heads
     assert found["sizes"]["layers"] == PICO["num_hidden_layers"]
     assert found["dtypes"] == {"F32": len(tensors)}
@@ -202,29 +213,112 @@ def pickle(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
-    "unknown": (lambda folder: change(folder, model_type="mamba2", state_size=4), "state-space"),
-    "encoder": (lambda folder: change(folder, model_type="bert", type_vocab_size=2), "encoder"),
-    "its own code": (lambda folder: change(folder, auto_map={"AutoModel": "x.X"}), "auto_map"),
-    "quantised": (lambda folder: change(folder, quantization_config={"bits": 4}), "dequantise"),
-    "layers": (lambda folder: change(folder, num_hidden_layers=3), "2 layers are stored"),
-    "truncated": (cut, "not a whole safetensors file"),
-    "pickle": (pickle, "pytorch_model.bin"),
-}
+def reshape(name: str, *shape: int) -> Callable[[Path], None]:
+    """Give a tensor another shape of as many values."""
+
+    def damage(folder: Path) -> None:
+        stored = load_file(folder / "model.safetensors")
+        stored[name] = stored[name].reshape(shape)
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_be_converted_is_described_all_the_same(name, own_pico, moefy):
-    damage, says = WRONG[name]
-    folder = own_pico("llama")
+def quantise(folder: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
+    save_file({name: t.to(torch.int8) for name, t in stored.items()}, folder / "model.safetensors")
+
+
+def code_of_its_own(folder: Path) -> None:
+    change(folder, model_type="own", auto_map={"AutoConfig": "own.Config"})
+    (folder / "own.py").write_text("raise SystemExit('it ran')")
+
+
+def other(**keys: object) -> Callable[[Path], object]:
+    return lambda folder: change(folder, **keys)
+
+
+MLP = "model.layers.0.mlp."
+WRONG: list[tuple[str, str, Callable[[Path], object], int, str]] = [
+    # name, family, damage, exit code, what is said
+    ("unknown", "llama", other(model_type="foo"), 4, "unknown; supported dense families: bert"),
+    ("a typo", "llama", other(model_type="lama"), 4, "the nearest is llama"),
+    ("no type", "llama", other(model_type=...), 3, "has no model_type"),
+    ("odd type", "llama", other(model_type=["llama"]), 3, "has no model_type"),
+    (
+        "several models",
+        "llama",
+        other(model_type="llava", text_config={"model_type": "llama"}, vision_config={"a": 1}),
+        4,
+        "several models in one",
+    ),
+    ("an encoder", "llama", other(model_type="electra", type_vocab_size=2), 4, "an encoder"),
+    ("an encoder by name", "llama", other(model_type="modernbert"), 4, "an encoder"),
+    ("two halves", "llama", other(model_type="x", is_encoder_decoder=True), 4, "encoder-decoder"),
+    ("SSM", "llama", other(model_type="mamba2", state_size=4), 4, "state-space"),
+    ("recurrent", "llama", other(model_type="recurrent_gemma"), 4, "recurrent"),
+    ("SSM layers", "granitemoehybrid", other(layer_types=["mamba", "attention"]), 4, "mamba"),
+    ("its own code", "llama", code_of_its_own, 4, "auto_map"),
+    ("quantised", "llama", other(quantization_config={"bits": 4}), 4, "dequantise"),
+    ("quantised tensors", "llama", quantise, 4, "stored as I8"),
+    ("fused", "phi3", reshape(MLP + "gate_up_proj.weight", 96, 64), 3, "implies [192, 32]"),
+    ("split", "llama", reshape(MLP + "down_proj.weight", 96, 32), 3, "implies [32, 96]"),
+    (
+        "fused attention",
+        "phi3",
+        reshape("model.layers.1.self_attn.qkv_proj.weight", 32, 64),
+        3,
+        "has shape [32, 64], but config.json implies",
+    ),
+    ("transposed", "gpt2", reshape("transformer.h.0.mlp.c_fc.weight", 96, 32), 3, "[32, 96]"),
+    ("fused, not split", "phi3", other(model_type="llama"), 3, "lacks tensors"),
+    ("split, not fused", "llama", other(model_type="phi3"), 3, "lacks tensors"),
+    ("layers", "llama", other(num_hidden_layers=3), 3, "2 layers are stored"),
+    ("odd value", "llama", other(rope_parameters="x"), 3, "cannot be understood"),
+    ("truncated", "llama", cut, 3, "not a whole safetensors file"),
+    ("pickle", "llama", pickle, 3, "pytorch_model.bin"),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "damage", "expected", "says"),
+    [row[1:] for row in WRONG],
+    ids=[row[0] for row in WRONG],
+)
+def test_what_cannot_be_converted_is_described_all_the_same(
+    family, damage, expected, says, own_pico, moefy
+):
+    folder = own_pico(family)
     damage(folder)
     code, out, err = moefy("inspect", folder, "--json")
     found = json.loads(out, parse_constant=pytest.fail)
-    assert (code, err) == (0, "")
+    assert (code, found["code"]) == (expected, expected)
     assert says in " ".join(found["problems"])
     assert not found["convertible"] and found["sizes"]["hidden"] == PICO["hidden_size"]
-    code, out, err = moefy("inspect", folder)
-    assert (code, err) == (0, "") and says in " ".join(out.split())
+    line = err.splitlines()
+    assert len(line) == 1 and line[0].startswith("moefy: ") and says in line[0]
+    code, out, again = moefy("inspect", folder)
+    assert (code, again) == (expected, err)
+    assert "hidden 32" in out and not ESCAPE.search(out)
+
+
+JUNK: list[object] = [None, "x", -1, [None], {"rope_theta": "x"}, 10**30]
+
+
+@pytest.mark.parametrize("model_type", ["smollm3", "qwen2_moe"])
+def test_no_value_of_a_configuration_is_too_odd(model_type, own_pico, stock, tmp_path, capsys):
+    if model_type in MOE:
+        folder = Path(shutil.copytree(stock(model_type), tmp_path / "own"))
+    else:
+        folder = own_pico(model_type)
+    plain = json.loads((folder / "config.json").read_text())
+    for key in sorted({*plain, *ODD}):
+        for value in JUNK:
+            (folder / "config.json").write_text(json.dumps(plain | {key: value}))
+            found = describe(str(folder))
+            terminal.show_inspection(found)
+            assert found["code"] in (0, 3, 4)
+    assert not ESCAPE.search(capsys.readouterr().out)
 
 
 def nothing(folder: Path) -> None:
@@ -418,7 +512,7 @@ def test_the_facts_of_a_conversion(model_type, pico, converted):
     assert any("128" in note for note in serving["vLLM"]["notes"])
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "opt", "bert", "distilbert", "t5"])
 def test_the_facts_of_a_conversion_to_no_stock_class(model_type, pico, converted):
     out = converted(pico(model_type), target=job.OWN)
     made = json.loads((out / "moefy" / "conversion.json").read_text())["shape"]
@@ -428,7 +522,8 @@ def test_the_facts_of_a_conversion_to_no_stock_class(model_type, pico, converted
     assert [*shape.values()] == [made[key] for key in keys]
     dense = describe(str(pico(model_type)))
     assert found["sizes"] == dense["sizes"]
-    saved = round((1 - found["experts"]["active_fraction"]) * dense["parameters_ffn"])
+    converted_ffn = dense["parameters_ffn"] / (2 if families.load(model_type).beside else 1)
+    saved = round((1 - found["experts"]["active_fraction"]) * converted_ffn)
     assert abs(found["parameters"] - found["parameters_active"] - saved) < 0.02 * saved
     assert [engine for engine, told in found["serving"].items() if told["runs"]] == ["transformers"]
 
@@ -468,7 +563,9 @@ def test_contradictions(stock, moefy):
     problems = describe(str(folder))["problems"]
     assert "config.json has 7 experts, the tensors 8" in problems
     assert "9 experts per token, but only 8 experts" in problems
-    assert moefy("inspect", folder)[0] == 0
+    code, out, err = moefy("inspect", folder)
+    assert code == 3 and "8 routed" in out
+    assert err == f"moefy: {'; '.join(problems)}\n"
 
 
 def test_a_moe_without_tensors(stock):

@@ -221,7 +221,13 @@ def test_steps_never_capture_less_than_the_closed_form_and_sometimes_more():
                     profile,
                     partition,
                     FITS["linear"](
-                        ffn, profile, partition, SHAPE, generator=seeded(seed), steps=steps
+                        ffn,
+                        profile,
+                        partition,
+                        SHAPE,
+                        generator=seeded(seed),
+                        steps=steps,
+                        load_cv=0.0,
                     ),
                     SHAPE.experts_per_token,
                 ),

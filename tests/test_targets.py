@@ -10,6 +10,7 @@ from stock import (
     HELD,
     ONE_EACH,
     OWN,
+    UNHELD,
     UNLIKE,
     distance,
     logits,
@@ -122,9 +123,6 @@ def test_the_first_class_that_will_do_is_chosen(family, changes, recipe, target,
 def test_a_class_that_is_asked_for_is_taken(family, target, planned):
     job = planned(family, UNLIKE.get((family, target)), target=target)
     assert (job.target.model_type, job.reason) == (target, "asked for")
-
-
-UNHELD = [name for name in families.names() if not families.load(name).targets]
 
 
 @pytest.mark.parametrize("family", families.names())
@@ -241,6 +239,7 @@ NOTES = [
     ("qwen2", ONE_WINDOW | {"use_sliding_window": False}, 2, "qwen2_moe", SHAPE, []),
     ("llama", {}, 1, "qwen2_moe", SHAPE, [("SGLang", "cannot load dense layers, and 1 stay")]),
     ("qwen3", {}, 1, "qwen3_moe", UNSHARED, [("llama.cpp:", "cannot load dense layers")]),
+    ("llama", {}, 2, "mixtral", Shape(131072, 0, 1024, 128, 4), [("llama.cpp", "most 512")]),
     ("llama", {}, 2, "qwen2_moe", Shape(2048, 1280, 8, 96, 4), [("vLLM and SGLang", "width 96")]),
     (
         "llama",
@@ -292,14 +291,24 @@ def a_run(pico, converted):
     return convert
 
 
-@pytest.mark.parametrize(("family", "target"), HELD)
-def test_what_transformers_saves_again_is_the_same_model(family, target, a_run, tmp_path):
-    model = opened(a_run(family, target))
+OWNED = [(family, OWN) for family in UNHELD]
+
+
+SAVED = [(*pair, {}) for pair in [*HELD, *OWNED]]
+SAVED += [("bert", OWN, {"task": "Model"}), ("bert", OWN, {"tie_word_embeddings": True})]
+
+
+@pytest.mark.parametrize(("family", "target", "changes"), SAVED)
+def test_what_transformers_saves_again_is_the_same_model(family, target, changes, a_run, tmp_path):
+    model = opened(a_run(family, target, **changes))
     model.save_pretrained(tmp_path / "again")
     again = opened(tmp_path / "again")
     assert type(again) is type(model)
     assert again.config.architectures == [type(model).__name__]
     assert torch.equal(logits(again), logits(model))
+
+
+GENERATIVE = ("ForCausalLM", "ForSeq2SeqLM")
 
 
 def generated(model, use_cache: bool) -> torch.Tensor:
@@ -315,7 +324,9 @@ def generated(model, use_cache: bool) -> torch.Tensor:
     )
 
 
-GENERATES = [(family, target, {}) for family, target in HELD] + [
+WRITE = [pair for pair in OWNED if {*families.load(pair[0]).tasks} & {*GENERATIVE}]
+GENERATES = [(family, target, {}) for family, target in [*HELD, *WRITE]] + [
+    ("t5", OWN, {"feed_forward_proj": "gated-gelu"}),
     ("mistral", "qwen2_moe", {"sliding_window": 16}),
     ("mistral", "mixtral", {"sliding_window": 16}),
     ("qwen2", "qwen2_moe", ONE_WINDOW),
@@ -331,9 +342,10 @@ GENERATES = [(family, target, {}) for family, target in HELD] + [
 def test_generation_with_a_cache_is_generation_without(family, target, changes, a_run):
     model = opened(a_run(family, target, **changes))
     with_cache, without = (generated(model, use_cache) for use_cache in (True, False))
-    assert with_cache.shape == (2, 36)
+    assert with_cache.shape == (2, 1 + 12 if model.config.is_encoder_decoder else 24 + 12)
     assert torch.equal(with_cache, without)
-    assert len(with_cache[:, 24:].unique()) > 3  # it does not write one token over and over
+    # It does not write one token over and over.
+    assert len(with_cache[:, -12:].unique()) > (1 if target == OWN else 3)
 
 
 @pytest.mark.parametrize(("family", "target"), ONE_EACH)

@@ -20,12 +20,12 @@ Config = Mapping[str, Any]
 Entries = Mapping[str, Entry]
 
 SIZES = {
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "hidden": ("hidden_size", "n_embd", "d_model"),
-    "ffn": ("intermediate_size", "n_inner", "ffn_dim", "d_ff"),
-    "heads": ("num_attention_heads", "n_head", "num_heads"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
+    "ffn": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim"),
+    "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
     "kv_heads": ("num_key_value_heads",),
-    "head_dim": ("head_dim",),
+    "head_dim": ("head_dim", "d_kv"),
     "vocabulary": ("vocab_size",),
     "positions": ("max_position_embeddings", "n_positions"),
 }
@@ -37,10 +37,13 @@ MISREAD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 INSIDE = ("text_config", "dense")
 """Keys under which a configuration holds that of a language model."""
 
-COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
+COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|position_ids|(attn|attention)\.(masked_)?bias)$")
 """Tensors that old versions stored, and that are no parameters."""
 
-FFN = re.compile(r"\.(mlp|feed_forward|ffn|block_sparse_moe|shared_mlp)\.|\.fc[12]\.")
+FFN = re.compile(
+    r"\.(mlp|feed_forward|ffn|block_sparse_moe|shared_mlp|fc[12]|DenseReluDense)\."
+    r"|\d\.(intermediate|output)\.dense\."
+)
 """Tensors of a feed-forward block: router, experts and shared experts included."""
 
 
@@ -60,12 +63,13 @@ def describe(model: str, *, revision: str | None = None) -> dict[str, Any]:
     from moefy.describe import dense, moe
 
     kind = moe if moe.is_moe(config, entries) else dense
+    classes = config.get("architectures")
     found = {
         "model": Path(model).absolute().name if Path(model).is_dir() else model,
         "path": str(folder),
         "kind": "MoE" if kind is moe else "dense",
         "model_type": config.get("model_type"),
-        "architectures": config.get("architectures") or [],
+        "architectures": classes if isinstance(classes, list) else [],
         "sizes": _sizes(config),
         **_tensors(entries),
     }

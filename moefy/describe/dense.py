@@ -43,7 +43,7 @@ def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
 
 def _told(checkpoint: Checkpoint, entries: Entries) -> dict[str, Any]:
     """What can become of a checkpoint that is whole."""
-    family = families.load(str(checkpoint.config["model_type"]))
+    family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
     dense = as_dense(family, checkpoint.config, checkpoint.entries)
     num_neurons = family.num_neurons(checkpoint.config)
     shapes: dict[Fits, dict[float, Shape | None]] = {}

@@ -19,11 +19,11 @@ from moefy.targets.target import Dense, Target
 from moefy.validate import open_checkpoint
 
 ROUTED = re.compile(
-    r"\.(?:layers|h)\.(\d+)\.(?:.*\.)?(?:experts\.(?:(\d+)\.)?|block_sparse_moe\.(?:in|out)put_linear\.)"
+    r"\.(?:layers?|h|block)\.(\d+)\.(?:.*\.)?(?:experts\.(?:(\d+)\.)?|block_sparse_moe\.(?:in|out)put_linear\.)"
 )
 """A tensor of routed experts: its layer, and its expert where each has tensors of its own."""
 
-SHARED = re.compile(r"\.(?:shared|shared_experts?|shared_mlp)\.")
+SHARED = re.compile(r"\.\d+\.(?:.*\.)?(?:shared|shared_experts?|shared_mlp)\.")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
 
@@ -143,17 +143,17 @@ def serving(target: Target, dense: Dense, shape: Shape) -> dict[str, dict[str, A
             continue
         reasons = [balks[engine]] if engine in balks else []
         reasons += [why for names, why in target.foreign(dense) if engine in names.split(",")]
-        notes = _heed(engine, shape.expert_width, dense)
+        notes = _heed(engine, target, shape.expert_width, dense)
         verdicts[engine] = {"runs": not reasons, "reasons": reasons, "notes": notes}
     return verdicts
 
 
-def _heed(engine: str, width: int, dense: Dense) -> list[str]:
+def _heed(engine: str, target: Target, width: int, dense: Dense) -> list[str]:
     """What does not keep an engine from running a model, but is to be known."""
     if engine == "transformers":
         notes = [] if width % 8 == 0 else ["needs experts_implementation='eager'"]
         older = "versions before 5 read rope_theta, which config.json lacks"
-        return notes + ([] if "rope_theta" in dense.config else [older])
+        return notes + ([] if "rope_theta" in dense.config or target.native else [older])
     if engine in ("vLLM", "SGLang") and width % 128:
         return [f"fused kernels may refuse expert width {width}, no multiple of 128, or be slow"]
     if engine in ("llama.cpp", "Ollama") and width % 256:
@@ -203,6 +203,6 @@ def _sibling(model_type: str, config: Config) -> Family:
     """The dense family inside, or one that the class can hold: engines ask for the same keys."""
     inside = config.get("dense")
     if isinstance(inside, dict) and inside.get("model_type") in families.names():
-        return families.load(inside["model_type"])
+        return families.load(inside["model_type"], inside)
     known = map(families.load, families.names())
     return next(family for family in known if model_type in family.targets)

@@ -30,7 +30,7 @@ def as_dense(
     }
     stored = {name.rpartition("self_attn.")[2] for name in entries if "self_attn." in name}
     biases = frozenset(part for part in "qkvo" if f"{part}_proj.bias" in stored)
-    tied = not any(name.endswith(family.head) for name in entries)
+    tied = family.tied(config, entries)
     return Dense(family, family.canonical(filled), filled, biases, tied, left_dense)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy import __version__, data
+from moefy import __version__, data, families
 from moefy.errors import MoefyError
 from moefy.evaluate.controls import (
     CHANGED,
@@ -58,6 +58,12 @@ def evaluate(
             text is too short.
     """
     summary = open_run(run)
+    if "ForCausalLM" not in families.load(summary["family"]).tasks:
+        raise MoefyError(
+            f"{summary['family']} has no next-token perplexity on plain text, by which models are "
+            "compared here; what each layer lost is in moefy/conversion.md",
+            code=4,
+        )
     recipe = Recipe(**read(run / "moefy" / "recipe.toml"))
     others = controls(recipe) if with_controls else {}
     others = {name: other for name, other in others.items() if name in SHOWN}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 
-from moefy.families.family import Family
+from moefy.families.family import Config, Family
 
 
 def names() -> list[str]:
@@ -14,6 +15,7 @@ def names() -> list[str]:
     return sorted(name for name in found if name != "family")
 
 
-def load(model_type: str) -> Family:
-    """The family of a dense `model_type`, which must be one of `names()`."""
-    return importlib.import_module(f"moefy.families.{model_type}").FAMILY
+def load(model_type: str, config: Config | None = None) -> Family:
+    """The family of a dense `model_type`, one of `names()`, as models of `config` have it."""
+    family: Family = importlib.import_module(f"moefy.families.{model_type}").FAMILY
+    return dataclasses.replace(family, **family.variant(config or {}))

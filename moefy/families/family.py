@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,20 +63,24 @@ def shapes_fused(neurons: int, hidden: int) -> Shapes:
 
 
 def read_plain(stored: Sequence[Tensor], activation: str) -> FFN:
-    """An FFN without a gate: up, its bias, and down."""
-    up_FD, bias_F, down_DF = stored
-    return FFN(None, up_FD, down_DF, activation, bias_F)
+    """An FFN without a gate: up, its bias if there is one, and down."""
+    up_FD, *bias, down_DF = stored
+    return FFN(None, up_FD, down_DF, activation, *bias)
 
 
 def write_plain(ffn: FFN) -> tuple[Tensor, ...]:
-    """Up, its bias, and down."""
-    assert ffn.bias_F is not None
-    return ffn.up_FD, ffn.bias_F, ffn.down_DF
+    """Up, its bias if there is one, and down."""
+    return ffn.up_FD, *([] if ffn.bias_F is None else [ffn.bias_F]), ffn.down_DF
 
 
 def shapes_plain(neurons: int, hidden: int) -> Shapes:
     """Of up, its bias, and down."""
     return (neurons, hidden), (neurons,), (hidden, neurons)
+
+
+def shapes_bare(neurons: int, hidden: int) -> Shapes:
+    """Of up and down, where there is no bias."""
+    return (neurons, hidden), (hidden, neurons)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ class Family:
     """The FFN's tensors as they are stored."""
     shapes: Callable[[int, int], Shapes] = shapes_glu
     """(neurons, hidden size) -> the shapes of those tensors."""
+    beside: str = ""
+    """What has FFNs of the same width and stays dense, beside the layers that are converted."""
     down_bias: str | None = None
     """The bias that is added to the FFN's output, behind the layer's prefix."""
     gated: bool = True
@@ -122,21 +128,53 @@ class Family:
     """Whether the class reads `partial_rotary_factor`."""
     block: str = "mlp"
     """The FFN's module in a layer of transformers' class."""
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that transformers' class has under another name: its name -> the stored one."""
+    emptied: tuple[str, ...] = ()
+    """Modules that do a part of the FFN's work before `block`, where it is not all in one."""
+    named: Callable[[str], str] = lambda name: name
+    """The name that transformers' class has for a tensor, of the one under which it is stored."""
+    unread: str = r"\.rotary_emb\.inv_freq$"
+    """Tensors that are stored in some checkpoints and that the class does not read, by a pattern of
+    their names."""
+    tasks: tuple[str, ...] = ("ForCausalLM",)
+    """What its checkpoints are for, the usual first: how the names of their Auto classes end."""
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     positions: str | None = None
     """Learned positions that are added to the embeddings."""
+    first_position: int = 0
+    """The row of the first token's position."""
+    projection: str | None = None
+    """A matrix that embeddings of another width than the model's go through, where they are."""
+    embeddings: str | None = None
+    """The module that makes the first layer's states of token ids, where more is done."""
     embedding_scale: Callable[[Config], float] = lambda config: 1.0
     """What the embeddings are multiplied by before the first layer."""
     join: Callable[[Any], Callable[[Tensor], Tensor]] | None = None
     """A layer's module -> what the FFN's output goes through before it is added; None: nothing."""
+    behind: str | None = None
+    """A layer's norm that the sum of the residual and the FFN's output goes through."""
     rest: Callable[[Config, str, Tensor], dict[str, Tensor]] | None = None
     """(configuration, name, tensor) -> what is written for a tensor that is no FFN, in the names
     of the targets. None: everything is copied byte for byte."""
     canonical: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
     """The configuration in the keys of the targets, as `rest` has changed the tensors."""
+    variant: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+    """What of the above is otherwise in models of this configuration."""
+
+    @property
+    def biased(self) -> bool:
+        """Whether the neurons have biases, as only those without a gate can."""
+        return not self.gated and len(self.ffn) == 3
+
+    def task(self, config: Config) -> str:
+        """What a checkpoint is for, as the name of its class says."""
+        found = config.get("architectures")
+        (name, *_) = found if isinstance(found, list) and found else [""]
+        return next((task for task in self.tasks if str(name).endswith(task)), self.tasks[0])
+
+    def tied(self, config: Config, names: Iterable[str]) -> bool:
+        """Whether the embedding is the head of a checkpoint that holds tensors of these names."""
+        return "LM" in self.task(config) and not any(name.endswith(self.head) for name in names)
 
     def ffn_names(self, layer: int) -> tuple[str, ...]:
         """Names of the FFN's tensors of a layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,11 @@ def write(ffn: FFN) -> tuple[Tensor, ...]:
     """Both matrices transposed."""
     up_FD, bias_F, down_DF = write_plain(ffn)
     return up_FD.T, bias_F, down_DF.T
+
+
+def named(name: str) -> str:
+    """The first checkpoints lack the model's name before each tensor's."""
+    return re.sub(r"^(?=wte\.|wpe\.|h\.|ln_f\.)", "transformer.", name)
 
 
 def shapes(neurons: int, hidden: int) -> Shapes:
@@ -61,6 +67,8 @@ FAMILY = Family(
     width="n_inner",
     neurons=neurons,
     activation="activation_function",
+    named=named,
+    unread=r"\.attn\.(masked_)?bias$",
     embedding="transformer.wte.weight",
     positions="transformer.wpe.weight",
 )

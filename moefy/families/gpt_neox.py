@@ -20,6 +20,6 @@ FAMILY = Family(
     down_bias="mlp.dense_4h_to_h.bias",
     gated=False,
     embedding="gpt_neox.embed_in.weight",
-    head="embed_out.weight",
-    renamed={"lm_head.weight": "embed_out.weight"},
+    named=lambda name: name.replace("embed_out.", "lm_head."),
+    unread=r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$",
 )

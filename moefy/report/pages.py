@@ -80,6 +80,7 @@ def model_card(summary: Mapping[str, Any], licence: str | None) -> str:
     static = not summary["shape"]["num_experts"]
     own = summary["target"] == "moefy"
     kind = "a statically pruned model" if static else "a Mixture of Experts"
+    auto = "AutoModel" + summary["task"].removeprefix("Model")
     name = summary["hub_id"] or base.rstrip("/").rsplit("/", 1)[-1]
     body = [
         f"# {name}, {summary['shape']['active_fraction']:.0%} of the FFN active",
@@ -89,12 +90,12 @@ def model_card(summary: Mapping[str, Any], licence: str | None) -> str:
         + f"`{summary['reopened']['class']}`:",
         "```python\n"
         + ("import moefy\n" if own else "")
-        + "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")\n'
+        + f"from transformers import {auto}, AutoTokenizer\n\n"
+        f'model = {auto}.from_pretrained("PATH", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```',
         "How it was made is in `moefy/recipe.toml`, what each layer lost in "
-        "`moefy/conversion.md`. It has lost quality against the dense model; `moefy report` "
-        "measures how much on your text.",
+        "`moefy/conversion.md`. It has lost quality against the dense model"
+        + ("; `moefy report` measures how much on your text." if "Causal" in auto else "."),
     ]
     return "\n".join([*head, "---", ""]) + "\n" + "\n\n".join(body) + "\n"
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
+from moefy.balance import balance
 from moefy.layout import FFN, Partition, Profile, Router, Shape
 from moefy.profile import expert_energies, gains, top_mask
 from moefy.solve import scorer
@@ -21,15 +24,20 @@ def fit(
     steps: int = 100,
     batch: int = 2048,
     learning_rate: float = 1e-2,
+    load_cv: float = 0.4,
 ) -> Router:
     """Fit by ridge regression, then take `steps` of ascent on the captured energy itself.
+
+    The load of the experts is then evened out (see `balance`) until its coefficient of variation is
+    at most `load_cv`; 0 leaves it as it is.
 
     The steps maximise the energy of a soft top-k choice (sigmoids around the k-th score). They
     are judged on the held-out tokens by the energy that the hard choice captures, and the rows
     that captured most are returned: the closed form, if no step improved on it.
     """
     worth_TE = expert_energies(ffn, profile, partition, "all")
-    return _fit(profile, worth_TE, shape, generator, strength, steps, batch, learning_rate)
+    router = _fit(profile, worth_TE, shape, generator, strength, steps, batch, learning_rate)
+    return _balanced(router, profile, worth_TE, shape, load_cv)
 
 
 def refine(
@@ -44,6 +52,7 @@ def refine(
     steps: int = 100,
     batch: int = 2048,
     learning_rate: float = 1e-2,
+    load_cv: float = 0.4,
 ) -> Router:
     """Fit again, to what the experts of a refitted `ffn` are worth beside those `router` chooses.
 
@@ -52,7 +61,8 @@ def refine(
     """
     worth_TE = gains(ffn, profile, partition, router, shape.experts_per_token)
     worth_TE -= worth_TE.min(1, keepdim=True).values  # only differences decide
-    return _fit(profile, worth_TE, shape, generator, strength, steps, batch, learning_rate)
+    router = _fit(profile, worth_TE, shape, generator, strength, steps, batch, learning_rate)
+    return _balanced(router, profile, worth_TE, shape, load_cv)
 
 
 def _fit(
@@ -94,6 +104,18 @@ def _fit(
             best_ED = rows_ED.detach().clone()
             most = captured(best_ED)
     return Router(best_ED - best_ED.mean(0))
+
+
+def _balanced(
+    router: Router, profile: Profile, worth_TE: Tensor, shape: Shape, load_cv: float
+) -> Router:
+    if not load_cv or shape.experts_per_token == shape.num_experts:
+        return router
+    fit = slice(0, profile.num_fit)
+    rows_ED, curve = balance(
+        router.weight_ED, profile.x_TD[fit], worth_TE[fit], shape.experts_per_token, load_cv
+    )
+    return dataclasses.replace(router, weight_ED=rows_ED, balance=tuple(curve))
 
 
 def _soft_energy(score_TE: Tensor, energy_TE: Tensor, k: int, sharpness: float = 4.0) -> Tensor:

@@ -21,14 +21,17 @@ def target(family: Family) -> Target:
     """The dense class of `family` with experts."""
 
     def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
+        task = family.task(dense.own)
         return {
-            "architectures": ["MoefyForCausalLM"],
+            "architectures": ["Moefy" + task],
             "model_type": "moefy",
             "dense": {k: v for k, v in dense.own.items() if k != "dtype"},
             "layer": family.layer,
             "block": family.block,
+            "emptied": list(family.emptied),
             "activation": family.activation,
             "gated": family.gated,
+            "biased": family.biased,
             "down_bias": family.down_bias and family.down_bias.removeprefix(f"{family.block}."),
             "left_dense": list(dense.left_dense),
             "num_experts": shape.num_experts,
@@ -36,7 +39,7 @@ def target(family: Family) -> Target:
             "expert_width": shape.expert_width,
             "num_shared": shape.num_shared,
             "tie_word_embeddings": dense.tied,
-            **{key: dense.config.get(key) for key in TOKENS},
+            **{key: dense.own.get(key) for key in (*TOKENS, *MORE.get(task, ()))},
         }
 
     def tensors(split: Split) -> Tensors:
@@ -74,6 +77,11 @@ def target(family: Family) -> Target:
 
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+MORE = {
+    "ForSequenceClassification": ("id2label", "label2id"),
+    "ForSeq2SeqLM": ("is_encoder_decoder", "decoder_start_token_id"),
+}
+"""What else others look for in a model's own configuration, by task."""
 
 
 def _above(part: FFN) -> Tensor:
