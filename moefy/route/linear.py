@@ -24,7 +24,7 @@ def fit(
     steps: int = 100,
     batch: int = 2048,
     learning_rate: float = 1e-2,
-    load_cv: float = 0.4,
+    load_cv: float = 0.25,
 ) -> Router:
     """Fit by ridge regression, then take `steps` of ascent on the captured energy itself.
 
@@ -52,7 +52,7 @@ def refine(
     steps: int = 100,
     batch: int = 2048,
     learning_rate: float = 1e-2,
-    load_cv: float = 0.4,
+    load_cv: float = 0.25,
 ) -> Router:
     """Fit again, to what the experts of a refitted `ffn` are worth beside those `router` chooses.
 
