@@ -134,6 +134,8 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
             "as before; expected another partition",
             code=2,
         )
+    if recipe.layers == "auto":
+        notes += ("which layers stay dense is measured first; until then all count as converted",)
     if method.fit is None:
         shape = pruned(shape)
     else:
