@@ -424,7 +424,7 @@ def test_every_default_is_told(moefy, monkeypatch):
 def test_the_help_names_every_method_that_can_be_written(option, package, moefy, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     (line,) = [n for n in moefy("convert", "--help").out.splitlines() if f"--{option} " in n]
-    files = (Path(cli.__file__).parent / package).glob("*.py")
+    files = (Path(cli.__file__).parent.parent / package).glob("*.py")
     names = {file.stem for file in files} - {"__init__", "oracle", "representative"}
     assert set(re.findall(r"[a-z]+", line.partition("<str>")[2])) - {"or", "default"} == names
 

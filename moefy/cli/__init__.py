@@ -1,0 +1,86 @@
+"""The commands. The only place that prints errors; each stage is imported inside its command."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from moefy import __version__
+from moefy.cli.convert import convert
+from moefy.cli.export import gguf
+from moefy.cli.inspect import families, inspect
+from moefy.cli.report import report
+from moefy.errors import MoefyError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Turn a dense Hugging Face checkpoint into a stock Mixture-of-Experts checkpoint.",
+)
+exports = typer.Typer(no_args_is_help=True, help="Write a converted model in another format.")
+
+NO_MEMORY = "out of memory; lower --tokens or --sequence-length"
+
+
+def main() -> NoReturn:
+    """Run the command line; a `MoefyError` becomes one line and its exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(prog_name="moefy", standalone_mode=False)
+        if code == 130:  # so typer tells of an interrupt
+            raise KeyboardInterrupt
+    except MoefyError as error:
+        code = _fail(str(error), error.code)
+    except KeyboardInterrupt:
+        code = _fail("interrupted; nothing was written", 130)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except MemoryError:
+        code = _fail(NO_MEMORY, 5)
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 141
+    except RuntimeError as error:
+        # torch has no exception of its own for a machine's memory that is used up.
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        code = _fail(NO_MEMORY, 5)
+    except OSError as error:
+        code = _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 5)
+    except Exception as error:
+        # Typer's own complaints about flags carry a message and an exit code; nothing else does.
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+        code = _fail(message, 2) if message else 2  # there is none when help has been printed
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+app.command()(convert)
+app.command()(report)
+app.add_typer(exports, name="export")
+exports.command()(gguf)
+app.command()(inspect)
+app.command()(families)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"moefy: {' '.join(message.split())}", file=sys.stderr)
+    return code

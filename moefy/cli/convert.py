@@ -1,0 +1,117 @@
+"""`moefy convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moefy.cli.shared import Json, Quiet, quiet_libraries, show
+from moefy.errors import MoefyError
+
+
+def convert(
+    model: Annotated[str | None, typer.Argument(help="Folder, hub id, or `demo`.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="Folder to write.")] = None,
+    active: Annotated[
+        float | None,
+        typer.Option(help="FFN neurons active per token, as a fraction. (default: 0.5)"),
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Routed experts per layer. (default: 8)")
+    ] = None,
+    experts_per_token: Annotated[
+        int | None, typer.Option(help="Routed experts that each token goes to. (default: 2)")
+    ] = None,
+    shared: Annotated[
+        float | None, typer.Option(help="FFN neurons that are always active, as a fraction.")
+    ] = None,
+    total: Annotated[
+        float | None,
+        typer.Option(
+            help="FFN neurons stored, as a multiple; above 1 experts overlap. (default: 1)"
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers to convert: `:`, `4:`, `0,3,7`, `auto`. (default: all)"),
+    ] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option(
+            help="alternating; or coactivation, expertweaver, gradient, shuffle, static, weights. "
+            "(default: alternating)"
+        ),
+    ] = None,
+    router: Annotated[
+        str | None, typer.Option(help="linear; or centroids, gates, random. (default: linear)")
+    ] = None,
+    refit: Annotated[
+        bool | None, typer.Option("--refit/--no-refit", help="Correct down_proj. (default: refit)")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Stock class to write, or `auto`. (default: auto)")
+    ] = None,
+    engines: Annotated[
+        str | None, typer.Option(help="Engines that must run it, e.g. `llama.cpp,vllm`.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text file, folder, JSONL, data set id, or `self`. (default: self)"),
+    ] = None,
+    text_field: Annotated[str | None, typer.Option(help="JSONL field. (default: text)")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens. (default: 16384)")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per sequence. (default: 512)")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every random draw. (default: 0)")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="as-stored, float32, bfloat16, float16. (default: as-stored)")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda. (default: auto)")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file with any of these.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value, e.g. partition.rounds=6; may be repeated."),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert the dense checkpoint MODEL into the MoE checkpoint OUT."""
+    flags = {
+        key: value
+        for key, value in locals().items()
+        if key not in ("recipe", "settings", "plan", "force", "as_json", "quiet", "out")
+    }
+    from moefy.recipe import build
+
+    built = build(recipe, flags, settings or [])
+    quiet_libraries()
+    from moefy.job import prepare
+
+    if plan:
+        from moefy.plan import estimate
+        from moefy.report import terminal
+
+        show(estimate(prepare(built)), terminal.show_plan, as_json, quiet=False)
+        return
+    if out is None:
+        raise MoefyError("no OUT given; expected `moefy convert MODEL OUT`", code=2)
+    from moefy.convert import convert as run
+    from moefy.progress import watching
+    from moefy.publish import check_free
+
+    check_free(out, force=force)
+    with watching(quiet=quiet) as watch:
+        summary = run(prepare(built), out, force=force, watch=watch)
+    show(summary, lambda made: _made(made, out), as_json, quiet)
+
+
+def _made(summary: dict[str, Any], out: Path) -> None:
+    from moefy.report import terminal
+
+    terminal.show_conversion(summary, out)

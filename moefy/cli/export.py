@@ -1,0 +1,36 @@
+"""`moefy export`: one command a format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moefy.cli.shared import Json, Quiet, quiet_libraries, show
+
+
+def gguf(
+    run: Annotated[Path, typer.Argument(help="Folder that `moefy convert` wrote.")],
+    out: Annotated[
+        Path | None, typer.Argument(help="File to write. (default: RUN/<name>-<type>.gguf)")
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE", help="f32, f16, bf16, q8_0, q4_0, q4_k_m, ... (default: as stored)"
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the model in RUN as one GGUF file OUT, for llama.cpp."""
+    quiet_libraries()
+    from moefy.export import export
+    from moefy.progress import watching
+    from moefy.report import terminal
+
+    with watching(quiet=quiet) as watch:
+        made = export(run, out, quantize, force=force, watch=watch)
+    show(made, terminal.show_export, as_json, quiet)

@@ -1,0 +1,38 @@
+"""What the commands have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")]
+
+
+def show(
+    value: dict[str, Any], text: Callable[[dict[str, Any]], None], as_json: bool, quiet: bool
+) -> None:
+    """Print a result as JSON, or in words by `text`, or not at all."""
+    if as_json:
+        print(json.dumps(value, indent=2, ensure_ascii=False))
+    elif not quiet:
+        text(value)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries quiet: what they print at import and load is not for the user."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
