@@ -154,9 +154,8 @@ def own_pico(pico, tmp_path) -> Callable[..., Path]:
     return copy
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory) -> Path:
-    """A text file of 40 documents, some 4,000 words, with two blank lines between documents."""
+def write_text(file: Path) -> None:
+    """Write 40 documents, some 4,000 words, with two blank lines between documents."""
     dice = random.Random(0)
 
     def sentence() -> str:
@@ -164,8 +163,14 @@ def text(tmp_path_factory) -> Path:
         return " ".join(words).capitalize() + "."
 
     documents = [" ".join(sentence() for _ in range(10)) for _ in range(40)]
-    file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n\n\n".join(documents) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """The file of `write_text`."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    write_text(file)
     return file
 
 
