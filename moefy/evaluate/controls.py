@@ -94,7 +94,7 @@ def control_jobs(recipe: Recipe, others: Mapping[str, Recipe]) -> dict[str, Job]
 
 def make_control(job: Job, out: Path, tokens: Tokens, watch: Watch) -> Any:
     """Convert with the tokens of the run, and load the result."""
-    convert(job, out, tokens=tokens, force=True, watch=watch)
+    convert(job, out, tokens=tokens, force=True, keep=False, watch=watch)
     return load_model(out)
 
 
