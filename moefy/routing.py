@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moefy.errors import MoefyError
 
@@ -22,14 +22,21 @@ def routers(model: Any) -> dict[int, Any]:
     In every class moefy writes, a block holds `experts` and beside them the router, as `gate` or
     `router`, which gives logits (T, E), weights (T, K) and indices (T, K).
     """
-    found: dict[int, Any] = {}
+    return {layer: router for layer, (router, _) in _blocks(model)}
+
+
+def experts(model: Any) -> dict[int, Any]:
+    """The routed experts of every layer that has some, by the number of the layer."""
+    return {layer: experts for layer, (_, experts) in _blocks(model)}
+
+
+def _blocks(model: Any) -> Iterator[tuple[int, tuple[Any, Any]]]:
     for name, module in model.named_modules():
-        if hasattr(module, "experts"):
-            router = getattr(module, "gate", None) or getattr(module, "router", None)
-            number = next((int(part) for part in name.split(".") if part.isdecimal()), None)
-            if router is not None and number is not None:
-                found[number] = router
-    return found
+        router = getattr(module, "gate", None) or getattr(module, "router", None)
+        number = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+        inside = getattr(module, "experts", None)
+        if isinstance(router, nn.Module) and isinstance(inside, nn.Module) and number is not None:
+            yield number, (router, inside)
 
 
 @contextlib.contextmanager
@@ -74,9 +81,9 @@ def num_experts(router: Any) -> int:
     return rows[0]
 
 
-def load(index_TK: Tensor, experts: int) -> Tensor:
+def load(index_TK: Tensor, count: int) -> Tensor:
     """Share of all choices that each expert has, float64 (E,); it sums to one."""
-    count_E = torch.bincount(index_TK.flatten().long().cpu(), minlength=experts).double()
+    count_E = torch.bincount(index_TK.flatten().long().cpu(), minlength=count).double()
     return count_E / count_E.sum().clamp_min(1)
 
 
@@ -100,10 +107,10 @@ def balance(load_E: Tensor) -> dict[str, Any]:
     }
 
 
-def coactivation(index_TK: Tensor, experts: int) -> Tensor:
+def coactivation(index_TK: Tensor, count: int) -> Tensor:
     """Share of tokens that go to both experts, float64 (E, E); to each one on the diagonal."""
     index_TK = index_TK.long().cpu()
-    chosen_TE = torch.zeros(len(index_TK), experts).scatter_(1, index_TK, 1.0)
+    chosen_TE = torch.zeros(len(index_TK), count).scatter_(1, index_TK, 1.0)
     return (chosen_TE.T @ chosen_TE).double() / max(len(index_TK), 1)
 
 

@@ -8,8 +8,8 @@ The rules, for each engine, phase, batch size and context:
 - else it makes no difference that was measured, which does not pay either, for quality was given.
 
 On quality: the run is held against static pruning with as many active neurons. When its loss is
-not lower by two standard errors on any text, routing does not pay, whatever its speed. On memory:
-a MoE holds all of its experts, so it never needs fewer bytes than the pruned model.
+surely lower on a text (95 %, paired by window), routing does not pay there, whatever its speed. On
+memory: a MoE holds all of its experts; it pays where these take fewer bytes than dense.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from scipy import stats
+
 CLEAR = 0.05
 """A difference in speed that is worth a word."""
-
-SURE = 2.0
-"""Standard errors."""
 
 PAYS, PAYS_NOT, UNKNOWN = "pays", "does not pay", "not measured"
 
@@ -67,7 +66,7 @@ def _of_row(engine: str, told: Mapping[str, Any], row: Mapping[str, Any]) -> Adv
     size = f"at batch {row['batch']}" + (
         f" ({row['context']} tokens)" if row["phase"] == "prefill" else ""
     )
-    where = f"in {engine} on this machine ({told['threads']} threads)"
+    where = f"in {engine} on this machine ({_threads(told['threads'])})"
     ratio = f"{row['ratio']:.2f} times the dense model's tokens per second"
     span = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f} over the rounds"
     ideal = _ideal(told, row)
@@ -86,6 +85,10 @@ def _of_row(engine: str, told: Mapping[str, Any], row: Mapping[str, Any]) -> Adv
     }
 
 
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
 def _ideal(told: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
     ideal = told.get("ideal_ratio", {}).get(row["label"], {}).get(row["phase"])
     return ideal.get(str(row["batch"])) if isinstance(ideal, Mapping) else ideal
@@ -102,26 +105,30 @@ def _quality(report: Mapping[str, Any], label: str) -> Iterator[Advice]:
         )
         because = {"text": text, "dnll": own["dnll"], "error": own["dnll_standard_error"]}
         if static is None:
-            yield {
-                "verdict": UNKNOWN,
-                "sentence": f"{cost}; it was not held against static pruning.",
-                "because": because,
-            }
+            lacks = "it was not held against static pruning."
+            yield {"verdict": UNKNOWN, "sentence": f"{cost}; {lacks}", "because": because}
             continue
-        gain = static["dnll"] - own["dnll"]
-        # Of the two differences from dense; the windows are the same, so this is too wide.
-        errors = [row["dnll_standard_error"] or 0.0 for row in (own, static)]
-        error = sum(value**2 for value in errors) ** 0.5
+        gain, error = own["gain_over_static"], own["gain_standard_error"]
+        needed = needed_errors(own["windows"])
         because |= {"static_dnll": static["dnll"], "gain": gain, "gain_error": error}
-        sure = error > 0 and gain > SURE * error
+        because |= {"windows": own["windows"], "needed_errors": needed}
+        sure = error is not None and needed is not None and gain > needed * error
         kept = f"static pruning to as many active neurons costs {static['dnll']:.3f}"
         if sure:
             end = f"; {kept}: the experts are worth {gain:.3f}."
         elif gain > 0:
-            end = f"; {kept}: better, but by less than {SURE:g} standard errors ({error:.3f} each)."
+            end = f"; {kept}: {gain:.3f} more, which on so little text may be chance."
         else:
             end = f"; {kept}, NO MORE: a smaller dense model does as well, and needs no experts."
         yield {"verdict": PAYS if sure else PAYS_NOT, "sentence": cost + end, "because": because}
+
+
+def needed_errors(windows: int) -> float | None:
+    """Standard errors that a difference over so many windows must have, to be sure at 95 %.
+
+    The quantile of Student's t, which with two windows is 12.7 and with many 2.0.
+    """
+    return float(stats.t.ppf(0.975, windows - 1)) if windows > 1 else None
 
 
 def _memory(models: Mapping[str, Any], label: str) -> Iterator[Advice]:

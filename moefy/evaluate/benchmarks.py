@@ -82,7 +82,10 @@ def run_task(
     others = {
         key.partition(",")[0]: value
         for key, value in done["results"].get(task, {}).items()
-        if isinstance(value, int | float) and "stderr" not in key and not key.startswith(metric)
+        if isinstance(value, int | float)
+        and "stderr" not in key
+        and key.partition(",")[0] in metrics
+        and key.partition(",")[0] != metric
     }
     direction = done["higher_is_better"].get(names[0], {}).get(metric, True)
     return {"metric": metric, "values": values, "others": others, "higher_is_better": direction}

@@ -163,10 +163,9 @@ def randomised(model: Any, seed: int) -> Any:
 
 def true_norms(model: Any) -> dict[int, torch.Tensor]:
     """What a neuron of each expert writes at activation one, squared, (E, N), by layer."""
-    blocks = [module for module in model.modules() if hasattr(module, "experts")]
     return {
-        number: block.experts.down_proj.detach().float().square().sum(1)
-        for number, block in enumerate(blocks)
+        layer: experts.down_proj.detach().float().square().sum(1)
+        for layer, experts in routing.experts(model).items()
     }
 
 

@@ -39,7 +39,7 @@ def sizes(model: Any) -> dict[str, Any]:
     with torch.inference_mode(), routing.recorded(model) as seen:
         cache = model(ids_1T, use_cache=True, logits_to_keep=1).past_key_values
     idle, expected = 0, {}
-    for layer, experts in experts_of(model).items():
+    for layer, experts in routing.experts(model).items():
         count, chosen = routing.num_experts(routing.routers(model)[layer]), seen[layer][0].shape[1]
         weights = sum(p.numel() for p in experts.parameters())
         idle += weights * (count - chosen) // count
@@ -61,18 +61,6 @@ def sizes(model: Any) -> dict[str, Any]:
         "dtype": str(vocabulary.dtype).removeprefix("torch."),
         "longest": getattr(model.config.get_text_config(), "max_position_embeddings", None),
         "vocabulary": vocabulary.shape[0],
-    }
-
-
-def experts_of(model: Any) -> dict[int, Any]:
-    """The routed experts of every layer that has some."""
-    routers = {id(router): layer for layer, router in routing.routers(model).items()}
-    return {
-        routers[id(part)]: module.experts
-        for module in model.modules()
-        if hasattr(module, "experts")
-        for part in (getattr(module, "gate", None), getattr(module, "router", None))
-        if id(part) in routers
     }
 
 

@@ -19,6 +19,9 @@ TOP_TOKENS = 8
 SEEN_ENOUGH = 5
 """Times that a token must occur to be told of an expert."""
 
+STATIC = "static"
+"""The control that a run must beat; its label."""
+
 MOST_PAIRED = 32
 """Experts up to which it is told which are chosen together."""
 
@@ -26,12 +29,19 @@ MOST_PAIRED = 32
 def score_rows(readings: Mapping[str, Reading], num_bytes: int) -> dict[str, dict[str, Any]]:
     """One text's scores by label; the first is dense."""
     dense = next(iter(readings.values())).score
-    return {label: _row(reading.score, dense, num_bytes) for label, reading in readings.items()}
+    rows = {label: _row(reading.score, dense, num_bytes) for label, reading in readings.items()}
+    if STATIC in readings:
+        static = readings[STATIC].score
+        for label, reading in readings.items():
+            rows[label]["gain_over_static"] = static.nll - reading.score.nll
+            rows[label]["gain_standard_error"] = standard_error(static, reading.score)
+    return rows
 
 
 def _row(score: Score, dense: Score, num_bytes: int) -> dict[str, Any]:
     return {
         "tokens": score.num_tokens,
+        "windows": len(score.tokens_W),
         "nll": score.nll,
         "perplexity": score.perplexity,
         "bits_per_byte": sum(score.nll_W) / math.log(2) / num_bytes if num_bytes else None,
