@@ -57,6 +57,8 @@ def evaluate(
     ]
     write_text(run / "moefy" / "report.md", report_page(report))
     write_json(run / "moefy" / "report.json", report)
+    if not report["texts"]:
+        raise MoefyError(f"no text was scored: {bench.not_run[0]['reason']}", code=5)
     return report
 
 
