@@ -109,10 +109,16 @@ def report_page(report: Mapping[str, Any]) -> str:
         tokens = next(iter(rows.values()))["tokens"]
         parts += [f"## {text}, {tokens} tokens", table(SCORES, score_rows(rows))]
     parts += [f"Warning: {warning}." for warning in seen_warnings(report)]
-    parts += [f"{name}: {meaning}." for name, meaning in report["controls"].items()]
-    written = report["generation"]
-    parts += [f'## After "{written["prompt"]}"', f"dense: {written['dense']}"]
-    parts += [f"moe: {written['moe']}"]
+    parts += [f"{name}: {told['meaning']}." for name, told in report["models"].items()]
+    for text in report["generation"]:
+        parts += [f"## After `{text['prompt']!r}`"]
+        parts += [f"{label}: {written!r}" for label, written in text["written"].items()]
+    if report["advice"]:
+        parts += ["## Does it pay?"]
+        parts += ["\n".join(f"- {one['sentence']}" for one in report["advice"])]
+    if report["not_run"]:
+        parts += ["## Not run"]
+        parts += ["\n".join(f"- {one['what']}: {one['reason']}" for one in report["not_run"])]
     return "\n\n".join(parts) + "\n"
 
 
