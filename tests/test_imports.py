@@ -34,6 +34,7 @@ ONLY_IN = {
     "typer": TERMINAL,
     "rich": TERMINAL,
     "transformers": "modeling source data walk validate reopen convert finetune evaluate cli",
+    "accelerate": "finetune",
 }
 SLOW_TO_IMPORT = {"torch", "transformers"}
 
