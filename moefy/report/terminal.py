@@ -68,6 +68,16 @@ def show_export(made: Mapping[str, Any]) -> None:
     console.print(f"File: {made['file']}", markup=False)
 
 
+def show_checks(found: Mapping[str, Any]) -> None:
+    """Print what `moefy verify` has checked, a line each."""
+    console = Console(highlight=False, soft_wrap=True)
+    for check in found["checks"]:
+        verdict = "ok" if check["passed"] else "FAILED"
+        console.print(f"{verdict:7} {check['check']:13} {check['found']}", markup=False)
+    for name in found["not_run"]:
+        console.print(f"not run {name}", markup=False)
+
+
 def show_report(report: Mapping[str, Any], run: Path) -> None:
     """Print the scores, a line of text from both models, and where the report lies."""
     console = Console(highlight=False, soft_wrap=True)
