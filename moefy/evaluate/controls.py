@@ -22,6 +22,7 @@ from moefy.job import Job, Watch, prepare
 from moefy.oracle import attach
 from moefy.recipe import Recipe, build, nearest
 from moefy.shape import pruned
+from moefy.walk import runnable
 
 MEANING = {
     "static": "the same number of neurons, chosen once for all tokens; refitted alike",
@@ -171,14 +172,14 @@ def true_norms(model: Any) -> dict[int, torch.Tensor]:
 
 def make_control(job: Job, out: Path, tokens: Tokens, watch: Watch) -> Any:
     """Convert with the tokens of the run, and load the result."""
-    convert(job, out, tokens=tokens, force=True, watch=watch)
+    convert(job, out, tokens=tokens, force=True, keep=False, watch=watch)
     return load_model(out)
 
 
 def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
     """Load a model folder with its stock class; with norms, put the router they are of in."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return attach(model.eval(), dict(_norms(folder)))
+    return attach(runnable(model.eval()), dict(_norms(folder)))
 
 
 def _norms(folder: Path) -> Iterator[tuple[int, torch.Tensor]]:
