@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from functools import partial
 from typing import Any
@@ -11,7 +12,6 @@ from torch import Tensor
 from moefy import data, walk
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
-from moefy.validate import scan_finite
 
 
 def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
@@ -23,21 +23,23 @@ def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
     from transformers import AutoModelForCausalLM
 
     recipe, folder = job.recipe, job.checkpoint.folder
-    tokenizer = data.load_tokenizer(folder)
     size = job.size("vocab_size")
     shape = {"num_tokens": recipe.tokens, "length": recipe.sequence_length, "seed": recipe.seed}
+    if recipe.calibration != "self" and recipe.text_field == data.IDS:
+        return data.load_ids(recipe.calibration, vocab_size=size, **shape)
+    tokenizer = data.load_tokenizer(folder)
+    notes = data.vocabulary_notes(tokenizer, size)
     if recipe.calibration != "self":
-        return data.load(
+        tokens = data.load(
             tokenizer, recipe.calibration, text_field=recipe.text_field, vocab_size=size, **shape
         )
+        return dataclasses.replace(tokens, notes=(*notes, *tokens.notes))
     weights = sum(entry.stop - entry.start for entry in job.checkpoint.entries.values())
     _check_memory(weights, "to write its own calibration text", "give a text as --calibration")
-    ffn = {name for layer in range(job.num_layers) for name in job.family.ffn_names(layer)}
-    for name in job.checkpoint.entries:  # found here, for what NaN would make it write is no text
-        scan_finite(name, job.checkpoint.tensor(name), ffn=name in ffn)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     model = model.to(job.device).eval()
-    return data.sample(model, tokenizer, progress=partial(watch, "calibration text"), **shape)
+    tokens = data.sample(model, tokenizer, progress=partial(watch, "calibration text"), **shape)
+    return dataclasses.replace(tokens, notes=tuple(notes))
 
 
 def gradients(job: Job, tokens: data.Tokens, watch: Watch) -> dict[int, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from moefy import budget, data, environment, output, walk
 from moefy.block import Block, convert_block
 from moefy.calibration import calibration_tokens, gradients
 from moefy.clock import Clock
+from moefy.coverage import gaps
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
 from moefy.oracle import attach
 from moefy.publish import STATE, place_of, publishing
+from moefy.recipe import shard_bytes
 from moefy.reopen import reopen
+from moefy.scan import Scan, scan
 from moefy.shards import ShardWriter
 from moefy.state import State
-from moefy.summary import END, digests, summarise, write_report
-from moefy.validate import scan_finite
+from moefy.summary import END, summarise, write_report
 
 
 def convert(
@@ -31,6 +34,7 @@ def convert(
     out: Path,
     *,
     force: bool = False,
+    strict: bool = False,
     fresh: bool = False,
     keep: bool = True,
     tokens: data.Tokens | None = None,
@@ -40,17 +44,20 @@ def convert(
 
     A conversion that was stopped goes on behind the last layer that it finished, unless `fresh`,
     and ends with the bytes it would have had. With `keep` false, nothing is kept for that.
-    `tokens` are used instead of those that the recipe names, when given.
+    `tokens` are used instead of those that the recipe names, when given. With `strict` it fails at
+    the first layer of which an expert or a neuron has seen too little text (see `coverage`).
 
     Raises:
         MoefyError: code 3 for bad weights or calibration text, 5 for what cannot be written, 6 for
-            a result that is not finite or not what the reopened folder computes, 7 for an
-            unfinished conversion of another kind, or one that is damaged.
+            a result that is not finite or not what the reopened folder computes, and if `strict`
+            for too little text, 7 for an unfinished conversion of another kind, or one that is
+            damaged.
     """
     _check_places(job, out, keep)
+    scanned = check_weights(job, watch)
     with publishing(out, force=force, resume=keep, fresh=fresh) as part:
         state = State(part.with_name(STATE) if keep else None)
-        inputs = _claim(job, state, watch)
+        _claim(job, state, scanned.digests)
         clock = Clock(state.load("seconds") or {})
         with clock.stage("calibration text"):
             tokens = tokens or _tokens(job, state, watch)
@@ -62,7 +69,8 @@ def convert(
                 loss_L = state.load("sensitivities") or budget.sensitivities(job, tokens, watch)
                 state.save("sensitivities", loss_L)
                 job = budget.settle(job, loss_L)
-        writer = ShardWriter(part, output.slots(job), resume=True)
+        size = shard_bytes(job.recipe.max_shard_size)
+        writer = ShardWriter(part, output.slots(job), shard_bytes=size, resume=True)
         with clock.stage("copy"):
             copied = state.load("copied")
             if copied is None or not writer.keep(copied):
@@ -73,7 +81,7 @@ def convert(
             with clock.stage("gradients"):
                 slopes = _gradients(job, tokens, state, watch)
         with clock.stage("layers"):
-            figures, ends, norms = _layers(job, tokens, slopes, writer, state, clock, watch)
+            figures, ends, norms = _layers(job, tokens, slopes, writer, state, clock, watch, strict)
         with clock.stage("write"):
             writer.finish()
             output.write_folder(job, part)
@@ -86,7 +94,8 @@ def convert(
                 task=job.task,
                 prepare=lambda model: attach(model, norms),
             )
-        summary = summarise(job, tokens, figures, checked, clock.seconds(), inputs)
+        job = dataclasses.replace(job, notes=(*job.notes, *scanned.notes, *gaps(figures)))
+        summary = summarise(job, tokens, figures, checked, clock.seconds(), scanned.digests)
         if loss_L:
             summary["budget"] = {"active": asked, "kl_when_pruned_alone": loss_L}
         extra = {"ids": tokens.ids_BT.int(), END: ends[checked["layers"] - 1]}
@@ -136,8 +145,14 @@ def state_bytes(job: Job) -> int:
     return 3 * states + ends + slopes + 8 * job.recipe.tokens
 
 
-def _claim(job: Job, state: State, watch: Watch) -> dict[str, str]:
-    """Compare with what is kept of a stopped conversion; give the digests of the model's files."""
+def check_weights(job: Job, watch: Watch) -> Scan:
+    """Look at all values before any work, for what NaN makes a model write is no text either."""
+    ffn = {name for layer in job.layers for name in job.family.ffn_names(layer)}
+    return scan(job.checkpoint, ffn, partial(watch, "check weights"))
+
+
+def _claim(job: Job, state: State, inputs: dict[str, str]) -> None:
+    """Compare with what is kept of a stopped conversion; `inputs` are the model's digests."""
     facts = {
         "moefy": environment.code(),
         "recipe": dataclasses.asdict(job.recipe),
@@ -146,10 +161,7 @@ def _claim(job: Job, state: State, watch: Watch) -> dict[str, str]:
         "machine": environment.machine(job.device),
     }
     state.claim(facts)
-    entries = job.checkpoint.entries.values()
-    inputs = digests(job.checkpoint.folder, {entry.file for entry in entries}, watch)
     state.claim({"inputs": inputs})
-    return inputs
 
 
 def _tokens(job: Job, state: State, watch: Watch) -> data.Tokens:
@@ -182,6 +194,7 @@ def _layers(
     state: State,
     clock: Clock,
     watch: Watch,
+    strict: bool,
 ) -> tuple[list[dict[str, Any]], list[Tensor], dict[int, Tensor]]:
     """Convert layer by layer, writing each, behind those that are done already.
 
@@ -203,6 +216,8 @@ def _layers(
         if isinstance(block, Block):
             names = output.write_block(job, writer, layer, block)
             value = {"layer": layer, **block.figures}
+            if strict and (found := gaps([value])):
+                raise MoefyError(f"--strict: {found[0]}", code=6)
             if block.router.norm_EN is not None:
                 extra["norm"] = block.router.norm_EN
         done.append((extra, value))
@@ -234,9 +249,6 @@ def _walk(
     for layer in range(first, job.num_layers):
         watch(f"layer {layer}: attention", layer, job.num_layers)
         ffn = walk.read_ffn(job.checkpoint, job.family, layer, activation, job.device)
-        stored = job.family.write(ffn)
-        for name, weight in zip(job.family.ffn_names(layer), stored, strict=True):
-            scan_finite(name, weight, ffn=weight.ndim > 1)
         x_TD, join, leave = walk.tap(job.checkpoint, job.family, config, layer, states_BTD)
         _check_states(x_TD, layer)
         flat_TD = states_BTD.view(x_TD.shape)

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from moefy.errors import MoefyError
 from moefy.headers import read_header
-from moefy.walk import auto_class, some_layers, states_of
+from moefy.walk import auto_class, runnable, some_layers, states_of
 
 TOLERANCE = 0.1
 """Greatest mean relative error of a token's last hidden state. Router gates deviate from one by
@@ -72,7 +72,7 @@ def reopen(
     ids_1T = ids_T[None]
     more = {"ForCausalLM": {"logits_to_keep": 1}, "ForSeq2SeqLM": {"decoder_input_ids": ids_1T}}
     with torch.inference_mode():
-        prepare(model.eval())(ids_1T, **more.get(task, {}))
+        prepare(runnable(model.eval()))(ids_1T, **more.get(task, {}))
     found_TD, end_TD = seen[0][0].float(), ends[layers - 1]
     error = None if end_TD is None else _error(found_TD, end_TD.cpu())
     if not found_TD.isfinite().all() or not (error is None or error <= TOLERANCE):

@@ -89,7 +89,8 @@ def _licence(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:60]
+    with card.open(encoding="utf-8", errors="replace") as file:
+        lines = file.read(10_000).splitlines()[:60]
     return next((n.split(":", 1)[1].strip() for n in lines if n.startswith("license:")), None)
 
 

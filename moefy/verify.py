@@ -14,9 +14,9 @@ from moefy.job import Watch
 from moefy.oracle import attach
 from moefy.publish import sha256
 from moefy.reopen import reopen
+from moefy.scan import check_finite
 from moefy.shards import read
 from moefy.summary import END
-from moefy.validate import scan_finite
 
 FINETUNED = "finetune.json"
 """In `moefy/`, the report of a fine-tune: the weights are no longer those that `convert` wrote."""
@@ -88,7 +88,7 @@ def _headers(run: Path) -> str:
 def _values(run: Path, watch: Watch) -> str:
     entries = read_entries(run)
     for done, (name, entry) in enumerate(entries.items(), 1):
-        scan_finite(name, read(name, entry))
+        check_finite(name, read(name, entry))
         watch("verify values", done, len(entries))
     return f"{sum(entry.num_elements for entry in entries.values()):,} values are finite"
 

@@ -11,7 +11,7 @@ import moefy
 PACKAGE = Path(moefy.__file__).parent
 ROWS = [
     "__init__",  # may import nothing of moefy, and all may import it: for the version
-    "errors layout modeling clock environment",
+    "errors layout modeling coverage clock environment",
     "profile shape headers lock",
     "publish",
     "assign solve recipe shards source families pack",
@@ -19,8 +19,8 @@ ROWS = [
     "targets cluster balance",
     "partition route refit documents",
     "data",
-    "walk block oracle",
-    "validate reopen",
+    "walk block oracle routing",
+    "validate reopen scan",
     "job",
     "output report describe budget calibration",
     "summary",
@@ -36,6 +36,7 @@ ONLY_IN = {
     "typer": TERMINAL,
     "rich": TERMINAL,
     "transformers": "modeling source data walk validate reopen calibration finetune evaluate cli",
+    "accelerate": "finetune",
 }
 SLOW_TO_IMPORT = {"torch", "transformers"}
 

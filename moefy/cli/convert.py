@@ -13,7 +13,7 @@ from moefy.cli.shared import Json, Quiet, quiet_libraries, show
 from moefy.cli.signals import INTERRUPTED
 from moefy.errors import MoefyError
 
-NO_RECIPE = "recipe reproduce settings plan force fresh as_json quiet out".split()
+NO_RECIPE = "recipe reproduce settings plan force strict fresh as_json quiet out".split()
 """Options that are no keys of a recipe."""
 
 
@@ -75,6 +75,9 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="as-stored, float32, bfloat16, float16. (default: as-stored)")
     ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Bytes in a file of OUT at most. (default: 5GB)")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda. (default: auto)")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with any of these.")] = None,
@@ -88,6 +91,9 @@ def convert(
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail where an expert sees too little text.")
+    ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over where a stopped run could go on.")
     ] = False,
@@ -101,30 +107,34 @@ def convert(
     flags = {key: value for key, value in locals().items() if key not in NO_RECIPE}
     if reproduce:
         given = [key for key, value in flags.items() if value is not None and key != "model"]
-        if recipe or settings or plan or given or not model:
+        if recipe or settings or plan or strict or given or not model:
             raise MoefyError("--reproduce RECIPE takes OUT, or MODEL OUT, and no settings", code=2)
         place, where = (out, model) if out else (Path(model), None)
         _reproduce(reproduce, place, where, force, fresh, as_json, quiet)
         return
     from moefy.recipe import build
+    from moefy.source import resolve
+    from moefy.validate import open_checkpoint
 
     built = build(recipe, flags, settings or [])
+    if out is None and not plan:
+        raise MoefyError("no OUT given; expected `moefy convert MODEL OUT`", code=2)
+    # `prepare` asks it again, but behind seconds of imports, which a refusal need not wait for.
+    open_checkpoint(resolve(built.model, revision=built.revision), ignore_index=built.ignore_index)
     quiet_libraries()
     from moefy.job import prepare
 
-    if plan:
+    if plan or out is None:
         from moefy.plan import estimate
         from moefy.report import terminal
 
         show(estimate(prepare(built)), terminal.show_plan, as_json, quiet=False)
         return
-    if out is None:
-        raise MoefyError("no OUT given; expected `moefy convert MODEL OUT`", code=2)
     from moefy.convert import convert as run
     from moefy.progress import watching
 
     with _resumable(out, force), watching(quiet=quiet) as watch:
-        summary = run(prepare(built), out, force=force, fresh=fresh, watch=watch)
+        summary = run(prepare(built), out, force=force, strict=strict, fresh=fresh, watch=watch)
     show(summary, lambda made: _made(made, out), as_json, quiet)
 
 

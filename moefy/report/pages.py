@@ -36,6 +36,7 @@ COLUMNS = {
     "error_before_refit": ("error", ".3f"),
     "error_after_refit": ("refitted", ".3f"),
     "load_cv": ("load CV", ".2f"),
+    "least_tokens": ("least tokens", "d"),
     "seconds": ("s", ".1f"),
 }
 
@@ -65,7 +66,8 @@ def conversion_page(summary: Mapping[str, Any]) -> str:
         "Share of the dense FFN's output energy that stays when a token may choose its own best "
         "neurons, the best experts (oracle), the router's experts, experts by lot, or has the same "
         "neurons as all others (static); how often router and oracle agree; relative output error "
-        "before and after the refit; coefficient of variation of the experts' load.",
+        "before and after the refit; coefficient of variation of the experts' load; the tokens "
+        "that the expert with the fewest was fitted on.",
         table([COLUMNS[key][0] for key in keys], rows),
     ]
     return "\n\n".join(parts) + "\n"
@@ -107,10 +109,16 @@ def report_page(report: Mapping[str, Any]) -> str:
         tokens = next(iter(rows.values()))["tokens"]
         parts += [f"## {text}, {tokens} tokens", table(SCORES, score_rows(rows))]
     parts += [f"Warning: {warning}." for warning in seen_warnings(report)]
-    parts += [f"{name}: {meaning}." for name, meaning in report["controls"].items()]
-    written = report["generation"]
-    parts += [f'## After "{written["prompt"]}"', f"dense: {written['dense']}"]
-    parts += [f"moe: {written['moe']}"]
+    parts += [f"{name}: {told['meaning']}." for name, told in report["models"].items()]
+    for text in report["generation"]:
+        parts += [f"## After `{text['prompt']!r}`"]
+        parts += [f"{label}: {written!r}" for label, written in text["written"].items()]
+    if report["advice"]:
+        parts += ["## Does it pay?"]
+        parts += ["\n".join(f"- {one['sentence']}" for one in report["advice"])]
+    if report["not_run"]:
+        parts += ["## Not run"]
+        parts += ["\n".join(f"- {one['what']}: {one['reason']}" for one in report["not_run"])]
     return "\n\n".join(parts) + "\n"
 
 
