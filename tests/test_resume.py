@@ -499,7 +499,7 @@ def test_interrupted(number, moefy, out, whole):
 
 
 def test_interrupted_before_anything_is_worth_keeping(moefy, out):
-    code, err = moefy(at("digests", lambda: signal.raise_signal(signal.SIGINT)))
+    code, err = moefy(at("check weights", lambda: signal.raise_signal(signal.SIGINT)))
     assert (code, err) == (130, "moefy: interrupted; nothing was written\n")
     assert os.listdir(out.parent) == []
 
