@@ -12,8 +12,7 @@ from torch import Tensor
 
 from moefy import __version__, data, report
 from moefy.environment import machine, versions
-from moefy.headers import CONFIG
-from moefy.job import Job, Watch
+from moefy.job import Job
 from moefy.publish import sha256, write_json, write_text
 from moefy.recipe import render
 from moefy.shards import save
@@ -78,7 +77,8 @@ def write_report(job: Job, part: Path, summary: dict[str, Any], tensors: dict[st
     write_text(folder / "recipe.toml", text)
     # These tell of the others, or are for people to go on writing.
     told = {folder / "conversion.json", folder / "conversion.md", part / "README.md"}
-    summary["outputs"] = digests(part, {file for file in part.rglob("*") if file.is_file()} - told)
+    files = {path for path in part.rglob("*") if path.is_file()} - told
+    summary["outputs"] = {str(file.relative_to(part)): sha256(file) for file in sorted(files)}
     write_text(folder / "conversion.md", report.conversion_page(summary))
     write_text(part / "README.md", report.model_card(summary, _licence(job.checkpoint.folder)))
     write_json(folder / "conversion.json", summary)
@@ -92,12 +92,3 @@ def _licence(folder: Path) -> str | None:
     with card.open(encoding="utf-8", errors="replace") as file:
         lines = file.read(10_000).splitlines()[:60]
     return next((n.split(":", 1)[1].strip() for n in lines if n.startswith("license:")), None)
-
-
-def digests(folder: Path, files: set[Path], watch: Watch = lambda *_: None) -> dict[str, str]:
-    """SHA-256 of these files and of the configuration, by name."""
-    named = {}
-    for done, file in enumerate(sorted({*files, folder / CONFIG}), 1):
-        named[str(file.relative_to(folder))] = sha256(file)
-        watch("digests of the model", done, len(files) + 1)
-    return named

@@ -101,14 +101,20 @@ def _forward(run: Path, summary: dict[str, Any]) -> str:
     told = summary["reopened"]
     tuned = (run / "moefy" / FINETUNED).is_file()
     end_TD = None if tuned else tensors.get(END)
-    found = reopen(
-        run,
-        tensors["ids"][-1].long(),
-        [end_TD] * (len(summary["layers"]) + len(summary["layers_left_dense"])),
-        layer=told.get("prefix", "model.layers.{layer}."),
-        task=summary["task"],
-        prepare=lambda model: attach(model, norms),
-    )
+    try:
+        found = reopen(
+            run,
+            tensors["ids"][-1].long(),
+            [end_TD] * (len(summary["layers"]) + len(summary["layers_left_dense"])),
+            layer=told.get("prefix", "model.layers.{layer}."),
+            task=summary["task"],
+            prepare=lambda model: attach(model, norms),
+        )
+    except MoefyError:
+        raise
+    except Exception as error:  # whatever a value of the configuration makes transformers raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise MoefyError(f"transformers cannot open {run}: {reason}", code=6) from error
     loaded = f"{found['class']} loads {found['layers']} layers with no key too many or too few"
     if end_TD is None:
         why = "the weights were fine-tuned" if tuned else "the run kept none"

@@ -36,6 +36,7 @@ ONLY_IN = {
     "typer": TERMINAL,
     "rich": TERMINAL,
     "transformers": "modeling source data walk validate reopen calibration finetune evaluate cli",
+    "accelerate": "finetune",
 }
 SLOW_TO_IMPORT = {"torch", "transformers"}
 

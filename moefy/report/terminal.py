@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moefy.report.pages import SCORES, score_rows, seen_warnings, shape_text
+from moefy.report.pages import shape_text
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
@@ -76,25 +76,6 @@ def show_checks(found: Mapping[str, Any]) -> None:
         console.print(f"{verdict:7} {check['check']:13} {check['found']}", markup=False)
     for name in found["not_run"]:
         console.print(f"not run {name}", markup=False)
-
-
-def show_report(report: Mapping[str, Any], run: Path) -> None:
-    """Print the scores, a line of text from both models, and where the report lies."""
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(shape_text(report["run"]["shape"]), markup=False)
-    for text, rows in report["texts"].items():
-        tokens = next(iter(rows.values()))["tokens"]
-        # A method that was asked for by its settings takes a line for each of them.
-        named = {
-            name.replace(" ", "\n") if "=" in name else name: row for name, row in rows.items()
-        }
-        show_table(SCORES, score_rows(named), f"{text}, {tokens} tokens")
-    for warning in seen_warnings(report):
-        console.print(f"Warning: {warning}", markup=False)
-    for name, told in report["models"].items():
-        if told["kind"] in ("control", "other"):
-            console.print(f"{name}: {told['meaning']}", markup=False)
-    console.print(f"\nReport: {run / 'moefy' / 'report.md'}", markup=False)
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
@@ -271,3 +252,27 @@ def show_catalogue(known: Mapping[str, Any]) -> None:
     header = "class, shared expert, dense layers, selection bias, elastic, other engines"
     show_table(header.split(", "), rows)
     Console().print("Every class runs in transformers.")
+
+
+def show_finetune(summary: Mapping[str, Any], out: Path) -> None:
+    """Print what a fine-tune did and where the result lies."""
+    console = Console(highlight=False, soft_wrap=True)
+    before, after = summary["validation"]["before"], summary["validation"]["after"]
+    console.print(
+        f"{summary['tokens']:,} tokens in {summary['steps']} steps, {summary['seconds']:.0f} s, "
+        f"{summary['tokens_per_second']:.0f} tokens/s"
+    )
+    told = {"loss": "loss", "kl": "KL to the teacher", "load_cv": "load CV", "dead": "dead experts"}
+    rows = [
+        [name, f"{before[key]:.3g}" if key == "dead" else f"{before[key]:.3f}"]
+        + [f"{after[key]:.3g}" if key == "dead" else f"{after[key]:.3f}"]
+        for key, name in told.items()
+        if key in before
+    ]
+    show_table(["on text kept apart", "before", "after"], rows)
+    for event in summary["guard"]:
+        console.print(
+            f"Guard, step {event['step']}: {event['reason']}; {event['action']}", markup=False
+        )
+    console.print(f"Model: {out}", markup=False)
+    console.print(f"Report: {out / 'moefy' / 'finetune.json'}", markup=False)
