@@ -170,7 +170,7 @@ def other_tokenizer(folder: Path) -> None:
 
 NAN = first_value(float("nan"))
 MODELS: dict[str, tuple[Damage, int, tuple[str, ...]]] = {
-    "unsupported": (other_config(model_type="bloom"), 4, ("bloom", "llama")),
+    "unsupported": (other_config(model_type="bloom"), 4, ("bloom", "moefy families")),
     "quantised": (config(quantization_config={"quant_method": "awq"}), 4, ("dequantise",)),
     "MoE already": (
         other_config(model_type="qwen2_moe", num_experts=8),

@@ -319,8 +319,10 @@ FAULTS = [
     Fault("17 over 1 MB", config(note="x" * 1_000_000), (CONFIG, "1000000")),
     Fault("17 not UTF-8", write(CONFIG, b'{"model_type": "\xff"}'), (CONFIG,)),
     Fault("17 long number", write(CONFIG, '{"a": ' + "9" * 5_000 + "}"), (CONFIG,)),
-    Fault("17 no model_type", config(model_type=...), (CONFIG, "model_type", "llama")),
-    Fault("17 odd model_type", config(model_type=["llama"]), (CONFIG, "model_type", "llama")),
+    Fault("17 no model_type", config(model_type=...), (CONFIG, "model_type", "moefy families")),
+    Fault(
+        "17 odd model_type", config(model_type=["llama"]), (CONFIG, "model_type", "moefy families")
+    ),
     Fault("18 FFN of 10^12", config(intermediate_size=10**12), ("mlp.gate_proj", str(10**12))),
     Fault("18 10^12 wide", config(hidden_size=10**12), (EMBEDDING, str(10**12))),
     Fault("18 10^12 tokens", config(vocab_size=10**12), (EMBEDDING, str(10**12))),
