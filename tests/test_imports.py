@@ -35,6 +35,7 @@ ONLY_IN = {
     "rich": TERMINAL,
     "transformers": "modeling source data walk validate reopen convert finetune evaluate cli",
     "accelerate": "finetune",
+    "peft": "finetune",
 }
 SLOW_TO_IMPORT = {"torch", "transformers"}
 
