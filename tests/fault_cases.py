@@ -434,7 +434,7 @@ CASES = [
         d.config(attention_bias=True),
         (CONFIG, "self_attn.q_proj.bias"),
     ),
-    model("21 activation", d.config(hidden_act="relu2"), ("relu2", "silu"), 4),
+    model("21 activation", d.config(hidden_act="snake"), ("snake", "silu"), 4),
     model("21 odd activation", d.config(hidden_act=["silu"]), ("hidden_act", "gelu"), 4),
     model("22 config", d.config(quantization_config={"quant_method": "x"}), ("dequantise",), 4),
     model("22 config of MLX", d.config(quantization={"bits": 4}), ("dequantise",), 4),
