@@ -9,8 +9,8 @@ the seconds that it took at first.) Whenever it was killed, nothing may be named
 it ends, OUT must hold the files of the undisturbed run, byte for byte. Of JSON, what is measured
 (seconds, memory) is not compared, and Markdown drawn from it not at all.
 
-Libraries are imported once, and every attempt is forked from there, so that no kill is wasted on
-the seconds that imports take. A fine-tune takes
+The command is run in this process first, which then has imported all that it takes, and every
+attempt is forked from there: no kill is wasted on the seconds that imports take. A fine-tune takes
 
     --state '.out.moefy-finetune/checkpoint-*' --again --resume -- finetune RUN --out OUT ...
 """
@@ -46,13 +46,11 @@ def main(
     again: list[str] = typer.Option([], help="Word to add where there is such a state."),
 ) -> None:
     """Kill, resume, compare; print one line a chain and a summary."""
-    import transformers  # noqa: F401
-
-    import moefy.cli.convert
-    import moefy.convert  # noqa: F401
-
     place.mkdir(parents=True)
     dice = random.Random(seed)
+    if status := run(command, place / "out"):
+        raise SystemExit(f"the command ended with {status}")
+    shutil.rmtree(place / "out")
     status = attempt(command, place / "reference", None)
     took = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     if status:
@@ -84,21 +82,26 @@ def main(
     shutil.rmtree(place)
 
 
+def run(command: list[str], out: Path) -> int:
+    """Run the command in this process; give its exit code."""
+    from moefy.cli import main
+
+    sys.argv = ["moefy", *(str(out) if word == "OUT" else word for word in command), "--quiet"]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    return 99
+
+
 def attempt(command: list[str], out: Path, budget: float | None) -> int:
     """Run the command in a process of its own, killed when it has spent its budget of processor
     seconds; give how that ended."""
     child = os.fork()
     if not child:
-        sys.argv = ["moefy", *(str(out) if word == "OUT" else word for word in command), "--quiet"]
-        from moefy.cli import main
-
-        try:
-            main()
-        except SystemExit as stop:
-            os._exit(int(stop.code or 0))
-        except BaseException:
-            traceback.print_exc()
-        os._exit(99)
+        os._exit(run(command, out))
     if budget is None:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     while True:
