@@ -22,6 +22,7 @@ ROWS = [
     "walk block oracle routing",
     "validate reopen scan",
     "job runs",
+    "memory",
     "output report describe budget calibration",
     "summary",
     "convert plan export",
