@@ -33,11 +33,20 @@ PACKED = ["q4_0", "q4_1", "q5_0", "q5_1"]
 K_QUANTS = "q2_k q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k".split()
 TYPES = [*CONVERTED, *PACKED, *K_QUANTS]
 
+KNOWN = "qwen2 qwen3 qwen2_moe qwen3_moe glm4_moe lfm2_moe ernie4_5_moe".split()
+"""Model types beside Llama's that are looked at before the converter is."""
+
 FAILURES = {
     "No space left": (5, "the disk is full"),
     "MemoryError": (5, "out of memory"),
     "is not supported": (4, "llama.cpp does not know this class"),
     "pre-tokenizer was not recognized": (4, "llama.cpp does not know its tokenizer"),
+    "File not found": (4, "llama.cpp reads this class's tokenizer from tokenizer.model, not there"),
+    "'[gMASK]'": (4, "llama.cpp reads no tokenizer but GLM's own in this class"),
+    "AttributeError: DSPARK": (
+        4,
+        "this version of it lacks a part of itself that it needs for GLM",
+    ),
     "Can not map tensor": (4, "llama.cpp has no place for one of its tensors"),
 }
 """Exit code and reason, by what the converter says of itself."""
@@ -103,13 +112,17 @@ def llama_cpp_problem(config: Mapping[str, Any]) -> str | None:
     """
     kind = config.get("model_type")
     llama = kind in ("llama", "mistral", "mixtral")
-    if not llama and kind not in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "glm4_moe"):
+    if kind == "hunyuan_v1_moe":
+        return "llama.cpp's converter reads this class's tokenizer only as code of its own"
+    if not llama and kind not in KNOWN:
         return None
     if (activation := config.get("hidden_act", "silu")) != "silu":
         return f"llama.cpp computes silu for {kind}, whatever hidden_act says: here {activation}"
-    normed = {"qwen2_moe": False, "qwen3_moe": True}.get(kind)
+    normed = {"qwen2_moe": False, "qwen3_moe": True, "lfm2_moe": True}.get(kind)
     if normed is not None and bool(config.get("norm_topk_prob", False)) != normed:
         return f"llama.cpp takes norm_topk_prob of every {kind} to be {str(normed).lower()}"
+    if kind == "lfm2_moe" and config.get("routed_scaling_factor", 1.0) != 1.0:
+        return f"llama.cpp ignores the routed_scaling_factor of {kind}"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     scaling = rope.get("rope_type") or rope.get("type") or "default"
     if scaling == "llama3" and not llama:

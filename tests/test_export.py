@@ -29,6 +29,7 @@ CONFIG = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 THIRD = {"model_type": "qwen3_moe", "norm_topk_prob": True}
+LFM2 = {"model_type": "lfm2_moe", "norm_topk_prob": True}
 MIXTRAL = {"model_type": "mixtral", "norm_topk_prob": None}
 
 
@@ -51,6 +52,9 @@ WRONG = {
     "window of old": (MIXTRAL | WINDOW, "sliding window"),
     "dense layers": ({"mlp_only_layers": [0, 3]}, "[0, 3]"),
     "wide heads": ({"head_dim": 32}, "64 wide"),
+    "gates of lfm2": ({"model_type": "lfm2_moe"}, "norm_topk_prob"),
+    "gates scaled": (LFM2 | {"routed_scaling_factor": 2.0}, "routed_scaling_factor"),
+    "hunyuan": ({"model_type": "hunyuan_v1_moe"}, "code of its own"),
 }
 RIGHT = {
     "as written": {},
@@ -61,6 +65,7 @@ RIGHT = {
     "window in no layer": WINDOW | {"layer_types": ["full_attention"]},
     "window as long as the context": {"sliding_window": 128, "max_position_embeddings": 128},
     "wide heads": THIRD | {"head_dim": 32},
+    "lfm2": LFM2 | {"routed_scaling_factor": 1.0},
     "unknown": {"model_type": "another", "hidden_act": "gelu"},
 }
 

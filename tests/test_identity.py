@@ -516,7 +516,7 @@ def test_computed_in_bfloat16(family, target, experts, own_pico, converted):
     moe = converted(dense, **recipe(target, experts))
     expected = dense_logits(dense)
     bound = 2 * distance(dense_logits(dense, torch.bfloat16), expected)
-    assert distance(logits(open_all_active(moe, torch.bfloat16)), expected) < bound < 0.1
+    assert distance(logits(open_all_active(moe, torch.bfloat16)), expected) < bound < 0.12
 
 
 # --- some experts active -------------------------------------------------------------------------

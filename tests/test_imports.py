@@ -37,6 +37,7 @@ ONLY_IN = {
     "rich": TERMINAL,
     "transformers": "modeling source data walk validate reopen calibration finetune evaluate cli",
     "accelerate": "finetune",
+    "peft": "finetune",
 }
 SLOW_TO_IMPORT = {"torch", "transformers"}
 

@@ -47,8 +47,10 @@ def groups(model: nn.Module, train: str, rates: dict[str, float]) -> list[dict[s
     The router's rows are written `ROUTER_SCALE` as large as they are meant: so is their rate, and
     their gradient is that of the rows as meant, so that it weighs in the clipping as others do.
     """
-    chosen = PARTS if train == "all" else train.split("+")
+    chosen = {"all": PARTS, "lora": ("router", "experts")}.get(train, train.split("+"))
     found = parts(model)
+    if train == "lora":
+        found["experts"] = {n: p for n, p in model.named_parameters() if "lora_" in n}
     model.requires_grad_(False)
     made = []
     for part in chosen:
