@@ -33,6 +33,8 @@ TERMINAL = "cli __main__ progress report"
 ONLY_IN = {
     "typer": TERMINAL,
     "rich": TERMINAL,
+    "jinja2": "report",
+    "matplotlib": "report",
     "transformers": "modeling source data walk validate reopen convert finetune evaluate cli",
 }
 SLOW_TO_IMPORT = {"torch", "transformers"}

@@ -94,7 +94,7 @@ class Look:
     @property
     def glyph(self) -> str:
         """The marker as a letter."""
-        return dict(zip("oDs^vXP", "●◆■▲▼✖✚", strict=True))[self.marker]
+        return dict(zip("oDs^vXP<>p", "●◆■▲▼✖✚◀▶⬟", strict=True))[self.marker]
 
     @property
     def variable(self) -> str:
@@ -112,7 +112,7 @@ def looks(kinds: Mapping[str, str]) -> dict[str, Look]:
         "finetuned": ["vermillion", "amber", "purple", "green"],
         "other": ["purple", "green", "amber", "grey"],
     }
-    markers = {"converted": "oPXs", "finetuned": "DXPs", "other": "PXvs"}
+    markers = {"converted": "oPXs", "finetuned": "D<>p", "other": "PXvs"}
     found: dict[str, Look] = {}
     seen: dict[str, int] = {}
     for label, kind in kinds.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,11 +46,13 @@ def labels(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def subject(report: Mapping[str, Any]) -> str | None:
-    """The model that the report is about: the fine-tuned one, else the converted one."""
+    """The model that the report is about: the one it names, else the last stage of the run."""
     kinds = labels(report)
+    if report.get("main") in kinds:
+        return report["main"]
     for kind in ("finetuned", "converted"):
         if found := [label for label, of in kinds.items() if of == kind]:
-            return found[0]
+            return found[-1]
     return None
 
 
@@ -146,10 +149,28 @@ def _speed_tile(engine: str, row: Mapping[str, Any]) -> Tile:
     )
 
 
-def because(advice: Mapping[str, Any]) -> str:
-    """The numbers that a piece of advice was drawn from."""
-    parts = []
-    for key, value in (advice.get("because") or {}).items():
-        shown = f"{value:.3g}" if isinstance(value, float) else str(value)
-        parts.append(f"{key.replace('_', ' ')} {shown}")
-    return ", ".join(parts)
+@dataclass(frozen=True)
+class Verdict:
+    """All advice of one verdict: `said` are (what matters, the rest) of each sentence."""
+
+    word: str
+    sign: str
+    said: tuple[tuple[str, str], ...]
+
+
+def verdicts(report: Mapping[str, Any]) -> list[Verdict]:
+    """The advice by verdict, in the order in which each first comes."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for told in report["advice"]:
+        found.setdefault(str(told["verdict"]), []).append(_halves(str(told["sentence"])))
+    return [Verdict(word, VERDICTS.get(word, "○"), tuple(said)) for word, said in found.items()]
+
+
+def _halves(sentence: str) -> tuple[str, str]:
+    """What stands before the first colon or semicolon, and what follows.
+
+    >>> _halves("SLOWER at batch 1: 0.74 times."), _halves("It costs 1.1 nats; that is a lot.")
+    (('SLOWER at batch 1', ': 0.74 times.'), ('It costs 1.1 nats', '; that is a lot.'))
+    """
+    found = re.search(r"[:;] ", sentence)
+    return (sentence[: found.start()], sentence[found.start() :]) if found else (sentence, "")

@@ -22,9 +22,6 @@ def speed(report: Mapping[str, Any], looks: Looks) -> Section:
     for number, (engine, told) in enumerate(report["speed"].items()):
         for phase, title in PHASES.items():
             rows = [row for row in told["rows"] if row["phase"] == phase]
-            ideal = (told.get("ideal_ratio") or {}).get(phase)
-            if isinstance(ideal, Mapping):
-                ideal = next(iter(ideal.values()), None)
             drawn = _lines(rows, looks)
             if not drawn:
                 continue
@@ -33,7 +30,8 @@ def speed(report: Mapping[str, Any], looks: Looks) -> Section:
                 + ", ".join(f"{y:.2f} at batch {x:g}" for x, y in zip(line.x, line.y, strict=True))
                 for line in drawn
             )
-            alt += f"; ideal {ideal:.2f}" if ideal else ""
+            ideal = _ideal(told, phase, [row["label"] for row in rows if row["label"] != "dense"])
+            alt += f"; ideal {ideal[-1][1]:.2f}" if ideal else ""
             draw = partial(figures.speed, drawn, ideal=ideal, x_axis="sequences at once (batch)")
             name = f"speed-{number}-{phase}"
             pictures.append(Picture(name, f"{title} ({phase}) in {engine}", alt, draw))
@@ -46,27 +44,29 @@ def speed(report: Mapping[str, Any], looks: Looks) -> Section:
     return Section("speed", "Is it faster?", lead, tuple(pictures), tuple(tables))
 
 
+def _ideal(told: Mapping[str, Any], phase: str, labels: list[str]) -> list[tuple[float, float]]:
+    """What arithmetic would allow at each batch, of the last of `labels`: all have one shape."""
+    ideals = told.get("ideal_ratio") or {}
+    found = next((ideals[label] for label in reversed(labels) if label in ideals), ideals)
+    value = found.get(phase)
+    if isinstance(value, Mapping):
+        return sorted((float(batch), ratio) for batch, ratio in value.items())
+    batches = sorted({row["batch"] for row in told["rows"]})
+    return [] if value is None else [(batch, value) for batch in batches]
+
+
 def _lines(rows: list[Mapping[str, Any]], looks: Looks) -> list[figures.Line]:
     """One line for each model and context length: ratios by batch."""
-    dense = {
-        (row["batch"], row.get("context")): row["tokens_per_second"]
-        for row in rows
-        if row["label"] == "dense"
-    }
     groups: dict[tuple[str, Any], list[Mapping[str, Any]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["batch"]):
         if row["label"] != "dense" and row.get("ratio") is not None:
             groups.setdefault((row["label"], row.get("context")), []).append(row)
     several = len({context for _, context in groups}) > 1
     drawn = []
     for (label, context), found in groups.items():
-        found = sorted(found, key=lambda row: row["batch"])
-        bases = [dense.get((row["batch"], context)) for row in found]
-        known = all(bases) and all(row.get("low") and row.get("high") for row in found)
-        spread: Any = known and {
-            end: [row[end] / base for row, base in zip(found, bases, strict=True) if base]
-            for end in ("low", "high")
-        }
+        ends = [(row.get("ratio_low"), row.get("ratio_high")) for row in found]
+        spread = [(low, high) for low, high in ends if low is not None and high is not None]
+        known = len(spread) == len(found)
         first = next(key for key in groups if key[0] == label)
         drawn.append(
             figures.Line(
@@ -74,15 +74,16 @@ def _lines(rows: list[Mapping[str, Any]], looks: Looks) -> list[figures.Line]:
                 looks[label],
                 [row["batch"] for row in found],
                 [row["ratio"] for row in found],
+                [low for low, _ in spread] if known else [],
+                [high for _, high in spread] if known else [],
                 dashed=first != (label, context),
-                **(spread or {}),
             )
         )
     return drawn
 
 
 def _speed_table(engine: str, told: Mapping[str, Any]) -> Table:
-    words = [told.get("implementation"), told.get("dtype")]
+    words = list(dict.fromkeys(_values(told.get("dtype")) + _values(told.get("implementation"))))
     if told.get("threads"):
         words.append(f"{told['threads']} threads" if told["threads"] > 1 else "1 thread")
     rows = tuple(
@@ -92,13 +93,20 @@ def _speed_table(engine: str, told: Mapping[str, Any]) -> Table:
             row["label"],
             fixed(row["tokens_per_second"], 1),
             f"{fixed(row.get('low'), 1)} to {fixed(row.get('high'), 1)}" if row.get("low") else "",
-            times(row.get("ratio")),
+            "" if row["label"] == "dense" else times(row.get("ratio")),
         )
         for row in told["rows"]
     )
     header = ("what", "model", "tokens/s", "spread", "relative to dense")
     named = ", ".join(str(word) for word in words if word)
     return Table(f"{engine} ({named})" if named else engine, header, rows, folded=True)
+
+
+def _values(told: Any) -> list[str]:
+    """What is told of all models, or of each."""
+    return [
+        str(value) for value in (told.values() if isinstance(told, Mapping) else [told]) if value
+    ]
 
 
 def size(report: Mapping[str, Any], looks: Looks) -> Section:
@@ -133,6 +141,7 @@ def size(report: Mapping[str, Any], looks: Looks) -> Section:
             large(told.get("peak_bytes"), "B"),
         )
         for label, told in models.items()
+        if told.get("parameters_total")
     )
     tables = (Table("Size and compute", header, rows),) if rows else ()
     lead = (

@@ -102,7 +102,7 @@ def lines(
     if close:
         _legend(figure, drawn)
     else:
-        name_lines(axis, [(line.name, line.y[-1], line.look.colour) for line in drawn])
+        name_lines(axis, [(short(line.name, 26), line.y[-1], line.look.colour) for line in drawn])
     return figure
 
 
@@ -152,12 +152,15 @@ def frontier(drawn: Sequence[Line]) -> Figure:
     return figure
 
 
-def speed(drawn: Sequence[Line], *, ideal: float | None, x_axis: str) -> Figure:
-    """Speed relative to dense against the batch: above one is faster, below slower."""
+def speed(drawn: Sequence[Line], *, ideal: Sequence[tuple[float, float]], x_axis: str) -> Figure:
+    """Speed relative to dense against the batch: above one is faster, below slower.
+
+    `ideal` are the points (batch, ratio) that arithmetic would allow.
+    """
     figure, axes = panels(height=3.4)
     axis = axes[0, 0]
     values = [y for line in drawn for y in (*line.y, *line.low, *line.high)]
-    values += [1.0] + ([ideal] if ideal else [])
+    values += [1.0, *(ratio for _, ratio in ideal)]
     low, high = min(values), max(values)
     pad = 0.12 * max(high - low, 0.4)
     low, high = low - pad, high + pad
@@ -172,7 +175,7 @@ def speed(drawn: Sequence[Line], *, ideal: float | None, x_axis: str) -> Figure:
     axis.minorticks_off()
     axis.set_xlim(places[0] / 1.4, places[-1] * 1.4)
     axis.set_ylim(low, high)
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}×")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{round(value, 2):g}×")
     axis.set_xlabel(x_axis)
     inside = {"transform": axis.get_yaxis_transform(), "fontsize": 10, "fontweight": "bold"}
     step = 0.012 * (high - low)
@@ -184,8 +187,11 @@ def speed(drawn: Sequence[Line], *, ideal: float | None, x_axis: str) -> Figure:
     else:
         ends += [(short(line.name, 26), line.y[-1], line.look.colour) for line in drawn]
     if ideal:
-        axis.axhline(ideal, color=MUTED, linewidth=1.4, linestyle=(0, (5, 3)))
-        ends.append((f"ideal {ideal:.2f}×", ideal, MUTED))
+        x, y = zip(*ideal, strict=True)
+        if len(set(y)) == 1:
+            x, y = axis.get_xlim(), (y[0], y[0])
+        axis.plot(x, y, color=MUTED, linewidth=1.4, linestyle=(0, (5, 3)))
+        ends.append((f"ideal {y[-1]:.2f}×", y[-1], MUTED))
     name_lines(axis, ends)
     return figure
 
@@ -282,7 +288,7 @@ def wrapped(name: str) -> str:
 
 def _legend(figure: Figure, drawn: Sequence[Line]) -> None:
     """The names of the lines above the axes, in rows of a phone's width."""
-    columns = max(1, min(len(drawn), 60 // (6 + max(len(line.name) for line in drawn))))
+    columns = max(1, min(len(drawn), 60 // (6 + max(len(short(line.name, 40)) for line in drawn))))
     legend = figure.legend(
         loc="outside upper left", ncols=columns, columnspacing=1.2, handlelength=1.8
     )
@@ -291,7 +297,9 @@ def _legend(figure: Figure, drawn: Sequence[Line]) -> None:
 
 
 def _draw(axis: Any, line: Line) -> None:
-    if line.low:
+    if line.low and len(line.x) == 1:
+        axis.vlines(line.x, line.low, line.high, color=line.look.colour, alpha=0.45, linewidth=5)
+    elif line.low:
         axis.fill_between(
             line.x, line.low, line.high, color=line.look.colour, alpha=0.15, linewidth=0
         )
@@ -302,7 +310,7 @@ def _draw(axis: Any, line: Line) -> None:
         linestyle=(0, (4, 2)) if line.dashed else "-",
         color=line.look.colour,
         markeredgewidth=0,
-        label=line.name,
+        label=short(line.name, 40),
     )
 
 
@@ -326,7 +334,7 @@ def _cells(axis: Any, rows: Sequence[Sequence[float]], *, crosses: bool = True) 
             codes = [Path.MOVETO, *[Path.LINETO] * 3, Path.CLOSEPOLY]
             parts.setdefault(colour, []).append(Path(corners, codes))
             if crosses and value == 0:
-                axis.plot([x], [y], "x", color=INK, markersize=4.5, markeredgewidth=1.4)
+                axis.plot([x], [y], "x", color=CARD, markersize=4.5, markeredgewidth=1.6)
     for colour, cells in parts.items():
         axis.add_patch(PathPatch(Path.make_compound_path(*cells), color=colour, linewidth=0))
     axis.set_xlim(-0.5, max(len(row) for row in rows) - 0.5)

@@ -91,21 +91,20 @@ def _three(rows: Sequence[Any]) -> list[Any]:
 
 
 def _per_layer(found: Mapping[str, Mapping[str, Any]], looks: Looks) -> list[Picture]:
-    pictures = []
-    for key, title in (("load_cv", "CV of the loads"), ("entropy", "Entropy of the loads")):
-        drawn = []
-        for label, told in found.items():
-            rows = [row for row in told["layers"] if row.get(key) is not None]
-            if rows:
-                x, y = [row["layer"] for row in rows], [row[key] for row in rows]
-                drawn.append(figures.Line(label, looks[label], x, y, points=len(x) < 2))
-        if drawn:
-            alt = f"{title} by layer. " + "; ".join(
-                f"{n.name}: from {min(n.y):.2f} to {max(n.y):.2f}" for n in drawn
-            )
-            draw = partial(figures.lines, drawn, x_axis="layer", from_zero=key == "load_cv")
-            pictures.append(Picture(f"routing-{key.replace('_', '-')}", title, alt, draw))
-    return pictures
+    """How uneven the loads are in each layer."""
+    drawn = []
+    for label, told in found.items():
+        rows = [row for row in told["layers"] if row.get("load_cv") is not None]
+        if rows:
+            x, y = [row["layer"] for row in rows], [row["load_cv"] for row in rows]
+            drawn.append(figures.Line(label, looks[label], x, y, points=len(x) < 2))
+    if not drawn:
+        return []
+    alt = "Coefficient of variation of the loads by layer. " + "; ".join(
+        f"{line.name}: from {min(line.y):.2f} to {max(line.y):.2f}" for line in drawn
+    )
+    draw = partial(figures.lines, drawn, x_axis="layer", from_zero=True)
+    return [Picture("load-cv", "How uneven the loads are (CV)", alt, draw)]
 
 
 def _summary(found: Mapping[str, Mapping[str, Any]]) -> Table:

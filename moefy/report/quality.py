@@ -16,6 +16,8 @@ Looks = Mapping[str, Look]
 SEEN = 0.01
 """Share of a text in the calibration text above which its scores are called too good."""
 
+SCORES = ("model", "perplexity", "dNLL", "bits per byte", "KL to dense", "same first choice")
+
 QUALITY = (
     "dNLL is what the prediction of a token lost, in nats: ln(perplexity / dense perplexity); 0 is "
     "the dense model. KL is the distance of the predicted distributions from the dense model's; "
@@ -37,8 +39,8 @@ def quality(report: Mapping[str, Any], looks: Looks) -> Section:
     tables = [
         Table(
             f"{text}, {next(iter(rows.values()))['tokens']:,} tokens",
-            ("model", "perplexity", "dNLL", "bits per byte", "KL to dense", "same first choice"),
-            tuple(_score_row(label, row) for label, row in rows.items()),
+            SCORES,
+            tuple(score_rows(rows)),
         )
         for text, rows in texts.items()
         if rows
@@ -81,23 +83,26 @@ def _told(drawn: Sequence[tuple[str, Look, float, float | None]]) -> str:
     return ", ".join(f"{label} {value:.3f}" for label, _, value, _ in drawn)
 
 
-def _score_row(label: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    dense = label == "dense"
-    return (
-        label,
-        fixed(row["perplexity"]),
-        "" if dense else uncertain(row.get("dnll"), row.get("dnll_standard_error")),
-        fixed(row.get("bits_per_byte"), 3),
-        "" if dense else fixed(row.get("kl"), 3),
-        "" if dense else percent(row.get("top1_agreement")),
-    )
+def score_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """One line per model, formatted as `SCORES` names it."""
+    return [
+        (
+            label,
+            fixed(row["perplexity"]),
+            "" if label == "dense" else uncertain(row.get("dnll"), row.get("dnll_standard_error")),
+            fixed(row.get("bits_per_byte"), 3),
+            "" if label == "dense" else fixed(row.get("kl"), 3),
+            "" if label == "dense" else percent(row.get("top1_agreement")),
+        )
+        for label, row in rows.items()
+    ]
 
 
 def frontier(report: Mapping[str, Any], looks: Looks) -> Section:
     """Quality against the active fraction, one picture for each text."""
     pictures = []
     points = [point for point in report["frontier"] if point.get("dnll") is not None]
-    points = [point for point in points if point.get("kind") != "dense"]
+    points = [point for point in points if point.get("active") and point.get("kind") != "dense"]
     for number, text in enumerate(_in_order(point["text"] for point in points)):
         by_label: dict[str, list[tuple[float, float]]] = {}
         for point in points:
@@ -121,7 +126,13 @@ def frontier(report: Mapping[str, Any], looks: Looks) -> Section:
         "is the ceiling: it looks before it chooses, and is no model. All meet the dense model "
         "where the whole FFN is active.",
     )
-    return Section("frontier", "Quality against compute", lead, tuple(pictures))
+    rows = tuple(
+        (point["label"], point["text"], f"{point['active']:.1%}", fixed(point["dnll"], 3))
+        for point in points
+    )
+    header = ("model", "text", "FFN active", "dNLL")
+    tables = (Table("Every point", header, rows, folded=True),) if rows else ()
+    return Section("frontier", "Quality against compute", lead, tuple(pictures), tables)
 
 
 def benchmarks(report: Mapping[str, Any], looks: Looks) -> Section:
@@ -235,7 +246,10 @@ def prompts(report: Mapping[str, Any]) -> Section:
 def generation(report: Mapping[str, Any]) -> Section:
     """The same prompt, continued by each model."""
     voices = tuple(
-        Voices(row["prompt"], tuple((label, text) for label, text in row["written"].items()))
+        Voices(
+            row["prompt"].strip(),
+            tuple((label, text.strip()) for label, text in row["written"].items()),
+        )
         for row in report["generation"]
     )
     lead = ("Greedy, so each model says what it finds likeliest.",)

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moefy.report.pages import SCORES, score_rows, seen_warnings, shape_text
+from moefy.report.quality import SCORES, score_rows, seen_warnings
+from moefy.report.wording import shape_text
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from moefy.report import chart
 from moefy.report.chart import looks
-from moefy.report.contents import VERDICTS, because, labels, sections, subject, tiles, title
+from moefy.report.contents import labels, sections, subject, tiles, title, verdicts
 from moefy.report.document import Picture
 from moefy.report.wording import shape_text
 
@@ -35,8 +35,7 @@ def report_html(report: Mapping[str, Any]) -> str:
         shape=report["run"]["shape"],
         shape_text=shape_text(report["run"]["shape"]),
         subject=subject(report),
-        advice=[{**told, "because": because(told)} for told in report["advice"]],
-        verdicts=VERDICTS,
+        verdicts=verdicts(report),
         tiles=tiles(report),
         sections=sections(report),
         looks=looks(labels(report)),
