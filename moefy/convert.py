@@ -21,15 +21,16 @@ from torch import Tensor
 
 from moefy import __version__, budget, data, output, report, walk
 from moefy.block import Block, convert_block
+from moefy.coverage import gaps
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
 from moefy.oracle import attach
 from moefy.publish import publishing, sha256, write_json, write_text
-from moefy.recipe import render
+from moefy.recipe import render, shard_bytes
 from moefy.reopen import reopen
+from moefy.scan import Scan, scan
 from moefy.shards import CODES, ShardWriter, Slot
 from moefy.source import DEMO
-from moefy.validate import scan_finite
 
 
 def convert(
@@ -37,20 +38,25 @@ def convert(
     out: Path,
     *,
     force: bool = False,
+    strict: bool = False,
     tokens: data.Tokens | None = None,
     watch: Watch = lambda *_: None,
 ) -> dict[str, Any]:
     """Run a prepared conversion and publish the folder `out` whole; return its report.
 
-    `tokens` are used instead of those that the recipe names, when given.
+    `tokens` are used instead of those that the recipe names, when given. With `strict` it fails at
+    the first layer of which an expert or a neuron has seen too little text (see `coverage`).
 
     Raises:
         MoefyError: code 3 for bad weights or calibration text, 5 for what cannot be written, 6 for
-            a result that is not finite or not what the reopened folder computes.
+            a result that is not finite or not what the reopened folder computes, and if `strict`
+            for too little text.
     """
     _check_places(job, out)
     started = time.perf_counter()
     seconds: dict[str, float] = {}
+    with _timed(seconds, "check weights"):
+        scanned = check_weights(job, watch)
     with publishing(out, force=force) as part:
         with _timed(seconds, "calibration text"):
             tokens = tokens or calibration_tokens(job, watch)
@@ -59,7 +65,8 @@ def convert(
         if job.recipe.layers == budget.AUTO:
             with _timed(seconds, "sensitivity"):
                 job, loss_L = budget.settle(job, tokens, watch)
-        writer = ShardWriter(part, output.slots(job))
+        size = shard_bytes(job.recipe.max_shard_size)
+        writer = ShardWriter(part, output.slots(job), shard_bytes=size)
         with _timed(seconds, "copy"):
             output.copy(job, writer, watch)
         gradients = {}
@@ -75,6 +82,8 @@ def convert(
                 if isinstance(block, Block):
                     output.write_block(job, writer, layer, block)
                     figures.append({"layer": layer, **block.figures})
+                    if strict and (found := gaps(figures[-1:])):
+                        raise MoefyError(f"--strict: {found[0]}", code=6)
                     if block.router.norm_EN is not None:
                         norms[layer] = block.router.norm_EN
                 ends.append(states_BTD[len(tokens.ids_BT) - 1].clone())
@@ -91,7 +100,8 @@ def convert(
                 task=job.task,
                 prepare=lambda model: attach(model, norms),
             )
-        summary = _summary(job, tokens, figures, checked, seconds, started)
+        job = dataclasses.replace(job, notes=(*job.notes, *scanned.notes, *gaps(figures)))
+        summary = _summary(job, tokens, figures, checked, seconds, started, scanned.digests)
         if loss_L:
             summary["budget"] = {"active": asked, "kl_when_pruned_alone": loss_L}
         extra = {"ids": tokens.ids_BT.int(), **{f"norm.{n}": norm for n, norm in norms.items()}}
@@ -116,6 +126,12 @@ def _check_places(job: Job, out: Path) -> None:
         )
 
 
+def check_weights(job: Job, watch: Watch) -> Scan:
+    """Look at all values before any work, for what NaN makes a model write is no text either."""
+    ffn = {name for layer in job.layers for name in job.family.ffn_names(layer)}
+    return scan(job.checkpoint, ffn, partial(watch, "check weights"))
+
+
 def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
     """The calibration tokens, from text or from the model itself.
 
@@ -125,21 +141,23 @@ def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
     from transformers import AutoModelForCausalLM
 
     recipe, folder = job.recipe, job.checkpoint.folder
-    tokenizer = data.load_tokenizer(folder)
     size = job.size("vocab_size")
     shape = {"num_tokens": recipe.tokens, "length": recipe.sequence_length, "seed": recipe.seed}
+    if recipe.calibration != "self" and recipe.text_field == data.IDS:
+        return data.load_ids(recipe.calibration, vocab_size=size, **shape)
+    tokenizer = data.load_tokenizer(folder)
+    notes = data.vocabulary_notes(tokenizer, size)
     if recipe.calibration != "self":
-        return data.load(
+        tokens = data.load(
             tokenizer, recipe.calibration, text_field=recipe.text_field, vocab_size=size, **shape
         )
+        return dataclasses.replace(tokens, notes=(*notes, *tokens.notes))
     weights = sum(entry.stop - entry.start for entry in job.checkpoint.entries.values())
     _check_memory(weights, "to write its own calibration text", "give a text as --calibration")
-    ffn = {name for layer in range(job.num_layers) for name in job.family.ffn_names(layer)}
-    for name in job.checkpoint.entries:  # found here, for what NaN would make it write is no text
-        scan_finite(name, job.checkpoint.tensor(name), ffn=name in ffn)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     model = model.to(job.device).eval()
-    return data.sample(model, tokenizer, progress=partial(watch, "calibration text"), **shape)
+    tokens = data.sample(model, tokenizer, progress=partial(watch, "calibration text"), **shape)
+    return dataclasses.replace(tokens, notes=tuple(notes))
 
 
 def _gradients(job: Job, tokens: data.Tokens, watch: Watch) -> dict[int, Tensor]:
@@ -184,9 +202,6 @@ def _walk(
     for layer in range(job.num_layers):
         watch(f"layer {layer}: attention", layer, job.num_layers)
         ffn = walk.read_ffn(job.checkpoint, job.family, layer, activation, job.device)
-        stored = job.family.write(ffn)
-        for name, weight in zip(job.family.ffn_names(layer), stored, strict=True):
-            scan_finite(name, weight, ffn=weight.ndim > 1)
         x_TD, join, leave = walk.tap(job.checkpoint, job.family, config, layer, states_BTD)
         _check_states(x_TD, layer)
         flat_TD = states_BTD.view(x_TD.shape)
@@ -237,6 +252,7 @@ def _summary(
     checked: dict[str, Any],
     seconds: dict[str, float],
     started: float,
+    inputs: dict[str, str],
 ) -> dict[str, Any]:
     """What `moefy/conversion.json` holds, less the digests of the output."""
     entries = job.checkpoint.entries
@@ -280,7 +296,7 @@ def _summary(
                 name: _version(name) for name in ("torch", "transformers", "safetensors", "sklearn")
             },
         },
-        "inputs": _digests(job.checkpoint.folder, {e.file for e in entries.values()}),
+        "inputs": inputs,
     }
 
 
@@ -310,14 +326,16 @@ LICENCE = ("license", "license_name", "license_link", "language")
 
 def licence(folder: Path) -> dict[str, Any]:
     """The licence and the languages that the dense model's card names, if it has a card."""
-    from huggingface_hub import metadata_load
+    from huggingface_hub import ModelCard
     from yaml import YAMLError
 
     card = folder / "README.md"
     if not card.is_file():
         return {}
+    with card.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(100_000)
     try:
-        told = metadata_load(card) or {}
+        told = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, YAMLError):  # a card is for people: a model is no worse for a broken one
         return {}
     return {key: told[key] for key in LICENCE if isinstance(told.get(key), str | list)}

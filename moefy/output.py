@@ -17,7 +17,7 @@ from moefy.layout import FFN, Partition
 from moefy.publish import write_json
 from moefy.shards import CODES, DTYPES, ShardWriter, Slot
 from moefy.targets.target import Dense, Split
-from moefy.validate import regular_file, scan_finite
+from moefy.validate import beside
 
 
 def slots(job: Job) -> dict[str, Slot]:
@@ -114,7 +114,6 @@ def copy(job: Job, writer: ShardWriter, watch: Watch) -> None:
     for done, (name, origin) in enumerate([*work.items(), *heads.items()], 1):
         entry = job.checkpoint.entries[origin]
         tensor = job.checkpoint.tensor(origin)
-        scan_finite(origin, tensor)
         written = {name: tensor} if name in heads else _rest(job, name, tensor)
         for new, value in written.items():
             if value is tensor and _stored(job, entry.dtype) == entry.dtype:
@@ -149,21 +148,6 @@ def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> None
         writer.write(prefix + tail, tensor)
 
 
-KEEP = (
-    "tokenizer",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "chat_template",
-    "generation_config.json",
-    "LICENSE",
-    "LICENCE",
-    "NOTICE",
-)
-"""How the names of the files begin that are copied."""
-
-
 def write_folder(job: Job, part: Path) -> None:
     """Configuration, tokenizer files byte for byte, and the generation defaults."""
     dense = job.dense
@@ -173,10 +157,7 @@ def write_folder(job: Job, part: Path) -> None:
     config["dtype"] = str(job.dtype).removeprefix("torch.")
     config["transformers_version"] = importlib.import_module("transformers").__version__
     folder = job.checkpoint.folder
-    named = [file for file in folder.iterdir() if file.name.startswith(KEEP)]
-    for file in sorted([*named, *folder.glob("additional_chat_templates/*.jinja")]):
-        if file.suffix != ".py":
-            place = part / file.relative_to(folder)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(regular_file(folder, str(file.relative_to(folder))), place)
+    for file in beside(folder):
+        (part / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / file, part / file)
     write_json(part / "config.json", config)

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from moefy.errors import MoefyError
 from moefy.headers import read_header
-from moefy.walk import auto_class, some_layers, states_of
+from moefy.walk import auto_class, runnable, some_layers, states_of
 
 TOLERANCE = 0.1
 """Greatest mean relative error of a token's last hidden state. Router gates deviate from one by
@@ -72,7 +72,7 @@ def reopen(
     ids_1T = ids_T[None]
     more = {"ForCausalLM": {"logits_to_keep": 1}, "ForSeq2SeqLM": {"decoder_input_ids": ids_1T}}
     with torch.inference_mode():
-        prepare(model.eval())(ids_1T, **more.get(task, {}))
+        prepare(runnable(model.eval()))(ids_1T, **more.get(task, {}))
     expected_TD = ends[layers - 1].cpu()
     # Token by token: a few tokens with huge states would hide the others in one norm.
     wrong_T = (seen[0][0].float() - expected_TD).norm(dim=1) / expected_TD.norm(dim=1)

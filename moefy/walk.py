@@ -49,6 +49,17 @@ def auto_class(task: str) -> Any:
     return getattr(transformers, "AutoModel" + task.removeprefix("Model"))
 
 
+def runnable(model: Any) -> Any:
+    """A loaded model, with its experts run one by one where transformers' default cannot.
+
+    That is `grouped_mm`, which takes rows of multiples of 16 bytes.
+    """
+    odd = (p.shape[-1] * p.element_size() % 16 for p in model.parameters() if p.ndim == 3)
+    if model.config.model_type != "moefy" and any(odd):
+        model.set_experts_implementation("eager")
+    return model
+
+
 def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The transformers configuration of a checkpoint, with its defaults filled in."""
     config: dict[str, Any] = {key: _number(value) for key, value in checkpoint.config.items()}

@@ -11,7 +11,7 @@ import moefy
 PACKAGE = Path(moefy.__file__).parent
 ROWS = [
     "__init__",  # may import nothing of moefy, and all may import it: for the version
-    "errors layout modeling",
+    "errors layout modeling coverage",
     "profile shape headers publish",
     "assign solve recipe shards source families pack",
     "checkpoint",
@@ -19,7 +19,7 @@ ROWS = [
     "partition route refit documents",
     "data",
     "walk block oracle",
-    "validate reopen",
+    "validate reopen scan",
     "job",
     "output report describe budget",
     "convert plan export",

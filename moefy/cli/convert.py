@@ -69,6 +69,9 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="as-stored, float32, bfloat16, float16. (default: as-stored)")
     ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Bytes in a file of OUT at most. (default: 5GB)")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda. (default: auto)")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with any of these.")] = None,
@@ -78,6 +81,9 @@ def convert(
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail where an expert sees too little text.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -85,29 +91,35 @@ def convert(
     flags = {
         key: value
         for key, value in locals().items()
-        if key not in ("recipe", "settings", "plan", "force", "as_json", "quiet", "out")
+        if key not in ("recipe", "settings", "plan", "force", "strict", "as_json", "quiet", "out")
     }
     from moefy.recipe import build
+    from moefy.source import resolve
+    from moefy.validate import open_checkpoint
 
     built = build(recipe, flags, settings or [])
+    if not plan:
+        from moefy.publish import check_free
+
+        if out is None:
+            raise MoefyError("no OUT given; expected `moefy convert MODEL OUT`", code=2)
+        check_free(out, force=force)
+    # `prepare` asks it again, but behind seconds of imports, which a refusal need not wait for.
+    open_checkpoint(resolve(built.model, revision=built.revision), ignore_index=built.ignore_index)
     quiet_libraries()
     from moefy.job import prepare
 
-    if plan:
+    if plan or out is None:
         from moefy.plan import estimate
         from moefy.report import terminal
 
         show(estimate(prepare(built)), terminal.show_plan, as_json, quiet=False)
         return
-    if out is None:
-        raise MoefyError("no OUT given; expected `moefy convert MODEL OUT`", code=2)
     from moefy.convert import convert as run
     from moefy.progress import watching
-    from moefy.publish import check_free
 
-    check_free(out, force=force)
     with watching(quiet=quiet) as watch:
-        summary = run(prepare(built), out, force=force, watch=watch)
+        summary = run(prepare(built), out, force=force, strict=strict, watch=watch)
     show(summary, lambda made: _made(made, out), as_json, quiet)
 
 

@@ -18,6 +18,7 @@ from moefy.job import Job, Watch, prepare
 from moefy.oracle import attach
 from moefy.recipe import Recipe, build, nearest
 from moefy.shape import pruned
+from moefy.walk import runnable
 
 MEANING = {
     "static": "the same number of neurons, chosen once for all tokens; refitted alike",
@@ -100,7 +101,7 @@ def make_control(job: Job, out: Path, tokens: Tokens, watch: Watch) -> Any:
 def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
     """Load a model folder with its stock class; with norms, put the router they are of in."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return attach(model.eval(), dict(_norms(folder)))
+    return attach(runnable(model.eval()), dict(_norms(folder)))
 
 
 def _norms(folder: Path) -> Iterator[tuple[int, torch.Tensor]]:

@@ -20,6 +20,7 @@ COLUMNS = {
     "error_before_refit": ("error", ".3f"),
     "error_after_refit": ("refitted", ".3f"),
     "load_cv": ("load CV", ".2f"),
+    "least_tokens": ("least tokens", "d"),
     "seconds": ("s", ".1f"),
 }
 
@@ -49,7 +50,8 @@ def conversion_page(summary: Mapping[str, Any]) -> str:
         "Share of the dense FFN's output energy that stays when a token may choose its own best "
         "neurons, the best experts (oracle), the router's experts, experts by lot, or has the same "
         "neurons as all others (static); how often router and oracle agree; relative output error "
-        "before and after the refit; coefficient of variation of the experts' load.",
+        "before and after the refit; coefficient of variation of the experts' load; the tokens "
+        "that the expert with the fewest was fitted on.",
         table([COLUMNS[key][0] for key in keys], rows),
     ]
     return "\n\n".join(parts) + "\n"
