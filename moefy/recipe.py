@@ -58,6 +58,8 @@ class Recipe:
 DTYPES = ("as-stored", "float32", "bfloat16", "float16")
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
 TABLES = ("partition_options", "router_options")
+ADDED = ("made", "inputs", "finetune")
+"""Tables of a run's recipe that are no part of the conversion's."""
 
 
 def build(file: Path | None, flags: Mapping[str, Any], settings: list[str]) -> Recipe:
@@ -73,21 +75,29 @@ def build(file: Path | None, flags: Mapping[str, Any], settings: list[str]) -> R
     if "model" not in values:
         raise MoefyError("no MODEL given; expected a folder, a hub id or `demo`", code=2)
     for key, value in values.items():
-        _check_type(key, value)
+        check_type(key, value, FIELDS)
     recipe = Recipe(**values)
     _check_ranges(recipe)
     return recipe
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The keys of a recipe file; the tables `[made]` and `[inputs]` that a run adds are ignored."""
+    """The keys of a recipe file that are a conversion's; tables that a run adds are ignored."""
+    return {key: value for key, value in read_toml(file).items() if key not in ADDED}
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """All that is in a recipe file.
+
+    Raises:
+        MoefyError: code 2, for a file that cannot be read or is no TOML.
+    """
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise MoefyError(f"cannot read recipe {file}: {error.strerror}", code=2) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise MoefyError(f"recipe {file} is not TOML: {error}", code=2) from None
-    return {key: value for key, value in values.items() if key not in ("made", "inputs")}
 
 
 def render(recipe: Recipe, **extra: Mapping[str, Any]) -> str:
@@ -99,10 +109,15 @@ def render(recipe: Recipe, **extra: Mapping[str, Any]) -> str:
         if key not in TABLES and value is not None
     ]
     tables = {**{key: values[key] for key in TABLES if values[key]}, **extra}
-    for name, table in tables.items():
-        lines += ["", f"[{name}]"]
-        lines += [f"{_toml_key(key)} = {_toml(value)}" for key, value in table.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + "".join(render_table(*table) for table in tables.items())
+
+
+def render_table(name: str, table: Mapping[str, Any]) -> str:
+    """One table of a recipe, with an empty line before it; values that are None are left out."""
+    lines = [
+        f"{_toml_key(key)} = {_toml(value)}" for key, value in table.items() if value is not None
+    ]
+    return "\n".join(["", f"[{name}]", *lines, ""])
 
 
 def chosen_layers(text: str, num_layers: int) -> list[int]:
@@ -158,25 +173,35 @@ def nearest(word: str, known: list[str]) -> str:
 
 def _set(values: dict[str, Any], setting: str) -> None:
     """Apply one `key=value`; `partition.rounds=6` reaches into the options of the method."""
+    key, value = parse_setting(setting)
+    table, dot, option = key.partition(".")
+    if dot and f"{table}_options" in TABLES:
+        options = values.get(f"{table}_options", {})
+        check_type(f"{table}_options", options, FIELDS)
+        values[f"{table}_options"] = {**options, option: value}
+    else:
+        values[key.replace("-", "_")] = value
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """The key and the value of `key=value`: TOML, or what is none as a string.
+
+    Raises:
+        MoefyError: code 2, where there is no `=`.
+    """
     key, equals, text = setting.partition("=")
     if not equals:
         raise MoefyError(f"--set {setting!r} has no `=`; expected key=value", code=2)
     try:
-        value = tomllib.loads(f"v = {text}")["v"]
+        return key.strip(), tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
-        value = text
-    table, dot, option = key.strip().partition(".")
-    if dot and f"{table}_options" in TABLES:
-        options = values.get(f"{table}_options", {})
-        _check_type(f"{table}_options", options)
-        values[f"{table}_options"] = {**options, option: value}
-    else:
-        values[key.strip().replace("-", "_")] = value
+        return key.strip(), text
 
 
-def _check_type(key: str, value: Any) -> None:
-    if key not in FIELDS:
-        raise MoefyError(f"unknown recipe key {key!r}; {nearest(key, list(FIELDS))}", code=2)
+def check_type(key: str, value: Any, fields: Mapping[str, dataclasses.Field]) -> None:
+    """Refuse, with code 2, a key that is no field and a value of another type than the field's."""
+    if key not in fields:
+        raise MoefyError(f"unknown recipe key {key!r}; {nearest(key, list(fields))}", code=2)
     kinds = {
         "str": str,
         "str | None": str,
@@ -187,7 +212,7 @@ def _check_type(key: str, value: Any) -> None:
         "bool": bool,
         "Mapping[str, Any]": Mapping,
     }
-    wanted = str(FIELDS[key].type)
+    wanted = str(fields[key].type)
     if not isinstance(value, kinds[wanted]) or (isinstance(value, bool) and wanted != "bool"):
         raise MoefyError(f"recipe key {key} is {value!r}; expected {wanted.split(' |')[0]}", code=2)
 

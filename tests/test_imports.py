@@ -36,6 +36,7 @@ ONLY_IN = {
     "jinja2": "report",
     "matplotlib": "report",
     "transformers": "modeling source data walk validate reopen convert finetune evaluate cli",
+    "accelerate": "finetune",
 }
 SLOW_TO_IMPORT = {"torch", "transformers"}
 

@@ -11,6 +11,7 @@ import typer
 from moefy import __version__
 from moefy.cli.convert import convert
 from moefy.cli.export import gguf
+from moefy.cli.finetune import finetune
 from moefy.cli.inspect import families, inspect
 from moefy.cli.report import report
 from moefy.errors import MoefyError
@@ -70,6 +71,7 @@ def _root(
 
 
 app.command()(convert)
+app.command()(finetune)
 app.command()(report)
 app.add_typer(exports, name="export")
 exports.command()(gguf)

@@ -265,3 +265,27 @@ def show_catalogue(known: Mapping[str, Any]) -> None:
     header = "class, shared expert, dense layers, selection bias, elastic, other engines"
     show_table(header.split(", "), rows)
     Console().print("Every class runs in transformers.")
+
+
+def show_finetune(summary: Mapping[str, Any], out: Path) -> None:
+    """Print what a fine-tune did and where the result lies."""
+    console = Console(highlight=False, soft_wrap=True)
+    before, after = summary["validation"]["before"], summary["validation"]["after"]
+    console.print(
+        f"{summary['tokens']:,} tokens in {summary['steps']} steps, {summary['seconds']:.0f} s, "
+        f"{summary['tokens_per_second']:.0f} tokens/s"
+    )
+    told = {"loss": "loss", "kl": "KL to the teacher", "load_cv": "load CV", "dead": "dead experts"}
+    rows = [
+        [name, f"{before[key]:.3g}" if key == "dead" else f"{before[key]:.3f}"]
+        + [f"{after[key]:.3g}" if key == "dead" else f"{after[key]:.3f}"]
+        for key, name in told.items()
+        if key in before
+    ]
+    show_table(["on text kept apart", "before", "after"], rows)
+    for event in summary["guard"]:
+        console.print(
+            f"Guard, step {event['step']}: {event['reason']}; {event['action']}", markup=False
+        )
+    console.print(f"Model: {out}", markup=False)
+    console.print(f"Report: {out / 'moefy' / 'finetune.json'}", markup=False)

@@ -1,0 +1,131 @@
+"""`moefy finetune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moefy.cli.shared import Json, Quiet, quiet_libraries, show
+from moefy.errors import MoefyError
+
+
+def finetune(
+    run: Annotated[Path, typer.Argument(help="Folder that `moefy convert` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write. (default: RUN-finetuned)")] = (
+        None
+    ),
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text file, folder, JSONL, data set id, or `self`. (default: self)"),
+    ] = None,
+    text_field: Annotated[str | None, typer.Option(help="JSONL field. (default: text)")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens to train on. (default: 1,000,000)")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps instead of --tokens.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per sequence. (default: 512)")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences per process and forward. (default: 4)")
+    ] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Forwards per step. (default: 1)")] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(help="all, router+experts, experts, router, lora. (default: all)"),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the experts. (default: 2e-4)")
+    ] = None,
+    router_learning_rate: Annotated[
+        float | None, typer.Option(help="Of the routers. (default: 1e-3)")
+    ] = None,
+    rest_learning_rate: Annotated[
+        float | None, typer.Option(help="Of all else. (default: 1e-4)")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder or hub id. (default: the dense model of the run)")
+    ] = None,
+    teacher_cache: Annotated[
+        str | None, typer.Option(help="Folder that keeps what the teacher expects.")
+    ] = None,
+    kl: Annotated[float | None, typer.Option(help="Weight of the distillation. (default: 1)")] = (
+        None
+    ),
+    ce: Annotated[
+        float | None, typer.Option(help="Weight of the text's own loss. (default: 0)")
+    ] = (None),
+    balance: Annotated[
+        str | None, typer.Option(help="switch, variation, bias, none. (default: switch)")
+    ] = None,
+    balance_weight: Annotated[float | None, typer.Option(help="(default: 0.01)")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every random draw. (default: 0)")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="as-stored, float32, bfloat16. (default: as-stored)")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda. (default: auto)")] = None,
+    log_to: Annotated[str | None, typer.Option(help="tensorboard or wandb.")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints. (default: 100)")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file with a [finetune] table.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value, e.g. router_ce=0.1; may be repeated."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = (
+        False
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune the converted model RUN: distil from its dense model, keep its experts balanced."""
+    own = ("run", "out", "steps", "recipe", "settings", "resume", "force", "as_json", "quiet")
+    flags = {key: value for key, value in locals().items() if key not in (*own, "own")}
+    from moefy.finetune.settings import build
+
+    built = build(recipe, flags, settings or [])
+    if steps is not None:
+        built = _of_steps(built, steps)
+    quiet_libraries()
+    from moefy.finetune.run import finetune as tune
+    from moefy.progress import watching
+
+    try:
+        with watching(quiet=quiet) as watch:
+            summary = tune(run, out, built, force=force, resume=resume, watch=watch)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in NO_MEMORY):
+            raise
+        raise MoefyError(
+            f"out of memory; lower --batch-size (now {built.batch_size}) and raise --accumulate, "
+            "give --gradient-checkpointing or --teacher-cache",
+            code=5,
+        ) from None
+    place = out or run.with_name(f"{run.resolve().name}-finetuned")
+    show(summary, lambda made: _tuned(made, place), as_json, quiet)
+
+
+NO_MEMORY = ("allocate memory", "out of memory")
+
+
+def _of_steps(built: Any, steps: int) -> Any:
+    """The settings with the tokens that so many steps take."""
+    import dataclasses
+
+    if steps < 1:
+        raise MoefyError(f"--steps is {steps}; expected at least 1", code=2)
+    rows = built.batch_size * built.accumulate
+    return dataclasses.replace(built, tokens=steps * rows * built.sequence_length)
+
+
+def _tuned(summary: dict[str, Any], out: Path) -> None:
+    from moefy.report import terminal
+
+    terminal.show_finetune(summary, out)

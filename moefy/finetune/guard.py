@@ -1,0 +1,82 @@
+"""Stop a fine-tune that goes wrong: experts that die, a loss that rises or is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+
+@dataclass(frozen=True)
+class Trip:
+    """Why the guard stopped a training, and up to which step it was good."""
+
+    step: int
+    reason: str
+    good_until: int
+
+
+@dataclass
+class Guard(TrainerCallback):
+    """Watches the loss and the load of the experts, step by step.
+
+    An expert that was dead in the model that training began with does not count: it is no worse.
+    """
+
+    steps: int
+    dead_below: float
+    most_loss: float
+    dead_before: list[int] = field(default_factory=list)
+    """Dead experts of each layer before training."""
+    enabled: bool = True
+    """Whether it looks at more than that the loss is finite."""
+    trip: Trip | None = None
+
+    def __post_init__(self) -> None:
+        self._loads: deque[list[Tensor]] = deque(maxlen=self.steps)
+        self._losses: deque[float] = deque(maxlen=self.steps)
+        self._least = math.inf
+
+    def saw(self, step: int, loss: float, load_LE: list[Tensor]) -> None:
+        """Take in one step, and note a `trip` if it is one too many."""
+        self._loads.append(load_LE)
+        self._losses.append(loss)
+        if self.trip:
+            return
+        if not math.isfinite(loss):
+            self.trip = Trip(step, f"the loss is {loss}", step - 1)
+            return
+        if not self.enabled or len(self._losses) < self.steps:
+            return
+        mean = sum(self._losses) / len(self._losses)
+        self._least = min(self._least, mean)
+        if mean > self.most_loss * self._least:
+            reason = f"the loss is {mean:.3g}, and was {self._least:.3g}"
+            self.trip = Trip(step, reason, step - self.steps)
+        elif reason := self._collapsed():
+            self.trip = Trip(step, reason, step - self.steps)
+
+    def _collapsed(self) -> str | None:
+        for layer, loads in enumerate(zip(*self._loads, strict=True)):
+            load_E = torch.stack(loads).sum(0)
+            dead = int((load_E < self.dead_below * load_E.mean()).sum())
+            before = self.dead_before[layer] if self.dead_before else 0
+            if dead > before:
+                return (
+                    f"{dead} of {len(load_E)} experts of MoE layer {layer} got less than "
+                    f"{self.dead_below:.0%} of the mean load over {self.steps} steps"
+                    f" (before training: {before})"
+                )
+        return None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Stop where there is a reason to; before a checkpoint of it can be written."""
+        if self.trip:
+            control.should_training_stop = True
+            control.should_save = False
+            control.should_evaluate = False

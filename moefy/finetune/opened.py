@@ -1,0 +1,182 @@
+"""The run that is to be fine-tuned, its text and its teacher: all that can be refused at once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from moefy import data, families
+from moefy.errors import MoefyError
+from moefy.finetune.settings import Settings
+from moefy.finetune.tune import Text, num_steps, tokens_per_step
+from moefy.headers import read_config, read_entries
+from moefy.job import Watch
+from moefy.publish import sha256
+from moefy.recipe import read_toml
+from moefy.source import resolve
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A finished run of ours."""
+
+    folder: Path
+    summary: dict[str, Any]
+    """Its conversion report."""
+    recipe: dict[str, Any]
+    config: dict[str, Any]
+    digests: dict[str, str]
+    """Of the files that its weights are in."""
+
+    @property
+    def layer(self) -> str:
+        """What the names of a layer's tensors begin with."""
+        prefix = "dense." if self.summary["target"] == "moefy" else ""
+        return prefix + families.load(self.summary["family"]).layer
+
+    @property
+    def vocab_size(self) -> int:
+        """Embedding rows."""
+        inner = self.config.get("dense", self.config)
+        return int(inner["vocab_size"])
+
+
+def open_run(folder: Path) -> Opened:
+    """Read what is known of the run in `folder`, without a weight.
+
+    Raises:
+        MoefyError: code 3, when it is no whole run of ours; 4, for a model that predicts no next
+            token.
+    """
+    file = folder / "moefy" / "conversion.json"
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        family, target = summary["family"], summary["target"]
+    except (OSError, ValueError, KeyError, TypeError):
+        dense = " (a dense model: convert it first)" if (folder / "config.json").is_file() else ""
+        raise MoefyError(
+            f"{folder} is not a whole run of moefy{dense}; expected a folder that `moefy convert` "
+            "wrote"
+        ) from None
+    config = read_config(folder)
+    if config.get("model_type") != target:
+        raise MoefyError(
+            f"{folder} holds a {config.get('model_type')} model, and its report is of {target}; "
+            "convert again"
+        )
+    if summary.get("task", "ForCausalLM") != "ForCausalLM":
+        raise MoefyError(f"{family} predicts no next token, by which models are tuned here", code=4)
+    digests = {f.name: sha256(f) for f in sorted({e.file for e in read_entries(folder).values()})}
+    recipe = read_toml(folder / "moefy" / "recipe.toml")
+    return Opened(folder, summary, recipe, config, digests)
+
+
+def load_student(opened: Opened, settings: Settings) -> Any:
+    """The model of the run, ready to be trained.
+
+    Raises:
+        MoefyError: code 3, when keys are missing or left over.
+    """
+    dtype = "auto" if settings.dtype == "as-stored" else getattr(torch, settings.dtype)
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        opened.folder, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    model, info = found
+    if wrong := {kind: sorted(map(str, keys))[:3] for kind, keys in info.items() if keys}:
+        raise MoefyError(f"{opened.folder} does not load cleanly: {wrong}")
+    return model
+
+
+def teacher_folder(opened: Opened, settings: Settings) -> tuple[Path, dict[str, str]]:
+    """Where the teacher lies, and the digests of its files.
+
+    Raises:
+        MoefyError: code 3, when it is not the model that was converted, or has another vocabulary.
+    """
+    recipe = opened.recipe
+    given = settings.teacher is not None
+    folder = resolve(settings.teacher or recipe["model"], revision=recipe.get("revision"))
+    config = read_config(folder)
+    files = sorted({entry.file for entry in read_entries(folder).values()})
+    digests = {file.name: sha256(file) for file in files}
+    known = {name: digest for name, digest in opened.summary["inputs"].items() if name in digests}
+    if not given and known != digests:
+        raise MoefyError(
+            f"{folder} is not the model that was converted: its weights differ; expected that, or "
+            "another teacher by --teacher"
+        )
+    size = int(config.get("vocab_size", opened.vocab_size))
+    if size != opened.vocab_size:
+        raise MoefyError(
+            f"the teacher {folder} has {size:,} tokens, the run {opened.vocab_size:,}; expected a "
+            "teacher of the same vocabulary"
+        )
+    if given and _vocabulary(folder) != _vocabulary(opened.folder):
+        raise MoefyError(
+            f"the tokenizer of the teacher {folder} is not that of {opened.folder}; expected a "
+            "teacher of the same vocabulary"
+        )
+    return folder, digests
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    return data.load_tokenizer(folder).get_vocab()
+
+
+def load_teacher(folder: Path, settings: Settings) -> Any:
+    """The dense model, to be asked only."""
+    dtype = "auto" if settings.dtype == "as-stored" else getattr(torch, settings.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model.requires_grad_(False)
+    return model.eval().to(device(settings))
+
+
+def device(settings: Settings) -> torch.device:
+    """Where models are put."""
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def read_text(opened: Opened, settings: Settings, world: int, watch: Watch) -> tuple[Text, Any]:
+    """The tokens to train and to measure on, and what is known of them.
+
+    Raises:
+        MoefyError: code 3, for a text that is too short, or a tokenizer that does not match.
+    """
+    length = settings.sequence_length
+    wanted = num_steps(settings, world) * tokens_per_step(settings, world)
+    total = wanted + settings.validation_tokens // length * length
+    share = settings.validation_tokens / total
+    tokenizer = data.load_tokenizer(opened.folder)
+    shape = {"num_tokens": total, "length": length, "seed": settings.seed, "heldout": share}
+    if settings.data == "self":
+        folder, _ = teacher_folder(opened, settings)
+        writer = load_teacher(folder, settings)
+
+        def tick(done: int, of: int) -> None:
+            watch("write text", done, of)
+
+        tokens = data.sample(writer, tokenizer, progress=tick, **shape)
+    else:
+        watch("read text", 0, 1)
+        tokens = data.load(
+            tokenizer,
+            settings.data,
+            text_field=settings.text_field,
+            vocab_size=opened.vocab_size,
+            **shape,
+        )
+    rows, step = len(tokens.ids_BT) - tokens.num_heldout, settings.batch_size * settings.accumulate
+    if rows < step * world:
+        raise MoefyError(
+            f"{settings.data}: {rows} sequences of {length} tokens to train on, and a step takes "
+            f"{step * world}; give more text, or lower --batch-size or --accumulate"
+        )
+    return Text(tokens.ids_BT, tokens.num_heldout, tokens.sha256), tokens

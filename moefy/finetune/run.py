@@ -1,0 +1,229 @@
+"""`moefy finetune`: from a run's folder to another run's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from moefy import __version__
+from moefy.errors import MoefyError
+from moefy.finetune import teacher
+from moefy.finetune.checkpoints import steps
+from moefy.finetune.opened import (
+    Opened,
+    device,
+    load_student,
+    load_teacher,
+    open_run,
+    read_text,
+    teacher_folder,
+)
+from moefy.finetune.settings import TABLE, Settings
+from moefy.finetune.trainer import Targets
+from moefy.finetune.tune import Text, Tuned, Watchers, tune
+from moefy.finetune.write import check_checkpoint, write_checkpoint
+from moefy.job import Watch
+from moefy.publish import check_free, publishing, sha256, write_json, write_text
+from moefy.recipe import render_table
+
+LOG = "finetune.jsonl"
+
+NOT_OF_A_RUN = (
+    "log_every", "log_to", "save_every", "teacher_cache", "device", "data", "teacher",
+    "guard_restarts",
+)  # fmt: skip
+"""Settings that do not change the weights, or that a digest stands for."""
+
+
+def finetune(
+    run: Path,
+    out: Path | None,
+    settings: Settings,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    watch: Watch = lambda *_: None,
+) -> dict[str, Any]:
+    """Fine-tune the run in `run` and publish the folder `out` whole; return its report.
+
+    `out` is `run` with `-finetuned` behind it, if not given. Until then checkpoints lie beside it.
+
+    Raises:
+        MoefyError: code 2 for places that are taken, 3 for a run, text or teacher that will not
+            do, 6 when training goes wrong, 7 for checkpoints of another run.
+    """
+    process = PartialState(cpu=device(settings).type == "cpu")
+    watch = watch if process.is_main_process else lambda *_: None
+    out = check_free(out or run.with_name(f"{run.resolve().name}-finetuned"), force=force)
+    if out == run.resolve():
+        raise MoefyError(f"OUT {out} is the run itself; give another name", code=2)
+    home = _home(out, resume=resume, force=force)
+    opened = open_run(run)
+    text, tokens = read_text(opened, settings, process.num_processes, watch)
+    targets, states, taught = _teacher(opened, settings, text, process, watch)
+    identity = {
+        "run": sorted(opened.digests.values())[0],
+        "text": text.sha256,
+        "teacher": sorted(taught.values()),
+        "processes": process.num_processes,
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        **{k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_OF_A_RUN},
+    }
+    home.mkdir(parents=True, exist_ok=True)
+    log = home / LOG
+    if not steps(home):
+        log.unlink(missing_ok=True)
+    tuned = tune(
+        partial(load_student, opened, settings),
+        text,
+        settings,
+        home,
+        targets=targets,
+        states=states,
+        identity=identity,
+        watchers=Watchers(partial(_append, log), partial(_rewind, log), watch),
+    )
+    summary = _summary(opened, settings, tuned, tokens, taught)
+    if process.is_main_process:
+        with publishing(out, force=force) as part:
+            watch("write", 0, 1)
+            write_checkpoint(tuned.model, opened, part)
+            summary["reopened"] = check_checkpoint(tuned.model, opened, part, text.ids_BT[-1])
+            _write_reports(opened, settings, summary, log, part)
+        _remove(home)
+    process.wait_for_everyone()
+    return summary
+
+
+def _home(out: Path, *, resume: bool, force: bool) -> Path:
+    """The folder of the checkpoints."""
+    home = out.with_name(f".{out.name}.moefy-finetune")
+    if resume and not home.is_dir():
+        raise MoefyError(f"nothing to resume: no {home}; start without --resume", code=7)
+    if not resume and steps(home):
+        if not force:
+            raise MoefyError(
+                f"an unfinished fine-tune lies in {home}; --resume goes on with it, --force starts "
+                "anew",
+                code=2,
+            )
+        _remove(home)
+    return home
+
+
+def _remove(home: Path) -> None:
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _teacher(
+    opened: Opened, settings: Settings, text: Text, process: PartialState, watch: Watch
+) -> tuple[Targets | None, Callable[[Tensor], list[Tensor]] | None, dict[str, str]]:
+    """What gives the teacher's expectations and its hidden states, and its files' digests."""
+    if not settings.kl and not settings.hidden:
+        return None, None, {}
+    folder, digests = teacher_folder(opened, settings)
+    keep = teacher.Keep(settings.top_p, settings.top_tokens, settings.temperature)
+    load = partial(load_teacher, folder, settings)
+    if settings.teacher_cache:
+        name = teacher.key(digests, text.sha256, keep, settings.dtype)
+        file = Path(settings.teacher_cache).expanduser() / name
+        with process.main_process_first():
+            found = teacher.cached(
+                file, load, text.ids_BT, keep, settings.batch_size, partial(watch, "teacher")
+            )
+        return found if settings.kl else None, None, digests
+    model = load()
+    states = teacher.states(model) if settings.hidden else None
+    return teacher.live(model, keep) if settings.kl else None, states, digests
+
+
+def _append(log: Path, row: dict[str, Any]) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _rewind(log: Path, step: int) -> None:
+    """Drop what was logged after `step`; what the guard did stays."""
+    rows = (
+        [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
+    )
+    kept = [row for row in rows if row["step"] <= step or "guard" in row]
+    write_text(log, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _summary(
+    opened: Opened, settings: Settings, tuned: Tuned, tokens: Any, taught: dict[str, str]
+) -> dict[str, Any]:
+    """What `moefy/finetune.json` holds, less the digests of the output."""
+    return {
+        "moefy": __version__,
+        "format": 1,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "parent": {"folder": str(opened.folder), "files": opened.digests},
+        "teacher": {"model": settings.teacher or opened.recipe["model"], "files": taught},
+        "train": {
+            "source": tokens.source,
+            "sha256": tokens.sha256,
+            "documents": tokens.num_documents,
+            "sequences": len(tokens.ids_BT),
+            "heldout_sequences": tokens.num_heldout,
+            "sequence_length": tokens.ids_BT.shape[1],
+            "notes": list(tokens.notes),
+        },
+        "settings": dataclasses.asdict(settings),
+        "tokens": tuned.tokens,
+        "steps": tuned.steps,
+        "seconds": tuned.seconds,
+        "tokens_per_second": tuned.tokens_per_second,
+        "validation": tuned.validation,
+        "routing": tuned.routing,
+        "guard": tuned.guard,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "transformers", "accelerate")},
+        },
+    }
+
+
+def _write_reports(
+    opened: Opened, settings: Settings, summary: dict[str, Any], log: Path, part: Path
+) -> None:
+    """The curve, the recipe with its table, the card, and last the report: it means whole."""
+    folder = part / "moefy"
+    write_text(folder / LOG, log.read_text("utf-8") if log.exists() else "")
+    recipe = (opened.folder / "moefy" / "recipe.toml").read_text("utf-8").split(f"\n[{TABLE}]")[0]
+    write_text(folder / "recipe.toml", recipe + render_table(TABLE, dataclasses.asdict(settings)))
+    card = opened.folder / "README.md"
+    if card.is_file():
+        write_text(part / "README.md", card.read_text("utf-8").rstrip("\n") + _card(summary))
+    files = [*sorted(part.glob("*.safetensors")), part / "config.json"]
+    summary["outputs"] = {file.name: sha256(file) for file in files}
+    write_json(folder / "finetune.json", summary)
+
+
+def _card(summary: dict[str, Any]) -> str:
+    before, after = summary["validation"]["before"], summary["validation"]["after"]
+    return (
+        "\n\n## Fine-tuned\n\n"
+        f"After the conversion, on {summary['tokens']:,} tokens of `{summary['train']['source']}` "
+        f"by moefy {summary['moefy']}: the loss on text that was kept apart went from "
+        f"{before['loss']:.3f} to {after['loss']:.3f} nats per token. "
+        "Settings and figures: `moefy/finetune.json`.\n"
+    )
+
+
+def _version(name: str) -> str:
+    return str(importlib.import_module(name).__version__)

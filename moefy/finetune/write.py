@@ -1,0 +1,87 @@
+"""The checkpoint that a fine-tune leaves: in the files, names and dtypes that `convert` wrote."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.errors import MoefyError
+from moefy.finetune.opened import Opened
+from moefy.headers import read_entries, some
+from moefy.output import KEEP
+from moefy.reopen import reopen
+from moefy.shards import DTYPES, ShardWriter, Slot, read
+from moefy.walk import states_of
+
+OF_RUN = ("recipe.toml", "conversion.json", "conversion.md", "calibration.safetensors")
+"""What is taken over of a run's `moefy` folder: what tells of the conversion."""
+
+
+def write_checkpoint(model: Any, opened: Opened, part: Path) -> None:
+    """Write the weights of `model` under the run's names, and the run's other files as they are.
+
+    config.json is the run's, byte for byte: `save_pretrained` would drop keys that other engines
+    and older versions read.
+
+    Raises:
+        MoefyError: code 6, for a weight that is missing, or not finite in the run's dtype.
+    """
+    entries = read_entries(opened.folder)
+    with tempfile.TemporaryDirectory(dir=part, prefix="saved-") as place:
+        model.save_pretrained(place, save_original_format=True)
+        saved = read_entries(Path(place))
+        if missing := sorted(entries.keys() - saved.keys()):
+            raise MoefyError(f"the trained model has lost {some(missing)}", code=6)
+        slots = {name: Slot(entry.dtype, entry.shape) for name, entry in entries.items()}
+        writer = ShardWriter(part, slots)
+        for name, entry in entries.items():
+            tensor = read(name, saved[name]).to(DTYPES[entry.dtype])
+            if not torch.isfinite(tensor).all():
+                raise MoefyError(f"{name} is not finite after training; nothing written", code=6)
+            writer.write(name, tensor.reshape(entry.shape))
+        writer.finish()
+    folder = opened.folder
+    named = [file for file in folder.iterdir() if file.name.startswith((*KEEP, "config.json"))]
+    for file in sorted([*named, *folder.glob("additional_chat_templates/*.jinja")]):
+        place_of = part / file.relative_to(folder)
+        place_of.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place_of)
+    (part / "moefy").mkdir()
+    for name in OF_RUN:
+        if (folder / "moefy" / name).is_file():
+            shutil.copyfile(folder / "moefy" / name, part / "moefy" / name)
+
+
+def check_checkpoint(model: Any, opened: Opened, part: Path, ids_T: Tensor) -> dict[str, Any]:
+    """Open the folder with plain transformers and compare with the model that was trained.
+
+    The model is left in float32.
+
+    Raises:
+        MoefyError: code 6, for keys or hidden states that are not the trained model's.
+    """
+    model = model.float().eval().cpu()
+    ends: dict[int, Tensor] = {}
+    hooks = []
+    for number in range(_num_layers(model)):
+        layer = model.get_submodule(opened.layer.format(layer=number).rstrip("."))
+
+        def keep(module: Any, args: Any, out: Any, number: int = number) -> None:
+            ends[number] = states_of(out)[0].float()
+
+        hooks.append(layer.register_forward_hook(keep))
+    with torch.inference_mode():
+        model(input_ids=ids_T[None].cpu(), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    states = [ends[number] for number in sorted(ends)]
+    return reopen(part, ids_T.cpu(), states, layer=opened.layer)
+
+
+def _num_layers(model: Any) -> int:
+    return int(model.config.get_text_config().num_hidden_layers)

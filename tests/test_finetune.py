@@ -1,0 +1,323 @@
+"""A fine-tune as a whole, on tiny models: what it writes, that it learns, and that it resumes."""
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from moefy.errors import MoefyError
+from moefy.finetune import teacher
+from moefy.finetune.optim import MasterAdamW, parts
+from moefy.finetune.routing import Routing, activations, layers
+from moefy.finetune.run import finetune
+from moefy.finetune.settings import build
+from moefy.headers import read_entries
+
+SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
+FAST = {"learning_rate": 3e-3, "rest_learning_rate": 3e-3, "router_learning_rate": 1e-2}
+
+
+def tuned(run, out, text, *, resume=False, force=False, **settings):
+    built = build(None, {"data": str(text), **SMALL, **settings}, [])
+    return finetune(run, out, built, resume=resume, force=force)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run(pico, converted):
+    return converted(pico("llama"))
+
+
+@pytest.fixture(scope="module")
+def once(run, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finetuned") / "out"
+    return tuned(run, out, text, **FAST, tokens=8192), out
+
+
+def test_it_learns_and_writes_a_run(once, run, text):
+    summary, out = once
+    before, after = summary["validation"]["before"], summary["validation"]["after"]
+    assert after["kl"] < before["kl"]
+    assert json.loads((out / "moefy" / "finetune.json").read_text())["steps"] == 32
+    assert summary["tokens"] == 8192
+    rows = [
+        json.loads(line) for line in (out / "moefy" / "finetune.jsonl").read_text().splitlines()
+    ]
+    assert [row["step"] for row in rows] == list(range(1, 33))
+    assert {"kl", "ce", "aux", "z", "load_cv", "entropy", "dead"} <= set(rows[0])
+    assert len(summary["routing"]["after"]) == 2
+    for name in ("config.json", "tokenizer.json"):
+        assert (out / name).read_bytes() == (run / name).read_bytes()
+    names = {n: (e.dtype, e.shape) for n, e in read_entries(out).items()}
+    assert names == {n: (e.dtype, e.shape) for n, e in read_entries(run).items()}
+    recipe = build(out / "moefy" / "recipe.toml", {}, [])
+    assert recipe.learning_rate == FAST["learning_rate"]
+    assert not list(out.parent.glob(".*"))  # no checkpoints are left
+
+
+def test_what_is_written_is_what_was_trained(once, run):
+    _, out = once
+    new, old = weights(out), weights(run)
+    changed = {name for name in new if not torch.equal(new[name], old[name])}
+    assert {n for n in new if ".experts." in n} <= changed
+    assert {n for n in new if n.endswith("mlp.gate.weight")} <= changed
+    assert not any("shared_expert_gate" in name for name in changed)
+
+
+def test_gates_stay_at_one(once):
+    _, out = once
+    model = AutoModelForCausalLM.from_pretrained(out)
+    seen = []
+    for layer in layers(model):
+        layer.router.register_forward_hook(lambda module, args, made: seen.append(made[1]))
+    with torch.no_grad():
+        model(torch.arange(100)[None])
+    for gate_TK in seen:
+        assert torch.allclose(gate_TK * layer.num_experts, torch.ones(()), atol=2e-2)
+
+
+def test_only_what_is_asked_for_is_trained(run, text, tmp_path):
+    tuned(run, tmp_path / "out", text, train="router", **FAST)
+    new, old = weights(tmp_path / "out"), weights(run)
+    changed = {name for name in new if not torch.equal(new[name], old[name])}
+    assert changed == {n for n in new if n.endswith("mlp.gate.weight")}
+
+
+def test_resumed_after_a_kill_ends_in_the_same_bytes(once, run, text, tmp_path, monkeypatch):
+    from moefy.finetune.trainer import Finetuner
+
+    full, out = once
+    step_done = Finetuner.step_done
+
+    def killed(self):
+        step_done(self)
+        if self.state.global_step == 13:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Finetuner, "step_done", killed)
+    again = {**FAST, "tokens": 8192, "save_every": 5}
+    with pytest.raises(KeyboardInterrupt):
+        tuned(run, tmp_path / "out", text, **again)
+    monkeypatch.undo()
+    home = tmp_path / ".out.moefy-finetune"
+    assert not (tmp_path / "out").exists()
+    assert sorted(f.name for f in home.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-5"]
+    with pytest.raises(MoefyError, match="--resume"):
+        tuned(run, tmp_path / "out", text, **again)
+    with pytest.raises(MoefyError, match=r"of another run: learning_rate was") as caught:
+        tuned(run, tmp_path / "out", text, **{**again, "learning_rate": 1e-3}, resume=True)
+    assert caught.value.code == 7
+    # A file that is not whole any more: the one before is taken.
+    (home / "checkpoint-10" / "optimizer.pt").write_bytes(b"cut")
+    summary = tuned(run, tmp_path / "out", text, **again, resume=True)
+    new, old = weights(tmp_path / "out"), weights(out)
+    assert all(torch.equal(new[name], old[name]) for name in old)
+    rows = (tmp_path / "out" / "moefy" / "finetune.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == list(range(1, 33))
+    assert summary["validation"] == full["validation"]
+    assert not home.exists()
+
+
+def test_a_resume_that_loses_the_experts_is_seen(once, run, text, tmp_path, monkeypatch):
+    """The planted fault of Trainer's own checkpoints: experts are not taken up again."""
+    from moefy.finetune import checkpoints
+
+    trained = checkpoints.trained
+
+    def without_experts(model):
+        return {name: t for name, t in trained(model).items() if ".experts." not in name}
+
+    monkeypatch.setattr(checkpoints, "trained", without_experts)
+    from moefy.finetune.trainer import Finetuner
+
+    step_done = Finetuner.step_done
+
+    def killed(self):
+        step_done(self)
+        if self.state.global_step == 13:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Finetuner, "step_done", killed)
+    again = {**FAST, "tokens": 8192, "save_every": 5}
+    with pytest.raises(KeyboardInterrupt):
+        tuned(run, tmp_path / "out", text, **again)
+    monkeypatch.setattr(Finetuner, "step_done", step_done)
+    tuned(run, tmp_path / "out", text, **again, resume=True)
+    new, old = weights(tmp_path / "out"), weights(once[1])
+    assert not all(torch.equal(new[name], old[name]) for name in old)
+
+
+def test_cached_teacher_is_the_live_one(once, run, text, tmp_path):
+    cache = tmp_path / "cache"
+    for out in ("first", "second"):
+        tuned(run, tmp_path / out, text, **FAST, tokens=8192, teacher_cache=str(cache))
+    assert len(list(cache.iterdir())) == 1
+    for out in ("first", "second"):
+        new, old = weights(tmp_path / out), weights(once[1])
+        assert all(torch.equal(new[name], old[name]) for name in old)
+
+
+def test_a_damaged_cache_is_refused(pico, tmp_path):
+    ids = torch.arange(64).view(2, 32)
+    load = partial(AutoModelForCausalLM.from_pretrained, pico("llama"))
+    file = tmp_path / "cache.safetensors"
+    arguments = (file, load, ids, teacher.Keep(), 2, lambda *_: None)
+    live = teacher.live(load(), teacher.Keep())(torch.arange(2), ids)
+    kept = teacher.cached(*arguments)(torch.arange(2), ids)
+    used = live[1].isfinite()
+    width = live[1].shape[-1]
+    assert torch.equal(kept[1][..., :width], live[1])
+    assert torch.equal(kept[0][..., :width][used], live[0][used])
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(MoefyError, match="damaged"):
+        teacher.cached(*arguments)
+
+
+@pytest.mark.parametrize("soft", ["all", "chosen"])
+def test_the_routers_gradient_is_that_of_a_soft_choice(run, soft):
+    """Forward as written; backward as if each chosen gate were K times its soft share."""
+    model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32).train()
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        plain = model.eval()(ids).logits
+    routing = Routing(model.train(), soft=soft)
+    with routing.recording():
+        logits = model(ids).logits
+    assert torch.allclose(logits, plain, atol=1e-5)
+    block, layer = routing.layers[-1].block, routing.layers[-1]
+    inputs = {}
+    hook = layer.router.register_forward_hook(lambda m, a, o: inputs.update(x=a[0].detach(), o=o))
+    slope = torch.randn(1, 60, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 60, 32, generator=torch.Generator().manual_seed(1))
+    y = block(x)
+    hook.remove()
+    (found,) = torch.autograd.grad((y * slope).sum(), layer.rows)
+    # Naive: every expert alone, one at a time, weighted by a softmax that is differentiated.
+    x_TD, rows = x[0], layer.rows.detach().clone().requires_grad_()
+    k, num = inputs["o"][2].shape[1], layer.num_experts
+    share_TE = (x_TD @ rows.T * 1024).softmax(-1) * k
+    chosen_TE = torch.zeros(60, num).scatter(1, inputs["o"][2], 1.0)
+    h_ETN = activations(layer.experts, x_TD).detach()
+    y_TED = torch.stack(
+        [h_ETN[e] @ layer.experts.down_proj[e].detach().T / num for e in range(num)], 1
+    )
+    counted_TE = share_TE if soft == "all" else share_TE * chosen_TE
+    naive = (counted_TE[..., None] * y_TED * slope[0][:, None]).sum()
+    (expected,) = torch.autograd.grad(naive, rows)
+    assert torch.allclose(found, expected, rtol=2e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+def test_bfloat16_weights_follow_copies_in_float32():
+    torch.manual_seed(0)
+    exact = torch.nn.Parameter(torch.randn(50))
+    low = torch.nn.Parameter(exact.detach().bfloat16())
+    start = low.detach().clone()
+    exact.data = low.detach().float()
+    ours = MasterAdamW([{"params": [low], "lr": 1e-4}])
+    theirs = torch.optim.AdamW([exact], lr=1e-4)
+    for _ in range(30):
+        slope = torch.sign(exact.detach()) * 2.0**-3
+        low.grad, exact.grad = slope.bfloat16(), slope.clone()
+        ours.step()
+        theirs.step()
+    assert torch.equal(low, exact.bfloat16())
+    assert not torch.equal(low, start)
+    naive = torch.nn.Parameter(start.clone())  # steps of 1e-4 in bfloat16 itself are lost
+    plain = torch.optim.AdamW([naive], lr=1e-4, weight_decay=0.0)
+    for _ in range(30):
+        naive.grad = torch.sign(naive.detach()) * 2.0**-3
+        plain.step()
+    large = start.abs() > 0.5
+    assert torch.equal(naive[large], start[large]) and not torch.equal(low[large], start[large])
+
+
+def test_collapse_is_caught_and_mended(run, text, tmp_path):
+    # Routers that learn far too fast, and only from the experts that they choose already.
+    wild = {**FAST, "router_learning_rate": 0.05, "soft": "chosen", "guard_steps": 8}
+    wild |= {"balance": "none", "router_z": 0.0, "tokens": 16384, "save_every": 4}
+    loose = tuned(run, tmp_path / "loose", text, **wild, guard_restarts=0)
+    before, after = loose["validation"]["before"], loose["validation"]["after"]
+    assert after["load_cv"] > 3 * before["load_cv"] and after["dead"] > before["dead"]
+    mended = tuned(run, tmp_path / "out", text, **wild, balance_weight=0.0, guard_restarts=8)
+    assert "experts of MoE layer" in mended["guard"][0]["reason"]
+    assert "switch balancing at weight 0.01" in mended["guard"][0]["action"]
+    after = mended["validation"]["after"]
+    assert after["dead"] == 0 and after["load_cv"] < 0.7 * loose["validation"]["after"]["load_cv"]
+
+
+def test_a_loss_that_is_not_finite_writes_nothing(run, text, tmp_path):
+    with pytest.raises(MoefyError, match="loss") as caught:
+        tuned(run, tmp_path / "out", text, learning_rate=1e20, rest_learning_rate=1e20)
+    assert caught.value.code == 6
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_static_run_is_tuned_as_well(pico, converted, text, tmp_path):
+    run = converted(pico("llama"), partition="static")
+    summary = tuned(run, tmp_path / "out", text, learning_rate=1e-3, tokens=8192)
+    assert summary["validation"]["after"]["kl"] < summary["validation"]["before"]["kl"]
+    assert summary["routing"] == {"before": [], "after": []}
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "code"),
+    [
+        ({"data": "/nowhere.txt"}, "nowhere", 3),
+        ({"sequence_length": 8192, "tokens": 65536, "validation_tokens": 8192}, "give more", 3),
+        ({"batch_size": 10**6}, "lower --batch-size", 3),
+        ({"teacher": "OTHER"}, "same vocabulary", 3),
+    ],
+)
+def test_bad_input(run, text, tmp_path, pico, change, message, code):
+    change = dict(change)
+    if "teacher" in change:
+        change["teacher"] = str(pico("llama", vocab_size=256))
+    with pytest.raises(MoefyError, match=message) as caught:
+        tuned(run, tmp_path / "out", text, **change)
+    assert caught.value.code == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_run_is_refused(pico, run, text, tmp_path):
+    with pytest.raises(MoefyError, match="a dense model: convert it first"):
+        tuned(pico("llama"), tmp_path / "out", text)
+    with pytest.raises(MoefyError, match="not a whole run"):
+        tuned(tmp_path, tmp_path / "out", text)
+    with pytest.raises(MoefyError, match="nothing to resume"):
+        tuned(run, tmp_path / "out", text, resume=True)
+    own = shutil.copytree(run, tmp_path / "own")
+    with pytest.raises(MoefyError, match="is the run itself"):
+        tuned(own, own, text, force=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["learning_rat=1"], "did you mean learning_rate"),
+        (["train=lots"], "--train is 'lots'"),
+        (["kl=0", "ce=0"], "nothing to learn from"),
+        (["hidden=1", "teacher_cache=x"], "drop one"),
+        (["top_p=2"], "--top-p is 2"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(MoefyError, match=message) as caught:
+        build(None, {}, settings)
+    assert caught.value.code == 2
+
+
+def test_parts_leave_out_what_holds_the_gates(run):
+    model = AutoModelForCausalLM.from_pretrained(run)
+    found = parts(model)
+    assert set(found["router"]) == {f"model.layers.{n}.mlp.gate.weight" for n in range(2)}
+    assert all(".mlp." in name for name in found["experts"])
+    named = {name for part in found.values() for name in part}
+    left = {name for name, _ in model.named_parameters()} - named
+    assert left == {f"model.layers.{n}.mlp.shared_expert_gate.weight" for n in range(2)}
