@@ -263,13 +263,14 @@ def test_a_conversion_and_its_report(moefy, pico, text, tmp_path):
     out = tmp_path / "out"
     convert = ["convert", pico("llama"), out, *FEW, "--calibration", text]
     report = ["report", out, "--text", text, "--tokens", "300", "--sequence-length", "100"]
+    report += ["--no-speed", "--no-robustness"]
     spoken = moefy(*convert)
     assert spoken.code == 0
     assert "Qwen2MoeForCausalLM" in spoken.out and str(out) in spoken.out
     assert all(line.startswith("moefy: ") for line in spoken.err.splitlines())
     told = moefy(*report)
     assert told.code == 0
-    assert all(name in told.out for name in ("dense", "moe", "static", "random", "oracle"))
+    assert all(name in told.out for name in ("dense", "converted", "static", "random", "oracle"))
     assert not ESCAPE.search(spoken.out + spoken.err + told.out + told.err)
     assert moefy(*convert, "--quiet", "--force") == Done(0, "", "")
     assert moefy(*report, "--quiet", "--no-controls") == Done(0, "", "")
@@ -312,8 +313,8 @@ def test_two_texts_of_one_name_are_two_texts(moefy, pico, converted, text, tmp_p
         content = text.read_text()
         (tmp_path / folder / "wiki.txt").write_text(content if folder == "a" else content[5000:])
     texts = [word for folder in "ab" for word in ("--text", tmp_path / folder / "wiki.txt")]
-    few = ["--tokens", "100", "--sequence-length", "100"]
-    done = moefy("report", run, *texts, *few, "--no-controls", "--json")
+    few = ["--tokens", "100", "--sequence-length", "100", "--quick", "--no-speed"]
+    done = moefy("report", run, *texts, *few, "--json")
     assert len(json.loads(done.out, parse_constant=pytest.fail)["texts"]) == 2  # NaN is no JSON
 
 

@@ -18,7 +18,7 @@ ROWS = [
     "targets cluster balance",
     "partition route refit documents",
     "data",
-    "walk block oracle",
+    "walk block oracle routing",
     "validate reopen scan",
     "job",
     "output report describe budget",

@@ -13,9 +13,9 @@ from torch import Tensor
 from moefy.errors import MoefyError
 from moefy.finetune.opened import Opened
 from moefy.headers import read_entries, some
-from moefy.output import KEEP
 from moefy.reopen import reopen
 from moefy.shards import DTYPES, ShardWriter, Slot, read
+from moefy.validate import KEEP
 from moefy.walk import states_of
 
 OF_RUN = ("recipe.toml", "conversion.json", "conversion.md", "calibration.safetensors")

@@ -82,12 +82,9 @@ def show_report(report: Mapping[str, Any], run: Path) -> None:
         show_table(SCORES, score_rows(named), f"{text}, {tokens} tokens")
     for warning in seen_warnings(report):
         console.print(f"Warning: {warning}", markup=False)
-    for name, meaning in report["controls"].items():
-        console.print(f"{name}: {meaning}", markup=False)
-    written = report["generation"]
-    console.print(f"\n{written['prompt']} ...", markup=False)
-    console.print(f"  dense: {written['dense']}", markup=False)
-    console.print(f"  moe:   {written['moe']}", markup=False)
+    for name, told in report["models"].items():
+        if told["kind"] in ("control", "other"):
+            console.print(f"{name}: {told['meaning']}", markup=False)
     console.print(f"\nReport: {run / 'moefy' / 'report.md'}", markup=False)
 
 
