@@ -22,7 +22,7 @@ ROWS = [
     "validate reopen scan",
     "job",
     "output report describe budget",
-    "convert plan export",
+    "convert plan export push",
     "finetune evaluate",
     "progress",
     "cli",

@@ -13,6 +13,7 @@ from moefy.cli.convert import convert
 from moefy.cli.export import gguf
 from moefy.cli.finetune import finetune
 from moefy.cli.inspect import families, inspect
+from moefy.cli.push import push
 from moefy.cli.report import report
 from moefy.errors import MoefyError
 
@@ -75,6 +76,7 @@ app.command()(finetune)
 app.command()(report)
 app.add_typer(exports, name="export")
 exports.command()(gguf)
+app.command()(push)
 app.command()(inspect)
 app.command()(families)
 

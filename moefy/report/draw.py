@@ -38,13 +38,18 @@ def draw(report: Mapping[str, Any]) -> dict[str, str]:
             f"report.json is of format {found}; expected {FORMAT}; measure again: moefy report RUN",
             code=7,
         )
-    absent = {key: [] for key in LISTS} | {key: {} for key in TABLES}
-    report = {**absent, **report}
+    report = filled(report)
     return {
         "moefy/report.md": report_page(report),
         HTML: report_html(report),
         "README.md": model_card(report["run"], report),
     }
+
+
+def filled(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report with every part, those empty that it lacks."""
+    absent = {key: [] for key in LISTS} | {key: {} for key in TABLES}
+    return {**absent, **report}
 
 
 def write(run: Path, report: Mapping[str, Any]) -> None:

@@ -69,6 +69,19 @@ def show_export(made: Mapping[str, Any]) -> None:
     console.print(f"File: {made['file']}", markup=False)
 
 
+def show_push(told: Mapping[str, Any]) -> None:
+    """Print what was sent to the Hub, or would be, and what was left out."""
+    console = Console(highlight=False, soft_wrap=True)
+    for name, size in told["files"].items():
+        console.print(f"  {size:>14,}  {name}", markup=False)
+    if told["left_out"]:
+        console.print(f"Left out: {', '.join(told['left_out'])}", markup=False)
+    done = f"{len(told['files'])} files, {told['bytes'] / 1e6:,.1f} MB"
+    where = told["repo"] + (f", branch {told['revision']}" if told["revision"] else "")
+    sent = f"Sent to {told['url']}" if told["url"] else f"Would be sent to {where}"
+    console.print(f"{sent}: {done}", markup=False)
+
+
 def show_report(report: Mapping[str, Any], run: Path) -> None:
     """Print the scores, a line of text from both models, and where the report lies."""
     console = Console(highlight=False, soft_wrap=True)
