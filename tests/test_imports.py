@@ -24,6 +24,7 @@ ROWS = [
     "output report describe budget",
     "convert plan export push",
     "finetune evaluate",
+    "pipeline",
     "progress",
     "cli",
     "__main__",

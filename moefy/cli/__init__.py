@@ -15,6 +15,7 @@ from moefy.cli.finetune import finetune
 from moefy.cli.inspect import families, inspect
 from moefy.cli.push import push
 from moefy.cli.report import report
+from moefy.cli.run import run
 from moefy.errors import MoefyError
 
 app = typer.Typer(
@@ -77,6 +78,7 @@ app.command()(report)
 app.add_typer(exports, name="export")
 exports.command()(gguf)
 app.command()(push)
+app.command()(run)
 app.command()(inspect)
 app.command()(families)
 

@@ -108,9 +108,14 @@ def finetune(
     return summary
 
 
+def home_of(out: Path) -> Path:
+    """The folder of the checkpoints of an unfinished fine-tune to `out`."""
+    return out.with_name(f".{out.name}.moefy-finetune")
+
+
 def _home(out: Path, *, resume: bool, force: bool) -> Path:
     """The folder of the checkpoints."""
-    home = out.with_name(f".{out.name}.moefy-finetune")
+    home = home_of(out)
     if resume and not home.is_dir():
         raise MoefyError(f"nothing to resume: no {home}; start without --resume", code=7)
     if not resume and steps(home):

@@ -69,6 +69,16 @@ def show_export(made: Mapping[str, Any]) -> None:
     console.print(f"File: {made['file']}", markup=False)
 
 
+def show_run(stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print what every stage of a run came to."""
+    shown = {"convert": show_conversion, "finetune": show_finetune, "report": show_report}
+    for name, stage in stages.items():
+        folder = Path(stage["folder"])
+        print(f"{name}: {folder}" + (", done already" if stage["skipped"] else ""))
+        if not stage["skipped"]:
+            shown[name](stage["told"], folder)
+
+
 def show_push(told: Mapping[str, Any]) -> None:
     """Print what was sent to the Hub, or would be, and what was left out."""
     console = Console(highlight=False, soft_wrap=True)
