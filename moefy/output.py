@@ -131,8 +131,8 @@ def copy(job: Job, writer: ShardWriter, watch: Watch) -> None:
             )
 
 
-def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> None:
-    """Write one converted FFN in the target's names and dtype.
+def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> list[str]:
+    """Write one converted FFN in the target's names and dtype; give the names.
 
     Raises:
         MoefyError: code 6, when a rescaled weight is not finite in that dtype.
@@ -140,12 +140,15 @@ def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> None
     prefix = job.target.prefix + job.family.layer.format(layer=layer)
     router_ED, k = block.router.weight_ED, job.shape.experts_per_token
     split = Split(block.ffn, block.partition, router_ED, k, job.dtype)
+    names = []
     for tail, tensor in job.target.tensors(split).items():
         if not torch.isfinite(tensor).all():
             raise MoefyError(
                 f"{prefix}{tail} overflows {job.dtype}; use --dtype bfloat16 or float32", code=6
             )
         writer.write(prefix + tail, tensor)
+        names.append(prefix + tail)
+    return names
 
 
 def write_folder(job: Job, part: Path) -> None:

@@ -25,6 +25,9 @@ from moefy.recipe import Recipe, build, nearest, read, read_toml, render_table
 REPORT = "report"
 """The table of a recipe that says what to measure."""
 
+ASKED = "report.toml"
+"""Holds that table as it was when the report was made: `recipe.toml` is the conversion's own."""
+
 KEYS = {
     "text": (list, "texts"),
     "dense": (str, "dense"),
@@ -214,16 +217,15 @@ def _reported(out: Path, table: Mapping[str, Any]) -> bool:
     told = _read(out / "moefy" / "report.json")
     if told is None:
         return False
-    return read_toml(out / "moefy" / "recipe.toml").get(REPORT) == table
+    asked = out / "moefy" / ASKED
+    return asked.is_file() and read_toml(asked).get(REPORT) == table
 
 
 def _report(out: Path, table: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
     from moefy.evaluate.run import evaluate
 
     found = evaluate(out, report_settings(table), watch=watch)
-    file = out / "moefy" / "recipe.toml"
-    head = file.read_text(encoding="utf-8").split(f"\n[{REPORT}]")[0]
-    write_text(file, head + render_table(REPORT, table))
+    write_text(out / "moefy" / ASKED, render_table(REPORT, table))
     return found
 
 

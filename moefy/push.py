@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from moefy.errors import MoefyError
-from moefy.publish import sha256
+from moefy.job import Watch
 from moefy.report import model_card
+from moefy.verify import check_files
 
 CARD = "README.md"
 MODEL = (
@@ -32,8 +32,6 @@ MODEL = (
 TOLD = ("recipe.toml", "conversion.*", "finetune.*", "report.json", "report.md", "report.html")
 CALIBRATION = "moefy/calibration.safetensors"
 """The tokens of the calibration text: one could read it from them."""
-
-Watch = Callable[[str, int, int], None]
 
 
 def push(
@@ -57,7 +55,7 @@ def push(
         MoefyError: code 2 for what is no name of a repository, 3 for a run that is not whole, 5 for
             what the Hub does not allow, or when it is out of reach.
     """
-    summary = check_whole(run, watch)
+    summary = check_files(run, watch)
     _check_name(repo)
     files = chosen(run, calibration=calibration)
     sent = {name: (run / name).stat().st_size for name in files}
@@ -75,32 +73,6 @@ def push(
         return told
     card = model_card(summary, _report(run), repo)
     return told | {"url": _upload(run, repo, files, card, private, revision, watch)}
-
-
-def check_whole(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
-    """The conversion.json of a run whose every file is there and as it was written.
-
-    Raises:
-        MoefyError: code 3, for what is missing or has changed.
-    """
-    summary = _read(run / "moefy" / "conversion.json")
-    if summary is None or "outputs" not in summary:
-        raise MoefyError(
-            f"{run} is not a whole run of moefy (no readable conversion.json in its moefy/ "
-            "folder); expected a folder that `moefy convert` or `moefy finetune` wrote"
-        )
-    tuned = _read(run / "moefy" / "finetune.json")
-    outputs = (tuned or summary).get("outputs", {})
-    for number, (name, digest) in enumerate(outputs.items(), 1):
-        watch("check files", number, len(outputs))
-        file = run / name
-        if not file.is_file():
-            raise MoefyError(f"{run} is not whole: {name} is missing; make the run again")
-        if sha256(file) != digest:
-            raise MoefyError(
-                f"{run} is not as it was written: {name} has changed since; make the run again"
-            )
-    return summary
 
 
 def chosen(run: Path, *, calibration: bool = False) -> list[str]:

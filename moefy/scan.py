@@ -66,11 +66,18 @@ def scan(
                     if name:  # not of what no class reads
                         values.add(torch.frombuffer(block, dtype=DTYPES[entry.dtype]))
                     watch(done := done + len(block), total)
-                if name and values.count:
+                if name:
                     notes += values.judge(name, matrix=len(entry.shape) > 1, ffn=name in ffn)
         digests[path.name] = digest.hexdigest()
     digests[CONFIG] = sha256(checkpoint.folder / CONFIG)
     return Scan(tuple(notes), digests)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse, with code 3, NaN and infinity."""
+    values = _Values()
+    values.add(tensor.reshape(-1))
+    values.judge(name, matrix=False, ffn=False)
 
 
 def _blocks(file: BufferedReader, entry: Entry) -> Iterator[bytearray]:
@@ -94,6 +101,8 @@ class _Values:
 
     def add(self, values: Tensor) -> None:
         """Look at some more values."""
+        if not len(values):
+            return
         self.count += len(values)
         least, most = (float(x) for x in values.aminmax())
         if not (math.isfinite(least) and math.isfinite(most)):
@@ -108,6 +117,8 @@ class _Values:
 
     def judge(self, name: str, *, matrix: bool, ffn: bool) -> list[str]:
         """What a user should know; raises code 3 for what no result can come of."""
+        if not self.count:
+            return []
         if self.bad:
             raise damaged(f"tensor {name}: {self.bad} of {self.count} values are NaN or infinite")
         if self.least == self.most and self.count > 1 and matrix:

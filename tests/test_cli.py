@@ -395,7 +395,7 @@ def test_an_interrupted_process_leaves_nothing(pico, tmp_path):
         text=True,
     )
     try:
-        while process.poll() is None and not list(tmp_path.glob(".out.moefy-part-*")):
+        while process.poll() is None and not list(tmp_path.glob(".out.moefy-part")):
             time.sleep(0.05)
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)

@@ -653,7 +653,9 @@ STAGES = ("calibration text", "copy", "layer 0", "layer 1", "layers")
 
 @pytest.mark.parametrize(("error", "force"), [(KeyboardInterrupt, True), (RuntimeError, False)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_interrupt_leaves_no_trace(error, stage, force, a_job, tmp_path):
+def test_an_interrupt_leaves_no_trace_where_nothing_is_to_be_kept(
+    error, stage, force, a_job, tmp_path
+):
     out = tmp_path / "place" / "out"
     out.parent.mkdir()
     if force:
@@ -670,9 +672,8 @@ def test_an_interrupt_leaves_no_trace(error, stage, force, a_job, tmp_path):
             raise error
 
     with pytest.raises(error):
-        convert(
-            a_job(calibration="self", tokens=64, sequence_length=8), out, force=force, watch=watch
-        )
+        job = a_job(calibration="self", tokens=64, sequence_length=8)
+        convert(job, out, force=force, keep=False, watch=watch)
     assert seen[-1].startswith(stage)
     assert listing(out.parent) == before
 

@@ -11,21 +11,23 @@ import moefy
 PACKAGE = Path(moefy.__file__).parent
 ROWS = [
     "__init__",  # may import nothing of moefy, and all may import it: for the version
-    "errors layout modeling coverage",
-    "profile shape headers publish",
+    "errors layout modeling coverage clock environment",
+    "profile shape headers lock",
+    "publish",
     "assign solve recipe shards source families pack",
-    "checkpoint",
+    "checkpoint state",
     "targets cluster balance",
     "partition route refit documents",
     "data",
     "walk block oracle routing",
     "validate reopen scan",
     "job",
-    "output report describe budget",
-    "convert plan export push",
+    "output report describe budget calibration",
+    "summary",
+    "convert plan export",
     "finetune evaluate",
-    "pipeline",
-    "progress",
+    "progress verify reproduce pipeline",
+    "push",
     "cli",
     "__main__",
 ]
@@ -36,7 +38,7 @@ ONLY_IN = {
     "rich": TERMINAL,
     "jinja2": "report",
     "matplotlib": "report",
-    "transformers": "modeling source data walk validate reopen convert finetune evaluate cli",
+    "transformers": "modeling source data walk validate reopen calibration finetune evaluate cli",
     "accelerate": "finetune",
 }
 SLOW_TO_IMPORT = {"torch", "transformers"}

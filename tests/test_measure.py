@@ -164,7 +164,7 @@ def finetuned(parent: Path, out: Path, **more) -> Path:
     file = out / "model.safetensors"
     tensors = {name: tensor * 1.01 for name, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
-    told = {"format": 1, "parent": str(parent), "tokens": 1000, **more}
+    told = {"format": 1, "parent": {"folder": str(parent)}, "tokens": 1000, **more}
     (out / "moefy" / "finetune.json").write_text(json.dumps(told))
     (out / "moefy" / "finetune.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     return out

@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from moefy.errors import MoefyError
-from moefy.push import CALIBRATION, check_whole, chosen, push
+from moefy.push import CALIBRATION, chosen, push
+from moefy.verify import check_files
 
 
 class Hub:
@@ -121,15 +122,15 @@ def tuned(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (remove, "model.safetensors is missing"),
-        (change, "config.json has changed"),
+        (remove, "lacks model.safetensors"),
+        (change, "not as the run wrote it: config.json"),
         (unreported, "not a whole run"),
         (broken, "not a whole run"),
-        (tuned, "model.safetensors has changed"),
+        (tuned, "not as the run wrote it: model.safetensors"),
     ],
 )
 def test_a_run_that_is_not_whole(damage, says, run, hub):
-    check_whole(run)
+    check_files(run)
     damage(run)
     with pytest.raises(MoefyError) as caught:
         push(run, "owner/name")

@@ -50,6 +50,6 @@ def run(
 
 
 def _ran(made: dict[str, Any]) -> None:
-    from moefy.report import terminal
+    from moefy.report import printed
 
-    terminal.show_run(made["stages"])
+    printed.show_run(made["stages"])

@@ -172,7 +172,7 @@ def true_norms(model: Any) -> dict[int, torch.Tensor]:
 
 def make_control(job: Job, out: Path, tokens: Tokens, watch: Watch) -> Any:
     """Convert with the tokens of the run, and load the result."""
-    convert(job, out, tokens=tokens, force=True, watch=watch)
+    convert(job, out, tokens=tokens, force=True, keep=False, watch=watch)
     return load_model(out)
 
 

@@ -148,7 +148,8 @@ def _labelled(found: list[Stage], name: str | None) -> list[Stage]:
 
 def _parent(folder: Path, tuned: dict[str, Any], missing: list[str]) -> Path | None:
     """The folder that a fine-tuning started from, if it is there."""
-    told = str(tuned.get("parent") or "")
+    parent = tuned.get("parent") or ""
+    told = str(parent.get("folder", "") if isinstance(parent, dict) else parent)
     for place in _places(folder, told):
         if (place / "moefy" / "conversion.json").is_file():
             return place
