@@ -9,7 +9,9 @@ it ends, OUT must hold the files of the undisturbed run, byte for byte. Of JSON,
 (seconds, memory) is not compared, and Markdown drawn from it not at all.
 
 Libraries are imported once, and every attempt is forked from there, so that no kill is wasted on
-the seconds that imports take.
+the seconds that imports take. A fine-tune takes
+
+    --state '.out.moefy-finetune/checkpoint-*' --again --resume -- finetune RUN --out OUT ...
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 
 import typer
 
-MEASURED = {"seconds", "peak_resident_bytes", "tokens_per_second", "created"}
+MEASURED = {"seconds", "peak_resident_bytes", "peak_bytes", "tokens_per_second", "created"}
 """Keys of JSON objects that no two runs share."""
 
 
@@ -36,6 +38,10 @@ def main(
     place: Path = typer.Option(..., help="Folder to work in; made, and removed at the end."),
     kills: int = 100,
     seed: int = 0,
+    state: str = typer.Option(
+        ".out.moefy-part/state/*", help="What a killed attempt may leave to go on from."
+    ),
+    again: list[str] = typer.Option([], help="Word to add where there is such a state."),
 ) -> None:
     """Kill, resume, compare; print one line a chain and a summary."""
     import transformers  # noqa: F401
@@ -55,10 +61,12 @@ def main(
     done = chains = resumed = 0
     while done < kills:
         out, killed = place / "out", 0
-        while (status := attempt(command, out, dice.uniform(0, took))) == -signal.SIGKILL:
+        more: list[str] = []
+        while (status := attempt(command + more, out, dice.uniform(0, took))) == -signal.SIGKILL:
             killed += 1
             assert not out.exists(), f"{out} is there though the command was killed"
-            resumed += has_state(place)
+            more = again if any(place.glob(state)) else []
+            resumed += any(place.glob(state))
         if status:
             raise SystemExit(f"the command ended with {status} after {killed} kills")
         wrong = different(expected, contents(out))
@@ -93,11 +101,6 @@ def attempt(command: list[str], out: Path, delay: float | None) -> int:
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def has_state(place: Path) -> bool:
-    """Whether a killed attempt has left something to go on from."""
-    return any(path.is_file() for path in place.glob(".out.moefy-part/state/*"))
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -54,11 +54,13 @@ def convert(
             damaged.
     """
     _check_places(job, out, keep)
-    scanned = check_weights(job, watch)
     with publishing(out, force=force, resume=keep, fresh=fresh) as part:
         state = State(part.with_name(STATE) if keep else None)
-        _claim(job, state, scanned.digests)
+        state.claim(_facts(job))
         clock = Clock(state.load("seconds") or {})
+        with clock.stage("check weights"):
+            scanned = check_weights(job, watch)
+        state.claim({"inputs": scanned.digests})
         with clock.stage("calibration text"):
             tokens = tokens or _tokens(job, state, watch)
         state.claim({"calibration": tokens.sha256})
@@ -151,17 +153,15 @@ def check_weights(job: Job, watch: Watch) -> Scan:
     return scan(job.checkpoint, ffn, partial(watch, "check weights"))
 
 
-def _claim(job: Job, state: State, inputs: dict[str, str]) -> None:
-    """Compare with what is kept of a stopped conversion; `inputs` are the model's digests."""
-    facts = {
+def _facts(job: Job) -> dict[str, Any]:
+    """What decides the bytes of the result, beside the model's files and the calibration tokens."""
+    return {
         "moefy": environment.code(),
         "recipe": dataclasses.asdict(job.recipe),
         "shape": dataclasses.asdict(job.shape),
         "versions": environment.versions(),
         "machine": environment.machine(job.device),
     }
-    state.claim(facts)
-    state.claim({"inputs": inputs})
 
 
 def _tokens(job: Job, state: State, watch: Watch) -> data.Tokens:

@@ -123,6 +123,9 @@ def publishing(
             yield part
             check_free(out, force=force)  # again: much may have happened since
             _swap(part, out, place / OLD)
+        except BrokenPipeError as found:
+            error = found  # of progress that nobody reads any more, not of a file
+            raise
         except OSError as found:
             reason = f"writing {out} failed: {found.strerror or found}"
             if has_state(place):

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from moefy import __version__, data, report
 from moefy.environment import machine, versions
-from moefy.headers import CONFIG
-from moefy.job import Job, Watch
+from moefy.job import Job
 from moefy.publish import sha256, write_json, write_text
 from moefy.recipe import render
 from moefy.shards import save
@@ -80,7 +79,8 @@ def write_report(job: Job, part: Path, summary: dict[str, Any], tensors: dict[st
     write_text(folder / "recipe.toml", text)
     # These tell of the others, or are for people to go on writing.
     told = {folder / "conversion.json", folder / "conversion.md", part / "README.md"}
-    summary["outputs"] = digests(part, {file for file in part.rglob("*") if file.is_file()} - told)
+    files = {path for path in part.rglob("*") if path.is_file()} - told
+    summary["outputs"] = {str(file.relative_to(part)): sha256(file) for file in sorted(files)}
     write_text(folder / "conversion.md", report.conversion_page(summary))
     write_text(part / "README.md", report.model_card(summary))
     write_json(folder / "conversion.json", summary)
@@ -105,12 +105,3 @@ def licence(folder: Path) -> dict[str, Any]:
     except (ValueError, YAMLError):  # a card is for people: a model is no worse for a broken one
         return {}
     return {key: told[key] for key in LICENCE if isinstance(told.get(key), str | list)}
-
-
-def digests(folder: Path, files: set[Path], watch: Watch = lambda *_: None) -> dict[str, str]:
-    """SHA-256 of these files and of the configuration, by name."""
-    named = {}
-    for done, file in enumerate(sorted({*files, folder / CONFIG}), 1):
-        named[str(file.relative_to(folder))] = sha256(file)
-        watch("digests of the model", done, len(files) + 1)
-    return named

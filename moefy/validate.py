@@ -116,6 +116,9 @@ def _unsupported(path: Path, config: Config) -> str | None:
     if str(activation := config.get(family.activation, "silu")) not in ACTIVATIONS:
         found = f"{family.activation} is {short(activation)}"
         return f"{found}, expected one of {', '.join(ACTIVATIONS)}"
+    both = "ForSeq2SeqLM" in family.tasks
+    if bool(config.get("is_encoder_decoder", both)) != both:
+        return f"is_encoder_decoder is {not both}, which no {model_type} is"
     return family.refuse(dict(config))
 
 
@@ -146,6 +149,12 @@ def _wrong_size(config: Config) -> str | None:
         value = config.get(key)
         if type(value) is not int or value < 1:
             return f"{key} is {short(value)}, expected a whole number above 0"
+    try:
+        neurons = family.num_neurons(config)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        return f"the number of FFN neurons ({family.width}) cannot be told: {error!r}"
+    if neurons < 1:
+        return f"the number of FFN neurons ({family.width}) is {short(neurons)}"
     labels = config.get("num_labels")  # of which transformers makes a table
     if labels is not None and not (type(labels) is int and 0 <= labels <= MOST_LABELS):
         return f"num_labels is {short(labels)}, expected a whole number up to {MOST_LABELS}"

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from moefy.errors import MoefyError
-from moefy.evaluate.run import open_run
 from moefy.headers import read_config, read_entries, read_header, some
 from moefy.job import Watch
 from moefy.oracle import attach
 from moefy.publish import sha256
 from moefy.reopen import reopen
+from moefy.runs import read_report
 from moefy.scan import check_finite
 from moefy.shards import read
 from moefy.summary import END
@@ -37,7 +37,7 @@ def verify(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
     Raises:
         MoefyError: code 3, when the folder holds no report of a run.
     """
-    summary = open_run(run)
+    summary = read_report(run)
     checks: dict[str, Callable[[], str]] = {
         "digests": lambda: _digests(run, _outputs(run, summary), watch),
         "headers": lambda: _headers(run),
@@ -64,7 +64,7 @@ def check_files(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
     Raises:
         MoefyError: code 3, for what is missing or has changed.
     """
-    summary = open_run(run)
+    summary = read_report(run)
     _digests(run, _outputs(run, summary), watch)
     return summary
 
@@ -112,14 +112,20 @@ def _forward(run: Path, summary: dict[str, Any]) -> str:
     told = summary["reopened"]
     tuned = (run / "moefy" / FINETUNED).is_file()
     end_TD = None if tuned else tensors.get(END)
-    found = reopen(
-        run,
-        tensors["ids"][-1].long(),
-        [end_TD] * (len(summary["layers"]) + len(summary["layers_left_dense"])),
-        layer=told.get("prefix", "model.layers.{layer}."),
-        task=summary["task"],
-        prepare=lambda model: attach(model, norms),
-    )
+    try:
+        found = reopen(
+            run,
+            tensors["ids"][-1].long(),
+            [end_TD] * (len(summary["layers"]) + len(summary["layers_left_dense"])),
+            layer=told.get("prefix", "model.layers.{layer}."),
+            task=summary["task"],
+            prepare=lambda model: attach(model, norms),
+        )
+    except MoefyError:
+        raise
+    except Exception as error:  # whatever a value of the configuration makes transformers raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise MoefyError(f"transformers cannot open {run}: {reason}", code=6) from error
     loaded = f"{found['class']} loads {found['layers']} layers with no key too many or too few"
     if end_TD is None:
         why = "the weights were fine-tuned" if tuned else "the run kept none"

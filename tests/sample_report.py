@@ -331,9 +331,9 @@ def _finetune() -> dict[str, Any]:
         "summary": {
             "moefy": "0.1.0",
             "format": 1,
-            "parent": "out",
-            "teacher": "owner/SmolModel-135M",
-            "train": "train.txt",
+            "parent": {"folder": "out", "files": {}},
+            "teacher": {"model": "owner/SmolModel-135M", "files": {}},
+            "train": {"source": "/home/me/train.txt", "sha256": "00", "sequences": 9},
             "settings": {"learning_rate": 1e-4},
             "tokens": 59 * 4096,
             "steps": 59,

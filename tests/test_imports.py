@@ -21,7 +21,7 @@ ROWS = [
     "data",
     "walk block oracle routing",
     "validate reopen scan",
-    "job",
+    "job runs",
     "output report describe budget calibration",
     "summary",
     "convert plan export",

@@ -351,6 +351,13 @@ def test_the_first_card_has_no_numbers(report):
     assert "`moefy report` measures how much" in text and "without training" in text
 
 
+def test_a_fine_tuned_card_tells_of_both(report, pages):
+    trained = report["finetune"]["moe, fine-tuned"]["summary"]
+    for text in (pages["README.md"], model_card(report["run"], trained=trained)):
+        assert "and fine-tuned on 241,664 tokens" in text and "without training" not in text
+        assert "tokens of `train.txt`" in text and "from 4.100 to 3.200" in text
+
+
 def test_a_card_names_no_folder_of_its_maker(report):
     run = {**report["run"], "model": "/home/me/models/mine/", "hub_id": None}
     run["calibration"] = {**run["calibration"], "source": "/home/me/secret/calib.txt"}

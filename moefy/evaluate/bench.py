@@ -27,7 +27,7 @@ from moefy.evaluate.stages import Stage, check_tokenizer, dense_stage, run_stage
 from moefy.evaluate.store import Store
 from moefy.evaluate.texts import own_texts
 from moefy.job import Watch
-from moefy.recipe import Recipe, read
+from moefy.runs import check_folder, read_recipe
 from moefy.source import resolve
 
 
@@ -86,10 +86,11 @@ def prepare(
         MoefyError: code 2 for methods that cannot be, 3 for runs that are not whole, tokenizers
             that differ, and texts that are too short.
     """
-    recipe = Recipe(**read(run / "moefy" / "recipe.toml"))
+    recipe = read_recipe(run)
     folders = [Path(name) for name in settings.against if _is_folder(name)]
     methods = {name: changed(recipe, name) for name in settings.against if not _is_folder(name)}
     source = resolve(settings.dense or recipe.model, revision=recipe.revision)
+    check_folder(source)
     dense = dense_stage(source)
     own, missing = run_stages(run)
     stages, names = [dense, *own], [folder.resolve().name for folder in folders]

@@ -13,10 +13,11 @@ from moefy.evaluate import advice, benchmarks, gate, parts
 from moefy.evaluate.bench import Bench, prepare
 from moefy.evaluate.prompts import read_prompts
 from moefy.evaluate.settings import Settings
-from moefy.evaluate.stages import finetuning, open_run
+from moefy.evaluate.stages import finetuning
 from moefy.job import Watch
 from moefy.publish import write_json
 from moefy.report import redraw
+from moefy.runs import open_run
 
 FORMAT = 2
 """Of report.json."""
@@ -51,6 +52,8 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix=".moefy-report-", dir=run.resolve().parent) as place:
         bench = prepare(run, summary, settings, Path(place), watch)
         report = _measured(bench, settings, prompts, manager)
+    if not report["texts"]:
+        raise MoefyError(f"no text was scored: {bench.not_run[0]['reason']}", code=5)
     report["advice"] = advice.advice(report, bench.main)
     report["failed"] = [
         line for one in conditions for line in gate.failures(one, report, bench.main)
@@ -110,5 +113,6 @@ def _measured(
         with bench.part(f"benchmark {task}"):
             report["benchmarks"][task] = parts.benchmark(bench, task, manager, settings.limit)
     if settings.speed is not False:
-        parts.speed(bench, report, settings)
+        with bench.part("speed"):
+            parts.speed(bench, report, settings)
     return report

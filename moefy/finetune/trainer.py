@@ -79,7 +79,7 @@ class Finetuner(Checkpointed, Trainer):
             options = {"lr": s.learning_rate, "betas": (0.9, 0.95), "weight_decay": s.weight_decay}
             whole = all(p.dtype == torch.float32 for group in made for p in group["params"])
             kind = torch.optim.AdamW if whole else MasterAdamW
-            self.optimizer = kind(made, **options)
+            self.optimizer = kind(made, fused=True, **options)
         return self.optimizer
 
     def compute_loss(

@@ -9,7 +9,7 @@ from moefy.report.contents import subject, verdicts
 from moefy.report.markdown import escaped, table
 from moefy.report.pages import verdict
 from moefy.report.sources import sources
-from moefy.report.wording import fixed, large, model_name, percent, shape_text, times, uncertain
+from moefy.report.wording import fixed, model_name, percent, shape_text, times, uncertain
 
 TASKS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
 """The Hub's names of what a model is for, where it has one."""
@@ -19,15 +19,23 @@ PATH = "PATH"
 
 
 def model_card(
-    run: Mapping[str, Any], report: Mapping[str, Any] | None = None, place: str = PATH
+    run: Mapping[str, Any],
+    report: Mapping[str, Any] | None = None,
+    place: str = PATH,
+    trained: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card of the model whose conversion.json is `run`, with the numbers of `report` if any."""
+    """The card of the model whose conversion.json is `run`, with the numbers of `report` if any.
+
+    `trained` is the finetune.json of one that was fine-tuned; a report holds it.
+    """
+    if report and subject(report) in report["finetune"]:
+        trained = report["finetune"][subject(report)]["summary"]
     parts = [
         f"# {escaped(model_name(run))}, {run['shape']['active_fraction']:.0%} of the FFN active",
-        _what(run, report),
+        _what(run, trained),
         _usage(run, place),
         *_numbers(run, report),
-        *_made(run, report),
+        *_made(run, trained),
         *_limits(run),
         *_licence(run),
         *_methods(run),
@@ -77,13 +85,9 @@ def _results(run: Mapping[str, Any], report: Mapping[str, Any] | None) -> list[A
     return results
 
 
-def _what(run: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
+def _what(run: Mapping[str, Any], trained: Mapping[str, Any] | None) -> str:
     kind = "a Mixture of Experts" if run["shape"]["num_experts"] else "a statically pruned model"
-    trained = next(iter(report["finetune"].values()), None) if report else None
-    how = "without training"
-    if trained:
-        tokens = large(trained["summary"].get("tokens"))
-        how = f"and fine-tuned on {tokens} tokens" if tokens else "and fine-tuned"
+    how = f"and fine-tuned on {trained['tokens']:,} tokens" if trained else "without training"
     name = f"`{model_name(run)}`"
     if run["hub_id"]:
         name = f"[{name}](https://huggingface.co/{run['hub_id']})"
@@ -158,20 +162,27 @@ def _numbers(run: Mapping[str, Any], report: Mapping[str, Any] | None) -> list[s
     return [*parts, "All of it, with controls and pictures, is in `moefy/report.html`."]
 
 
-def _made(run: Mapping[str, Any], report: Mapping[str, Any] | None) -> list[str]:
+def _made(run: Mapping[str, Any], trained: Mapping[str, Any] | None) -> list[str]:
     calibration = run["calibration"]
-    source = str(calibration["source"]).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
     told = (
         f"Calibrated on {calibration['sequences']} sequences of {calibration['sequence_length']} "
-        f"tokens from `{source}`. The recipe is `moefy/recipe.toml`, what each layer lost is in "
-        "`moefy/conversion.md`."
+        f"tokens from {_file(calibration['source'])}. The recipe is `moefy/recipe.toml`, what each "
+        "layer lost is in `moefy/conversion.md`."
     )
-    for trained in report["finetune"].values() if report else ():
-        summary = trained["summary"]
-        text = str(summary.get("train") or "").replace("\\", "/").rsplit("/", 1)[-1]
-        if text:
-            told += f" Fine-tuned on `{text}`, {summary.get('steps')} steps."
-    return ["## How it was made", told]
+    if not trained:
+        return ["## How it was made", told]
+    before, after = (trained["validation"][when]["loss"] for when in ("before", "after"))
+    tuned = (
+        f"Then fine-tuned on {trained['tokens']:,} tokens of {_file(trained['train']['source'])}: "
+        f"the loss on text that was kept apart went from {before:.3f} to {after:.3f} nats per "
+        "token. Settings and figures are in `moefy/finetune.json`."
+    )
+    return ["## How it was made", told, tuned]
+
+
+def _file(source: object) -> str:
+    """The name of a text, without the folder that it lay in."""
+    return f"`{str(source).replace(chr(92), '/').rstrip('/').rsplit('/', 1)[-1]}`"
 
 
 def _limits(run: Mapping[str, Any]) -> list[str]:

@@ -265,8 +265,8 @@ def _curve(
 def _trained(label: str, summary: Mapping[str, Any]) -> list[Table]:
     """What was trained on, and what came of it."""
     told = [
-        ("text", str(summary.get("train") or "")),
-        ("teacher", str(summary.get("teacher") or "")),
+        ("text", str(summary["train"]["source"])),
+        ("teacher", str(summary["teacher"]["model"])),
         ("tokens", large(summary.get("tokens"))),
         ("steps", str(summary.get("steps") or "")),
         ("minutes", fixed(summary["seconds"] / 60, 1) if summary.get("seconds") else ""),
