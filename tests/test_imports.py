@@ -27,7 +27,8 @@ ROWS = [
     "summary",
     "convert plan export",
     "finetune evaluate",
-    "progress verify reproduce",
+    "progress verify reproduce pipeline",
+    "push",
     "cli",
     "__main__",
 ]
@@ -36,6 +37,8 @@ TERMINAL = "cli __main__ progress report"
 ONLY_IN = {
     "typer": TERMINAL,
     "rich": TERMINAL,
+    "jinja2": "report",
+    "matplotlib": "report",
     "transformers": "modeling source data walk validate reopen calibration finetune evaluate cli",
     "accelerate": "finetune",
     "peft": "finetune",
