@@ -58,8 +58,8 @@ class Recipe:
 DTYPES = ("as-stored", "float32", "bfloat16", "float16")
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
 TABLES = ("partition_options", "router_options")
-ADDED = ("made", "inputs", "finetune")
-"""Tables of a run's recipe that are no part of the conversion's."""
+ADDED = ("made", "inputs", "finetune", "report")
+"""Tables of a recipe that are no part of the conversion's: what a run adds, and later stages."""
 
 
 def build(file: Path | None, flags: Mapping[str, Any], settings: list[str]) -> Recipe:

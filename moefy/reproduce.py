@@ -8,11 +8,11 @@ from typing import Any
 from moefy import environment
 from moefy.convert import convert
 from moefy.errors import MoefyError
-from moefy.evaluate.run import open_run
 from moefy.headers import some
 from moefy.job import Watch, prepare
 from moefy.publish import sha256
 from moefy.recipe import build, read
+from moefy.runs import read_report
 
 RECIPE = "moefy/recipe.toml"
 
@@ -36,7 +36,7 @@ def reproduce(
         MoefyError: code 3 when the model is another one, or `recipe` lies in no run; all that
             `convert` raises.
     """
-    told = open_run(recipe.resolve().parent.parent)
+    told = read_report(recipe.resolve().parent.parent)
     job = prepare(build(None, {**read(recipe), **({"model": model} if model else {})}, []))
     folder = job.checkpoint.folder
     if other := [name for name, digest in told["inputs"].items() if _other(folder / name, digest)]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from moefy.errors import MoefyError
-from moefy.evaluate.run import open_run
 from moefy.headers import read_config, read_entries, read_header, some
 from moefy.job import Watch
 from moefy.oracle import attach
 from moefy.publish import sha256
 from moefy.reopen import reopen
+from moefy.runs import read_report
 from moefy.scan import check_finite
 from moefy.shards import read
 from moefy.summary import END
@@ -37,7 +37,7 @@ def verify(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
     Raises:
         MoefyError: code 3, when the folder holds no report of a run.
     """
-    summary = open_run(run)
+    summary = read_report(run)
     checks: dict[str, Callable[[], str]] = {
         "digests": lambda: _digests(run, _outputs(run, summary), watch),
         "headers": lambda: _headers(run),
@@ -56,6 +56,17 @@ def verify(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
             break
     left = list(checks)[len(found) :]
     return {"run": str(run), "passed": code == 0, "code": code, "checks": found, "not_run": left}
+
+
+def check_files(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
+    """The report of a run's conversion, when every file of the run is as it was written.
+
+    Raises:
+        MoefyError: code 3, for what is missing or has changed.
+    """
+    summary = read_report(run)
+    _digests(run, _outputs(run, summary), watch)
+    return summary
 
 
 def _outputs(run: Path, summary: dict[str, Any]) -> dict[str, str]:

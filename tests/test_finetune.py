@@ -204,9 +204,9 @@ def test_the_routers_gradient_is_that_of_a_soft_choice(run, soft):
     k, num = inputs["o"][2].shape[1], layer.num_experts
     share_TE = (x_TD @ rows.T * 1024).softmax(-1) * k
     chosen_TE = torch.zeros(60, num).scatter(1, inputs["o"][2], 1.0)
-    h_ETN = activations(layer.experts, x_TD).detach()
+    h_TEN = activations(layer.experts, x_TD).detach()
     y_TED = torch.stack(
-        [h_ETN[e] @ layer.experts.down_proj[e].detach().T / num for e in range(num)], 1
+        [h_TEN[:, e] @ layer.experts.down_proj[e].detach().T / num for e in range(num)], 1
     )
     counted_TE = share_TE if soft == "all" else share_TE * chosen_TE
     naive = (counted_TE[..., None] * y_TED * slope[0][:, None]).sum()

@@ -17,7 +17,7 @@ import damage as d
 import pytest
 import torch
 from damage import CONFIG, INDEX, SHARDS, SINGLE
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, currently_in_test_context, event, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from stock import WRITTEN, dense_logits, distance, logits, opened
@@ -60,7 +60,8 @@ def prepared(folder: Path, **given: object) -> Job | None:
     except MoefyError as error:
         assert 2 <= error.code <= 5, error
         assert str(error).isprintable() and len(str(error)) < 2000
-        event(f"refused, {error.code}")
+        if currently_in_test_context():
+            event(f"refused, {error.code}")
         return None
     finally:
         signal.alarm(0)
@@ -244,7 +245,9 @@ def test_configurations(models, data):
 @given(data=st.data())
 def test_accepted_configurations_give_the_dense_model(models, text, tmp_path_factory, data):
     folder, config, keys = models[data.draw(st.sampled_from(FAMILIES))]
-    (folder / CONFIG).write_text(json.dumps(data.draw(changed(config, keys))))
+    # What a model is for decides with which class it is opened, here and there.
+    kept = {"architectures": config["architectures"]}
+    (folder / CONFIG).write_text(json.dumps(data.draw(changed(config, keys)) | kept))
     job = prepared(folder, calibration=str(text), **ALL_ACTIVE)
     if job is None:
         return

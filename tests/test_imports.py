@@ -21,13 +21,14 @@ ROWS = [
     "data",
     "walk block oracle routing",
     "validate reopen scan",
-    "job",
+    "job runs",
     "memory",
     "output report describe budget calibration",
     "summary",
     "convert plan export",
     "finetune evaluate",
-    "progress verify reproduce",
+    "progress verify reproduce pipeline",
+    "push",
     "cli",
     "__main__",
 ]
@@ -36,8 +37,11 @@ TERMINAL = "cli __main__ progress report"
 ONLY_IN = {
     "typer": TERMINAL,
     "rich": TERMINAL,
+    "jinja2": "report",
+    "matplotlib": "report",
     "transformers": "modeling source data walk validate reopen calibration finetune evaluate cli",
     "accelerate": "finetune",
+    "peft": "finetune",
 }
 SLOW_TO_IMPORT = {"torch", "transformers"}
 

@@ -13,7 +13,9 @@ from moefy.cli.convert import convert
 from moefy.cli.export import gguf
 from moefy.cli.finetune import finetune
 from moefy.cli.inspect import families, inspect
+from moefy.cli.push import push
 from moefy.cli.report import report
+from moefy.cli.run import run
 from moefy.cli.signals import INTERRUPTED, interruptible
 from moefy.cli.verify import verify
 from moefy.errors import MoefyError
@@ -86,6 +88,8 @@ app.command()(finetune)
 app.command()(report)
 app.add_typer(exports, name="export")
 exports.command()(gguf)
+app.command()(push)
+app.command()(run)
 app.command()(verify)
 app.command()(inspect)
 app.command()(families)

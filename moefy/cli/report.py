@@ -127,6 +127,6 @@ def report(
 
 
 def _reported(found: dict[str, Any], run: Path) -> None:
-    from moefy.report import terminal
+    from moefy.report import printed
 
-    terminal.show_report(found, run)
+    printed.show_report(found, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from moefy.evaluate.stages import Stage, check_tokenizer, dense_stage, run_stage
 from moefy.evaluate.store import Store
 from moefy.evaluate.texts import own_texts
 from moefy.job import Watch
-from moefy.recipe import Recipe, read
+from moefy.runs import check_folder, read_recipe
 from moefy.source import resolve
 
 
@@ -52,6 +53,8 @@ class Bench:
     watch: Watch
     not_run: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What each part took, by the clock and of the processor."""
 
     @property
     def readers(self) -> Readers:
@@ -66,6 +69,7 @@ class Bench:
     @contextlib.contextmanager
     def part(self, what: str) -> Iterator[None]:
         """Tell under `not_run` what fails in the block, and go on."""
+        start, spent = time.perf_counter(), time.process_time()
         try:
             yield
         except MoefyError as error:
@@ -75,6 +79,11 @@ class Bench:
         except Exception as error:  # a library's own fault must not take the other parts with it
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             self.not_run.append({"what": what, "reason": reason})
+        finally:
+            self.seconds[what] = {
+                "wall": round(time.perf_counter() - start, 1),
+                "processor": round(time.process_time() - spent, 1),
+            }
 
 
 def prepare(
@@ -86,10 +95,11 @@ def prepare(
         MoefyError: code 2 for methods that cannot be, 3 for runs that are not whole, tokenizers
             that differ, and texts that are too short.
     """
-    recipe = Recipe(**read(run / "moefy" / "recipe.toml"))
+    recipe = read_recipe(run)
     folders = [Path(name) for name in settings.against if _is_folder(name)]
     methods = {name: changed(recipe, name) for name in settings.against if not _is_folder(name)}
     source = resolve(settings.dense or recipe.model, revision=recipe.revision)
+    check_folder(source)
     dense = dense_stage(source)
     own, missing = run_stages(run)
     stages, names = [dense, *own], [folder.resolve().name for folder in folders]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -61,15 +64,22 @@ def run_task(
 
     # Its classes are decorated, and what a type checker sees of them is not what they are.
     harness, models = cast(Any, lm_eval), cast(Any, huggingface)
-    done = harness.simple_evaluate(
-        model=models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
-        tasks=[task],
-        task_manager=manager,
-        limit=limit,
-        log_samples=True,
-        bootstrap_iters=0,
-        verbosity="ERROR",
-    )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        done = harness.simple_evaluate(
+            model=models.HFLM(
+                # Else likelihoods of a bfloat16 model are rounded to a multiple of 8.
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=1,
+                softmax_dtype="float32",
+            ),
+            tasks=[task],
+            task_manager=manager,
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=0,
+        )
     names = [name for name in done["samples"] if done["samples"][name]]
     first = done["samples"][names[0]][0]
     metrics = [name for name in first["metrics"]]

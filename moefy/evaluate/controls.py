@@ -177,8 +177,23 @@ def make_control(job: Job, out: Path, tokens: Tokens, watch: Watch) -> Any:
 
 
 def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
-    """Load a model folder with its stock class; with norms, put the router they are of in."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    """Load a model folder with its stock class; with norms, put the router they are of in.
+
+    Raises:
+        MoefyError: code 3, when transformers cannot, or when keys are missing or left over.
+    """
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged configuration makes transformers raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise MoefyError(f"transformers cannot open {folder}: {reason}") from error
+    model, info = found
+    if wrong := {kind: sorted(map(str, keys))[:3] for kind, keys in info.items() if keys}:
+        raise MoefyError(f"{folder} does not load cleanly: {wrong}; fetch or make it again")
     return attach(runnable(model.eval()), dict(_norms(folder)))
 
 

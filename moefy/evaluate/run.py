@@ -13,10 +13,11 @@ from moefy.evaluate import advice, benchmarks, gate, parts
 from moefy.evaluate.bench import Bench, prepare
 from moefy.evaluate.prompts import read_prompts
 from moefy.evaluate.settings import Settings
-from moefy.evaluate.stages import finetuning, open_run
+from moefy.evaluate.stages import finetuning
 from moefy.job import Watch
-from moefy.publish import write_json, write_text
-from moefy.report import report_page
+from moefy.publish import write_json
+from moefy.report import redraw
+from moefy.runs import open_run
 
 FORMAT = 2
 """Of report.json."""
@@ -27,7 +28,7 @@ USUAL = Settings()
 def evaluate(
     run: Path, settings: Settings = USUAL, *, watch: Watch = lambda *_: None
 ) -> dict[str, Any]:
-    """Measure what `settings` ask for; write `report.json` and `report.md` into `run/moefy`.
+    """Measure what `settings` ask for; write `report.json` and the pages drawn from it into `run`.
 
     All models run in the dtype they are stored in, on the CPU. What has been measured before, of
     the same weights, text and settings, is taken from `run/moefy/measured`. A part that fails is
@@ -51,12 +52,16 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix=".moefy-report-", dir=run.resolve().parent) as place:
         bench = prepare(run, summary, settings, Path(place), watch)
         report = _measured(bench, settings, prompts, manager)
+    if not report["texts"]:
+        raise MoefyError(f"no text was scored: {bench.not_run[0]['reason']}", code=5)
     report["advice"] = advice.advice(report, bench.main)
     report["failed"] = [
         line for one in conditions for line in gate.failures(one, report, bench.main)
     ]
-    write_text(run / "moefy" / "report.md", report_page(report))
     write_json(run / "moefy" / "report.json", report)
+    redraw(run)
+    if not report["texts"]:
+        raise MoefyError(f"no text was scored: {bench.not_run[0]['reason']}", code=5)
     return report
 
 
@@ -90,6 +95,7 @@ def _measured(
         "advice": [],
         "not_run": bench.not_run,
         "notes": bench.notes,
+        "seconds": bench.seconds,
     }
     with bench.part("scores"):
         report |= parts.quality(bench)
@@ -108,5 +114,6 @@ def _measured(
         with bench.part(f"benchmark {task}"):
             report["benchmarks"][task] = parts.benchmark(bench, task, manager, settings.limit)
     if settings.speed is not False:
-        parts.speed(bench, report, settings)
+        with bench.part("speed"):
+            parts.speed(bench, report, settings)
     return report

@@ -100,15 +100,26 @@ def peak_bytes(folder: Path) -> int:
 
 
 def _resident() -> int:
+    """The most bytes that were resident."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _main(folder: str) -> None:
-    from moefy.evaluate.controls import load_model
+def _resident_now() -> int:
+    """Resident bytes at this moment, or for want of that the most so far."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return _resident()
+    return pages * resource.getpagesize()
 
-    before = _resident()
-    model = load_model(Path(folder))
+
+def _main(folder: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    before = _resident_now()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    model.eval()
     ids_1T = torch.arange(PREFILL)[None] % model.get_input_embeddings().weight.shape[0]
     with torch.inference_mode():
         out = model(ids_1T, use_cache=True, logits_to_keep=1)

@@ -12,6 +12,7 @@ from typing import Any
 from moefy import data
 from moefy.errors import MoefyError
 from moefy.evaluate.store import folder_digest
+from moefy.runs import open_run
 
 PROBE = "The 3 quick brown foxes cost $12.50;\n\tdef f(x):\n    return x**2  # naïve, 東京"
 """A text in which tokenizers differ: digits, spaces, code, accents, another script."""
@@ -35,22 +36,6 @@ class Stage:
     """conversion.json of a run."""
     active: float | None = None
     """Share of the FFN's neurons that are active."""
-
-
-def open_run(run: Path) -> dict[str, Any]:
-    """The conversion report of a finished run.
-
-    Raises:
-        MoefyError: code 3, when the folder holds none.
-    """
-    summary = _read_json(run / "moefy" / "conversion.json")
-    whole = summary is not None and (run / "config.json").is_file()
-    if summary is None or not whole or not any(run.glob("*.safetensors")):
-        raise MoefyError(
-            f"{run} is not a whole run of moefy (no readable conversion.json in its moefy/ folder, "
-            "or no weights beside that); expected a folder that `moefy convert` wrote"
-        )
-    return summary
 
 
 def dense_stage(folder: Path) -> Stage:
@@ -148,7 +133,8 @@ def _labelled(found: list[Stage], name: str | None) -> list[Stage]:
 
 def _parent(folder: Path, tuned: dict[str, Any], missing: list[str]) -> Path | None:
     """The folder that a fine-tuning started from, if it is there."""
-    told = str(tuned.get("parent") or "")
+    parent = tuned.get("parent") or ""
+    told = str(parent.get("folder", "") if isinstance(parent, dict) else parent)
     for place in _places(folder, told):
         if (place / "moefy" / "conversion.json").is_file():
             return place
