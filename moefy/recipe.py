@@ -58,8 +58,8 @@ class Recipe:
 DTYPES = ("as-stored", "float32", "bfloat16", "float16")
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
 TABLES = ("partition_options", "router_options")
-ADDED = ("made", "inputs", "finetune")
-"""Tables of a run's recipe that are no part of the conversion's."""
+ADDED = ("made", "inputs", "finetune", "report")
+"""Tables of a recipe that are no part of the conversion's: what a run adds, and later stages."""
 
 
 def build(file: Path | None, flags: Mapping[str, Any], settings: list[str]) -> Recipe:
@@ -241,7 +241,9 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    # In a locale that is not UTF-8, names of files have stand-ins for their bytes.
+    text = str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     escaped = "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped)
     return f'"{escaped}"'
 

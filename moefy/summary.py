@@ -42,11 +42,13 @@ def summarise(
         "task": job.task,
         "target": job.target.model_type,
         "target_reason": job.reason,
+        "licence": licence(job.checkpoint.folder),
         "engines": list(job.target.engines),
         "shape": {**dataclasses.asdict(job.shape), "active_fraction": job.shape.active_fraction},
         "parameters_dense": sum(entry.num_elements for entry in entries.values()),
         "layers": layers,
         "layers_left_dense": [n for n in range(job.num_layers) if n not in job.layers],
+        "recipe": dataclasses.asdict(job.recipe),
         "calibration": {
             "source": tokens.source,
             "sha256": tokens.sha256,
@@ -80,15 +82,26 @@ def write_report(job: Job, part: Path, summary: dict[str, Any], tensors: dict[st
     files = {path for path in part.rglob("*") if path.is_file()} - told
     summary["outputs"] = {str(file.relative_to(part)): sha256(file) for file in sorted(files)}
     write_text(folder / "conversion.md", report.conversion_page(summary))
-    write_text(part / "README.md", report.model_card(summary, _licence(job.checkpoint.folder)))
+    write_text(part / "README.md", report.model_card(summary))
     write_json(folder / "conversion.json", summary)
 
 
-def _licence(folder: Path) -> str | None:
-    """The licence that the dense model's card names, if it has a card."""
+LICENCE = ("license", "license_name", "license_link", "language")
+"""What a card inherits from that of the dense model."""
+
+
+def licence(folder: Path) -> dict[str, Any]:
+    """The licence and the languages that the dense model's card names, if it has a card."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
     card = folder / "README.md"
     if not card.is_file():
-        return None
+        return {}
     with card.open(encoding="utf-8", errors="replace") as file:
-        lines = file.read(10_000).splitlines()[:60]
-    return next((n.split(":", 1)[1].strip() for n in lines if n.startswith("license:")), None)
+        text = file.read(100_000)
+    try:
+        told = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, YAMLError):  # a card is for people: a model is no worse for a broken one
+        return {}
+    return {key: told[key] for key in LICENCE if isinstance(told.get(key), str | list)}

@@ -41,6 +41,9 @@ KEEP = (
     "added_tokens",
     "chat_template",
     "generation_config.json",
+    "LICENSE",
+    "LICENCE",
+    "NOTICE",
 )
 """How the names of the files begin that are copied."""
 

@@ -58,6 +58,17 @@ def verify(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
     return {"run": str(run), "passed": code == 0, "code": code, "checks": found, "not_run": left}
 
 
+def check_files(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
+    """The report of a run's conversion, when every file of the run is as it was written.
+
+    Raises:
+        MoefyError: code 3, for what is missing or has changed.
+    """
+    summary = read_report(run)
+    _digests(run, _outputs(run, summary), watch)
+    return summary
+
+
 def _outputs(run: Path, summary: dict[str, Any]) -> dict[str, str]:
     """The digests of the folder's files, by the report of what wrote it last."""
     file = run / "moefy" / FINETUNED

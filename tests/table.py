@@ -34,10 +34,10 @@ from moefy.recipe import build
 
 HEADING = """# Every family in every class that holds it
 
-Made by `python tests/table.py`: tiny random models in float32. **error**: the greatest difference of
-two logits, relative to the largest, between the dense model and the converted one with all experts
-active. **generates**: greedy tokens with a cache are those without. **saved again**: what
-`save_pretrained` writes of the loaded model computes the same bits.
+Made by `python tests/table.py` of tiny random models in float32. **error**: the greatest
+difference of two logits, relative to the largest, between the dense model and the converted one
+with all experts active. **generates**: greedy tokens with a cache are those without. **saved
+again**: what `save_pretrained` writes of the loaded model computes the same bits.
 """
 ROW = "| {:16} | {:16} | {:29} | {:>8} | {:10} | {:9} |"
 

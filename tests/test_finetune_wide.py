@@ -162,18 +162,26 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
+SHARED = {
+    "a copy each": {"soft": "all"},
+    "FSDP2": {"soft": "all", "fsdp": 2},
+    "FSDP2 and expert parallelism": {"soft": "chosen", "fsdp": 2, "expert_parallel": 2},
+}
+
+
 @pytest.mark.slow
-def test_two_processes_match_one(pico, converted, text, tmp_path):
+@pytest.mark.parametrize("how", SHARED)
+def test_two_processes_match_one(pico, converted, text, tmp_path, how):
     run = converted(pico("llama"))
-    more = ("--set=balance=variation", "--set=balance_weight=1", "--set=learning_rate=1e-3")
+    more = {"balance": "variation", "balance_weight": 1.0, "learning_rate": 1e-3}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    two = command(run, tmp_path / "two", text, *more, batch_size=2)
+    two = command(run, tmp_path / "two", text, **more, **SHARED[how], batch_size=2)
     done = subprocess.run(
         [*launch, *two], env=environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    built = {"balance": "variation", "balance_weight": 1.0, "learning_rate": 1e-3}
-    tuned(run, tmp_path / "one", text, **built)
+    assert done.stdout.count("Report:") == 1
+    tuned(run, tmp_path / "one", text, **more, soft=SHARED[how]["soft"])
     new, old, start = weights(tmp_path / "two"), weights(tmp_path / "one"), weights(run)
     moved = max(float((old[name] - start[name]).abs().max()) for name in old)
     apart = max(float((old[name] - new[name]).abs().max()) for name in old)

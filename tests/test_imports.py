@@ -22,11 +22,13 @@ ROWS = [
     "walk block oracle routing",
     "validate reopen scan",
     "job runs",
+    "memory",
     "output report describe budget calibration",
     "summary",
     "convert plan export",
     "finetune evaluate",
-    "progress verify reproduce",
+    "progress verify reproduce pipeline",
+    "push",
     "cli",
     "__main__",
 ]
@@ -35,6 +37,8 @@ TERMINAL = "cli __main__ progress report"
 ONLY_IN = {
     "typer": TERMINAL,
     "rich": TERMINAL,
+    "jinja2": "report",
+    "matplotlib": "report",
     "transformers": "modeling source data walk validate reopen calibration finetune evaluate cli",
     "accelerate": "finetune",
     "peft": "finetune",

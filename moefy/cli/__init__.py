@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, NoReturn
 
@@ -12,7 +13,9 @@ from moefy.cli.convert import convert
 from moefy.cli.export import gguf
 from moefy.cli.finetune import finetune
 from moefy.cli.inspect import families, inspect
+from moefy.cli.push import push
 from moefy.cli.report import report
+from moefy.cli.run import run
 from moefy.cli.signals import INTERRUPTED, interruptible
 from moefy.cli.verify import verify
 from moefy.errors import MoefyError
@@ -30,6 +33,9 @@ NO_MEMORY = "out of memory; lower --tokens or --sequence-length"
 
 def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # for what a terminal's locale lacks
     with interruptible():
         code = _run()
     sys.exit(code)
@@ -82,6 +88,8 @@ app.command()(finetune)
 app.command()(report)
 app.add_typer(exports, name="export")
 exports.command()(gguf)
+app.command()(push)
+app.command()(run)
 app.command()(verify)
 app.command()(inspect)
 app.command()(families)

@@ -15,8 +15,8 @@ from moefy.evaluate.prompts import read_prompts
 from moefy.evaluate.settings import Settings
 from moefy.evaluate.stages import finetuning
 from moefy.job import Watch
-from moefy.publish import write_json, write_text
-from moefy.report import report_page
+from moefy.publish import write_json
+from moefy.report import redraw
 from moefy.runs import open_run
 
 FORMAT = 2
@@ -28,7 +28,7 @@ USUAL = Settings()
 def evaluate(
     run: Path, settings: Settings = USUAL, *, watch: Watch = lambda *_: None
 ) -> dict[str, Any]:
-    """Measure what `settings` ask for; write `report.json` and `report.md` into `run/moefy`.
+    """Measure what `settings` ask for; write `report.json` and the pages drawn from it into `run`.
 
     All models run in the dtype they are stored in, on the CPU. What has been measured before, of
     the same weights, text and settings, is taken from `run/moefy/measured`. A part that fails is
@@ -58,8 +58,10 @@ def evaluate(
     report["failed"] = [
         line for one in conditions for line in gate.failures(one, report, bench.main)
     ]
-    write_text(run / "moefy" / "report.md", report_page(report))
     write_json(run / "moefy" / "report.json", report)
+    redraw(run)
+    if not report["texts"]:
+        raise MoefyError(f"no text was scored: {bench.not_run[0]['reason']}", code=5)
     return report
 
 

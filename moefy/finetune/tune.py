@@ -222,6 +222,8 @@ def _trainer(
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
         logging_first_step=True,
+        # Trainer cannot save the optimizer of a model that is shared among processes.
+        save_strategy="no" if settings.fsdp else "steps",
         save_steps=settings.save_every,
         eval_strategy="steps" if settings.measure_every else "no",
         eval_steps=settings.measure_every or None,

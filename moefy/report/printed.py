@@ -9,8 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from moefy.report.pages import SCORES, score_rows, seen_warnings, shape_text
-from moefy.report.terminal import show_table
+from moefy.report.draw import HTML
+from moefy.report.quality import SCORES, score_rows, seen_warnings
+from moefy.report.terminal import show_conversion, show_finetune, show_table
+from moefy.report.web import NO_PICTURES, can_draw
+from moefy.report.wording import shape_text
 
 COLOURS = {"pays": "green", "does not pay": "bold red", "not measured": "yellow"}
 
@@ -42,7 +45,25 @@ def show_report(report: Mapping[str, Any], run: Path) -> None:
         console.print(Text(("\n" if not number else "") + one["sentence"], COLOURS[one["verdict"]]))
     for one in report["not_run"]:
         console.print(Text(f"Not run: {one['what']}: {one['reason']}", "yellow"))
-    console.print(f"\nReport: {run / 'moefy' / 'report.md'}", markup=False)
+    show_page(run)
+
+
+def show_page(run: Path) -> None:
+    """Print where the page of a report lies, and what it lacks."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"\nReport: {run / HTML}", markup=False)
+    if not can_draw():
+        console.print(f"Note: {NO_PICTURES}", markup=False)
+
+
+def show_run(stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print what every stage of a run came to."""
+    shown = {"convert": show_conversion, "finetune": show_finetune, "report": show_report}
+    for name, stage in stages.items():
+        folder = Path(stage["folder"])
+        print(f"{name}: {folder}" + (", done already" if stage["skipped"] else ""))
+        if not stage["skipped"]:
+            shown[name](stage["told"], folder)
 
 
 Table = tuple[Sequence[str], list[tuple[str, ...]], str]

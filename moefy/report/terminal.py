@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moefy.report.pages import shape_text
+from moefy.report.wording import shape_text
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
@@ -66,6 +66,19 @@ def show_export(made: Mapping[str, Any]) -> None:
     size = f"{made['bytes'] / 1e6:.1f} MB"
     console.print(f"{made['model_type']} as {made['type']}, {size}, {made['seconds']:.0f} s")
     console.print(f"File: {made['file']}", markup=False)
+
+
+def show_push(told: Mapping[str, Any]) -> None:
+    """Print what was sent to the Hub, or would be, and what was left out."""
+    console = Console(highlight=False, soft_wrap=True)
+    for name, size in told["files"].items():
+        console.print(f"  {size:>14,}  {name}", markup=False)
+    if told["left_out"]:
+        console.print(f"Left out: {', '.join(told['left_out'])}", markup=False)
+    done = f"{len(told['files'])} files, {told['bytes'] / 1e6:,.1f} MB"
+    where = told["repo"] + (f", branch {told['revision']}" if told["revision"] else "")
+    sent = f"Sent to {told['url']}" if told["url"] else f"Would be sent to {where}"
+    console.print(f"{sent}: {done}", markup=False)
 
 
 def show_checks(found: Mapping[str, Any]) -> None:

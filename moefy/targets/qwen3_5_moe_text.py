@@ -10,7 +10,6 @@ from typing import Any
 
 from moefy.layout import Shape
 from moefy.shape import any_shared
-from moefy.targets.qwen2_moe import SHARED_GATE
 from moefy.targets.target import (
     Dense,
     Split,
@@ -38,7 +37,7 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
         **{f"linear_{key}": config[f"linear_{key}"] for key in LINEAR},
         "layer_types": config["layer_types"],
         "head_dim": dense.head_dim,
-        "attention_bias": bool(dense.biases),
+        "attention_bias": bool(config.get("attention_bias")),  # the first layer may have none
         "tie_word_embeddings": dense.tied,
         "num_experts": shape.num_experts,
         "num_experts_per_tok": shape.experts_per_token,
@@ -51,7 +50,7 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
 
 def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one at `experts_per_token`."""
-    gate_1D = split.ffn.up_FD.new_full((1, split.ffn.hidden_size), SHARED_GATE, dtype=split.dtype)
+    gate_1D = split.ffn.up_FD.new_zeros((1, split.ffn.hidden_size), dtype=split.dtype)
     return {
         "mlp.gate.weight": split.scaled_ED,
         **expert_tensors(split, split.rounded(1 / split.experts_per_token)),
