@@ -50,7 +50,7 @@ def report(
         typer.Option(
             "--controls/--no-controls",
             help="Make all controls anew and refit them, which takes as long as the conversion "
-            "for each; or score none. (default: static, and other routers as written)",
+            "for each; or score none. (default: static, and an oracle that is not refitted)",
         ),
     ] = None,
     tasks: Annotated[
