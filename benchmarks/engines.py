@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import typer
-import xllamacpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moefy.evaluate.llama_cpp import serve, timings
 from moefy.export import export
 
 TASKS = ("decode 1", "decode 8", "prefill 512")
@@ -75,19 +75,6 @@ def exported(folder: Path, kind: str, work: Path) -> Path:
     return file
 
 
-def serve(file: Path, threads: int, *, parallel: int, context: int, exact: bool = False) -> Any:
-    """llama.cpp with one model, for `parallel` requests of `context` tokens at once."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(file)
-    params.n_ctx, params.n_parallel = parallel * context, parallel
-    params.warmup, params.verbosity = True, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    if exact:
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    return xllamacpp.Server(params)
-
-
 def measured(
     files: dict[Path, Path], rounds: int, new_tokens: int, threads: int
 ) -> dict[Path, dict[str, list[float]]]:
@@ -110,19 +97,18 @@ def measured(
 def one_round(server: Any, task: str, new_tokens: int, turn: int) -> float:
     """Tokens per second of one task, by the engine's own clock."""
     if task == "prefill 512":
-        return timings(server, PREFILL, 1, turn)["prompt_per_second"]
+        return timings(server, some_tokens(PREFILL, turn), 1)["prompt_per_second"]
     count = PARALLEL if task == "decode 8" else 1
+    prompts = [some_tokens(16, turn + number) for number in range(count)]
     with ThreadPoolExecutor(count) as pool:
-        done = list(pool.map(lambda n: timings(server, 16, new_tokens, turn + n), range(count)))
+        done = list(pool.map(lambda ids: timings(server, ids, new_tokens), prompts))
     return sum(t["predicted_n"] for t in done) / max(t["predicted_ms"] for t in done) * 1000
 
 
-def timings(server: Any, prompt: int, new_tokens: int, seed: int) -> dict[str, float]:
-    """What the engine says of one request of random tokens."""
+def some_tokens(count: int, seed: int) -> list[int]:
+    """Random token ids."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(100, 4000, (prompt,), generator=generator).tolist()
-    request = {"prompt": ids, "n_predict": new_tokens, "ignore_eos": True, "cache_prompt": False}
-    return server.handle_completions(request | {"temperature": 0.0})["timings"]
+    return torch.randint(100, 4000, (count,), generator=generator).tolist()
 
 
 def speed_row(folder: Path, kind: str, file: Path, own: dict, dense: dict) -> str:

@@ -22,8 +22,7 @@ import typer
 from moefy import data
 from moefy.convert import calibration_tokens, convert
 from moefy.evaluate.controls import load_model
-from moefy.evaluate.run import standard_error
-from moefy.evaluate.text import compare
+from moefy.evaluate.text import compare, standard_error
 from moefy.job import prepare
 from moefy.recipe import Recipe
 

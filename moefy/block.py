@@ -90,6 +90,7 @@ def convert_block(
     )
     if not profile.y_TD.isfinite().all() or not profile.energy_F.isfinite().all():
         raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
+    num_silent = int((profile.energy_F == 0).sum())
     generator = torch.Generator().manual_seed(seed)
     partition = method.split(ffn, profile, shape, generator=generator)
     router = _no_router(ffn)
@@ -120,12 +121,7 @@ def convert_block(
             down_DF, error = refit_experts(kept, profile, partition, router, k)
             kept = dataclasses.replace(kept, down_DF=down_DF)
     kept = dataclasses.replace(kept, down_DF=kept.down_DF.to(dtype).float())
-    y_TD = torch.cat(
-        [
-            h_TF.mul(_active(kept, partition, router, k, x, h_TF)) @ kept.down_DF.T
-            for x, h_TF, _ in chunks(kept, profile, "all")
-        ]
-    ).div_(profile.scale_T[:, None])
+    y_TD, tokens_E = _run(kept, profile, partition, router, k)
     figures = {
         "shared_neurons": len(partition.shared_S),
         "experts": len(partition.experts_EN),
@@ -136,6 +132,8 @@ def convert_block(
         "error_after_refit_on_fitting_tokens": fitted.error_fit,
         "refit_strength": fitted.strength,
         **shares,
+        **({"fit_tokens": tokens_E, "least_tokens": min(tokens_E)} if k else {}),
+        "silent_neurons": num_silent,
         "balance": list(router.balance),
         "seconds": round(time.perf_counter() - clock, 3),
     }
@@ -186,11 +184,18 @@ def captured(
     return figures
 
 
-def _active(
-    ffn: FFN, partition: Partition, router: Router, k: int, x_TD: Tensor, h_TF: Tensor
-) -> Tensor:
-    mask_TE = choose(partition, router, k, x_TD, h_TF) if k else x_TD.new_zeros(len(x_TD), 0)
-    return active_neurons(partition, mask_TE, ffn.num_neurons)
+def _run(
+    ffn: FFN, profile: Profile, partition: Partition, router: Router, k: int
+) -> tuple[Tensor, list[int]]:
+    """Outputs on all tokens (T, D), and how many of the fitting tokens go to each expert."""
+    outputs, masks = [], []
+    for x_TD, h_TF, _ in chunks(ffn, profile, "all"):
+        mask_TE = choose(partition, router, k, x_TD, h_TF) if k else x_TD.new_zeros(len(x_TD), 0)
+        active_TF = active_neurons(partition, mask_TE, ffn.num_neurons)
+        outputs.append(h_TF.mul(active_TF) @ ffn.down_DF.T)
+        masks.append(mask_TE)
+    tokens_E = torch.cat(masks)[: profile.num_fit].sum(0)
+    return torch.cat(outputs).div_(profile.scale_T[:, None]), [int(n) for n in tokens_E]
 
 
 def _no_router(ffn: FFN) -> Router:

@@ -31,14 +31,13 @@ grows with 1.15, but then 8 layers of SmolLM2-135M stay dense at 0.5 and the oth
 these save: dNLL 0.63 on text like the calibration's, against 0.54 with the 2 that a square says."""
 
 
-def settle(job: Job, tokens: Tokens, watch: Watch) -> tuple[Job, list[float]]:
+def settle(job: Job, loss_L: list[float]) -> Job:
     """Replace `layers = "auto"` by the layers to convert, and `active` by what they then have left.
 
     `active` counts all layers: those that stay dense take theirs from the others. The most
     sensitive layers stay dense, as many as promise the least loss, or fewer where no class that the
-    recipe admits can hold that. Also gives the sensitivities (see `sensitivities`).
+    recipe admits can hold that. `loss_L` is what `sensitivities` gives.
     """
-    loss_L = sensitivities(job, tokens, watch)
     order = sorted(range(job.num_layers), key=lambda layer: -loss_L[layer])
     best = min(range(job.num_layers), key=lambda n: _promised(loss_L, job.recipe.active, n))
     for num_dense in range(best, -1, -1):
@@ -49,7 +48,7 @@ def settle(job: Job, tokens: Tokens, watch: Watch) -> tuple[Job, list[float]]:
             active=round(_left(job.recipe.active, job.num_layers, num_dense), 6),
         )
         try:
-            return prepare(recipe), loss_L
+            return prepare(recipe)
         except MoefyError:
             if num_dense == 0:
                 raise

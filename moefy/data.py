@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.documents import documents, locate, require_utf8
+from moefy.documents import documents, id_rows, locate, require_utf8
 from moefy.errors import MoefyError
 
 LEAST_SEQUENCES = 8
@@ -23,6 +23,13 @@ SHORTEST_WINDOW = 64
 
 MOST_CHARACTERS = 2**28
 """What is read of a file or folder at most, so that a text larger than memory still works."""
+
+IDS = "input_ids"
+"""The field of rows that are tokenised already."""
+
+FEW_PIECES = 0.8
+"""A tokenizer with fewer pieces than this share of the embeddings is told of: tables are padded,
+but by less."""
 
 STREAM_CHARACTERS_PER_TOKEN = 64
 """What is read of a streamed data set per token wanted: enough to shuffle, little to fetch."""
@@ -76,23 +83,40 @@ def load(
     # More than is used, so that the held-out part can skip to the start of a document.
     wanted = num_sequences * room + 4 * length
     parts = _gather(tokenizer, texts, share=4 * length, wanted=wanted)
-    num_found = sum(len(ids) for ids in parts)
-    usable = min(num_sequences, num_found // room)
-    if usable < LEAST_SEQUENCES:
-        raise MoefyError(
-            f"{source}: {num_found:,} tokens in {len(parts):,} documents make {usable} sequences "
-            f"of {length}; expected at least {LEAST_SEQUENCES} (7 to fit on, 1 held out); give "
-            "more text or a shorter length"
-        )
-    if usable < num_sequences:
-        notes.append(f"asked for {num_tokens:,} tokens, the text gave {num_found:,}")
+    usable, fewer = _usable(source, parts, room, num_sequences, num_tokens)
     num_heldout = _num_heldout(usable, heldout)
     ids_BN, num_documents, shared = _pack(parts, room, usable - num_heldout, num_heldout)
-    if shared:
-        notes.append("held-out and other sequences share a document: the text has few documents")
     _require_rows(ids_BN, vocab_size)
     ids_BT = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(usable, -1), ids_BN], 1)
+    notes += [*fewer, *shared]
     return Tokens(ids_BT, num_heldout, source, _digest(ids_BT), num_documents, tuple(notes))
+
+
+def load_ids(
+    source: str,
+    *,
+    num_tokens: int,
+    length: int,
+    seed: int,
+    heldout: float = 1 / 8,
+    vocab_size: int | None = None,
+) -> Tokens:
+    """Pack rows of token ids, under `IDS`, for which no tokenizer is needed, as `load` does texts.
+
+    The rows are shuffled and joined as they are: special tokens are those that they hold.
+
+    Raises:
+        MoefyError: as `load`.
+    """
+    num_sequences = _num_sequences(num_tokens, length)
+    rows = list(id_rows(source, IDS))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    parts = [rows[index] for index in order]
+    usable, notes = _usable(source, parts, length, num_sequences, num_tokens)
+    num_heldout = _num_heldout(usable, heldout)
+    ids_BT, num_documents, shared = _pack(parts, length, usable - num_heldout, num_heldout)
+    _require_rows(ids_BT, vocab_size)
+    return Tokens(ids_BT, num_heldout, source, _digest(ids_BT), num_documents, (*notes, *shared))
 
 
 def sample(
@@ -203,6 +227,22 @@ def _num_sequences(num_tokens: int, length: int) -> int:
     return num_tokens // length
 
 
+def _usable(
+    source: str, parts: list[list[int]], room: int, num_sequences: int, num_tokens: int
+) -> tuple[int, list[str]]:
+    """Give how many sequences of `room` tokens the documents make, and a note if that is fewer."""
+    num_found = sum(len(ids) for ids in parts)
+    usable = min(num_sequences, num_found // room)
+    if usable < LEAST_SEQUENCES:
+        raise MoefyError(
+            f"{source}: {num_found:,} tokens in {len(parts):,} documents make {usable} sequences "
+            f"of {room}; expected at least {LEAST_SEQUENCES} (7 to fit on, 1 held out); give "
+            "more text or a shorter length"
+        )
+    few = f"asked for {num_tokens:,} tokens, the text gave {num_found:,}"
+    return usable, [few] if usable < num_sequences else []
+
+
 def _num_heldout(num_sequences: int, heldout: float) -> int:
     """Give how many of the sequences are held out: at least one, and never all."""
     return min(max(1, round(heldout * num_sequences)), num_sequences - 1)
@@ -290,12 +330,11 @@ def _shares(tokenizer: Any, text: str, share: int) -> Iterator[list[int]]:
 
 def _pack(
     parts: list[list[int]], room: int, num_fit: int, num_heldout: int
-) -> tuple[Tensor, int, bool]:
+) -> tuple[Tensor, int, list[str]]:
     """Cut documents in a row into sequences of `room` ids; the held-out ones come last.
 
     The held-out part starts at the first document that the others leave whole, or as late as the
-    text allows. Gives the sequences, the number of documents in them, and whether one document is
-    in both parts.
+    text allows. Gives the sequences, the number of documents in them, and a note if one is in both.
     """
     starts = torch.tensor([0] + [len(ids) for ids in parts]).cumsum(0)[:-1]
     stream = torch.tensor([token for ids in parts for token in ids], dtype=torch.int64)
@@ -304,7 +343,8 @@ def _pack(
     begin = min([start for start in starts.tolist() if start >= cut] + [latest])
     end = begin + num_heldout * room
     ids_BN = torch.cat([stream[:cut], stream[begin:end]]).view(-1, room)
-    return ids_BN, int((starts < end).sum()), begin not in starts.tolist()
+    shared = "held-out and other sequences share a document: the text has few documents"
+    return ids_BN, int((starts < end).sum()), [] if begin in starts.tolist() else [shared]
 
 
 def _starts(model: Any, tokenizer: Any, num: int, generator: torch.Generator) -> Tensor:
@@ -362,9 +402,29 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise MoefyError(
             f"{folder} has no tokenizer that loads ({reason}); copy the model's files there"
         ) from None
+
+
+def vocabulary_notes(tokenizer: Any, num_rows: int) -> list[str]:
+    """Warnings on a tokenizer that does not fit a model of `num_rows` embeddings.
+
+    Raises:
+        MoefyError: code 3, when it has more pieces than the model has embeddings. Added tokens are
+            only warned of: some models have one for pictures, which text never gives.
+    """
+    own, most = int(tokenizer.vocab_size), max(tokenizer.get_vocab().values(), default=0)
+    if own > num_rows:
+        raise MoefyError(
+            f"the tokenizer has {own} pieces, the model {num_rows} embeddings; expected the "
+            "tokenizer that belongs to the model"
+        )
+    if most >= num_rows:
+        return [f"the tokenizer has added tokens up to id {most}, the model {num_rows} embeddings"]
+    if most < FEW_PIECES * num_rows:
+        return [f"the tokenizer has {most + 1} pieces for {num_rows} embeddings: is it the model's"]
+    return []

@@ -35,7 +35,9 @@ def documents(source: str, *, text_field: str = "text") -> Iterator[str]:
     if path is None:
         texts = _streamed(source, text_field)
     elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        files = sorted(
+            file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()
+        )
         texts = chain.from_iterable(_stored(file, text_field) for file in files)
     else:
         texts = _stored(path, text_field)
@@ -50,6 +52,32 @@ def documents(source: str, *, text_field: str = "text") -> Iterator[str]:
             f"{source}: {num_read} documents or rows and no text in them; expected UTF-8 text "
             f"(of a folder: {', '.join(SUFFIXES)} files); give another text"
         )
+
+
+def id_rows(source: str, field: str) -> Iterator[list[int]]:
+    """Yield the rows of token ids, none of them empty, of a JSONL file or a folder of such files.
+
+    Raises:
+        MoefyError: code 3 for a source that is missing, not valid JSONL, or holds no ids.
+    """
+    path = locate(source)
+    files = [] if path is None else [path]
+    if path is not None and path.is_dir():
+        files = sorted(file for file in path.rglob("*.jsonl") if file.is_file())
+    num_found = 0
+    for file in files:
+        require_utf8(file)
+        with file.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{file}, line {number}"
+                ids = _value(_row(line, where), field, where) if line.strip() else []
+                if not isinstance(ids, list) or any(type(n) is not int or n < 0 for n in ids):
+                    raise MoefyError(f"{where}: {field!r} holds no list of token ids; expected one")
+                num_found += bool(ids)
+                if ids:
+                    yield ids
+    if not num_found:
+        raise MoefyError(f"{source}: no token ids; expected JSONL rows with them in {field!r}")
 
 
 def locate(source: str) -> Path | None:
@@ -76,7 +104,8 @@ def _stored(path: Path, text_field: str) -> Iterator[str]:
         if path.suffix == ".jsonl":
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _row_text(line, text_field, f"{path}, line {number}")
+                    where = f"{path}, line {number}"
+                    yield _text(_row(line, where), text_field, where)
         else:
             yield from _separated(lines)
 
@@ -94,8 +123,8 @@ def _separated(lines: Iterator[str]) -> Iterator[str]:
     yield "".join(document).strip("\n")
 
 
-def _row_text(line: str, text_field: str, where: str) -> str:
-    """Take the text out of one line of JSON."""
+def _row(line: str, where: str) -> dict[str, Any]:
+    """The object that is one line of JSON."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -103,17 +132,23 @@ def _row_text(line: str, text_field: str, where: str) -> str:
         raise MoefyError(f"{where}: not valid JSON ({reason}); expected an object") from error
     if not isinstance(row, dict):
         raise MoefyError(f"{where}: {type(row).__name__} found; expected an object with the text")
-    return _field(row, text_field, where)
+    return row
 
 
-def _field(row: dict[str, Any], text_field: str, where: str) -> str:
-    """Take the text out of a row; null is an empty text."""
-    if text_field not in row:
+def _value(row: dict[str, Any], field: str, where: str) -> Any:
+    """What a row holds in a field."""
+    if field not in row:
         fields = ", ".join(map(repr, row)) or "none"
         raise MoefyError(
-            f"{where}: no field {text_field!r}; the fields are {fields}; name one as the text field"
+            f"{where}: no field {field!r}; the fields are {fields}; name one as the text field"
         )
-    text = "" if row[text_field] is None else row[text_field]
+    return row[field]
+
+
+def _text(row: dict[str, Any], text_field: str, where: str) -> str:
+    """Take the text out of a row; null is an empty text."""
+    text = _value(row, text_field, where)
+    text = "" if text is None else text
     if not isinstance(text, str):
         raise MoefyError(
             f"{where}: field {text_field!r} holds {type(text).__name__}; expected a string; name "
@@ -137,7 +172,7 @@ def _streamed(source: str, text_field: str) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
         for row in rows:
-            yield _field(row, text_field, source)
+            yield _text(row, text_field, source)
     except (DatasetsError, HTTPError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MoefyError(

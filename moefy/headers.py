@@ -67,11 +67,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         MoefyError: code 3 when there is none, or none that can be read.
     """
-    return _read_json(regular_file(folder, CONFIG), MAX_CONFIG)
+    return read_json(regular_file(folder, CONFIG), MAX_CONFIG)
 
 
-def read_entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the checkpoint, as the headers of its shards have it."""
+def read_entries(folder: Path, *, ignore_index: bool = False) -> dict[str, Entry]:
+    """Every tensor of the checkpoint, as the headers of its shards have it.
+
+    An index must list the same tensors, unless it is to be ignored but for the files that it names.
+    """
     found = [name for name in (SINGLE, INDEX) if os.path.lexists(folder / name)]
     if not found:
         pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth"))
@@ -91,15 +94,18 @@ def read_entries(folder: Path) -> dict[str, Entry]:
         if twice := sorted(header.keys() & entries.keys()):
             raise damaged(f"{folder / shard} and another shard both hold {some(twice)}")
         entries |= header
-    if odd := sorted(entries.keys() ^ index.keys()):
+    if not ignore_index and (odd := sorted(entries.keys() ^ index.keys())):
         place = "listed but in no shard" if odd[0] in index else "in a shard but not listed"
-        raise damaged(f"{folder / INDEX} does not fit its shards: {odd[0]!r} is {place}")
+        raise MoefyError(
+            f"{folder / INDEX} does not fit its shards: {odd[0]!r} is {place}; fetch it again "
+            "(hf download), or go by the shards (--set ignore_index=true)"
+        )
     return entries
 
 
 def _weight_map(path: Path) -> dict[str, str]:
     """The file of every tensor as the index has it: plain names in the index's own folder."""
-    index = _read_json(path, MAX_INDEX).get("weight_map")
+    index = read_json(path, MAX_INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise damaged(f"{path} has no weight_map, or an empty one")
     for name in index.values():
@@ -156,7 +162,7 @@ def _entry(path: Path, name: str, spec: dict, offset: int) -> Entry:
     return Entry(path, spec["dtype"], shape, offset + start, offset + stop)
 
 
-def _read_json(path: Path, most: int) -> dict[str, Any]:
+def read_json(path: Path, most: int) -> dict[str, Any]:
     """The object in a JSON file of at most `most` bytes."""
     with path.open("rb") as file:
         data = file.read(most + 1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -24,7 +26,7 @@ from moefy.shards import DTYPES
 from moefy.source import resolve
 from moefy.targets.dense import narrower
 from moefy.targets.target import Dense, Target
-from moefy.validate import check_tensors, open_checkpoint
+from moefy.validate import beside, check_tensors, open_checkpoint
 from moefy.walk import model_config
 
 ENGINES = {
@@ -78,11 +80,18 @@ class Job:
         return self.family.task(self.checkpoint.config)
 
     @property
+    def stored_dtypes(self) -> list[str]:
+        """Dtype codes of the FFNs that are converted, each once."""
+        names = [name for layer in self.layers for name in self.family.ffn_names(layer)]
+        return sorted({self.checkpoint.entries[name].dtype for name in names})
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Of the FFN and router tensors that are written."""
+        """Of the FFN and router tensors that are written: as stored, and of several dtypes the one
+        that holds them all."""
         if self.recipe.dtype != "as-stored":
             return getattr(torch, self.recipe.dtype)
-        return DTYPES[self.checkpoint.entries[self.family.ffn_names(self.layers[0])[-1]].dtype]
+        return reduce(torch.promote_types, [DTYPES[code] for code in self.stored_dtypes])
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +113,9 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     """
     method = _method(recipe, control)
     _check_device(recipe.device)
-    checkpoint = open_checkpoint(resolve(recipe.model, revision=recipe.revision))
+    folder = resolve(recipe.model, revision=recipe.revision)
+    checkpoint = open_checkpoint(folder, ignore_index=recipe.ignore_index)
+    beside(folder)
     family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
     checkpoint, notes = check_tensors(checkpoint, family)
     num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
@@ -140,9 +151,10 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
         shape = pruned(shape)
     else:
         notes += serving_notes(target, dense, shape)
-    return Job(
-        recipe, checkpoint, family, dense, target, reason, shape, layers, method, tuple(notes)
-    )
+    job = Job(recipe, checkpoint, family, dense, target, reason, shape, layers, method, ())
+    if recipe.dtype == "as-stored":
+        notes += _dtype_notes(checkpoint, str(job.dtype).removeprefix("torch."))
+    return dataclasses.replace(job, notes=tuple(notes))
 
 
 def _check_writes(recipe: Recipe, method: Method, family: Family) -> None:
@@ -239,7 +251,24 @@ def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:
     if shape.expert_width % 128 and "vLLM" in target.engines:
         found = f"expert width {shape.expert_width}, no multiple of 128"
         notes.append(f"fused kernels of vLLM and SGLang may refuse {found}, or be slow")
+    if shape.expert_width % 8:
+        notes.append(
+            f"transformers runs experts of width {shape.expert_width}, no multiple of 8, only with "
+            "experts_implementation='eager'"
+        )
+    count = shape.num_experts
+    if count & (count - 1) and "vLLM" in target.engines:
+        notes.append(f"vLLM routes to {count} experts, no power of two, by a slower kernel")
     return notes
+
+
+def _dtype_notes(checkpoint: Checkpoint, dtype: str) -> list[str]:
+    """What becomes of several dtypes in one checkpoint."""
+    counts = Counter(entry.dtype for entry in checkpoint.entries.values())
+    if len(counts) < 2:
+        return []
+    found = ", ".join(f"{number} {code}" for code, number in sorted(counts.items()))
+    return [f"of {found} tensors each keeps its dtype; what is made of FFNs is {dtype}"]
 
 
 def _method(recipe: Recipe, control: bool) -> Method:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ ACTIVATIONS = {
     "swish": ("silu", {}),
     "gelu": ("gelu", {}),
     "relu": ("relu", {}),
+    "relu2": ("relu", {}),  # then squared
     "gelu_new": TANH,
     "gelu_fast": TANH,
     "gelu_pytorch_tanh": TANH,
@@ -103,14 +103,17 @@ class FFN:
 
     def activations(self, x_TD: Tensor) -> Tensor:
         """What every neuron answers to `x_TD`: act(gate x) * (up x), shape (T, F)."""
+        if self.gate_FD is not None:
+            return self._act(x_TD @ self.gate_FD.T).mul_(x_TD @ self.up_FD.T)
+        h_TF = x_TD @ self.up_FD.T
+        return self._act(h_TF if self.bias_F is None else h_TF.add_(self.bias_F))
+
+    def _act(self, h_TF: Tensor) -> Tensor:
         from torch.nn import functional
 
         name, options = ACTIVATIONS[self.activation]
-        act = partial(getattr(functional, name), **options)
-        if self.gate_FD is not None:
-            return act(x_TD @ self.gate_FD.T).mul_(x_TD @ self.up_FD.T)
-        h_TF = x_TD @ self.up_FD.T
-        return act(h_TF if self.bias_F is None else h_TF.add_(self.bias_F))
+        answer_TF = getattr(functional, name)(h_TF, **options)
+        return answer_TF.square_() if self.activation == "relu2" else answer_TF
 
     def some(self, neurons: Tensor, dtype: torch.dtype | None = None, scale: float = 1.0) -> FFN:
         """The FFN of some of the neurons, in that order; `down_DF` times `scale`, then cast."""

@@ -17,7 +17,7 @@ from moefy.layout import FFN, Partition
 from moefy.publish import write_json
 from moefy.shards import CODES, DTYPES, ShardWriter, Slot
 from moefy.targets.target import Dense, Split
-from moefy.validate import regular_file, scan_finite
+from moefy.validate import beside
 
 
 def slots(job: Job) -> dict[str, Slot]:
@@ -114,7 +114,6 @@ def copy(job: Job, writer: ShardWriter, watch: Watch) -> None:
     for done, (name, origin) in enumerate([*work.items(), *heads.items()], 1):
         entry = job.checkpoint.entries[origin]
         tensor = job.checkpoint.tensor(origin)
-        scan_finite(origin, tensor)
         written = {name: tensor} if name in heads else _rest(job, name, tensor)
         for new, value in written.items():
             if value is tensor and _stored(job, entry.dtype) == entry.dtype:
@@ -132,8 +131,8 @@ def copy(job: Job, writer: ShardWriter, watch: Watch) -> None:
             )
 
 
-def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> None:
-    """Write one converted FFN in the target's names and dtype.
+def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> list[str]:
+    """Write one converted FFN in the target's names and dtype; give the names.
 
     Raises:
         MoefyError: code 6, when a rescaled weight is not finite in that dtype.
@@ -141,24 +140,15 @@ def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> None
     prefix = job.target.prefix + job.family.layer.format(layer=layer)
     router_ED, k = block.router.weight_ED, job.shape.experts_per_token
     split = Split(block.ffn, block.partition, router_ED, k, job.dtype)
+    names = []
     for tail, tensor in job.target.tensors(split).items():
         if not torch.isfinite(tensor).all():
             raise MoefyError(
                 f"{prefix}{tail} overflows {job.dtype}; use --dtype bfloat16 or float32", code=6
             )
         writer.write(prefix + tail, tensor)
-
-
-KEEP = (
-    "tokenizer",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "chat_template",
-    "generation_config.json",
-)
-"""How the names of the files begin that are copied."""
+        names.append(prefix + tail)
+    return names
 
 
 def write_folder(job: Job, part: Path) -> None:
@@ -170,10 +160,7 @@ def write_folder(job: Job, part: Path) -> None:
     config["dtype"] = str(job.dtype).removeprefix("torch.")
     config["transformers_version"] = importlib.import_module("transformers").__version__
     folder = job.checkpoint.folder
-    named = [file for file in folder.iterdir() if file.name.startswith(KEEP)]
-    for file in sorted([*named, *folder.glob("additional_chat_templates/*.jinja")]):
-        if file.suffix != ".py":
-            place = part / file.relative_to(folder)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(regular_file(folder, str(file.relative_to(folder))), place)
+    for file in beside(folder):
+        (part / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / file, part / file)
     write_json(part / "config.json", config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,6 +46,10 @@ class Recipe:
     sequence_length: int = 512
     seed: int = 0
     dtype: str = "as-stored"
+    max_shard_size: str = "5GB"
+    """Bytes in a file of the result at most, as `save_pretrained` takes them: `5GB`, `200MiB`."""
+    ignore_index: bool = False
+    """Go by what the shards hold, not by what their index says of them."""
     device: str = "auto"
     partition_options: Mapping[str, Any] = field(default_factory=dict)
     router_options: Mapping[str, Any] = field(default_factory=dict)
@@ -53,8 +58,8 @@ class Recipe:
 DTYPES = ("as-stored", "float32", "bfloat16", "float16")
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
 TABLES = ("partition_options", "router_options")
-ADDED = ("made", "inputs", "finetune")
-"""Tables of a run's recipe that are no part of the conversion's."""
+ADDED = ("made", "inputs", "finetune", "report")
+"""Tables of a recipe that are no part of the conversion's: what a run adds, and later stages."""
 
 
 def build(file: Path | None, flags: Mapping[str, Any], settings: list[str]) -> Recipe:
@@ -142,6 +147,23 @@ def chosen_layers(text: str, num_layers: int) -> list[int]:
     return sorted(found)
 
 
+def shard_bytes(text: str) -> int:
+    """Bytes that a size like `5GB` stands for.
+
+    >>> shard_bytes("5GB"), shard_bytes("1.5 kb"), shard_bytes("2MiB")
+    (5000000000, 1500, 2097152)
+
+    Raises:
+        MoefyError: code 2, for what is no size, or less than a byte.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    number, prefix, binary = found.groups() if found else ("0", "", "")
+    size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
+    if size < 1 or (binary and not prefix):
+        raise MoefyError(f"--max-shard-size is {text!r}; expected a size like 5GB", code=2)
+    return size
+
+
 def nearest(word: str, known: list[str]) -> str:
     """`expected a, b, c`, and the likeliest of them when `word` looks like a typo."""
     close = difflib.get_close_matches(word, known, 1)
@@ -207,6 +229,7 @@ def _check_ranges(recipe: Recipe) -> None:
             raise MoefyError(f"{name} is {value}; expected at least {least}", code=2)
     if not 0 <= recipe.drift <= 1:
         raise MoefyError(f"drift is {recipe.drift:g}; expected a share from 0 to 1", code=2)
+    shard_bytes(recipe.max_shard_size)
     if recipe.seed >= 2**32:  # layers draw from seed * 1,000,003 + layer, which 64 bits must hold
         raise MoefyError(f"--seed is {recipe.seed}; expected less than {2**32}", code=2)
 
@@ -218,7 +241,9 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    # In a locale that is not UTF-8, names of files have stand-ins for their bytes.
+    text = str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     escaped = "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped)
     return f'"{escaped}"'
 

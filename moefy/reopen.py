@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from moefy.errors import MoefyError
 from moefy.headers import read_header
-from moefy.walk import auto_class, some_layers, states_of
+from moefy.walk import auto_class, runnable, some_layers, states_of
 
 TOLERANCE = 0.1
 """Greatest mean relative error of a token's last hidden state. Router gates deviate from one by
@@ -26,7 +26,7 @@ large one as stored."""
 def reopen(
     folder: Path,
     ids_T: Tensor,
-    ends: list[Tensor],
+    ends: Sequence[Tensor | None],
     *,
     layer: str = "model.layers.{layer}.",
     task: str = "ForCausalLM",
@@ -34,10 +34,10 @@ def reopen(
 ) -> dict[str, Any]:
     """Load `folder` with its stock class and compare hidden states with those of the conversion.
 
-    `ends[l]` holds the states (T, D) that left layer l on the sequence `ids_T`. As many layers are
-    loaded as fit in memory that does not grow with the model. `layer` is the prefix of a layer's
-    names, `task` what the model is for. `prepare` may put a router that cannot be written into the
-    loaded model.
+    `ends[l]` holds the states (T, D) that left layer l on the sequence `ids_T`, if they are known.
+    As many layers are loaded as fit in memory that does not grow with the model. `layer` is the
+    prefix of a layer's names, `task` what the model is for. `prepare` may put a router that cannot
+    be written into the loaded model.
 
     Raises:
         MoefyError: code 6, for missing, unexpected or mismatched keys, or other hidden states.
@@ -72,18 +72,27 @@ def reopen(
     ids_1T = ids_T[None]
     more = {"ForCausalLM": {"logits_to_keep": 1}, "ForSeq2SeqLM": {"decoder_input_ids": ids_1T}}
     with torch.inference_mode():
-        prepare(model.eval())(ids_1T, **more.get(task, {}))
-    expected_TD = ends[layers - 1].cpu()
-    # Token by token: a few tokens with huge states would hide the others in one norm.
-    wrong_T = (seen[0][0].float() - expected_TD).norm(dim=1) / expected_TD.norm(dim=1)
-    error = float(wrong_T.mean())
-    if not error <= TOLERANCE:
+        prepare(runnable(model.eval()))(ids_1T, **more.get(task, {}))
+    found_TD, end_TD = seen[0][0].float(), ends[layers - 1]
+    error = None if end_TD is None else _error(found_TD, end_TD.cpu())
+    if not found_TD.isfinite().all() or not (error is None or error <= TOLERANCE):
         raise MoefyError(
             f"the written folder computes other hidden states than the conversion did "
-            f"(relative error {error:.3g}, expected at most {TOLERANCE})",
+            f"(relative error {error or float('nan'):.3g}, expected at most {TOLERANCE})",
             code=6,
         )
-    return {"class": type(model).__name__, "layers": layers, "hidden_state_error": error}
+    return {
+        "class": type(model).__name__,
+        "layers": layers,
+        "hidden_state_error": error,
+        "prefix": layer,
+    }
+
+
+def _error(found_TD: Tensor, expected_TD: Tensor) -> float:
+    """Mean over tokens, for a few of them with huge states would hide the others in one norm."""
+    wrong_T = (found_TD - expected_TD).norm(dim=1) / expected_TD.norm(dim=1)
+    return float(wrong_T.mean())
 
 
 def _fitting_layers(folder: Path, num_layers: int, prefix: str) -> int:

@@ -6,6 +6,7 @@ and not what was touched.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from moefy.errors import MoefyError
 from moefy.headers import BYTES, Entry
-from moefy.publish import BLOCK, write_json
+from moefy.publish import BLOCK, hexdigest, sync, write_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -87,6 +88,8 @@ class ShardWriter:
     """Writes tensors in any order into shards whose layout is known from the start.
 
     A shard's header is written last, by `finish`: until then no file can be mistaken for a model.
+    With `resume` what an earlier writer of the same layout has left in `folder` stays, for `keep`
+    to be asked about.
     """
 
     def __init__(
@@ -96,9 +99,12 @@ class ShardWriter:
         *,
         name: str = "model",
         shard_bytes: int = 5 * 10**9,
+        resume: bool = False,
     ) -> None:
         self.folder, self.name = folder, name
         self.total_bytes = sum(slot.num_bytes for slot in slots.values())
+        self.digests: dict[str, str] = {}
+        """SHA-256 of every tensor that is written."""
         self._slots = slots
         self._shards = _shards(slots, shard_bytes)
         self._where: dict[str, tuple[Path, int]] = {}
@@ -115,7 +121,7 @@ class ShardWriter:
             for key in group:
                 self._where[key] = (file, start)
                 start += slots[key].num_bytes
-            with file.open("wb") as out:
+            with file.open("r+b" if resume and file.exists() else "wb") as out:
                 out.truncate(start)
         self._left = set(slots)
 
@@ -123,8 +129,7 @@ class ShardWriter:
         """Put one tensor in its place; it must have the dtype and shape of its slot."""
         slot = self._slots[name]
         assert CODES[tensor.dtype] == slot.dtype and tuple(tensor.shape) == slot.shape, name
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        self._put(name, [data.numpy().data])
+        self._put(name, [_bytes(tensor)])
 
     def copy(self, name: str, entry: Entry) -> None:
         """Copy a tensor's bytes from the file it lies in, block by block."""
@@ -133,11 +138,31 @@ class ShardWriter:
 
     def _put(self, name: str, blocks: Iterable) -> None:
         file, start = self._where[name]
+        digest = hashlib.sha256()
         with file.open("r+b") as out:
             out.seek(start)
             for block in blocks:
                 out.write(block)
+                digest.update(block)
+        self.digests[name] = digest.hexdigest()
         self._left.discard(name)
+
+    def sync(self, names: Iterable[str]) -> dict[str, str]:
+        """Flush the files that hold these tensors to disk; give the tensors' digests."""
+        found = {name: self.digests[name] for name in names}
+        for file in sorted({self._where[name][0] for name in found}):
+            sync(file)
+        return found
+
+    def keep(self, digests: Mapping[str, str]) -> bool:
+        """Whether an earlier writer has put these tensors in place; if so they count as written."""
+        for name, digest in digests.items():
+            file, start = self._where[name]
+            if hexdigest(file, start, start + self._slots[name].num_bytes) != digest:
+                return False
+        self.digests |= digests
+        self._left -= digests.keys()
+        return True
 
     def finish(self) -> list[Path]:
         """Write headers and the index, and flush all to disk. Returns the files written."""
@@ -155,6 +180,25 @@ class ShardWriter:
             }
             files.append(write_json(self.folder / f"{self.name}.safetensors.index.json", index))
         return files
+
+
+def sha256(tensor: Tensor) -> str:
+    """Hexadecimal SHA-256 of a tensor's bytes as they are stored."""
+    return hashlib.sha256(_bytes(tensor)).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def save(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write tensors as `name`.safetensors, flushed to disk; give their digests."""
+    slots = {key: Slot(CODES[t.dtype], tuple(t.shape)) for key, t in tensors.items()}
+    writer = ShardWriter(folder, slots, name=name, shard_bytes=2**62)
+    for key, tensor in tensors.items():
+        writer.write(key, tensor)
+    writer.finish()
+    return writer.digests
 
 
 def _blocks(entry: Entry) -> Iterator[bytes]:

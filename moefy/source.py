@@ -24,7 +24,9 @@ DEMO_FOLDER = f"smollm2-135m-instruct-{DEMO_VERSION}"
 DEMO_BYTES = 300 * 10**6
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-"""What is fetched of a hub repository: never pickles, never code."""
+HUB_FILES += ["README.md", "LICENSE*", "LICENCE*", "NOTICE*"]
+"""What is fetched of a hub repository: never pickles, never code; the licence, which the result
+inherits."""
 
 
 def resolve(model: str, *, revision: str | None = None, fetch: bool = True) -> Path:

@@ -1,31 +1,55 @@
 """Is this folder a dense checkpoint that can be converted? Asked before any work begins.
 
 `open_checkpoint` reads configuration and headers, `check_tensors` compares them with the stock
-class, `scan_finite` looks at values as they pass.
+class. Values are looked at by `scan`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moefy import families
 from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
 from moefy.families.family import Family
-from moefy.headers import CONFIG, Entry, damaged, read_config, read_entries, some
-from moefy.headers import regular_file as regular_file
+from moefy.headers import (
+    CONFIG,
+    MAX_INDEX,
+    Entry,
+    damaged,
+    read_config,
+    read_entries,
+    read_json,
+    regular_file,
+    some,
+)
 from moefy.layout import ACTIVATIONS
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 SIZES = "hidden_size num_hidden_layers num_attention_heads vocab_size".split()
+KEEP = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "generation_config.json",
+    "LICENSE",
+    "LICENCE",
+    "NOTICE",
+)
+"""How the names of the files begin that are copied."""
+
+SETTINGS = ("tokenizer_config.json", "generation_config.json")
+ADAPTER = "adapter_config.json"
+MOST_LABELS = 10**6
 Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -38,8 +62,10 @@ KINDS = {
 """What an unsupported configuration is, by what its keys, type and architectures contain."""
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, ignore_index: bool = False) -> Checkpoint:
     """Read the configuration and headers of a dense checkpoint; build no module and run no code.
+
+    With `ignore_index` an index names the files, and they say themselves what they hold.
 
     Raises:
         MoefyError: code 3 when the files are damaged, incomplete, contradict each other or lie
@@ -52,7 +78,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = family.sized(config)
     if reason := _wrong_size(config):
         raise damaged(f"{path} is wrong: {reason}")
-    entries = {family.named(name): entry for name, entry in read_entries(folder).items()}
+    stored = read_entries(folder, ignore_index=ignore_index)
+    entries = {family.named(name): entry for name, entry in stored.items()}
     for name, entry in entries.items():
         if entry.dtype not in FLOATS and not re.search(family.unread, name):
             found = f"tensor {name!r} in {entry.file} is stored as {entry.dtype}"
@@ -64,27 +91,60 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _unsupported(path: Path, config: Config) -> str | None:
     """Why a configuration, whole or not, is of a kind that cannot be converted; None if it can."""
     if config.get("auto_map"):
-        return "it needs code of its own (auto_map), which is never run"
+        return f"it brings code of its own (auto_map), which is never run{_stock(config)}"
     # transformers would fetch and run a kernel from the hub under a name with a slash.
-    if any("/" in str(config[key]) for key in config if key.endswith("_implementation")):
+    if any("/" in str(config[key]) for key in config if "_implementation" in key):
         return "it needs a kernel of its own (attn_implementation), which is never run"
+    # transformers would open these in the place of the weights that are converted.
+    if config.get("transformers_weights"):
+        return "it names weights of its own (transformers_weights); rename them model.safetensors"
+    if os.path.lexists(path.with_name(ADAPTER)):
+        return f"an adapter lies beside it ({ADAPTER}); merge it first (merge_and_unload)"
     if config.get("quantization_config") or config.get("quantization"):
         return "it is quantised (quantization_config); dequantise it first"
     model_type, known = config.get("model_type"), families.names()
     if not isinstance(model_type, str):
-        raise damaged(f"{path} has no model_type, expected one of {', '.join(known)}")
+        raise damaged(f"{path} has no model_type, expected one that `moefy families` lists")
     if model_type not in known:
         marks = f"{model_type} {config.get('architectures')} {[k for k, v in config.items() if v]}"
         kinds = [kind for kind, pattern in KINDS.items() if re.search(pattern, marks)]
         near = [] if kinds else difflib.get_close_matches(model_type, known, n=1)
         found = f"model_type {short(model_type)} is {[*kinds, 'unknown'][0]}"
         guess = f"; the nearest is {near[0]}" if near else ""
-        return f"{found}; supported dense families: {', '.join(known)}{guess}"
+        return f"{found}; `moefy families` lists the {len(known)} that are supported{guess}"
     family = families.load(model_type, config)
     if str(activation := config.get(family.activation, "silu")) not in ACTIVATIONS:
         found = f"{family.activation} is {short(activation)}"
         return f"{found}, expected one of {', '.join(ACTIVATIONS)}"
+    both = "ForSeq2SeqLM" in family.tasks
+    if bool(config.get("is_encoder_decoder", both)) != both:
+        return f"is_encoder_decoder is {not both}, which no {model_type} is"
     return family.refuse(dict(config))
+
+
+def beside(folder: Path) -> list[Path]:
+    """The files beside the weights that a conversion copies, relative to the folder.
+
+    Raises:
+        MoefyError: code 3 for one that is no regular file, and for settings that cannot be read;
+            code 4 where the tokenizer needs code of its own.
+    """
+    named = [file for file in folder.iterdir() if file.name.startswith(KEEP)]
+    found = sorted([*named, *folder.glob("additional_chat_templates/*.jinja")])
+    files = [file.relative_to(folder) for file in found if file.suffix != ".py"]
+    for file in files:
+        path = regular_file(folder, str(file))
+        if file.name in SETTINGS and read_json(path, MAX_INDEX).get("auto_map"):
+            reason = "it needs code of its own (auto_map), which is never run"
+            raise MoefyError(f"{path} cannot be used: {reason}", code=4)
+    return files
+
+
+def _stock(config: Config) -> str:
+    """What to do where transformers has a class of that name, and the code may be a copy of it."""
+    if config.get("model_type") not in families.names():
+        return ""
+    return f"; if it is a plain {config['model_type']} all the same, take auto_map out of {CONFIG}"
 
 
 def _wrong_size(config: Config) -> str | None:
@@ -96,6 +156,15 @@ def _wrong_size(config: Config) -> str | None:
         value = config.get(key)
         if type(value) is not int or value < 1:
             return f"{key} is {short(value)}, expected a whole number above 0"
+    try:
+        neurons = family.num_neurons(config)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        return f"the number of FFN neurons ({family.width}) cannot be told: {error!r}"
+    if neurons < 1:
+        return f"the number of FFN neurons ({family.width}) is {short(neurons)}"
+    labels = config.get("num_labels")  # of which transformers makes a table
+    if labels is not None and not (type(labels) is int and 0 <= labels <= MOST_LABELS):
+        return f"num_labels is {short(labels)}, expected a whole number up to {MOST_LABELS}"
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
     if heads > hidden or heads % groups:
@@ -129,7 +198,8 @@ def _attention(config: Config, prefix: str, entries: Mapping[str, Entry]) -> Sha
     """
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     groups = config.get("num_key_value_heads")
-    units = {"q_proj": heads, **({"k_proj": groups, "v_proj": groups} if groups else {})}
+    queries = heads * (2 if families.load(config["model_type"], config).gated_heads else 1)
+    units = {"q_proj": queries, **({"k_proj": groups, "v_proj": groups} if groups else {})}
     if f"{prefix}qkv_proj.weight" in entries:
         units = {"qkv_proj": heads + 2 * (groups or heads)}
     first, count = next(iter(units.items()))
@@ -137,7 +207,7 @@ def _attention(config: Config, prefix: str, entries: Mapping[str, Entry]) -> Sha
         return {}
     width = config.get("head_dim") or entries[f"{prefix}{first}.weight"].shape[0] // count
     expected = {f"{prefix}{part}.weight": (n * width, hidden) for part, n in units.items()}
-    out = f"{prefix}o_proj.weight"
+    out = f"{prefix}o_proj.weight"  # as wide as the heads, with or without their gates
     return expected | ({out: (hidden, heads * width)} if out in entries else {})
 
 
@@ -201,13 +271,3 @@ def _implied(checkpoint: Checkpoint, family: Family) -> tuple[Shapes, set[str]]:
     prefix = whole if task == "Model" and family.layer.startswith(whole) else ""
     shapes = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return shapes, set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
-
-
-def scan_finite(name: str, tensor: Tensor, *, ffn: bool = False) -> None:
-    """Refuse, with code 3, NaN and infinity, and with `ffn` a matrix of nothing but zeros."""
-    # In pieces: what is compared on the way is several times the size of the tensor.
-    pieces = tensor.reshape(-1).split(1 << 22)
-    if bad := tensor.numel() - sum(int(piece.isfinite().sum()) for piece in pieces):
-        raise damaged(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite")
-    if ffn and not any(piece.any() for piece in pieces):
-        raise damaged(f"tensor {name} is all zeros")

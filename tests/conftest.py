@@ -38,16 +38,31 @@ ONE_SLIDING = {
     "sliding_window": 16,
     "layer_types": ["full_attention", "sliding_attention"],
 }
+GROWING = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.5,
+}
 T5 = {"d_ff": 96, "d_kv": 16, "num_decoder_layers": 2, "decoder_start_token_id": 0}
 T5 |= {"pad_token_id": 0, "eos_token_id": 1}
 FAMILY = {
+    "arcee": {},
     "bert": {},
+    "camembert": {"pad_token_id": 1},
+    "cohere": {},
     "cohere2": ONE_SLIDING,
+    "cwm": {"head_dim": 8, **ONE_SLIDING},
     "distilbert": {"hidden_dim": 96},
     "ernie4_5": {"head_dim": 16},
+    "exaone": {},
+    "exaone4": ONE_SLIDING,
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, **ONE_SLIDING},
     "gemma3_text": {"head_dim": 16, **ONE_SLIDING},
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
     "gpt2": {"n_inner": 96},
     "gpt_neox": {},
     "granite": MULTIPLIERS,
@@ -59,22 +74,41 @@ FAMILY = {
         "shared_intermediate_size": 96,
         "mamba_n_heads": 2,
     },
+    "helium": {"head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "hyperclovax": MULTIPLIERS,
+    "internlm3": {"head_dim": 8},
+    "iquestcoder": {"head_dim": 8},
+    "jais2": {},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "llama": {},
     "ministral": {"head_dim": 8, **ONE_SLIDING},
+    "ministral3": {"head_dim": 8, "sliding_window": None, "rope_parameters": GROWING},
     "mistral": {"sliding_window": None},
     "mt5": T5,
+    "nemotron": {},
+    "olmo": {},
     "olmo2": {},
     "olmo3": ONE_SLIDING,
     "opt": {"ffn_dim": 96, "num_key_value_heads": 4},
+    "phi": {"num_key_value_heads": 4},
     "phi3": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},  # not hidden_size / num_attention_heads, as in real ones
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
     "roberta": {"pad_token_id": 1},
     "smollm3": {"no_rope_layers": [1, 0]},
+    "stablelm": {"use_qkv_bias": True},
     "starcoder2": {"sliding_window": None},
     "t5": T5,
+    "vaultgemma": {"head_dim": 16, **ONE_SLIDING},
     "xlm-roberta": {"pad_token_id": 1},
 }
 SPACE, NEWLINE = "\u0120", "\u010a"  # as byte-level tokenizers write them
@@ -154,9 +188,8 @@ def own_pico(pico, tmp_path) -> Callable[..., Path]:
     return copy
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory) -> Path:
-    """A text file of 40 documents, some 4,000 words, with two blank lines between documents."""
+def write_text(file: Path) -> None:
+    """Write 40 documents, some 4,000 words, with two blank lines between documents."""
     dice = random.Random(0)
 
     def sentence() -> str:
@@ -164,8 +197,14 @@ def text(tmp_path_factory) -> Path:
         return " ".join(words).capitalize() + "."
 
     documents = [" ".join(sentence() for _ in range(10)) for _ in range(40)]
-    file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n\n\n".join(documents) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """The file of `write_text`."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    write_text(file)
     return file
 
 

@@ -109,7 +109,8 @@ def test_the_recipe_that_is_kept_names_the_layers_and_gives_the_same_bytes(loud,
 def test_a_class_that_can_leave_no_layer_dense_converts_all(loud, text):
     job = job_of(loud, text, target="mixtral")
     assert any("measured first" in note for note in job.notes)
-    settled, loss_L = budget.settle(job, calibration_tokens(job, silent), silent)
+    loss_L = budget.sensitivities(job, calibration_tokens(job, silent), silent)
+    settled = budget.settle(job, loss_L)
     assert not any("measured first" in note for note in settled.notes)
     assert settled.layers == list(range(LAYERS)) and settled.recipe.active == 0.5
     assert len(loss_L) == LAYERS

@@ -240,7 +240,7 @@ def a_run(out: Path, content: str = "old") -> Path:
 
 def publish(out: Path, content: str = "new", **options) -> None:
     with publishing(out, **options) as part:
-        assert part.parent == out.parent
+        assert part.parent.parent == out.parent
         (part / "config.json").write_text(content)
 
 

@@ -30,8 +30,9 @@ from transformers import (
 from moefy import __version__, families
 from moefy.convert import convert
 from moefy.errors import MoefyError
-from moefy.evaluate.controls import changed, control_jobs
+from moefy.evaluate.controls import AS_WRITTEN, changed, control_jobs
 from moefy.evaluate.run import evaluate
+from moefy.evaluate.settings import Settings
 from moefy.evaluate.text import compare
 from moefy.job import Job, prepare
 from moefy.recipe import Recipe, build, read
@@ -468,6 +469,11 @@ def test_a_random_router_routes_worse(pico, converted):
     assert logits(converted(pico("llama"), tokens=4096, router="random")).isfinite().all()
 
 
+def few(texts, **more) -> Settings:
+    """Scores and text, and nothing that takes long."""
+    return Settings(texts=tuple(texts), effort="quick", speed=False, **more)
+
+
 @pytest.mark.parametrize(
     ("family", "recipe"),
     [
@@ -482,12 +488,16 @@ def test_a_random_router_routes_worse(pico, converted):
 )
 def test_an_evaluation_with_controls(family, recipe, pico, converted, text, tmp_path):
     run = Path(shutil.copytree(converted(pico(family), **recipe), tmp_path / "run"))
-    report = evaluate(run, [text], num_tokens=500, length=128)
+    report = evaluate(run, few([text], num_tokens=500, length=128, controls=True))
+    assert report["not_run"] == []
     rows = report["texts"]["text"]
-    routers = {"random router", "oracle router"}
+    routers = {"random router", "oracle router"} | AS_WRITTEN.keys()
     expected = routers if recipe.get("layers") else routers | {"static"}
-    assert rows.keys() == {"dense", "moe"} | expected
-    assert report["controls"].keys() == expected
+    assert rows.keys() == {"dense", "converted"} | expected
+    kinds = {label: told["kind"] for label, told in report["models"].items()}
+    assert kinds == {"dense": "dense", "converted": "converted"} | dict.fromkeys(
+        expected, "control"
+    )
     assert rows["dense"]["kl"] == 0 and rows["dense"]["dnll"] == 0
     for name in rows.keys() - {"dense"}:
         assert rows[name]["kl"] > 0 and 0 < rows[name]["top1_agreement"] < 1
@@ -499,12 +509,12 @@ def test_an_evaluation_with_controls(family, recipe, pico, converted, text, tmp_
     # By the losses that transformers itself computes.
     ids = AutoTokenizer.from_pretrained(run)(text.read_text()[: 8 * 500])["input_ids"][:500]
     windows = [torch.tensor(ids[at : at + 128]) for at in range(0, 500, 128)]
-    assert sum(len(window) - 1 for window in windows) == rows["moe"]["tokens"]
-    for name, folder in (("dense", pico(family)), ("moe", run)):
+    assert sum(len(window) - 1 for window in windows) == rows["converted"]["tokens"]
+    for name, folder in (("dense", pico(family)), ("converted", run)):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         with torch.inference_mode():
             losses = [model(w[None], labels=w[None]).loss * (len(w) - 1) for w in windows]
-        nll = float(sum(losses)) / rows["moe"]["tokens"]
+        nll = float(sum(losses)) / rows["converted"]["tokens"]
         assert rows[name]["perplexity"] == pytest.approx(torch.tensor(nll).exp().item(), rel=1e-4)
 
 
@@ -517,10 +527,12 @@ def test_an_evaluation_against_the_published_methods(family, pico, converted, te
     run = Path(shutil.copytree(converted(pico(family), **target), tmp_path / "run"))
     against = [*PUBLISHED, "partition=weights partition.restarts=2", "seed=1"]
     assert len(against) == 7
-    report = evaluate(run, [text], num_tokens=300, length=100, with_controls=False, against=against)
+    report = evaluate(
+        run, few([text], num_tokens=300, length=100, controls=False, against=tuple(against))
+    )
     rows = report["texts"]["text"]
-    assert list(rows) == ["dense", "moe", *against]
-    assert list(report["controls"]) == against
+    assert list(rows) == ["dense", "converted", *against]
+    assert [name for name, told in report["models"].items() if told["kind"] == "other"] == against
     assert all(row["kl"] > 0 for name, row in rows.items() if name != "dense")
     assert len({row["kl"] for row in rows.values()}) == len(rows)
     assert sorted(tmp_path.iterdir()) == [run]
@@ -552,8 +564,8 @@ def test_a_model_compared_with_itself(pico):
 def test_sequences_and_windows_shorter_than_what_is_looked_up(pico, converted, text, tmp_path):
     run = converted(pico("llama"), sequence_length=16)
     run = Path(shutil.copytree(run, tmp_path / "run"))
-    report = evaluate(run, [text], num_tokens=60, length=20, with_controls=False)
-    assert report["texts"]["text"]["moe"]["tokens"] == 57
+    report = evaluate(run, few([text], num_tokens=60, length=20, controls=False))
+    assert report["texts"]["text"]["converted"]["tokens"] == 57
 
 
 def test_activations_that_are_not_finite_are_refused(own_pico, a_job, tmp_path):
@@ -641,7 +653,9 @@ STAGES = ("calibration text", "copy", "layer 0", "layer 1", "layers")
 
 @pytest.mark.parametrize(("error", "force"), [(KeyboardInterrupt, True), (RuntimeError, False)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_interrupt_leaves_no_trace(error, stage, force, a_job, tmp_path):
+def test_an_interrupt_leaves_no_trace_where_nothing_is_to_be_kept(
+    error, stage, force, a_job, tmp_path
+):
     out = tmp_path / "place" / "out"
     out.parent.mkdir()
     if force:
@@ -658,9 +672,8 @@ def test_an_interrupt_leaves_no_trace(error, stage, force, a_job, tmp_path):
             raise error
 
     with pytest.raises(error):
-        convert(
-            a_job(calibration="self", tokens=64, sequence_length=8), out, force=force, watch=watch
-        )
+        job = a_job(calibration="self", tokens=64, sequence_length=8)
+        convert(job, out, force=force, keep=False, watch=watch)
     assert seen[-1].startswith(stage)
     assert listing(out.parent) == before
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moefy.evaluate.run import standard_error
-from moefy.evaluate.text import Score, compare, log_probabilities
+from moefy.evaluate.text import Score, compare, log_probabilities, standard_error
 
 
 @pytest.fixture(scope="module")

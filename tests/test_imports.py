@@ -11,20 +11,24 @@ import moefy
 PACKAGE = Path(moefy.__file__).parent
 ROWS = [
     "__init__",  # may import nothing of moefy, and all may import it: for the version
-    "errors layout modeling",
-    "profile shape headers publish",
+    "errors layout modeling coverage clock environment",
+    "profile shape headers lock",
+    "publish",
     "assign solve recipe shards source families pack",
-    "checkpoint",
+    "checkpoint state",
     "targets cluster balance",
     "partition route refit documents",
     "data",
-    "walk block oracle",
-    "validate reopen",
-    "job",
-    "output report describe budget",
+    "walk block oracle routing",
+    "validate reopen scan",
+    "job runs",
+    "memory",
+    "output report describe budget calibration",
+    "summary",
     "convert plan export",
     "finetune evaluate",
-    "progress",
+    "progress verify reproduce pipeline",
+    "push",
     "cli",
     "__main__",
 ]
@@ -33,7 +37,9 @@ TERMINAL = "cli __main__ progress report"
 ONLY_IN = {
     "typer": TERMINAL,
     "rich": TERMINAL,
-    "transformers": "modeling source data walk validate reopen convert finetune evaluate cli",
+    "jinja2": "report",
+    "matplotlib": "report",
+    "transformers": "modeling source data walk validate reopen calibration finetune evaluate cli",
     "accelerate": "finetune",
     "peft": "finetune",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import io
 import sys
 from typing import Annotated, NoReturn
 
@@ -13,7 +13,11 @@ from moefy.cli.convert import convert
 from moefy.cli.export import gguf
 from moefy.cli.finetune import finetune
 from moefy.cli.inspect import families, inspect
+from moefy.cli.push import push
 from moefy.cli.report import report
+from moefy.cli.run import run
+from moefy.cli.signals import INTERRUPTED, interruptible
+from moefy.cli.verify import verify
 from moefy.errors import MoefyError
 
 app = typer.Typer(
@@ -28,37 +32,46 @@ NO_MEMORY = "out of memory; lower --tokens or --sequence-length"
 
 
 def main() -> NoReturn:
+    """Run the command line and end the process with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # for what a terminal's locale lacks
+    with interruptible():
+        code = _run()
+    sys.exit(code)
+
+
+def _run() -> int:
     """Run the command line; a `MoefyError` becomes one line and its exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(prog_name="moefy", standalone_mode=False)
-        if code == 130:  # so typer tells of an interrupt
+        if code == INTERRUPTED:  # so typer tells of an interrupt
             raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
     except MoefyError as error:
-        code = _fail(str(error), error.code)
+        return _fail(str(error), error.code)
     except KeyboardInterrupt:
-        code = _fail("interrupted; nothing was written", 130)
+        return _fail("interrupted; nothing was written", INTERRUPTED)
     except typer.Exit as stop:
-        code = stop.exit_code
+        return stop.exit_code
     except MemoryError:
-        code = _fail(NO_MEMORY, 5)
+        return _fail(NO_MEMORY, 5)
     except BrokenPipeError:
         sys.stderr.close()
-        code = 141
+        return 141
     except RuntimeError as error:
         # torch has no exception of its own for a machine's memory that is used up.
         if "allocate memory" not in str(error) and "out of memory" not in str(error):
             raise
-        code = _fail(NO_MEMORY, 5)
+        return _fail(NO_MEMORY, 5)
     except OSError as error:
-        code = _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 5)
+        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 5)
     except Exception as error:
         # Typer's own complaints about flags carry a message and an exit code; nothing else does.
         if not hasattr(error, "format_message"):
             raise
         message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
-        code = _fail(message, 2) if message else 2  # there is none when help has been printed
-    sys.exit(code if isinstance(code, int) else 0)
+        return _fail(message, 2) if message else 2  # there is none when help has been printed
 
 
 @app.callback(invoke_without_command=True)
@@ -75,12 +88,11 @@ app.command()(finetune)
 app.command()(report)
 app.add_typer(exports, name="export")
 exports.command()(gguf)
+app.command()(push)
+app.command()(run)
+app.command()(verify)
 app.command()(inspect)
 app.command()(families)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> int:

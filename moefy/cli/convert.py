@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from moefy.cli.shared import Json, Quiet, quiet_libraries, show
+from moefy.cli.signals import INTERRUPTED
 from moefy.errors import MoefyError
+
+NO_RECIPE = "recipe reproduce settings plan force strict fresh as_json quiet out".split()
+"""Options that are no keys of a recipe."""
 
 
 def convert(
@@ -69,46 +75,117 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="as-stored, float32, bfloat16, float16. (default: as-stored)")
     ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Bytes in a file of OUT at most. (default: 5GB)")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda. (default: auto)")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with any of these.")] = None,
+    reproduce: Annotated[
+        Path | None,
+        typer.Option(help="recipe.toml of a run, to do it again and compare; takes OUT alone."),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="key=value, e.g. partition.rounds=6; may be repeated."),
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail where an expert sees too little text.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over where a stopped run could go on.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert the dense checkpoint MODEL into the MoE checkpoint OUT."""
-    flags = {
-        key: value
-        for key, value in locals().items()
-        if key not in ("recipe", "settings", "plan", "force", "as_json", "quiet", "out")
-    }
+    """Convert the dense checkpoint MODEL into the MoE checkpoint OUT.
+
+    If it is stopped, the same command goes on where it was.
+    """
+    flags = {key: value for key, value in locals().items() if key not in NO_RECIPE}
+    if reproduce:
+        given = [key for key, value in flags.items() if value is not None and key != "model"]
+        if recipe or settings or plan or strict or given or not model:
+            raise MoefyError("--reproduce RECIPE takes OUT, or MODEL OUT, and no settings", code=2)
+        place, where = (out, model) if out else (Path(model), None)
+        _reproduce(reproduce, place, where, force, fresh, as_json, quiet)
+        return
     from moefy.recipe import build
+    from moefy.source import resolve
+    from moefy.validate import open_checkpoint
 
     built = build(recipe, flags, settings or [])
+    if out is None and not plan:
+        raise MoefyError("no OUT given; expected `moefy convert MODEL OUT`", code=2)
+    # `prepare` asks it again, but behind seconds of imports, which a refusal need not wait for.
+    open_checkpoint(resolve(built.model, revision=built.revision), ignore_index=built.ignore_index)
     quiet_libraries()
     from moefy.job import prepare
 
-    if plan:
+    if plan or out is None:
         from moefy.plan import estimate
         from moefy.report import terminal
 
         show(estimate(prepare(built)), terminal.show_plan, as_json, quiet=False)
         return
-    if out is None:
-        raise MoefyError("no OUT given; expected `moefy convert MODEL OUT`", code=2)
     from moefy.convert import convert as run
     from moefy.progress import watching
-    from moefy.publish import check_free
 
-    check_free(out, force=force)
-    with watching(quiet=quiet) as watch:
-        summary = run(prepare(built), out, force=force, watch=watch)
+    with _resumable(out, force), watching(quiet=quiet) as watch:
+        summary = run(prepare(built), out, force=force, strict=strict, fresh=fresh, watch=watch)
     show(summary, lambda made: _made(made, out), as_json, quiet)
+
+
+def _reproduce(
+    recipe: Path,
+    out: Path,
+    model: str | None,
+    force: bool,
+    fresh: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    quiet_libraries()
+    from moefy.progress import watching
+    from moefy.reproduce import reproduce
+
+    with _resumable(out, force), watching(quiet=quiet) as watch:
+        made = reproduce(recipe, out, model=model, force=force, fresh=fresh, watch=watch)
+    show(made, lambda made: _made(made, out), as_json, quiet)
+    found = made["reproduced"]
+    if not found["same"]:
+        because = "; ".join(found["because"]) or "nothing else that is known of differs"
+        files = ", ".join(found["files_that_differ"])
+        raise MoefyError(f"{out} is not as {recipe} made it: {files} differ; {because}", code=6)
+    if not (quiet or as_json):
+        print(f"Reproduced: all files but the reports are those of {recipe}, byte for byte")
+
+
+@contextlib.contextmanager
+def _resumable(out: Path, force: bool) -> Iterator[None]:
+    """See that OUT may be written, and tell whoever interrupts the block how to go on."""
+    from moefy.publish import check_free, reclaim
+
+    try:
+        reclaim(out)
+        check_free(out, force=force)
+        yield
+    except KeyboardInterrupt:
+        raise MoefyError(_stopped(out), code=INTERRUPTED) from None
+
+
+def _stopped(out: Path) -> str:
+    """What to say to whoever has interrupted a conversion."""
+    from moefy.publish import reclaim
+    from moefy.state import unfinished
+
+    if reclaim(out):
+        return f"interrupted when {out} was whole already"
+    if (layers := unfinished(out)) is None:
+        return "interrupted; nothing was written"
+    return f"interrupted; {layers} layers are kept: run the same command again to go on from there"
 
 
 def _made(summary: dict[str, Any], out: Path) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from moefy.cli.shared import Json, Quiet, quiet_libraries, show
+from moefy.errors import MoefyError
+
+FAILED = 1
+"""Exit code when a condition of `--fail-if` holds."""
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder that `moefy convert` wrote.")],
+    run: Annotated[
+        Path, typer.Argument(help="Folder that `moefy convert` or `moefy finetune` wrote.")
+    ],
     text: Annotated[
         list[Path] | None,
         typer.Option(
@@ -21,41 +28,105 @@ def report(
     dense: Annotated[
         str | None, typer.Option(help="Dense model to compare with. (default: the run's)")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens per text.")] = 4096,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
-    controls: Annotated[
-        bool, typer.Option("--controls/--no-controls", help="Also make and score the controls.")
-    ] = True,
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="Also make and score another method, e.g. `partition=weights refit=false`; "
-            "may be repeated."
+            help="Another run's folder; or another method, made and scored, e.g. "
+            "`partition=weights refit=false`; may be repeated."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Scores and speed at batch 1 alone, on fewer tokens.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="More tokens, longer contexts, all controls refitted.")
+    ] = False,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens per text. (default: 4096; 2048 quick, 20480 full)")
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    controls: Annotated[
+        bool | None,
+        typer.Option(
+            "--controls/--no-controls",
+            help="Make all controls anew and refit them, which takes as long as the conversion "
+            "for each; or score none. (default: static, and other routers as written)",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, joined by commas, e.g. `piqa,arc_easy`.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of task files of your own, for --tasks.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Samples per task at most.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSONL file of prompts, with answers or without, to find regressions."),
+    ] = None,
+    robustness: Annotated[
+        bool | None,
+        typer.Option(
+            "--robustness/--no-robustness",
+            help="Score random tokens, cut-off prompts and long contexts. (default: unless quick)",
+        ),
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Measure tokens per second.")
+    ] = True,
+    engines: Annotated[
+        bool | None,
+        typer.Option(
+            "--llama-cpp/--no-llama-cpp",
+            help="Measure speed in llama.cpp, too. (default: if installed, unless quick)",
+        ),
+    ] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Exit with code 1 if this holds, e.g. `dnll>0.1 or dead>0`; may be repeated."
         ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare the converted model RUN with the dense model and with the controls."""
+    """Measure the run RUN against the dense model and the controls: quality, routing and cost."""
+    if quick and full:
+        raise MoefyError("--quick and --full are given; expected one of them", code=2)
+    for name, number in {"--tokens": tokens, "--limit": limit}.items():
+        if number is not None and number < 1:
+            raise MoefyError(f"{name} is {number}; expected 1 or more", code=2)
     quiet_libraries()
     from moefy.evaluate.run import evaluate
+    from moefy.evaluate.settings import Settings
     from moefy.progress import watching
 
+    settings = Settings(
+        texts=tuple(text or ()),
+        dense=dense,
+        against=tuple(against or ()),
+        effort="quick" if quick else "full" if full else "usual",
+        num_tokens=tokens,
+        length=sequence_length,
+        controls=True if full and controls is None else controls,
+        tasks=tuple(filter(None, (tasks or "").split(","))),
+        include=include_path,
+        limit=limit,
+        prompts=prompts,
+        robustness=robustness,
+        speed=speed,
+        engines=engines,
+        conditions=tuple(fail_if or ()),
+    )
     with watching(quiet=quiet) as watch:
-        found = evaluate(
-            run,
-            text or [],
-            dense=dense,
-            num_tokens=tokens,
-            length=sequence_length,
-            with_controls=controls,
-            against=against or [],
-            watch=watch,
-        )
+        found = evaluate(run, settings, watch=watch)
     show(found, lambda made: _reported(made, run), as_json, quiet)
+    if found["failed"]:
+        print(f"moefy: {'; '.join(found['failed'])}", file=sys.stderr)
+        raise typer.Exit(FAILED)
 
 
 def _reported(found: dict[str, Any], run: Path) -> None:
-    from moefy.report import terminal
+    from moefy.report import printed
 
-    terminal.show_report(found, run)
+    printed.show_report(found, run)

@@ -11,13 +11,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from moefy import routing
 from moefy.convert import convert
 from moefy.data import Tokens
 from moefy.errors import MoefyError
+from moefy.evaluate.reading import VERSIONS
+from moefy.evaluate.stages import Stage
+from moefy.evaluate.store import digest
 from moefy.job import Job, Watch, prepare
 from moefy.oracle import attach
 from moefy.recipe import Recipe, build, nearest
 from moefy.shape import pruned
+from moefy.walk import runnable
 
 MEANING = {
     "static": "the same number of neurons, chosen once for all tokens; refitted alike",
@@ -30,6 +35,14 @@ CHANGED = "by the run's own recipe, so changed"
 
 SHOWN = ("static", "random router", "oracle router")
 """The controls of a report; the others are for benchmarks."""
+
+AS_WRITTEN = {
+    "random router, as written": "the run's very weights behind random router rows; nothing was "
+    "refitted under them, so it says what the router is worth, not what chance could do",
+    "oracle router, as written": "the run's very weights, chosen by true output energy; nothing "
+    "was refitted under it: what a better router alone could reach, not a model",
+}
+"""Controls that take no conversion: the run's model with another router."""
 
 STATIC = {"partition": "static", "partition_options": {}, "target": "auto"} | dict.fromkeys(
     # Its shape is made from the run's; what was asked of the experts may not fit another class.
@@ -91,16 +104,97 @@ def control_jobs(recipe: Recipe, others: Mapping[str, Recipe]) -> dict[str, Job]
     }
 
 
+def control_stages(
+    recipe: Recipe,
+    others: Mapping[str, Recipe],
+    dense: Stage,
+    tokens: Tokens,
+    place: Path,
+    watch: Watch,
+) -> list[Stage]:
+    """The controls that take a conversion each, which is made in `place` when one is opened."""
+
+    def stage(number: int, name: str, job: Job) -> Stage:
+        def load() -> Any:
+            def named(what: str, done: int, total: int) -> None:
+                watch(f"{name}: {what}", done, total)
+
+            return make_control(job, place / str(number), tokens, named)
+
+        settings = dataclasses.asdict(job.recipe) | {"model": "", "device": "", "calibration": ""}
+        made_of = [settings, dataclasses.asdict(job.shape), tokens.sha256, dense.digest, VERSIONS]
+        kind = "control" if name in MEANING else "other"
+        active = job.shape.active_fraction
+        meaning = MEANING.get(name, CHANGED)
+        return Stage(name, kind, meaning, digest(made_of), load, active=active)
+
+    jobs = control_jobs(recipe, others)
+    return [stage(number, name, job) for number, (name, job) in enumerate(jobs.items())]
+
+
+def as_written(run: Stage, seed: int = 0) -> list[Stage]:
+    """The run's own weights behind a random router and behind an oracle."""
+    assert run.folder is not None
+    folder = run.folder
+
+    def by_lot() -> Any:
+        return randomised(load_model(folder), seed)
+
+    def by_energy() -> Any:
+        model = load_model(folder)
+        return attach(model, true_norms(model))
+
+    return [
+        Stage(name, "control", meaning, digest([name, seed, run.digest]), load, active=run.active)
+        for (name, meaning), load in zip(AS_WRITTEN.items(), (by_lot, by_energy), strict=True)
+    ]
+
+
+def randomised(model: Any, seed: int) -> Any:
+    """Replace the router rows of a loaded model by Gaussian ones, each as long as it was."""
+    generator = torch.Generator().manual_seed(seed)
+    for router in routing.routers(model).values():
+        for rows_ED in (p for p in router.parameters() if p.ndim == 2):
+            drawn_ED = torch.randn(rows_ED.shape, generator=generator)
+            length_E1 = rows_ED.data.float().norm(dim=1, keepdim=True)
+            drawn_ED *= length_E1 / drawn_ED.norm(dim=1, keepdim=True)
+            rows_ED.data.copy_(drawn_ED)
+    return model
+
+
+def true_norms(model: Any) -> dict[int, torch.Tensor]:
+    """What a neuron of each expert writes at activation one, squared, (E, N), by layer."""
+    return {
+        layer: experts.down_proj.detach().float().square().sum(1)
+        for layer, experts in routing.experts(model).items()
+    }
+
+
 def make_control(job: Job, out: Path, tokens: Tokens, watch: Watch) -> Any:
     """Convert with the tokens of the run, and load the result."""
-    convert(job, out, tokens=tokens, force=True, watch=watch)
+    convert(job, out, tokens=tokens, force=True, keep=False, watch=watch)
     return load_model(out)
 
 
 def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
-    """Load a model folder with its stock class; with norms, put the router they are of in."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return attach(model.eval(), dict(_norms(folder)))
+    """Load a model folder with its stock class; with norms, put the router they are of in.
+
+    Raises:
+        MoefyError: code 3, when transformers cannot, or when keys are missing or left over.
+    """
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged configuration makes transformers raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise MoefyError(f"transformers cannot open {folder}: {reason}") from error
+    model, info = found
+    if wrong := {kind: sorted(map(str, keys))[:3] for kind, keys in info.items() if keys}:
+        raise MoefyError(f"{folder} does not load cleanly: {wrong}; fetch or make it again")
+    return attach(runnable(model.eval()), dict(_norms(folder)))
 
 
 def _norms(folder: Path) -> Iterator[tuple[int, torch.Tensor]]:

@@ -1,62 +1,45 @@
-"""Measure a finished run against its dense model and its controls."""
+"""Measure a finished run against its dense model, its other stages, other runs and controls."""
 
 from __future__ import annotations
 
-import json
-import pydoc_data.topics
 import tempfile
-from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from moefy import __version__, data, families
 from moefy.errors import MoefyError
-from moefy.evaluate.controls import (
-    CHANGED,
-    MEANING,
-    SHOWN,
-    calibration_tokens,
-    changed,
-    control_jobs,
-    controls,
-    load_model,
-    make_control,
-)
-from moefy.evaluate.text import Score, compare
+from moefy.evaluate import advice, benchmarks, gate, parts
+from moefy.evaluate.bench import Bench, prepare
+from moefy.evaluate.prompts import read_prompts
+from moefy.evaluate.settings import Settings
+from moefy.evaluate.stages import finetuning
 from moefy.job import Watch
-from moefy.publish import write_json, write_text
-from moefy.recipe import Recipe, read
-from moefy.report import report_page
-from moefy.source import resolve
+from moefy.publish import write_json
+from moefy.report import redraw
+from moefy.runs import open_run
 
-PROMPT = "The main reason why the sea is salty is that"
+FORMAT = 2
+"""Of report.json."""
+
+USUAL = Settings()
 
 
 def evaluate(
-    run: Path,
-    texts: list[Path],
-    *,
-    dense: str | None = None,
-    num_tokens: int = 8192,
-    length: int = 1024,
-    with_controls: bool = True,
-    against: Sequence[str] = (),
-    watch: Watch = lambda *_: None,
+    run: Path, settings: Settings = USUAL, *, watch: Watch = lambda *_: None
 ) -> dict[str, Any]:
-    """Score dense, converted and control models on `texts`; write `report.json` and `report.md`.
+    """Measure what `settings` ask for; write `report.json` and the pages drawn from it into `run`.
 
-    Without texts, the standard library's own manual and sources are read. All models run in the
-    dtype they are stored in, on the CPU. The controls, and the methods `against` which the run is
-    to be held (see `changed`), are converted anew with the run's own calibration tokens, and
-    deleted.
+    All models run in the dtype they are stored in, on the CPU. What has been measured before, of
+    the same weights, text and settings, is taken from `run/moefy/measured`. A part that fails is
+    told under `not_run`, and the others go on.
 
     Raises:
-        MoefyError: code 2 when a method cannot be, code 3 when `run` is no whole run of moefy, or a
-            text is too short.
+        MoefyError: code 2 for what cannot be asked, code 3 when `run` or another is no whole run,
+            has another tokenizer than dense, or a text is too short, code 4 for a family that has
+            no next-token perplexity, code 5 when a program that was asked for is missing.
     """
+    conditions = [gate.parse(text) for text in settings.conditions]
     summary = open_run(run)
     if "ForCausalLM" not in families.load(summary["family"]).tasks:
         raise MoefyError(
@@ -64,122 +47,73 @@ def evaluate(
             "compared here; what each layer lost is in moefy/conversion.md",
             code=4,
         )
-    recipe = Recipe(**read(run / "moefy" / "recipe.toml"))
-    others = controls(recipe) if with_controls else {}
-    others = {name: other for name, other in others.items() if name in SHOWN}
-    others |= {changes: changed(recipe, changes) for changes in against}
-    jobs = control_jobs(recipe, others)
-    source = resolve(dense or recipe.model, revision=recipe.revision)
-    tokenizer = data.load_tokenizer(source)
+    prompts = read_prompts(settings.prompts) if settings.prompts else []
+    manager = benchmarks.check_tasks(settings.tasks, settings.include) if settings.tasks else None
     with tempfile.TemporaryDirectory(prefix=".moefy-report-", dir=run.resolve().parent) as place:
-        paths = texts or _own_texts(Path(place))
-        stems = [path.stem for path in paths]
-        windows = {
-            path.stem if stems.count(path.stem) == 1 else str(path): data.text_windows(
-                tokenizer, path, num_tokens=num_tokens, length=length
-            )
-            for path in paths
-        }
-        models: dict[str, Any] = {"moe": load_model(run)}
-        tokens = calibration_tokens(run, summary)
-        for name, job in jobs.items():
-            out = Path(place) / str(len(models))
-            models[name] = make_control(job, out, tokens, _named(watch, name))
-        reference = load_model(source)
-        scores = {
-            name: compare(reference, models, parts, watch=_on(watch, name))
-            for name, parts in windows.items()
-        }
-        report = {
-            "moefy": __version__,
-            "run": summary,
-            "controls": {name: MEANING.get(name, CHANGED) for name in jobs},
-            "texts": {name: _rows(rows) for name, rows in scores.items()},
-            "seen_in_calibration": {
-                name: data.overlap(tokens.ids_BT, parts) for name, parts in windows.items()
-            },
-            "generation": {
-                "prompt": PROMPT,
-                "dense": continuation(reference, tokenizer, PROMPT),
-                "moe": continuation(models["moe"], tokenizer, PROMPT),
-            },
-        }
-    write_text(run / "moefy" / "report.md", report_page(report))
+        bench = prepare(run, summary, settings, Path(place), watch)
+        report = _measured(bench, settings, prompts, manager)
+    if not report["texts"]:
+        raise MoefyError(f"no text was scored: {bench.not_run[0]['reason']}", code=5)
+    report["advice"] = advice.advice(report, bench.main)
+    report["failed"] = [
+        line for one in conditions for line in gate.failures(one, report, bench.main)
+    ]
     write_json(run / "moefy" / "report.json", report)
+    redraw(run)
+    if not report["texts"]:
+        raise MoefyError(f"no text was scored: {bench.not_run[0]['reason']}", code=5)
     return report
 
 
-def open_run(run: Path) -> dict[str, Any]:
-    """The conversion report of a finished run.
-
-    Raises:
-        MoefyError: code 3, when the folder holds none.
-    """
-    file = run / "moefy" / "conversion.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise MoefyError(
-            f"{run} is not a whole run of moefy (no readable {file.name} in its moefy/ folder); "
-            "expected a folder that `moefy convert` wrote"
-        ) from None
-
-
-def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 32) -> str:
-    """What a model writes after `prompt`, greedily, on one line."""
-    ids_1T = torch.tensor([tokenizer(prompt)["input_ids"]])
-    with torch.inference_mode():
-        out = model.generate(
-            ids_1T,
-            attention_mask=torch.ones_like(ids_1T),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    return " ".join(tokenizer.decode(out[0, ids_1T.shape[1] :], skip_special_tokens=True).split())
-
-
-def standard_error(score: Score, dense: Score) -> float | None:
-    """Standard error of the mean difference in NLL from dense, over several windows (paired)."""
-    tokens_W = torch.tensor(score.tokens_W, dtype=torch.float64)
-    difference_W = torch.tensor(score.nll_W, dtype=torch.float64)
-    difference_W -= torch.tensor(dense.nll_W, dtype=torch.float64)
-    count = len(tokens_W)
-    if count < 2:
-        return None
-    residual_W: Tensor = difference_W - tokens_W * (difference_W.sum() / tokens_W.sum())
-    return float(residual_W.square().sum().mul(count / (count - 1)).sqrt() / tokens_W.sum())
-
-
-def _rows(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
-    dense = scores["dense"]
-    return {
-        name: {
-            "perplexity": score.perplexity,
-            "dnll": score.nll - dense.nll,
-            "dnll_standard_error": standard_error(score, dense),
-            "kl": score.kl,
-            "top1_agreement": score.agreement,
-            "tokens": score.num_tokens,
-        }
-        for name, score in scores.items()
+def _measured(
+    bench: Bench, settings: Settings, prompts: list[dict[str, Any]], manager: Any
+) -> dict[str, Any]:
+    """All parts, each of which may fail without the others."""
+    report: dict[str, Any] = {
+        "moefy": __version__,
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "main": bench.main,
+        "run": bench.summary,
+        "runs": parts.other_runs(bench),
+        "models": {},
+        "texts": {},
+        "seen_in_calibration": {
+            name: data.overlap(bench.tokens.ids_BT, windows)
+            for name, windows in bench.windows.items()
+        },
+        "robustness": {},
+        "benchmarks": {},
+        "prompts": [],
+        "generation": [],
+        "routing": {},
+        "speed": {},
+        "finetune": {
+            stage.label: told for stage in bench.stages if (told := finetuning(stage)) is not None
+        },
+        "frontier": [],
+        "advice": [],
+        "not_run": bench.not_run,
+        "notes": bench.notes,
+        "seconds": bench.seconds,
     }
-
-
-def _own_texts(place: Path) -> list[Path]:
-    """Prose and code that every Python carries: its manual's topics, and a few of its modules."""
-    manual = place / "python-manual.txt"
-    write_text(manual, "\n\n\n".join(pydoc_data.topics.topics.values()))
-    library = Path(pydoc_data.__file__).parent.parent
-    modules = [library / name for name in ("argparse.py", "csv.py", "textwrap.py", "heapq.py")]
-    code = place / "python-library.txt"
-    write_text(code, "\n\n\n".join(path.read_text("utf-8") for path in modules if path.is_file()))
-    return [manual, code]
-
-
-def _named(watch: Watch, name: str) -> Watch:
-    return lambda stage, done, total: watch(f"{name}: {stage}", done, total)
-
-
-def _on(watch: Watch, name: str) -> Any:
-    return lambda done, total: watch(f"evaluate on {name}", done, total)
+    with bench.part("scores"):
+        report |= parts.quality(bench)
+    with bench.part("sizes"):
+        report["models"] = parts.models(bench, peak=settings.effort != "quick")
+    report["frontier"] = parts.frontier(bench, report["texts"])
+    if settings.wants(settings.robustness):
+        with bench.part("robustness"):
+            report["robustness"] = parts.robustness(bench, report["models"], settings)
+    with bench.part("generation"):
+        report["generation"] = parts.generation(bench)
+    if prompts:
+        with bench.part("prompts"):
+            report["prompts"] = parts.regression(bench, prompts)
+    for task in settings.tasks:
+        with bench.part(f"benchmark {task}"):
+            report["benchmarks"][task] = parts.benchmark(bench, task, manager, settings.limit)
+    if settings.speed is not False:
+        with bench.part("speed"):
+            parts.speed(bench, report, settings)
+    return report

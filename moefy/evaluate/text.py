@@ -55,34 +55,40 @@ def compare(
     models: Mapping[str, Any],
     windows: list[Tensor],
     *,
+    keep: int | None = None,
     watch: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Score]:
     """Score every model, and the dense one under the name "dense", on windows of token ids (T,).
 
     All see a window before the next one is taken, so the dense logits are computed once. `dense`
-    may also be a function from token ids (T,) to log-probabilities (T - 1, V).
+    may also be a function from token ids (T,) to log-probabilities (T - 1, V). With `keep`, only
+    the last so many tokens of each window are scored; those before them are context.
     """
     sums: dict[str, list[tuple[int, float, float, int]]] = {name: [] for name in ("dense", *models)}
     for done, ids_T in enumerate(windows, 1):
         reference_TV = (
-            dense(ids_T) if inspect.isfunction(dense) else log_probabilities(dense, ids_T)
+            dense(ids_T) if inspect.isfunction(dense) else log_probabilities(dense, ids_T, keep)
         )
         sums["dense"].append(_sums(reference_TV, reference_TV, ids_T))
         for name, model in models.items():
-            sums[name].append(_sums(log_probabilities(model, ids_T), reference_TV, ids_T))
+            sums[name].append(_sums(log_probabilities(model, ids_T, keep), reference_TV, ids_T))
         watch(done, len(windows))
     return {name: Score(*zip(*rows, strict=True)) for name, rows in sums.items()}
 
 
-def log_probabilities(model: Any, ids_T: Tensor) -> Tensor:
-    """Float32 log-probabilities of the next token at every place but the last, (T - 1, V)."""
+def log_probabilities(model: Any, ids_T: Tensor, keep: int | None = None) -> Tensor:
+    """Float32 log-probabilities of the next token at every place but the last, (T - 1, V).
+
+    With `keep`, of the last so many tokens.
+    """
+    some = {} if keep is None else {"logits_to_keep": min(keep + 1, len(ids_T))}
     with torch.inference_mode():
-        logits_TV = model(ids_T[None].to(model.device), use_cache=False).logits[0, :-1]
+        logits_TV = model(ids_T[None].to(model.device), use_cache=False, **some).logits[0, :-1]
         return logits_TV.float().log_softmax(-1)
 
 
 def _sums(log_p_TV: Tensor, reference_TV: Tensor, ids_T: Tensor) -> tuple[int, float, float, int]:
-    true_T1 = ids_T[1:, None].to(log_p_TV.device)
+    true_T1 = ids_T[-len(log_p_TV) :, None].to(log_p_TV.device)
     nll = -float(log_p_TV.gather(1, true_T1).sum())
     if log_p_TV is reference_TV:
         return len(true_T1), nll, 0.0, len(true_T1)
@@ -92,3 +98,19 @@ def _sums(log_p_TV: Tensor, reference_TV: Tensor, ids_T: Tensor) -> tuple[int, f
         kl += float(torch.linalg.vecdot(p_TV.exp(), p_TV - q_TV).sum())
         agree += int((p_TV.argmax(1) == q_TV.argmax(1)).sum())
     return len(true_T1), nll, kl, agree
+
+
+def standard_error(score: Score, dense: Score | None = None) -> float | None:
+    """Standard error of the mean NLL over several windows; with `dense`, of the difference from it.
+
+    The difference is paired: windows that are hard for both do not widen it.
+    """
+    tokens_W = torch.tensor(score.tokens_W, dtype=torch.float64)
+    sum_W = torch.tensor(score.nll_W, dtype=torch.float64)
+    if dense is not None:
+        sum_W -= torch.tensor(dense.nll_W, dtype=torch.float64)
+    count = len(tokens_W)
+    if count < 2:
+        return None
+    residual_W: Tensor = sum_W - tokens_W * (sum_W.sum() / tokens_W.sum())
+    return float(residual_W.square().sum().mul(count / (count - 1)).sqrt() / tokens_W.sum())

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moefy.errors import MoefyError
-from moefy.publish import sha256, sync_folder, write_json
+from moefy.publish import sha256, sync, write_json
 
 WHOLE = "whole.json"
 """Written last: digests of the other files, and what the run is."""
@@ -67,7 +67,7 @@ class Checkpointed:
             seal(staging / name, self.identity)
             shutil.rmtree(home / name, ignore_errors=True)
             (staging / name).rename(home / name)
-            sync_folder(home)
+            sync(home)
             for old in steps(home)[:-KEPT]:
                 shutil.rmtree(home / f"{PREFIX}{old}")
         self._wait()
@@ -99,7 +99,7 @@ def seal(folder: Path, identity: Mapping[str, Any]) -> None:
             os.fsync(written.fileno())
     digests = {file.name: sha256(file) for file in sorted(folder.iterdir())}
     write_json(folder / WHOLE, {"identity": dict(identity), "files": digests})
-    sync_folder(folder)
+    sync(folder)
 
 
 def steps(home: Path) -> list[int]:

@@ -37,6 +37,7 @@ from moefy.finetune.write import check_checkpoint, save, write_checkpoint
 from moefy.job import Watch
 from moefy.publish import check_free, publishing, sha256, write_json, write_text
 from moefy.recipe import render_table
+from moefy.report import model_card
 
 LOG = "finetune.jsonl"
 
@@ -113,9 +114,14 @@ def finetune(
     return summary
 
 
+def home_of(out: Path) -> Path:
+    """The folder of the checkpoints of an unfinished fine-tune to `out`."""
+    return out.with_name(f".{out.name}.moefy-finetune")
+
+
 def _home(out: Path, *, resume: bool, force: bool) -> Path:
     """The folder of the checkpoints."""
-    home = out.with_name(f".{out.name}.moefy-finetune")
+    home = home_of(out)
     if resume and not home.is_dir():
         raise MoefyError(f"nothing to resume: no {home}; start without --resume", code=7)
     if not resume and steps(home):
@@ -211,23 +217,10 @@ def _write_reports(
     write_text(folder / LOG, log.read_text("utf-8") if log.exists() else "")
     recipe = (opened.folder / "moefy" / "recipe.toml").read_text("utf-8").split(f"\n[{TABLE}]")[0]
     write_text(folder / "recipe.toml", recipe + render_table(TABLE, dataclasses.asdict(settings)))
-    card = opened.folder / "README.md"
-    if card.is_file():
-        write_text(part / "README.md", card.read_text("utf-8").rstrip("\n") + _card(summary))
+    write_text(part / "README.md", model_card(opened.summary, trained=summary))
     files = [*sorted(part.glob("*.safetensors")), part / "config.json"]
     summary["outputs"] = {file.name: sha256(file) for file in files}
     write_json(folder / "finetune.json", summary)
-
-
-def _card(summary: dict[str, Any]) -> str:
-    before, after = summary["validation"]["before"], summary["validation"]["after"]
-    return (
-        "\n\n## Fine-tuned\n\n"
-        f"After the conversion, on {summary['tokens']:,} tokens of `{summary['train']['source']}` "
-        f"by moefy {summary['moefy']}: the loss on text that was kept apart went from "
-        f"{before['loss']:.3f} to {after['loss']:.3f} nats per token. "
-        "Settings and figures: `moefy/finetune.json`.\n"
-    )
 
 
 def _version(name: str) -> str:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moefy.errors import MoefyError
-from moefy.publish import sync_folder
+from moefy.publish import sync
 
 Tick = Callable[[int, int], None]
 
@@ -123,7 +123,7 @@ def _write(file: Path, targets: Any, ids_BT: Tensor, batch: int, tick: Tick) -> 
         with part.open("rb") as written:
             os.fsync(written.fileno())
         part.replace(file)
-        sync_folder(file.parent)
+        sync(file.parent)
     finally:
         part.unlink(missing_ok=True)
 

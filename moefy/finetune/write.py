@@ -11,10 +11,10 @@ from torch import Tensor
 
 from moefy.errors import MoefyError
 from moefy.finetune.opened import Opened
-from moefy.headers import read_entries, some
-from moefy.output import KEEP
+from moefy.headers import CONFIG, read_entries, some
 from moefy.reopen import reopen
 from moefy.shards import DTYPES, ShardWriter, Slot, read
+from moefy.validate import beside
 from moefy.walk import states_of
 
 OF_RUN = ("recipe.toml", "conversion.json", "conversion.md", "calibration.safetensors")
@@ -47,11 +47,9 @@ def write_checkpoint(place: Path, opened: Opened, part: Path) -> None:
         writer.write(name, tensor.reshape(entry.shape))
     writer.finish()
     folder = opened.folder
-    named = [file for file in folder.iterdir() if file.name.startswith((*KEEP, "config.json"))]
-    for file in sorted([*named, *folder.glob("additional_chat_templates/*.jinja")]):
-        place_of = part / file.relative_to(folder)
-        place_of.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, place_of)
+    for file in [*beside(folder), Path(CONFIG)]:
+        (part / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / file, part / file)
     (part / "moefy").mkdir()
     for name in OF_RUN:
         if (folder / "moefy" / name).is_file():

@@ -1,5 +1,21 @@
 """Pages drawn from the JSON that a run writes, and from nothing else."""
 
-from moefy.report.pages import conversion_page, model_card, report_page, score_rows, shape_text
+from moefy.report.card import model_card
+from moefy.report.draw import FORMAT, HTML, draw, filled, redraw, write
+from moefy.report.pages import conversion_page, report_page
+from moefy.report.quality import seen_warnings
+from moefy.report.wording import shape_text
 
-__all__ = ["conversion_page", "model_card", "report_page", "score_rows", "shape_text"]
+__all__ = [
+    "FORMAT",
+    "HTML",
+    "conversion_page",
+    "draw",
+    "filled",
+    "model_card",
+    "redraw",
+    "report_page",
+    "seen_warnings",
+    "shape_text",
+    "write",
+]

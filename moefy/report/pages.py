@@ -1,29 +1,13 @@
-"""The conversion page and the model card."""
+"""The pages in Markdown: of a conversion, and of a report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; every column but the first is right-aligned."""
-    lines = ["| " + " | ".join(header) + " |"]
-    lines.append("|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|")
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def shape_text(shape: Mapping[str, Any]) -> str:
-    """One line on how each FFN is divided."""
-    if not shape["num_experts"]:
-        return f"{shape['num_shared']} of {shape['num_neurons']} FFN neurons kept"
-    return (
-        f"{shape['num_neurons']} neurons = {shape['num_shared']} shared + {shape['num_experts']} "
-        f"experts x {shape['expert_width']}, {shape['experts_per_token']} experts per token: "
-        f"{shape['active_fraction']:.1%} of the FFN active"
-    )
-
+from moefy.report.contents import Verdict, sections, title, verdicts
+from moefy.report.markdown import escaped, section, table
+from moefy.report.wording import shape_text
 
 COLUMNS = {
     "layer": ("layer", "d"),
@@ -36,6 +20,7 @@ COLUMNS = {
     "error_before_refit": ("error", ".3f"),
     "error_after_refit": ("refitted", ".3f"),
     "load_cv": ("load CV", ".2f"),
+    "least_tokens": ("least tokens", "d"),
     "seconds": ("s", ".1f"),
 }
 
@@ -65,82 +50,23 @@ def conversion_page(summary: Mapping[str, Any]) -> str:
         "Share of the dense FFN's output energy that stays when a token may choose its own best "
         "neurons, the best experts (oracle), the router's experts, experts by lot, or has the same "
         "neurons as all others (static); how often router and oracle agree; relative output error "
-        "before and after the refit; coefficient of variation of the experts' load.",
+        "before and after the refit; coefficient of variation of the experts' load; the tokens "
+        "that the expert with the fewest was fitted on.",
         table([COLUMNS[key][0] for key in keys], rows),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def model_card(summary: Mapping[str, Any], licence: str | None) -> str:
-    """`README.md` of the written model, with Hub metadata."""
-    base = summary["model"]
-    head = ["---", "library_name: transformers", "tags:", "- moefy", "- moe"]
-    head += [f"base_model: {base}"] if summary["hub_id"] else []
-    head += [f"license: {licence}"] if licence else []
-    static = not summary["shape"]["num_experts"]
-    own = summary["target"] == "moefy"
-    kind = "a statically pruned model" if static else "a Mixture of Experts"
-    auto = "AutoModel" + summary["task"].removeprefix("Model")
-    name = summary["hub_id"] or base.rstrip("/").rsplit("/", 1)[-1]
-    body = [
-        f"# {name}, {summary['shape']['active_fraction']:.0%} of the FFN active",
-        f"This is `{base}` as {kind}, made by moefy {summary['moefy']} without training. "
-        f"{shape_text(summary['shape'])}. "
-        + ("It needs moefy, and runs in transformers only: " if own else "It is a stock ")
-        + f"`{summary['reopened']['class']}`:",
-        "```python\n"
-        + ("import moefy\n" if own else "")
-        + f"from transformers import {auto}, AutoTokenizer\n\n"
-        f'model = {auto}.from_pretrained("PATH", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```',
-        "How it was made is in `moefy/recipe.toml`, what each layer lost in "
-        "`moefy/conversion.md`. It has lost quality against the dense model"
-        + ("; `moefy report` measures how much on your text." if "Causal" in auto else "."),
-    ]
-    return "\n".join([*head, "---", ""]) + "\n" + "\n\n".join(body) + "\n"
-
-
 def report_page(report: Mapping[str, Any]) -> str:
-    """`moefy/report.md`: the run beside the dense model and the controls."""
-    parts = ["# Report", shape_text(report["run"]["shape"]) + "."]
-    for text, rows in report["texts"].items():
-        tokens = next(iter(rows.values()))["tokens"]
-        parts += [f"## {text}, {tokens} tokens", table(SCORES, score_rows(rows))]
-    parts += [f"Warning: {warning}." for warning in seen_warnings(report)]
-    parts += [f"{name}: {meaning}." for name, meaning in report["controls"].items()]
-    written = report["generation"]
-    parts += [f'## After "{written["prompt"]}"', f"dense: {written['dense']}"]
-    parts += [f"moe: {written['moe']}"]
+    """`moefy/report.md`: the same as the HTML page, without its pictures."""
+    parts = [f"# {escaped(title(report))}", f"{shape_text(report['run']['shape'])}."]
+    parts += ["## Is it worth it?"] if report["advice"] else []
+    parts += [verdict(told) for told in verdicts(report)]
+    parts += [section(told) for told in sections(report) if told.tables or told.voices]
     return "\n\n".join(parts) + "\n"
 
 
-def seen_warnings(report: Mapping[str, Any]) -> list[str]:
-    """Texts that calibration has seen, whose scores are therefore too good."""
-    return [
-        f"{share:.0%} of {text} stands word for word in the calibration text"
-        for text, share in report["seen_in_calibration"].items()
-        if share > 0.01
-    ]
-
-
-SCORES = ("model", "perplexity", "dNLL", "KL to dense", "top-1 as dense")
-
-
-def score_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """One line per model, formatted; dNLL = ln(perplexity / dense perplexity)."""
-    return [
-        (
-            name,
-            f"{row['perplexity']:.2f}",
-            "" if name == "dense" else f"{row['dnll']:.3f}" + _uncertainty(row),
-            "" if name == "dense" else f"{row['kl']:.3f}",
-            "" if name == "dense" else f"{row['top1_agreement']:.1%}",
-        )
-        for name, row in rows.items()
-    ]
-
-
-def _uncertainty(row: Mapping[str, Any]) -> str:
-    """The standard error, which one window alone does not give."""
-    error = row["dnll_standard_error"]
-    return "" if error is None else f" ± {error:.3f}"
+def verdict(told: Verdict) -> str:
+    """All advice of one verdict, as a list under its name."""
+    said = "\n".join(f"- **{escaped(head)}**{escaped(rest)}" for head, rest in told.said)
+    return f"### {told.sign} {escaped(told.word.capitalize())}\n\n{said}"

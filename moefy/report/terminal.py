@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moefy.report.pages import SCORES, score_rows, seen_warnings, shape_text
+from moefy.report.wording import shape_text
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
@@ -68,26 +68,27 @@ def show_export(made: Mapping[str, Any]) -> None:
     console.print(f"File: {made['file']}", markup=False)
 
 
-def show_report(report: Mapping[str, Any], run: Path) -> None:
-    """Print the scores, a line of text from both models, and where the report lies."""
+def show_push(told: Mapping[str, Any]) -> None:
+    """Print what was sent to the Hub, or would be, and what was left out."""
     console = Console(highlight=False, soft_wrap=True)
-    console.print(shape_text(report["run"]["shape"]), markup=False)
-    for text, rows in report["texts"].items():
-        tokens = next(iter(rows.values()))["tokens"]
-        # A method that was asked for by its settings takes a line for each of them.
-        named = {
-            name.replace(" ", "\n") if "=" in name else name: row for name, row in rows.items()
-        }
-        show_table(SCORES, score_rows(named), f"{text}, {tokens} tokens")
-    for warning in seen_warnings(report):
-        console.print(f"Warning: {warning}", markup=False)
-    for name, meaning in report["controls"].items():
-        console.print(f"{name}: {meaning}", markup=False)
-    written = report["generation"]
-    console.print(f"\n{written['prompt']} ...", markup=False)
-    console.print(f"  dense: {written['dense']}", markup=False)
-    console.print(f"  moe:   {written['moe']}", markup=False)
-    console.print(f"\nReport: {run / 'moefy' / 'report.md'}", markup=False)
+    for name, size in told["files"].items():
+        console.print(f"  {size:>14,}  {name}", markup=False)
+    if told["left_out"]:
+        console.print(f"Left out: {', '.join(told['left_out'])}", markup=False)
+    done = f"{len(told['files'])} files, {told['bytes'] / 1e6:,.1f} MB"
+    where = told["repo"] + (f", branch {told['revision']}" if told["revision"] else "")
+    sent = f"Sent to {told['url']}" if told["url"] else f"Would be sent to {where}"
+    console.print(f"{sent}: {done}", markup=False)
+
+
+def show_checks(found: Mapping[str, Any]) -> None:
+    """Print what `moefy verify` has checked, a line each."""
+    console = Console(highlight=False, soft_wrap=True)
+    for check in found["checks"]:
+        verdict = "ok" if check["passed"] else "FAILED"
+        console.print(f"{verdict:7} {check['check']:13} {check['found']}", markup=False)
+    for name in found["not_run"]:
+        console.print(f"not run {name}", markup=False)
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:

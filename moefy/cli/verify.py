@@ -1,0 +1,39 @@
+"""`moefy verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moefy.cli.shared import Json, Quiet, quiet_libraries, show
+from moefy.errors import MoefyError
+
+
+def verify(
+    run: Annotated[Path, typer.Argument(help="Folder that `moefy convert` wrote.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check that RUN is what was written, and computes what it did.
+
+    Digests of all files, headers, finite values, and a forward pass through stock transformers
+    against the figures of the report. The exit code is 3 for files that were changed and 6 for
+    other numbers.
+    """
+    quiet_libraries()
+    from moefy.progress import watching
+    from moefy.verify import verify as check
+
+    with watching(quiet=quiet) as watch:
+        found = check(run, watch)
+    show(found, _told, as_json, quiet)
+    if not found["passed"]:
+        raise MoefyError(found["checks"][-1]["found"], code=found["code"])
+
+
+def _told(found: dict[str, Any]) -> None:
+    from moefy.report import terminal
+
+    terminal.show_checks(found)

@@ -1,0 +1,71 @@
+"""What decides the bytes of a conversion beside the recipe and the files: libraries and machine."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moefy import __version__
+
+LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "sklearn")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that compute."""
+    found = {name: str(importlib.import_module(name).__version__) for name in LIBRARIES}
+    return {"python": platform.python_version(), **found}
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What of this machine decides how sums are rounded."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def code() -> str:
+    """Version of moefy, with a digest of its sources: a version in the making has many."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return f"{__version__} ({digest.hexdigest()[:12]})"
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two nested tables, a line each.
+
+    >>> differences({"recipe": {"active": 0.5}}, {"recipe": {"active": 0.25}})
+    ['recipe.active was 0.5, is 0.25']
+    """
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{key} {_change(old.get(key), new.get(key))}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for key, value in table.items():
+        inner = _flat(value) if isinstance(value, Mapping) else {}
+        flat |= {f"{key}.{name}": found for name, found in inner.items()} or {key: value}
+    return flat
+
+
+def _change(old: Any, new: Any) -> str:
+    if old is None or new is None:
+        return "is new" if old is None else "is gone"
+    long = max(len(str(old)), len(str(new))) > 60  # a digest says nothing
+    return "differs" if long else f"was {old}, is {new}"

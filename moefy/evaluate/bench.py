@@ -1,0 +1,160 @@
+"""Everything that measurements need, checked and opened before the first of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moefy import data
+from moefy.errors import MoefyError
+from moefy.evaluate.controls import (
+    SHOWN,
+    as_written,
+    calibration_tokens,
+    changed,
+    control_stages,
+    controls,
+)
+from moefy.evaluate.reading import Readers
+from moefy.evaluate.settings import Settings
+from moefy.evaluate.stages import Stage, check_tokenizer, dense_stage, run_stages
+from moefy.evaluate.store import Store
+from moefy.evaluate.texts import own_texts
+from moefy.job import Watch
+from moefy.runs import check_folder, read_recipe
+from moefy.source import resolve
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that measurements need, checked and opened."""
+
+    summary: Mapping[str, Any]
+    stages: list[Stage]
+    """Dense first, then the run's own, then other runs."""
+    others: list[Stage]
+    """Controls and methods, which are only scored on texts."""
+    main: str
+    """The label of the run's last stage."""
+    tokenizer: Any
+    texts: dict[str, Path]
+    windows: dict[str, list[Tensor]]
+    tokens: data.Tokens
+    store: Store
+    opened: Callable[[str], Any]
+    place: Path
+    watch: Watch
+    not_run: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What each part took, by the clock and of the processor."""
+
+    @property
+    def readers(self) -> Readers:
+        """The models that are scored on texts."""
+        return Readers(self.store, [*self.stages, *self.others], self.opened)
+
+    @property
+    def labels(self) -> list[str]:
+        """Dense and every stage of every run."""
+        return [stage.label for stage in self.stages]
+
+    @contextlib.contextmanager
+    def part(self, what: str) -> Iterator[None]:
+        """Tell under `not_run` what fails in the block, and go on."""
+        start, spent = time.perf_counter(), time.process_time()
+        try:
+            yield
+        except MoefyError as error:
+            self.not_run.append({"what": what, "reason": str(error)})
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:  # a library's own fault must not take the other parts with it
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self.not_run.append({"what": what, "reason": reason})
+        finally:
+            self.seconds[what] = {
+                "wall": round(time.perf_counter() - start, 1),
+                "processor": round(time.process_time() - spent, 1),
+            }
+
+
+def prepare(
+    run: Path, summary: dict[str, Any], settings: Settings, place: Path, watch: Watch
+) -> Bench:
+    """Check all that can be checked without a model, and give what is left to measure with.
+
+    Raises:
+        MoefyError: code 2 for methods that cannot be, 3 for runs that are not whole, tokenizers
+            that differ, and texts that are too short.
+    """
+    recipe = read_recipe(run)
+    folders = [Path(name) for name in settings.against if _is_folder(name)]
+    methods = {name: changed(recipe, name) for name in settings.against if not _is_folder(name)}
+    source = resolve(settings.dense or recipe.model, revision=recipe.revision)
+    check_folder(source)
+    dense = dense_stage(source)
+    own, missing = run_stages(run)
+    stages, names = [dense, *own], [folder.resolve().name for folder in folders]
+    for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
+        unique = names.count(name) == 1 and name not in ("dense", "converted", "finetuned")
+        found, more = run_stages(folder, name if unique else f"{name} ({number + 1})")
+        stages, missing = [*stages, *found], [*missing, *more]
+    tokenizer = data.load_tokenizer(source)
+    for stage in stages[1:]:
+        check_tokenizer(tokenizer, stage)
+    tokens = calibration_tokens(run, summary)
+    wanted = controls(recipe) if settings.controls else {}
+    if settings.controls is None and settings.effort != "quick":
+        wanted = {"static": controls(recipe)["static"]} if "static" in controls(recipe) else {}
+    wanted = {name: other for name, other in wanted.items() if name in SHOWN} | methods
+    others = control_stages(recipe, wanted, dense, tokens, place, watch)
+    if settings.wants(settings.controls) and summary["shape"]["num_experts"]:
+        others += as_written(own[-1])
+    paths = list(settings.texts) or own_texts(place)
+    stems = [path.stem for path in paths]
+    texts = {path.stem if stems.count(path.stem) == 1 else str(path): path for path in paths}
+    windows = {
+        name: data.text_windows(tokenizer, path, num_tokens=settings.tokens, length=settings.length)
+        for name, path in texts.items()
+    }
+    by_label = {stage.label: stage for stage in (*stages, *others)}
+    return Bench(
+        summary,
+        stages,
+        others,
+        own[-1].label,
+        tokenizer,
+        texts,
+        windows,
+        tokens,
+        Store(run / "moefy" / "measured"),
+        functools.cache(lambda label: by_label[label].open()),
+        place,
+        watch,
+        [{"what": "a stage of the run", "reason": reason} for reason in missing],
+    )
+
+
+def _is_folder(name: str) -> bool:
+    """Whether `--against` names a run rather than a method.
+
+    Raises:
+        MoefyError: code 2, when it is neither.
+    """
+    if Path(name).is_dir():
+        return True
+    if "=" not in name:
+        raise MoefyError(
+            f"--against {name!r} is no folder of a run and no method; expected a run, or settings "
+            "as key=value such as 'partition=weights refit=false'",
+            code=2,
+        )
+    return False

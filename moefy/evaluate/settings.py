@@ -1,0 +1,62 @@
+"""What a report measures, and how much of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moefy.evaluate.speed import Grid
+
+GRIDS = {
+    "quick": Grid(((1, 128),), rounds=3),
+    "usual": Grid(((1, 128), (1, 512), (8, 128), (32, 128)), rounds=3),
+    "full": Grid(
+        ((1, 128), (1, 512), (1, 1536), (8, 128), (8, 512), (32, 128), (32, 512)),
+        rounds=5,
+        new_tokens=16,
+    ),
+}
+TOKENS = {"quick": 2048, "usual": 4096, "full": 20480}
+"""Scored on each text, by effort."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure of a run."""
+
+    texts: tuple[Path, ...] = ()
+    """The standard library's own manual and sources, if none are given."""
+    dense: str | None = None
+    against: tuple[str, ...] = ()
+    """Other runs' folders, and methods as `key=value` (see `changed`)."""
+    effort: str = "usual"
+    """quick, usual or full."""
+    num_tokens: int | None = None
+    length: int = 1024
+    controls: bool | None = None
+    """False for none, True for all of them refitted; else those that take little time."""
+    tasks: tuple[str, ...] = ()
+    include: Path | None = None
+    limit: int | None = None
+    prompts: Path | None = None
+    robustness: bool | None = None
+    speed: bool | None = None
+    grid: Grid | None = None
+    engines: bool | None = None
+    """Whether llama.cpp is measured, too: if it is installed, unless told."""
+    conditions: tuple[str, ...] = field(default=())
+    """Of `--fail-if`."""
+
+    @property
+    def tokens(self) -> int:
+        """Scored on each text."""
+        return self.num_tokens or TOKENS[self.effort]
+
+    @property
+    def work(self) -> Grid:
+        """What speed is measured on."""
+        return self.grid or GRIDS[self.effort]
+
+    def wants(self, part: bool | None) -> bool:
+        """Whether a part is to be measured that a quick report leaves out."""
+        return self.effort != "quick" if part is None else part

@@ -1,0 +1,133 @@
+"""What a model is made of and takes: parameters, operations, weights, cache and peak memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy import routing
+from moefy.errors import MoefyError
+
+PROBE = 32
+"""Tokens of which the cache is measured: fewer than any sliding window."""
+
+PREFILL, DECODE = 512, 8
+"""Tokens read and written while the peak is measured."""
+
+
+def sizes(model: Any) -> dict[str, Any]:
+    """Parameters, FLOPs per token, and bytes, of a loaded model.
+
+    Two operations for each active weight that is multiplied, the head included and an embedding
+    that is only looked up not; attention's own products, which grow with the context, are left
+    out. The cache is that of transformers after a few tokens, so recurrent states count as if they
+    grew.
+    """
+    parameters = {p.data_ptr(): p for p in model.parameters()}.values()
+    total = sum(p.numel() for p in parameters)
+    vocabulary = model.get_input_embeddings().weight
+    ids_1T = torch.arange(PROBE)[None] % vocabulary.shape[0]
+    with torch.inference_mode(), routing.recorded(model) as seen:
+        cache = model(ids_1T, use_cache=True, logits_to_keep=1).past_key_values
+    idle, expected = 0, {}
+    for layer, experts in routing.experts(model).items():
+        count, chosen = routing.num_experts(routing.routers(model)[layer]), seen[layer][0].shape[1]
+        weights = sum(p.numel() for p in experts.parameters())
+        idle += weights * (count - chosen) // count
+        expected[layer] = (weights, count, chosen)
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight.data_ptr() == vocabulary.data_ptr()
+    active = total - idle
+    return {
+        "class": type(model).__name__,
+        "parameters_total": total,
+        "parameters_active": active,
+        "flops_per_token": 2 * (active - (0 if tied else vocabulary.numel())),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "weight_bytes_active": sum(p.numel() * p.element_size() for p in parameters)
+        - idle * vocabulary.element_size(),
+        "embedding_bytes": 0 if tied else vocabulary.numel() * vocabulary.element_size(),
+        "experts": [*next(iter(expected.values()))[1:]] if expected else None,
+        "kv_bytes_per_token": sum(t.numel() * t.element_size() for t in _tensors(cache)) // PROBE,
+        "dtype": str(vocabulary.dtype).removeprefix("torch."),
+        "longest": getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        "vocabulary": vocabulary.shape[0],
+    }
+
+
+def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    """The tensors in a cache: of its layers, whatever kind they are."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part, depth)
+    elif depth < 3 and hasattr(value, "__dict__"):
+        for part in vars(value).values():
+            yield from _tensors(part, depth + 1)
+
+
+def peak_bytes(folder: Path) -> int:
+    """Most memory that a process takes to load a model, read 512 tokens and write 8.
+
+    In a process of its own, less what Python and the libraries take before.
+
+    Raises:
+        MoefyError: code 5, when that process ends otherwise than well.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "moefy.evaluate.sizes", str(folder)],
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+    )
+    try:
+        return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+    except (ValueError, LookupError):
+        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        raise MoefyError(
+            f"peak memory of {folder} was not measured: {last[:200]}", code=5
+        ) from None
+
+
+def _resident() -> int:
+    """The most bytes that were resident."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _resident_now() -> int:
+    """Resident bytes at this moment, or for want of that the most so far."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return _resident()
+    return pages * resource.getpagesize()
+
+
+def _main(folder: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    before = _resident_now()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    model.eval()
+    ids_1T = torch.arange(PREFILL)[None] % model.get_input_embeddings().weight.shape[0]
+    with torch.inference_mode():
+        out = model(ids_1T, use_cache=True, logits_to_keep=1)
+        for _ in range(DECODE):
+            token_11 = out.logits[:, -1:].argmax(-1)
+            out = model(token_11, past_key_values=out.past_key_values, use_cache=True)
+    print(json.dumps({"peak": _resident() - before}))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,234 @@
+"""Tokens per second in transformers: dense against MoE, in turns, with what arithmetic allows.
+
+Every round runs every model on the same real text, prefill first and then decoding from the cache
+that it left, so that a machine that slows down slows all. The ratio to dense is taken within the
+round; medians over rounds are told, with the lowest and the highest.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
+"""How transformers may compute experts; the fastest one is used for each piece of work."""
+
+TRIAL = 64
+"""Tokens in a sequence by which implementations are tried."""
+
+HOPELESS = 2.0
+"""An implementation so many times slower than another at one sequence is not tried at more."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is measured: batch sizes, each with some context lengths."""
+
+    work: tuple[tuple[int, int], ...]
+    """Pairs of batch size and context length."""
+    rounds: int = 3
+    new_tokens: int = 8
+
+
+Row = dict[str, Any]
+Clock = Callable[[], float]
+
+
+def measure(
+    models: Mapping[str, Any],
+    ids_T: Tensor,
+    grid: Grid,
+    *,
+    clock: Clock = time.perf_counter,
+    watch: Callable[[int, int], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Speed of `models`, the first of which is dense, on stretches of the text `ids_T`."""
+    start, spent = time.perf_counter(), time.process_time()
+    ways = {label: implementations(model, ids_T, grid, clock) for label, model in models.items()}
+    seconds: dict[tuple[str, int, int], dict[str, list[float]]] = {}
+    steps = len(grid.work) * (grid.rounds + 1)
+    for turn in range(grid.rounds + 1):
+        for number, (batch, context) in enumerate(grid.work):
+            for label, model in models.items():
+                took = one_round(model, ids_T, batch, context, grid, turn, ways[label], clock)
+                for phase, value in zip(("prefill", "decode"), took, strict=True):
+                    if turn:  # the first round warms up
+                        rows = seconds.setdefault((phase, batch, context), {})
+                        rows.setdefault(label, []).append(value)
+            watch(turn * len(grid.work) + number + 1, steps)
+    rows = []
+    for (phase, batch, context), took in seconds.items():
+        tokens = batch * (context if phase == "prefill" else grid.new_tokens)
+        for row in speed_rows(took, tokens):
+            way = ways[row["label"]].get((phase, batch))
+            rows.append({"phase": phase, "batch": batch, "context": context, **row, "way": way})
+    return {
+        "implementation": {
+            label: _told(found) for label, found in ways.items() if any(found.values())
+        },
+        "threads": torch.get_num_threads(),
+        "cores": cores(start, spent),
+        "dtype": {
+            label: str(model.dtype).removeprefix("torch.") for label, model in models.items()
+        },
+        "rounds": grid.rounds,
+        "new_tokens": grid.new_tokens,
+        "rows": sorted(rows, key=lambda row: (row["phase"] == "decode", row["batch"])),
+    }
+
+
+def cores(start: float, spent: float) -> float:
+    """Processor seconds per second since `time.perf_counter()` and `process_time()` were these.
+
+    At least about one when nothing else runs; less where other programs took the processor away,
+    and then speeds say little.
+    """
+    return (time.process_time() - spent) / max(time.perf_counter() - start, 1e-9)
+
+
+def speed_rows(seconds: Mapping[str, Sequence[float]], tokens: int) -> list[Row]:
+    """One piece of work's rows by label, the first being dense, from seconds in each round."""
+    dense = next(iter(seconds.values()))
+    rows = []
+    for label, took in seconds.items():
+        speeds = [tokens / value for value in took]
+        ratios = [theirs / own for own, theirs in zip(took, dense, strict=True)]
+        rows.append(
+            {
+                "label": label,
+                "tokens_per_second": statistics.median(speeds),
+                "low": min(speeds),
+                "high": max(speeds),
+                "ratio": statistics.median(ratios),
+                "ratio_low": min(ratios),
+                "ratio_high": max(ratios),
+            }
+        )
+    return rows
+
+
+def one_round(
+    model: Any,
+    ids_T: Tensor,
+    batch: int,
+    context: int,
+    grid: Grid,
+    turn: int,
+    ways: Mapping[tuple[str, int], str | None],
+    clock: Clock,
+) -> tuple[float, float]:
+    """Seconds to read `batch` stretches of `context` tokens, and to take `new_tokens` steps more.
+
+    The steps read on in the text: so all models decode the same tokens.
+    """
+    ids_BT = stretches(ids_T, batch, context + grid.new_tokens, turn)
+    with torch.inference_mode():
+        use(model, ways.get(("prefill", batch)))
+        start = clock()
+        cache = model(ids_BT[:, :context], use_cache=True, logits_to_keep=1).past_key_values
+        prefill = clock() - start
+        use(model, ways.get(("decode", batch)))
+        start = clock()
+        for step in range(context, ids_BT.shape[1]):
+            model(ids_BT[:, step : step + 1], past_key_values=cache, use_cache=True)
+        return prefill, clock() - start
+
+
+def stretches(ids_T: Tensor, batch: int, length: int, turn: int) -> Tensor:
+    """`batch` stretches of the text, spread over it evenly and elsewhere in every turn, (B, T)."""
+    room = max(len(ids_T), 1)
+    starts = [(turn * 101 + number * room // batch) % room for number in range(batch)]
+    around_T = ids_T.repeat(1 + (length + room - 1) // room)
+    return torch.stack([around_T[at : at + length] for at in starts])
+
+
+def implementations(
+    model: Any, ids_T: Tensor, grid: Grid, clock: Clock
+) -> dict[tuple[str, int], str | None]:
+    """The fastest way to compute the experts, by phase and batch size; none for other models."""
+    if not getattr(model, "_can_set_experts_implementation", bool)():
+        return {}
+    best: dict[tuple[str, int], str | None] = {}
+    hopeful: dict[str, list[str]] = {
+        "prefill": list(IMPLEMENTATIONS),
+        "decode": list(IMPLEMENTATIONS),
+    }
+    trial = Grid((), 1, min(grid.new_tokens, 4))
+    for batch in sorted({batch for batch, _ in grid.work}):
+        took: dict[str, dict[str, float]] = {"prefill": {}, "decode": {}}
+        for way in dict.fromkeys(hopeful["prefill"] + hopeful["decode"]):
+            # One that is only tried for decoding reads by the way that was best before.
+            read = way if way in hopeful["prefill"] else best[("prefill", 1)]
+            ways = {("prefill", batch): read, ("decode", batch): way}
+            values = [
+                one_round(model, ids_T, batch, TRIAL, trial, turn, ways, clock) for turn in (0, 1)
+            ]
+            for phase, seconds in zip(took, zip(*values, strict=True), strict=True):
+                if way in hopeful[phase]:
+                    took[phase][way] = min(seconds)
+        for phase, found in took.items():
+            least = min(found.values())
+            best[phase, batch] = min(found, key=found.__getitem__)
+            hopeful[phase] = [way for way in found if found[way] <= HOPELESS * least]
+    return best
+
+
+def use(model: Any, way: str | None) -> None:
+    """Compute experts in this way from now on."""
+    if way is not None:
+        model.set_experts_implementation(way)
+
+
+def _told(ways: Mapping[tuple[str, int], str | None]) -> str:
+    """The ways in words: one name if all are the same.
+
+    >>> _told({("prefill", 1): "eager", ("decode", 1): "grouped_mm", ("prefill", 8): "eager"})
+    'prefill eager; decode grouped_mm'
+    """
+    if len(set(ways.values())) == 1:
+        return str(next(iter(ways.values())))
+    parts = []
+    for phase in ("prefill", "decode"):
+        found = {batch: way for (of, batch), way in ways.items() if of == phase}
+        if len(set(found.values())) == 1:
+            parts.append(f"{phase} {next(iter(found.values()))}")
+        else:
+            parts += [f"{phase} at batch {batch} {way}" for batch, way in found.items()]
+    return "; ".join(parts)
+
+
+def ideals(
+    sizes: Mapping[str, Mapping[str, Any]], batches: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """What arithmetic and memory traffic would allow each label, relative to dense.
+
+    Prefill is bound by operations: FLOPs of dense over own. Decoding is bound by the weights that
+    are read in a step: all that are always on, and of E experts with K per token, a batch of B
+    reads 1 - (1 - K/E)^B on average, if tokens choose evenly and apart from each other.
+    """
+    dense = next(iter(sizes.values()))
+    found = {}
+    for label, own in sizes.items():
+        decode = {
+            str(batch): _read_bytes(dense, batch) / _read_bytes(own, batch) for batch in batches
+        }
+        prefill = dense["flops_per_token"] / own["flops_per_token"]
+        found[label] = {"prefill": prefill, "decode": decode}
+    return found
+
+
+def _read_bytes(sizes: Mapping[str, Any], batch: int) -> float:
+    """Bytes of weights that one decoding step of a batch reads."""
+    fixed = sizes["weight_bytes"] - sizes["embedding_bytes"]
+    if not sizes["experts"]:
+        return fixed
+    count, chosen = sizes["experts"]
+    idle = sizes["weight_bytes"] - sizes["weight_bytes_active"]
+    routed = idle * count / (count - chosen) if count > chosen else 0
+    return fixed - routed * (1 - chosen / count) ** batch

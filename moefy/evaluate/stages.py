@@ -1,0 +1,157 @@
+"""The models of a report: dense, every stage of the run, other runs, and the controls."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moefy import data
+from moefy.errors import MoefyError
+from moefy.evaluate.store import folder_digest
+from moefy.runs import open_run
+
+PROBE = "The 3 quick brown foxes cost $12.50;\n\tdef f(x):\n    return x**2  # naïve, 東京"
+"""A text in which tokenizers differ: digits, spaces, code, accents, another script."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One column of a report."""
+
+    label: str
+    kind: str
+    """dense, converted, finetuned, control, or other: a method that the run is held against."""
+    meaning: str
+    digest: str
+    """Of the weights, or of all that they are made from."""
+    open: Callable[[], Any]
+    """Load the model, ready for evaluation."""
+    folder: Path | None = None
+    """Where the weights lie; a control's are not kept."""
+    summary: dict[str, Any] | None = None
+    """conversion.json of a run."""
+    active: float | None = None
+    """Share of the FFN's neurons that are active."""
+
+
+def dense_stage(folder: Path) -> Stage:
+    """The dense model."""
+    meaning = "the model that was converted"
+    digest = folder_digest(folder)
+    return Stage("dense", "dense", meaning, digest, opener(folder), folder, active=1.0)
+
+
+def run_stages(run: Path, name: str | None = None) -> tuple[list[Stage], list[str]]:
+    """Every stage of a run, the first first, and what is missing of them.
+
+    A fine-tuned run knows the one that it started from, which is a stage as long as it is there.
+    `name` is put before labels, to tell runs apart.
+
+    Raises:
+        MoefyError: code 3, when `run` is no whole run.
+    """
+    found: list[Stage] = []
+    missing: list[str] = []
+    folder: Path | None = run
+    while folder is not None:
+        summary = open_run(folder)
+        tuned = _read_json(folder / "moefy" / "finetune.json")
+        kind = "converted" if tuned is None else "finetuned"
+        meaning = (
+            "the experts as `moefy convert` wrote them"
+            if tuned is None
+            else f"the same after fine-tuning on {tuned['tokens']:,} tokens"
+        )
+        active = summary["shape"]["active_fraction"]
+        digest = folder_digest(folder)
+        found.append(Stage(kind, kind, meaning, digest, opener(folder), folder, summary, active))
+        folder = _parent(folder, tuned, missing) if tuned else None
+        if folder is not None and any(stage.folder == folder for stage in found):
+            raise MoefyError(f"{run}: moefy/finetune.json names a parent that it comes before")
+    return _labelled(found[::-1], name), missing
+
+
+def finetuning(stage: Stage) -> dict[str, Any] | None:
+    """What `moefy finetune` told of a stage: its summary and its curve; None if it told nothing."""
+    folder = stage.folder
+    if stage.kind != "finetuned" or folder is None:
+        return None
+    curve = []
+    file = folder / "moefy" / "finetune.jsonl"
+    for line in file.read_text("utf-8").splitlines() if file.is_file() else []:
+        try:
+            curve.append(json.loads(line))
+        except ValueError:  # the last line of a run that was cut short
+            break
+    return {"summary": _read_json(folder / "moefy" / "finetune.json"), "curve": curve}
+
+
+def check_tokenizer(dense: Any, stage: Stage) -> None:
+    """Refuse a stage whose tokenizer is another than the dense model's.
+
+    Raises:
+        MoefyError: code 3.
+    """
+    assert stage.folder is not None
+    own = data.load_tokenizer(stage.folder)
+    differs = own.get_vocab() != dense.get_vocab()
+    if differs or own(PROBE)["input_ids"] != dense(PROBE)["input_ids"]:
+        raise MoefyError(
+            f"{stage.folder} has another tokenizer than the dense model ({len(own):,} and "
+            f"{len(dense):,} tokens); their likelihoods cannot be compared; expected a run of that "
+            "model, or give its own with --dense"
+        )
+
+
+def opener(folder: Path) -> Callable[[], Any]:
+    """A function that loads a folder's model."""
+
+    def load() -> Any:
+        from moefy.evaluate.controls import load_model
+
+        return load_model(folder)
+
+    return load
+
+
+def _labelled(found: list[Stage], name: str | None) -> list[Stage]:
+    """With labels that differ: a second fine-tuning is numbered."""
+    labels: list[str] = []
+    for stage in found:
+        count = 1 + sum(other.rstrip(" 0123456789") == stage.label for other in labels)
+        labels.append(stage.label if count == 1 else f"{stage.label} {count}")
+    if name is not None:
+        labels = [name if len(found) == 1 else f"{name}: {label}" for label in labels]
+    return [
+        dataclasses.replace(stage, label=label) for stage, label in zip(found, labels, strict=True)
+    ]
+
+
+def _parent(folder: Path, tuned: dict[str, Any], missing: list[str]) -> Path | None:
+    """The folder that a fine-tuning started from, if it is there."""
+    parent = tuned.get("parent") or ""
+    told = str(parent.get("folder", "") if isinstance(parent, dict) else parent)
+    for place in _places(folder, told):
+        if (place / "moefy" / "conversion.json").is_file():
+            return place
+    missing.append(f"{told or 'the run'} that {folder.name} was fine-tuned from is not there")
+    return None
+
+
+def _places(folder: Path, told: str) -> Iterator[Path]:
+    if told:
+        yield Path(told)
+        yield folder / told
+        yield folder.parent / Path(told).name  # both may have been moved together
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,252 @@
+"""`moefy run`: a recipe's stages one after the other, each skipped where it has been done already.
+
+The convert stage writes OUT; the fine-tune, if the recipe has a table `[finetune]`, OUT-finetuned;
+the report, by the table `[report]` or its defaults, goes into the last of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moefy.errors import MoefyError
+from moefy.evaluate.settings import Settings as ReportSettings
+from moefy.finetune.settings import TABLE as FINETUNE
+from moefy.finetune.settings import Settings as FinetuneSettings
+from moefy.finetune.settings import build as build_finetune
+from moefy.job import Watch
+from moefy.publish import write_text
+from moefy.recipe import Recipe, build, nearest, read, read_toml, render_table
+
+REPORT = "report"
+"""The table of a recipe that says what to measure."""
+
+ASKED = "report.toml"
+"""Holds that table as it was when the report was made: `recipe.toml` is the conversion's own."""
+
+KEYS = {
+    "text": (list, "texts"),
+    "dense": (str, "dense"),
+    "against": (list, "against"),
+    "effort": (str, "effort"),
+    "tokens": (int, "num_tokens"),
+    "sequence_length": (int, "length"),
+    "controls": (bool, "controls"),
+    "tasks": (list, "tasks"),
+    "include_path": (str, "include"),
+    "limit": (int, "limit"),
+    "prompts": (str, "prompts"),
+    "robustness": (bool, "robustness"),
+    "speed": (bool, "speed"),
+    "llama_cpp": (bool, "engines"),
+    "fail_if": (list, "conditions"),
+}
+"""The keys of that table, named as the flags of `moefy report`: type, and what they set."""
+
+PATHS = ("text", "include_path", "prompts")
+EFFORTS = ("quick", "usual", "full")
+
+NOT_OF_WEIGHTS = ("device", "log_every", "log_to", "save_every", "teacher_cache")
+"""Settings of a fine-tune that may differ from those that it was done with."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What a recipe asks for, checked."""
+
+    recipe: Recipe
+    finetune: FinetuneSettings | None
+    report: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: where it writes, whether that is done, and how to do it."""
+
+    name: str
+    folder: Path
+    done: Callable[[], bool]
+    """Raises where it was done otherwise."""
+    do: Callable[[Watch], dict[str, Any]]
+
+
+def declared(file: Path) -> Stages:
+    """The stages that a recipe file asks for.
+
+    Raises:
+        MoefyError: code 2 for whatever is wrong in the file.
+    """
+    tables = read_toml(file)
+    finetune = build_finetune(file, {}, []) if FINETUNE in tables else None
+    table = tables.get(REPORT, {})
+    if not isinstance(table, dict):
+        raise MoefyError(f"recipe {file}: {REPORT} is {table!r}; expected a table", code=2)
+    report_settings(table)
+    return Stages(build(file, {}, []), finetune, table)
+
+
+def report_settings(table: Mapping[str, Any]) -> ReportSettings:
+    """What a `[report]` table asks `moefy report` for.
+
+    Raises:
+        MoefyError: code 2 for an unknown key or a value of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in KEYS:
+            raise MoefyError(f"unknown key {key!r} in [report]; {nearest(key, [*KEYS])}", code=2)
+        kind, name = KEYS[key]
+        words = [value] if kind is list and isinstance(value, str) else value
+        whole = type(words) is kind and (kind is not list or all(type(w) is str for w in words))
+        if not whole:
+            wanted = "a list of strings" if kind is list else kind.__name__
+            raise MoefyError(f"[report] {key} is {value!r}; expected {wanted}", code=2)
+        if kind is list:
+            values[name] = tuple(Path(word) if key in PATHS else word for word in words)
+        else:
+            values[name] = Path(str(words)) if key in PATHS else words
+    if (effort := values.get("effort", EFFORTS[0])) not in EFFORTS:
+        raise MoefyError(f"[report] effort is {effort!r}; {nearest(effort, [*EFFORTS])}", code=2)
+    for name in ("num_tokens", "length", "limit"):
+        if values.get(name, 1) < 1:
+            raise MoefyError(f"[report] {name} is {values[name]}; expected 1 or more", code=2)
+    return ReportSettings(**values)
+
+
+def stages(declared: Stages, out: Path, *, force: bool = False) -> list[Stage]:
+    """The stages in their order. With `force` all are done anew."""
+    found = [
+        Stage(
+            "convert",
+            out,
+            lambda: _converted(out, declared.recipe),
+            lambda watch: _convert(out, declared.recipe, force, watch),
+        )
+    ]
+    last = out
+    if settings := declared.finetune:
+        last = out.with_name(f"{out.resolve().name}-finetuned")
+        found.append(
+            Stage(
+                "finetune",
+                last,
+                lambda: _finetuned(out, last, settings),
+                lambda watch: _finetune(out, last, settings, force, watch),
+            )
+        )
+    found.append(
+        Stage(
+            "report",
+            last,
+            lambda: _reported(last, declared.report),
+            lambda watch: _report(last, declared.report, watch),
+        )
+    )
+    return found
+
+
+def run(
+    wanted: Sequence[Stage], *, force: bool = False, watch: Watch = lambda *_: None
+) -> Iterator[tuple[Stage, dict[str, Any] | None]]:
+    """Do the stages in turn, and give of each what it tells, or None where it was done already.
+
+    Raises:
+        MoefyError: code 2 where a stage was done by another recipe, before any is begun; else what
+            the stages raise.
+    """
+    done = {stage.name: not force and stage.done() for stage in wanted}
+    for stage in wanted:
+        # What comes after a stage that is done now was not done on its result.
+        yield stage, None if done[stage.name] else stage.do(watch)
+
+
+def _converted(out: Path, recipe: Recipe) -> bool:
+    file = out / "moefy" / "recipe.toml"
+    if not (out / "moefy" / "conversion.json").is_file() or not file.is_file():
+        return False
+    found = {**dataclasses.asdict(Recipe(recipe.model)), **read(file)}
+    _check_same(out, "converted", found, dataclasses.asdict(recipe))
+    return True
+
+
+def _convert(out: Path, recipe: Recipe, force: bool, watch: Watch) -> dict[str, Any]:
+    from moefy.convert import convert
+    from moefy.job import prepare
+    from moefy.publish import check_free
+
+    check_free(out, force=force)
+    return convert(prepare(recipe), out, force=force, watch=watch)
+
+
+def _finetuned(run: Path, out: Path, settings: FinetuneSettings) -> bool:
+    told = _read(out / "moefy" / "finetune.json")
+    if told is None:
+        return False
+    wanted = dataclasses.asdict(settings)
+    same = [key for key in wanted if key not in NOT_OF_WEIGHTS]
+    found = told.get("settings", {})
+    _check_same(
+        out, "fine-tuned", {key: found.get(key) for key in same}, {key: wanted[key] for key in same}
+    )
+    base = (_read(run / "moefy" / "conversion.json") or {}).get("outputs", {})
+    started = (told.get("parent") or {}).get("files", {})
+    if changed := [name for name, digest in started.items() if base.get(name) != digest]:
+        raise MoefyError(
+            f"{out} was fine-tuned from another conversion than {run} ({changed[0]} differs); give "
+            "another OUT, or --force to do all stages anew",
+            code=2,
+        )
+    return True
+
+
+def _finetune(
+    run: Path, out: Path, settings: FinetuneSettings, force: bool, watch: Watch
+) -> dict[str, Any]:
+    from moefy.finetune.run import finetune, home_of
+
+    resume = not force and home_of(out).is_dir()
+    return finetune(run, out, settings, force=force, resume=resume, watch=watch)
+
+
+def _reported(out: Path, table: Mapping[str, Any]) -> bool:
+    """Whether all that is asked for has been measured; what else has been is kept in its cache."""
+    told = _read(out / "moefy" / "report.json")
+    if told is None:
+        return False
+    asked = out / "moefy" / ASKED
+    return asked.is_file() and read_toml(asked).get(REPORT) == table
+
+
+def _report(out: Path, table: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
+    from moefy.evaluate.run import evaluate
+
+    found = evaluate(out, report_settings(table), watch=watch)
+    write_text(out / "moefy" / ASKED, render_table(REPORT, table))
+    return found
+
+
+def _check_same(out: Path, done: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse a folder that another recipe has made."""
+    differs = [
+        f"{key} is {found.get(key)!r} there and {value!r} in the recipe"
+        for key, value in wanted.items()
+        if found.get(key) != value
+    ]
+    if differs:
+        raise MoefyError(
+            f"{out} was {done} by another recipe: {'; '.join(differs)}; give another OUT, or "
+            "--force to do all stages anew",
+            code=2,
+        )
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

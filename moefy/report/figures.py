@@ -1,0 +1,341 @@
+"""The pictures: each function gives a figure from plain numbers, and knows nothing of a report."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moefy.report.chart import CARD, INK, MUTED, RAMP, SERIES, Look, name_lines, panels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points that are joined: `low` and `high` bound each where they are known."""
+
+    name: str
+    look: Look
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    dashed: bool = False
+    points: bool = True
+
+
+def forest(
+    groups: Mapping[str, Sequence[tuple[str, Look, float, float | None]]],
+    *,
+    axis: str,
+    places: int = 2,
+) -> Figure:
+    """Values of several models with two standard errors to each side, one panel per group.
+
+    A row is (name, look, value, standard error).
+    """
+    sizes = [(title, len(rows)) for title, rows in groups.items()]
+    figure, axes = panels(
+        len(groups),
+        height=0.6 + sum(0.29 * count + (0.42 if title else 0.1) for title, count in sizes),
+        sharex=True,
+        gridspec_kw={"height_ratios": [count + 1 for _, count in sizes]},
+    )
+    ends = [value + 2 * (error or 0) for rows in groups.values() for _, _, value, error in rows]
+    starts = [value - 2 * (error or 0) for rows in groups.values() for _, _, value, error in rows]
+    low, high = min(0.0, *starts), max(0.0, *ends)
+    span = (high - low) or 1.0
+    for axis_of, (title, rows) in zip(axes[:, 0], groups.items(), strict=True):
+        if title:
+            axis_of.set_title(short(title, 48))
+        axis_of.grid(axis="y", visible=False)
+        axis_of.grid(axis="x", visible=True)
+        axis_of.axvline(0, color=INK, linewidth=1)
+        for row, (_, look, value, error) in enumerate(rows):
+            if error:
+                axis_of.plot(
+                    [value - 2 * error, value + 2 * error], [row, row], color=look.colour,
+                    alpha=0.45, linewidth=5, solid_capstyle="butt",
+                )  # fmt: skip
+            axis_of.plot([value], [row], look.marker, color=look.colour)
+            at = value + 2 * (error or 0)
+            axis_of.annotate(
+                f"{value:.{places}f}", (at, row), (8, 0), textcoords="offset points", va="center",
+                fontsize=10, color=INK,
+            )  # fmt: skip
+        axis_of.set_yticks(range(len(rows)), [wrapped(row[0]) for row in rows], color=INK)
+        axis_of.set_ylim(len(rows) - 0.4, -0.6)
+        axis_of.set_xlim(low - 0.03 * span, high + 0.16 * span)
+        axis_of.spines["bottom"].set_visible(False)
+        axis_of.tick_params(length=0)
+    axes[-1, 0].set_xlabel(axis)
+    return figure
+
+
+def lines(
+    drawn: Sequence[Line],
+    *,
+    x_axis: str,
+    height: float = 3.2,
+    percent: bool = False,
+    from_zero: bool = False,
+) -> Figure:
+    """Lines with their names at their ends, or above where the ends lie too close together."""
+    figure, axes = panels(height=height)
+    axis = axes[0, 0]
+    for line in drawn:
+        _draw(axis, line)
+    if percent:
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    if from_zero:
+        axis.set_ylim(bottom=min(0.0, *(min(line.y) for line in drawn)))
+    axis.set_xlabel(x_axis)
+    axis.margins(x=0.02)
+    low, high = axis.get_ylim()
+    ends = sorted(line.y[-1] for line in drawn)
+    close = any(b - a < (high - low) / 16 for a, b in itertools.pairwise(ends))
+    if close:
+        _legend(figure, drawn)
+    else:
+        name_lines(axis, [(short(line.name, 26), line.y[-1], line.look.colour) for line in drawn])
+    return figure
+
+
+def frontier(drawn: Sequence[Line]) -> Figure:
+    """Loss in quality against the active fraction; all lines meet the dense model at one."""
+    figure, axes = panels(height=3.4)
+    axis = axes[0, 0]
+    for line in drawn:
+        axis.plot(
+            [line.x[-1], 1.0],
+            [line.y[-1], 0.0],
+            ":",
+            color=line.look.colour,
+            linewidth=1.2,
+            zorder=1,
+        )
+        _draw(axis, line)
+    axis.plot([1.0], [0.0], "o", color=INK, markersize=8)
+    left = min(x for line in drawn for x in line.x)
+    room = 1 - left or 0.5
+    axis.set_xlim(left - 0.42 * room, 1 + 0.2 * room)
+    top = max(y for line in drawn for y in line.y)
+    axis.set_ylim(min(-0.04 * top, *(y for line in drawn for y in line.y)), 1.08 * top)
+    axis.annotate(
+        "dense",
+        (1.0, 0.0),
+        (8, 0),
+        textcoords="offset points",
+        va="center",
+        color=INK,
+        fontsize=10.5,
+    )
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    ticks = sorted({x for line in drawn for x in line.x} | {1.0})
+    axis.set_xticks(ticks)
+    axis.set_xlabel("FFN active per token")
+    axis.set_ylabel("dNLL, nats per token")
+    low, high = axis.get_ylim()
+    gap, placed = (high - low) / 15, -math.inf
+    for line in sorted(drawn, key=lambda line: line.y[0]):
+        placed = max(line.y[0], placed + gap)
+        axis.annotate(
+            short(line.name, 22), (line.x[0], placed), (-9, 0), textcoords="offset points",
+            ha="right", va="center", color=line.look.colour, fontsize=10.5,
+            bbox={"facecolor": CARD, "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
+    return figure
+
+
+def speed(drawn: Sequence[Line], *, ideal: Sequence[tuple[float, float]], x_axis: str) -> Figure:
+    """Speed relative to dense against the batch: above one is faster, below slower.
+
+    `ideal` are the points (batch, ratio) that arithmetic would allow.
+    """
+    figure, axes = panels(height=3.4)
+    axis = axes[0, 0]
+    values = [y for line in drawn for y in (*line.y, *line.low, *line.high)]
+    values += [1.0, *(ratio for _, ratio in ideal)]
+    low, high = min(values), max(values)
+    pad = 0.12 * max(high - low, 0.4)
+    low, high = low - pad, high + pad
+    axis.axhspan(1, high, color=SERIES["green"], alpha=0.07, linewidth=0)
+    axis.axhspan(low, 1, color=SERIES["vermillion"], alpha=0.07, linewidth=0)
+    for line in drawn:
+        _draw(axis, line)
+    axis.axhline(1, color=INK, linewidth=1.6)
+    axis.set_xscale("log", base=2)
+    places = sorted({x for line in drawn for x in line.x})
+    axis.set_xticks(places, [f"{place:g}" for place in places])
+    axis.minorticks_off()
+    axis.set_xlim(places[0] / 1.4, places[-1] * 1.4)
+    axis.set_ylim(low, high)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{round(value, 2):g}×")
+    axis.set_xlabel(x_axis)
+    inside = {"transform": axis.get_yaxis_transform(), "fontsize": 10, "fontweight": "bold"}
+    step = 0.012 * (high - low)
+    axis.text(0.015, 1 + step, "faster ↑", color=SERIES["green"], va="bottom", **inside)
+    axis.text(0.015, 1 - step, "slower ↓", color=SERIES["vermillion"], va="top", **inside)
+    ends = [("dense", 1.0, INK)]
+    if len(drawn) > 2:
+        _legend(figure, drawn)
+    else:
+        ends += [(short(line.name, 26), line.y[-1], line.look.colour) for line in drawn]
+    if ideal:
+        x, y = zip(*ideal, strict=True)
+        if len(set(y)) == 1:
+            x, y = axis.get_xlim(), (y[0], y[0])
+        axis.plot(x, y, color=MUTED, linewidth=1.4, linestyle=(0, (5, 3)))
+        ends.append((f"ideal {y[-1]:.2f}×", y[-1], MUTED))
+    name_lines(axis, ends)
+    return figure
+
+
+def bars(
+    rows: Sequence[tuple[str, Look, float, float]], *, axis: str, inner: str, outer: str
+) -> Figure:
+    """For each model a pale bar with a solid one inside: (name, look, solid, pale)."""
+    figure, axes = panels(height=0.8 + 0.36 * len(rows))
+    axis_of = axes[0, 0]
+    axis_of.grid(axis="y", visible=False)
+    axis_of.grid(axis="x", visible=True)
+    for row, (_, look, solid, pale) in enumerate(rows):
+        axis_of.barh(row, pale, color=look.colour, alpha=0.28, height=0.66)
+        axis_of.barh(row, solid, color=look.colour, height=0.66)
+        told = f"{solid:,.1f}" if solid == pale else f"{solid:,.1f} of {pale:,.1f}"
+        axis_of.annotate(
+            told,
+            (pale, row),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=10,
+            color=INK,
+        )
+    axis_of.set_yticks(range(len(rows)), [wrapped(row[0]) for row in rows], color=INK)
+    axis_of.set_ylim(len(rows) - 0.4, -0.6)
+    axis_of.set_xlim(0, 1.34 * max(pale for *_, pale in rows))
+    axis_of.set_title(f"{inner} (solid) of {outer} (pale)", fontsize=10.5, fontweight="normal")
+    axis_of.set_xlabel(axis)
+    return figure
+
+
+def heat(maps: Mapping[str, Sequence[tuple[int, Sequence[float]]]], *, tall: bool = True) -> Figure:
+    """Load of each expert (columns) in each layer (rows), beside one another for each of `maps`.
+
+    A row is (layer, shares). A share is shown relative to an even one; a dead expert has a cross.
+    """
+    num_rows = max(len(rows) for rows in maps.values())
+    step = 0.15 if tall and num_rows <= 48 else 0.09
+    figure, axes = panels(1, len(maps), height=0.85 + step * max(num_rows, 6), sharey=True)
+    for axis, (title, rows) in zip(axes[0], maps.items(), strict=True):
+        axis.grid(visible=False)
+        _cells(axis, [[share * len(shares) for share in shares] for _, shares in rows])
+        layers = [layer for layer, _ in rows]
+        every = max(1, math.ceil(len(layers) / 16))
+        axis.set_yticks(range(0, len(layers), every), [str(n) for n in layers[::every]])
+        axis.spines["bottom"].set_visible(False)
+        width = len(rows[0][1])
+        every = max(1, math.ceil(width * len(maps) / 32))
+        axis.set_xticks(range(0, width, every), [str(n) for n in range(0, width, every)])
+        axis.tick_params(length=0)
+        axis.set_xlabel("expert")
+        if len(maps) > 1:
+            axis.set_title(short(title, 44 // len(maps)), fontsize=11)
+    axes[0, 0].set_ylabel("layer")
+    return figure
+
+
+def squares(maps: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
+    """Matrices over pairs of experts, each cell relative to the mean off the diagonal."""
+    figure, axes = panels(1, len(maps), height=0.7 + (4.6 / len(maps)))
+    for axis, (title, matrix) in zip(axes[0], maps.items(), strict=True):
+        axis.grid(visible=False)
+        off = [v for a, row in enumerate(matrix) for b, v in enumerate(row) if a != b]
+        mean = sum(off) / len(off) if off and sum(off) else 1.0
+        _cells(axis, [[math.nan if a == b else v / mean for b, v in enumerate(row)]
+                      for a, row in enumerate(matrix)], crosses=False)  # fmt: skip
+        axis.set_aspect("equal")
+        axis.spines["bottom"].set_visible(False)
+        every = max(1, math.ceil(len(matrix) * len(maps) / 32))
+        ticks = list(range(0, len(matrix), every))
+        axis.set_xticks(ticks)
+        axis.set_yticks(ticks)
+        axis.tick_params(length=0)
+        axis.set_title(short(title, 16), fontsize=11)
+    return figure
+
+
+def short(text: str, length: int) -> str:
+    """`text` on one line, cut at `length` characters.
+
+    >>> short("a quiet river", 9)
+    'a quiet …'
+    """
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def wrapped(name: str) -> str:
+    """A name over at most three lines of 22 characters."""
+    return "\n".join(textwrap.wrap(name, 22, max_lines=3, placeholder=" …")) or name
+
+
+def _legend(figure: Figure, drawn: Sequence[Line]) -> None:
+    """The names of the lines above the axes, in rows of a phone's width."""
+    columns = max(1, min(len(drawn), 60 // (6 + max(len(short(line.name, 40)) for line in drawn))))
+    legend = figure.legend(
+        loc="outside upper left", ncols=columns, columnspacing=1.2, handlelength=1.8
+    )
+    for text, line in zip(legend.get_texts(), drawn, strict=True):
+        text.set_color(line.look.colour)
+
+
+def _draw(axis: Any, line: Line) -> None:
+    if line.low and len(line.x) == 1:
+        axis.vlines(line.x, line.low, line.high, color=line.look.colour, alpha=0.45, linewidth=5)
+    elif line.low:
+        axis.fill_between(
+            line.x, line.low, line.high, color=line.look.colour, alpha=0.15, linewidth=0
+        )
+    axis.plot(
+        line.x,
+        line.y,
+        marker=line.look.marker if line.points else None,
+        linestyle=(0, (4, 2)) if line.dashed else "-",
+        color=line.look.colour,
+        markeredgewidth=0,
+        label=short(line.name, 40),
+    )
+
+
+STEPS = (0.25, 0.42, 0.65, 0.87, 1.15, 1.54, 2.4, 4.0)
+"""Where one colour of `RAMP` ends and the next begins, as multiples of an even share."""
+
+
+def _cells(axis: Any, rows: Sequence[Sequence[float]], *, crosses: bool = True) -> None:
+    """Coloured cells, row 0 on top: one path for each colour, so that large maps stay small."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    parts: dict[str, list[Path]] = {}
+    for y, row in enumerate(rows):
+        for x, value in enumerate(row):
+            if math.isnan(value):
+                continue
+            colour = RAMP[sum(value > step for step in STEPS)]
+            corners = [(x - 0.46, y - 0.46), (x + 0.46, y - 0.46), (x + 0.46, y + 0.46)]
+            corners += [(x - 0.46, y + 0.46), (0.0, 0.0)]
+            codes = [Path.MOVETO, *[Path.LINETO] * 3, Path.CLOSEPOLY]
+            parts.setdefault(colour, []).append(Path(corners, codes))
+            if crosses and value == 0:
+                axis.plot([x], [y], "x", color=CARD, markersize=4.5, markeredgewidth=1.6)
+    for colour, cells in parts.items():
+        axis.add_patch(PathPatch(Path.make_compound_path(*cells), color=colour, linewidth=0))
+    axis.set_xlim(-0.5, max(len(row) for row in rows) - 0.5)
+    axis.set_ylim(len(rows) - 0.5, -0.5)

@@ -1,0 +1,52 @@
+"""`report.html`: one page that needs no network, no script, and either theme."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from moefy.report import chart
+from moefy.report.chart import looks
+from moefy.report.contents import labels, sections, subject, tiles, title, verdicts
+from moefy.report.document import Picture
+from moefy.report.wording import shape_text
+
+NO_PICTURES = "pictures left out: matplotlib is not installed; pip install 'moefy[report]'"
+
+
+def can_draw() -> bool:
+    """Tell whether matplotlib is there: without it a page has its tables alone."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def report_html(report: Mapping[str, Any]) -> str:
+    """The page; what a model or a file says is escaped, and a picture's words are text."""
+    from jinja2 import Environment
+
+    source = resources.files("moefy.report").joinpath("report.html.jinja").read_text("utf-8")
+    page = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return page.from_string(source).render(
+        report=report,
+        title=title(report),
+        shape=report["run"]["shape"],
+        shape_text=shape_text(report["run"]["shape"]),
+        subject=subject(report),
+        verdicts=verdicts(report),
+        tiles=tiles(report),
+        sections=sections(report),
+        looks=looks(labels(report)),
+        draw=_drawn if can_draw() else None,
+        no_pictures=NO_PICTURES,
+        num_steps=len(chart.RAMP),
+    )
+
+
+def _drawn(picture: Picture) -> Any:
+    """The picture as markup, in which matplotlib has escaped what is text."""
+    from markupsafe import Markup
+
+    return Markup(chart.svg(picture.draw, picture.name, picture.alt))

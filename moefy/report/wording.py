@@ -1,0 +1,90 @@
+"""Numbers in words: what is not known is an empty cell, never a made-up zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Number = float | int | None
+
+
+def fixed(value: Number, places: int = 2) -> str:
+    """`value` with so many digits behind the point.
+
+    >>> fixed(1.2345), fixed(None), fixed(1234567.0, 1)
+    ('1.23', '', '1,234,567.0')
+    """
+    return "" if value is None else f"{value:,.{places}f}"
+
+
+def uncertain(value: Number, error: Number, places: int = 3) -> str:
+    """`value` ± its standard error, which one window of text alone does not give.
+
+    >>> uncertain(0.5, 0.01), uncertain(0.5, None), uncertain(None, 0.1)
+    ('0.500 ± 0.010', '0.500', '')
+    """
+    plain = fixed(value, places)
+    return f"{plain} ± {fixed(error, places)}" if plain and error is not None else plain
+
+
+def percent(value: Number, places: int = 1) -> str:
+    """A share in percent.
+
+    >>> percent(0.5), percent(None)
+    ('50.0%', '')
+    """
+    return "" if value is None else f"{value:.{places}%}"
+
+
+def times(value: Number) -> str:
+    """A ratio.
+
+    >>> times(0.823)
+    '0.82×'
+    """
+    return "" if value is None else f"{value:.2f}×"
+
+
+def large(value: Number, unit: str = "") -> str:
+    """A count with a prefix.
+
+    >>> large(134515008), large(2.7e9, "B"), large(12), large(None)
+    ('134.5 M', '2.70 GB', '12', '')
+    """
+    if value is None:
+        return ""
+    for size, prefix, places in ((1e9, "G", 2), (1e6, "M", 1), (1e3, "k", 1)):
+        if value >= size:
+            return f"{value / size:,.{places}f} {prefix}{unit}"
+    return f"{value:g} {unit}".rstrip()
+
+
+def probability(value: Number) -> str:
+    """A p-value, and a star where it is below 0.05.
+
+    >>> probability(0.2), probability(0.012), probability(1e-5)
+    ('0.20', '0.012 *', '< 0.001 *')
+    """
+    if value is None:
+        return ""
+    if value < 0.001:
+        return "< 0.001 *"
+    return f"{value:.3f} *" if value < 0.05 else f"{value:.2f}"
+
+
+def shape_text(shape: Mapping[str, Any]) -> str:
+    """One line on how each FFN is divided."""
+    if not shape["num_experts"]:
+        return f"{shape['num_shared']} of {shape['num_neurons']} FFN neurons kept"
+    return (
+        f"{shape['num_neurons']} neurons = {shape['num_shared']} shared + {shape['num_experts']} "
+        f"experts x {shape['expert_width']}, {shape['experts_per_token']} experts per token: "
+        f"{shape['active_fraction']:.1%} of the FFN active"
+    )
+
+
+def model_name(run: Mapping[str, Any]) -> str:
+    """The dense model's name, without the folder that it lay in."""
+    return (
+        run.get("hub_id") or str(run["model"]).rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
+    )

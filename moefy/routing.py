@@ -1,0 +1,122 @@
+"""Which experts the tokens go to, in any class: what its routers choose while a model runs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moefy.errors import MoefyError
+
+DEAD = 0.05
+"""An expert with less than this share of the mean load counts as dead."""
+
+
+def routers(model: Any) -> dict[int, Any]:
+    """The router of every layer that has one, by the number of the layer; empty if dense.
+
+    In every class moefy writes, a block holds `experts` and beside them the router, as `gate` or
+    `router`, which gives logits (T, E), weights (T, K) and indices (T, K).
+    """
+    return {layer: router for layer, (router, _) in _blocks(model)}
+
+
+def experts(model: Any) -> dict[int, Any]:
+    """The routed experts of every layer that has some, by the number of the layer."""
+    return {layer: experts for layer, (_, experts) in _blocks(model)}
+
+
+def _blocks(model: Any) -> Iterator[tuple[int, tuple[Any, Any]]]:
+    for name, module in model.named_modules():
+        router = getattr(module, "gate", None) or getattr(module, "router", None)
+        number = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+        inside = getattr(module, "experts", None)
+        if isinstance(router, nn.Module) and isinstance(inside, nn.Module) and number is not None:
+            yield number, (router, inside)
+
+
+@contextlib.contextmanager
+def watched(model: Any, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `see(layer, logits_TE, index_TK)` whenever a router of `model` has chosen.
+
+    Tokens come flattened, batch by batch; tensors are those of the graph, so a loss can be made of
+    the logits. The model is as before when the block ends.
+    """
+
+    def seeing(layer: int) -> Callable[..., None]:
+        def hook(_module: Any, _args: Any, out: Any) -> None:
+            see(layer, out[0], out[2])
+
+        return hook
+
+    handles = [
+        router.register_forward_hook(seeing(layer)) for layer, router in routers(model).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def recorded(model: Any) -> Iterator[dict[int, list[Tensor]]]:
+    """Give a dictionary that fills, while `model` runs, with each layer's choices (T, K), int16."""
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in routers(model)}
+    with watched(model, lambda layer, _, index_TK: seen[layer].append(index_TK.to(torch.int16))):
+        yield seen
+
+
+def num_experts(router: Any) -> int:
+    """E of a router, by the rows of its weight."""
+    rows = [p.shape[0] for p in router.parameters() if p.ndim == 2]
+    if not rows and hasattr(router, "norms"):  # one that looks at activations (see `oracle`)
+        return len(router.norms)
+    if not rows:
+        raise MoefyError(f"{type(router).__name__} is no router that moefy knows", code=4)
+    return rows[0]
+
+
+def load(index_TK: Tensor, count: int) -> Tensor:
+    """Share of all choices that each expert has, float64 (E,); it sums to one."""
+    count_E = torch.bincount(index_TK.flatten().long().cpu(), minlength=count).double()
+    return count_E / count_E.sum().clamp_min(1)
+
+
+def balance(load_E: Tensor) -> dict[str, Any]:
+    """What is said of a load: its coefficient of variation, entropy and number of dead experts.
+
+    The entropy is relative to that of an even load: one when all experts are used alike, zero
+    when one takes all.
+
+    >>> balance(torch.tensor([0.5, 0.5, 0.0, 0.0]))["entropy"], balance(torch.ones(4) / 4)["dead"]
+    (0.5, 0)
+    """
+    load_E = load_E.double()
+    entropy = -float(torch.special.xlogy(load_E, load_E).sum())
+    mean = float(load_E.mean())
+    return {
+        "load_E": [round(float(share), 6) for share in load_E],
+        "load_cv": float(load_E.std(correction=0)) / mean if mean else 0.0,
+        "entropy": entropy / math.log(len(load_E)) if len(load_E) > 1 else 1.0,
+        "dead": int((load_E < DEAD * mean).sum()),
+    }
+
+
+def coactivation(index_TK: Tensor, count: int) -> Tensor:
+    """Share of tokens that go to both experts, float64 (E, E); to each one on the diagonal."""
+    index_TK = index_TK.long().cpu()
+    chosen_TE = torch.zeros(len(index_TK), count).scatter_(1, index_TK, 1.0)
+    return (chosen_TE.T @ chosen_TE).double() / max(len(index_TK), 1)
+
+
+def drift(load_E: Tensor, reference_E: Tensor) -> float:
+    """How far a load is from another: the share of choices that go elsewhere, from 0 to 1.
+
+    The total variation distance.
+    """
+    return float((load_E.double() - reference_E.double()).abs().sum()) / 2

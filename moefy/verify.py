@@ -1,0 +1,140 @@
+"""Check a published run again: that it is what was written, and computes what it did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moefy.errors import MoefyError
+from moefy.headers import read_config, read_entries, read_header, some
+from moefy.job import Watch
+from moefy.oracle import attach
+from moefy.publish import sha256
+from moefy.reopen import reopen
+from moefy.runs import read_report
+from moefy.scan import check_finite
+from moefy.shards import read
+from moefy.summary import END
+
+FINETUNED = "finetune.json"
+"""In `moefy/`, the report of a fine-tune: the weights are no longer those that `convert` wrote."""
+
+SLACK = 1e-3
+"""By how much the error of the hidden states may differ from the report's: other versions and other
+numbers of threads round otherwise, and near-ties between experts may fall the other way."""
+
+
+def verify(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
+    """What was checked in the folder of a run, and what was found.
+
+    Digests of all files, headers against files and configuration, values that are finite, then one
+    forward pass through stock transformers, whose hidden states are compared with the conversion's.
+    The first check that fails is the last that is made. `code` is the exit code: 0, 3 for files
+    that are not what was written, 6 for other numbers.
+
+    Raises:
+        MoefyError: code 3, when the folder holds no report of a run.
+    """
+    summary = read_report(run)
+    checks: dict[str, Callable[[], str]] = {
+        "digests": lambda: _digests(run, _outputs(run, summary), watch),
+        "headers": lambda: _headers(run),
+        "values": lambda: _values(run, watch),
+        "forward pass": lambda: _forward(run, summary),
+    }
+    found: list[dict[str, Any]] = []
+    code = 0
+    for done, (name, check) in enumerate(checks.items()):
+        watch(f"verify {name}", done, len(checks))
+        try:
+            found.append({"check": name, "passed": True, "found": check()})
+        except MoefyError as error:
+            found.append({"check": name, "passed": False, "found": str(error)})
+            code = error.code
+            break
+    left = list(checks)[len(found) :]
+    return {"run": str(run), "passed": code == 0, "code": code, "checks": found, "not_run": left}
+
+
+def check_files(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
+    """The report of a run's conversion, when every file of the run is as it was written.
+
+    Raises:
+        MoefyError: code 3, for what is missing or has changed.
+    """
+    summary = read_report(run)
+    _digests(run, _outputs(run, summary), watch)
+    return summary
+
+
+def _outputs(run: Path, summary: dict[str, Any]) -> dict[str, str]:
+    """The digests of the folder's files, by the report of what wrote it last."""
+    file = run / "moefy" / FINETUNED
+    return (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else summary)["outputs"]
+
+
+def _digests(run: Path, outputs: dict[str, str], watch: Watch) -> str:
+    if missing := [name for name in outputs if not (run / name).is_file()]:
+        raise MoefyError(f"{run} lacks {some(missing)}, which the run wrote")
+    if added := sorted({file.name for file in run.glob("*.safetensors")} - outputs.keys()):
+        raise MoefyError(f"{run} holds {some(added)}, which the run did not write")
+    changed = []
+    for done, (name, digest) in enumerate(outputs.items(), 1):
+        if sha256(run / name) != digest:
+            changed.append(name)
+        watch("verify digests", done, len(outputs))
+    if changed:
+        raise MoefyError(f"{run}: not as the run wrote it: {some(changed)}")
+    return f"{len(outputs)} files are as they were written"
+
+
+def _headers(run: Path) -> str:
+    read_config(run)
+    entries = read_entries(run)
+    return f"{len(entries)} tensors in {len({entry.file for entry in entries.values()})} files"
+
+
+def _values(run: Path, watch: Watch) -> str:
+    entries = read_entries(run)
+    for done, (name, entry) in enumerate(entries.items(), 1):
+        check_finite(name, read(name, entry))
+        watch("verify values", done, len(entries))
+    return f"{sum(entry.num_elements for entry in entries.values()):,} values are finite"
+
+
+def _forward(run: Path, summary: dict[str, Any]) -> str:
+    """Hidden states of the last calibration sequence, against those of the conversion."""
+    entries = read_header(run / "moefy" / "calibration.safetensors")
+    tensors = {name: read(name, entry) for name, entry in entries.items()}
+    norms = {int(n[5:]): norm_EN for n, norm_EN in tensors.items() if n.startswith("norm.")}
+    told = summary["reopened"]
+    tuned = (run / "moefy" / FINETUNED).is_file()
+    end_TD = None if tuned else tensors.get(END)
+    try:
+        found = reopen(
+            run,
+            tensors["ids"][-1].long(),
+            [end_TD] * (len(summary["layers"]) + len(summary["layers_left_dense"])),
+            layer=told.get("prefix", "model.layers.{layer}."),
+            task=summary["task"],
+            prepare=lambda model: attach(model, norms),
+        )
+    except MoefyError:
+        raise
+    except Exception as error:  # whatever a value of the configuration makes transformers raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise MoefyError(f"transformers cannot open {run}: {reason}", code=6) from error
+    loaded = f"{found['class']} loads {found['layers']} layers with no key too many or too few"
+    if end_TD is None:
+        why = "the weights were fine-tuned" if tuned else "the run kept none"
+        return f"{loaded}; its states are finite; there are none to compare them with: {why}"
+    error, before = found["hidden_state_error"], told["hidden_state_error"]
+    if abs(error - before) > SLACK + 0.1 * before:
+        raise MoefyError(
+            f"{run} computes hidden states with a relative error of {error:.3g}; the report says "
+            f"{before:.3g}; other versions of the libraries may compute otherwise",
+            code=6,
+        )
+    return f"{loaded}; relative error of its hidden states {error:.1e}, reported {before:.1e}"

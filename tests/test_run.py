@@ -1,0 +1,197 @@
+"""`moefy run` does what a recipe asks for, once, and never on what another recipe has made."""
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from moefy import pipeline
+from moefy.errors import MoefyError
+from moefy.recipe import Recipe, read
+
+RECIPE = """# A comment
+model = "{model}"
+calibration = "{text}"
+tokens = 512
+sequence_length = 64
+
+[finetune]
+data = "{text}"
+tokens = 512
+sequence_length = 64
+batch_size = 2
+validation_tokens = 128
+save_every = 2
+
+[report]
+text = "{text}"
+effort = "quick"
+tokens = 300
+sequence_length = 100
+speed = false
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(pico, text, tmp_path_factory):
+    """The recipe's file and the folder of its run, with every stage done."""
+    place = tmp_path_factory.mktemp("run")
+    file = place / "small.toml"
+    file.write_text(RECIPE.format(model=pico("llama"), text=text))
+    return file, place / "out", go(file, place / "out")
+
+
+def go(file: Path, out: Path, **options) -> dict[str, bool]:
+    """Run the recipe; whether each stage had to be done."""
+    wanted = pipeline.stages(pipeline.declared(file), out, **options)
+    return {stage.name: told is not None for stage, told in pipeline.run(wanted, **options)}
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of all that, to be changed at will."""
+    file, out, _ = finished
+    shutil.copytree(out.parent, tmp_path / "run")
+    return tmp_path / "run" / file.name, tmp_path / "run" / out.name
+
+
+def bytes_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(file): (file.stat().st_mtime_ns, file.read_bytes())
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_all_stages_are_done_once(finished):
+    file, out, done = finished
+    assert done == {"convert": True, "finetune": True, "report": True}
+    tuned = out.with_name("out-finetuned")
+    for folder in (out, tuned):
+        assert (folder / "moefy" / "conversion.json").is_file()
+    assert (tuned / "moefy" / "report.html").is_file()
+    assert not (out / "moefy" / "report.json").exists()
+    report = json.loads((tuned / "moefy" / "report.json").read_text())
+    assert {told["kind"] for told in report["models"].values()} >= {
+        "dense",
+        "converted",
+        "finetuned",
+    }
+    before = bytes_of(out.parent)
+    assert go(file, out) == {"convert": False, "finetune": False, "report": False}
+    assert bytes_of(out.parent) == before
+
+
+def test_what_a_run_did_is_in_its_folder(finished):
+    file, out, _ = finished
+    wanted, folder = pipeline.declared(file), out.with_name("out-finetuned") / "moefy"
+    assert Recipe(**read(folder / "recipe.toml")) == wanted.recipe
+    assert Recipe(**read(out / "moefy" / "recipe.toml")) == wanted.recipe
+    again = pipeline.declared(folder / "recipe.toml")  # a run's own recipe is one to run again
+    assert (again.recipe, again.finetune) == (wanted.recipe, wanted.finetune)
+    assert tomllib.loads((folder / "report.toml").read_text())["report"] == wanted.report
+
+
+def test_a_stage_that_is_gone_is_done_again(copied):
+    file, out = copied
+    (out.with_name("out-finetuned") / "moefy" / "report.json").unlink()
+    assert go(file, out) == {"convert": False, "finetune": False, "report": True}
+    shutil.rmtree(out.with_name("out-finetuned"))
+    assert go(file, out) == {"convert": False, "finetune": True, "report": True}
+
+
+def test_other_measurements_are_made_without_the_rest(copied):
+    file, out = copied
+    file.write_text(file.read_text().replace("tokens = 300", "tokens = 200"))
+    assert go(file, out) == {"convert": False, "finetune": False, "report": True}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ("tokens = 512\nsequence_length = 64\n\n", "active = 0.25\ntokens = 512\n\n",
+         ("active is 0.5 there and 0.25", "sequence_length is 64 there and 512")),
+        ("batch_size = 2", "batch_size = 1", ("fine-tuned by", "batch_size is 2 there and 1")),
+    ],
+)  # fmt: skip
+def test_another_recipe_is_refused(before, after, says, copied):
+    file, out = copied
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after).replace("tokens = 512\n\n", "tokens = 4096\n\n", 1))
+    kept = bytes_of(out.parent)
+    with pytest.raises(MoefyError) as caught:
+        go(file, out)
+    assert caught.value.code == 2
+    assert all(word in str(caught.value) for word in (*says, "--force"))
+    assert bytes_of(out.parent) == kept
+
+
+def test_a_fine_tune_of_another_conversion_is_refused(copied):
+    file, out = copied
+    told = out / "moefy" / "conversion.json"
+    summary = json.loads(told.read_text())
+    summary["outputs"]["model.safetensors"] = "0" * 64
+    told.write_text(json.dumps(summary))
+    with pytest.raises(MoefyError) as caught:
+        go(file, out)
+    assert caught.value.code == 2 and "from another conversion" in str(caught.value)
+
+
+def test_what_only_tells_of_a_fine_tune_may_differ(copied):
+    file, out = copied
+    file.write_text(file.read_text().replace("save_every = 2", "save_every = 9"))
+    assert go(file, out) == {"convert": False, "finetune": False, "report": False}
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("[report]\ntxt = 'a'", "unknown key 'txt' in [report]"),
+        ("[report]\ntokens = 'many'", "[report] tokens is 'many'; expected int"),
+        ("[report]\ntokens = true", "expected int"),
+        ("[report]\ntext = [1]", "expected a list of strings"),
+        ("[report]\neffort = 'ful'", "did you mean full"),
+        ("[report]\nlimit = 0", "expected 1 or more"),
+        ("report = 3", "expected a table"),
+        ("[finetune]\nbatch = 1", "did you mean batch_size"),
+        ("finetune = 3", "no table [finetune]"),
+        ("actve = 0.5", "did you mean active"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe(table, says, tmp_path):
+    file = tmp_path / "a.toml"
+    head, tail = ("", table) if table.startswith("[") else (table + "\n", "")
+    file.write_text(f'{head}model = "demo"\n{tail}')
+    with pytest.raises(MoefyError) as caught:
+        pipeline.declared(file)
+    assert caught.value.code == 2 and says in str(caught.value)
+
+
+def test_a_recipe_without_tables_is_converted_and_reported(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text('model = "demo"\n')
+    names = [stage.name for stage in pipeline.stages(pipeline.declared(file), tmp_path / "out")]
+    assert names == ["convert", "report"]
+
+
+GALLERY = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("file", GALLERY, ids=lambda file: file.stem)
+def test_the_gallery_holds_recipes_with_results(file, pico, text, tmp_path):
+    """Every recipe parses, would prepare for a model of its family, and tells what it came to."""
+    from moefy.job import prepare
+
+    head = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert any("moefy run" in line for line in head)
+    assert any("perplexity" in line for line in head), "no result at the top"
+    wanted = pipeline.declared(file)
+    family = "gemma3_text" if "gemma3" in file.stem else "llama"
+    sizes = {"hidden_size": 96, "intermediate_size": 1536 if family == "llama" else 2048}
+    changed = {"model": str(pico(family, **sizes)), "calibration": str(text)}
+    job = prepare(Recipe(**{**read(file), **changed}))
+    assert wanted.recipe.target in ("auto", job.target.model_type)
+    assert len(GALLERY) >= 5
