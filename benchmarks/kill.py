@@ -3,13 +3,14 @@
     python benchmarks/kill.py --kills 100 --place DIR -- convert MODEL OUT --calibration FILE
 
 The word OUT stands for the folder that the command writes. The command is run once undisturbed;
-then it is started, killed (SIGKILL) after a random delay of up to the time that it took, started
-again, and so on until it ends by itself. Whenever it was killed, nothing may be named OUT; whenever
+then it is started, killed (SIGKILL) after a random part of the processor time that it took, started
+again, and so on until it ends by itself. (Processor time, because on a busy machine nothing ends in
+the seconds that it took at first.) Whenever it was killed, nothing may be named OUT; whenever
 it ends, OUT must hold the files of the undisturbed run, byte for byte. Of JSON, what is measured
 (seconds, memory) is not compared, and Markdown drawn from it not at all.
 
-Libraries are imported once, and every attempt is forked from there, so that no kill is wasted on
-the seconds that imports take. A fine-tune takes
+The command is run in this process first, which then has imported all that it takes, and every
+attempt is forked from there: no kill is wasted on the seconds that imports take. A fine-tune takes
 
     --state '.out.moefy-finetune/checkpoint-*' --again --resume -- finetune RUN --out OUT ...
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -44,20 +46,17 @@ def main(
     again: list[str] = typer.Option([], help="Word to add where there is such a state."),
 ) -> None:
     """Kill, resume, compare; print one line a chain and a summary."""
-    import transformers  # noqa: F401
-
-    import moefy.cli.convert
-    import moefy.convert  # noqa: F401
-
     place.mkdir(parents=True)
     dice = random.Random(seed)
-    start = time.perf_counter()
+    if status := run(command, place / "out"):
+        raise SystemExit(f"the command ended with {status}")
+    shutil.rmtree(place / "out")
     status = attempt(command, place / "reference", None)
-    took = time.perf_counter() - start
+    took = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     if status:
         raise SystemExit(f"the undisturbed command ended with {status}")
     expected = contents(place / "reference")
-    print(f"undisturbed: {took:.2f} s, {len(expected)} files", flush=True)
+    print(f"undisturbed: {took:.2f} s of processor time, {len(expected)} files", flush=True)
     done = chains = resumed = 0
     while done < kills:
         out, killed = place / "out", 0
@@ -83,24 +82,41 @@ def main(
     shutil.rmtree(place)
 
 
-def attempt(command: list[str], out: Path, delay: float | None) -> int:
-    """Run the command in a process of its own, killed after a delay; give how that ended."""
+def run(command: list[str], out: Path) -> int:
+    """Run the command in this process; give its exit code."""
+    from moefy.cli import main
+
+    sys.argv = ["moefy", *(str(out) if word == "OUT" else word for word in command), "--quiet"]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    return 99
+
+
+def attempt(command: list[str], out: Path, budget: float | None) -> int:
+    """Run the command in a process of its own, killed when it has spent its budget of processor
+    seconds; give how that ended."""
     child = os.fork()
     if not child:
-        sys.argv = ["moefy", *(str(out) if word == "OUT" else word for word in command), "--quiet"]
-        from moefy.cli import main
+        os._exit(run(command, out))
+    if budget is None:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if spent(child) >= budget:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
 
-        try:
-            main()
-        except SystemExit as stop:
-            os._exit(int(stop.code or 0))
-        except BaseException:
-            traceback.print_exc()
-        os._exit(99)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def spent(process: int) -> float:
+    """Processor seconds that a process has had."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from moefy import data, walk
-from moefy.errors import MoefyError
 from moefy.job import Job, Watch
+from moefy.memory import require
 
 
 def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
@@ -35,7 +34,7 @@ def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
         )
         return dataclasses.replace(tokens, notes=(*notes, *tokens.notes))
     weights = sum(entry.stop - entry.start for entry in job.checkpoint.entries.values())
-    _check_memory(weights, "to write its own calibration text", "give a text as --calibration")
+    require(weights, "a model that writes its own calibration text", "give a --calibration FILE")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     model = model.to(job.device).eval()
     tokens = data.sample(model, tokenizer, progress=partial(watch, "calibration text"), **shape)
@@ -51,17 +50,7 @@ def gradients(job: Job, tokens: data.Tokens, watch: Watch) -> dict[int, Tensor]:
     ids_BT = tokens.ids_BT[: -tokens.num_heldout]
     weights = sum(entry.num_elements for entry in job.checkpoint.entries.values())
     kept = len(job.layers) * ids_BT.numel() * job.size("hidden_size")
-    _check_memory(4 * weights + 2 * kept, "to give gradients", "use another --partition")
+    require(4 * weights + 2 * kept, "a model that gives gradients", "use another --partition")
     return walk.gradients(
         job.checkpoint, job.family, job.layers, ids_BT, job.device, partial(watch, "gradients")
     )
-
-
-def _check_memory(needed: int, what_for: str, instead: str) -> None:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > 0.8 * memory:
-        raise MoefyError(
-            f"{what_for} the model must be in memory whole: {needed / 1e9:.1f} GB of "
-            f"{memory / 1e9:.1f} GB; {instead}",
-            code=5,
-        )

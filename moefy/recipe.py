@@ -241,7 +241,9 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    # In a locale that is not UTF-8, names of files have stand-ins for their bytes.
+    text = str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     escaped = "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped)
     return f'"{escaped}"'
 

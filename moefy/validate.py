@@ -91,7 +91,7 @@ def open_checkpoint(folder: Path, *, ignore_index: bool = False) -> Checkpoint:
 def _unsupported(path: Path, config: Config) -> str | None:
     """Why a configuration, whole or not, is of a kind that cannot be converted; None if it can."""
     if config.get("auto_map"):
-        return "it needs code of its own (auto_map), which is never run"
+        return f"it brings code of its own (auto_map), which is never run{_stock(config)}"
     # transformers would fetch and run a kernel from the hub under a name with a slash.
     if any("/" in str(config[key]) for key in config if "_implementation" in key):
         return "it needs a kernel of its own (attn_implementation), which is never run"
@@ -104,14 +104,14 @@ def _unsupported(path: Path, config: Config) -> str | None:
         return "it is quantised (quantization_config); dequantise it first"
     model_type, known = config.get("model_type"), families.names()
     if not isinstance(model_type, str):
-        raise damaged(f"{path} has no model_type, expected one of {', '.join(known)}")
+        raise damaged(f"{path} has no model_type, expected one that `moefy families` lists")
     if model_type not in known:
         marks = f"{model_type} {config.get('architectures')} {[k for k, v in config.items() if v]}"
         kinds = [kind for kind, pattern in KINDS.items() if re.search(pattern, marks)]
         near = [] if kinds else difflib.get_close_matches(model_type, known, n=1)
         found = f"model_type {short(model_type)} is {[*kinds, 'unknown'][0]}"
         guess = f"; the nearest is {near[0]}" if near else ""
-        return f"{found}; supported dense families: {', '.join(known)}{guess}"
+        return f"{found}; `moefy families` lists the {len(known)} that are supported{guess}"
     family = families.load(model_type, config)
     if str(activation := config.get(family.activation, "silu")) not in ACTIVATIONS:
         found = f"{family.activation} is {short(activation)}"
@@ -138,6 +138,13 @@ def beside(folder: Path) -> list[Path]:
             reason = "it needs code of its own (auto_map), which is never run"
             raise MoefyError(f"{path} cannot be used: {reason}", code=4)
     return files
+
+
+def _stock(config: Config) -> str:
+    """What to do where transformers has a class of that name, and the code may be a copy of it."""
+    if config.get("model_type") not in families.names():
+        return ""
+    return f"; if it is a plain {config['model_type']} all the same, take auto_map out of {CONFIG}"
 
 
 def _wrong_size(config: Config) -> str | None:
@@ -191,7 +198,8 @@ def _attention(config: Config, prefix: str, entries: Mapping[str, Entry]) -> Sha
     """
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     groups = config.get("num_key_value_heads")
-    units = {"q_proj": heads, **({"k_proj": groups, "v_proj": groups} if groups else {})}
+    queries = heads * (2 if families.load(config["model_type"], config).gated_heads else 1)
+    units = {"q_proj": queries, **({"k_proj": groups, "v_proj": groups} if groups else {})}
     if f"{prefix}qkv_proj.weight" in entries:
         units = {"qkv_proj": heads + 2 * (groups or heads)}
     first, count = next(iter(units.items()))
@@ -199,7 +207,7 @@ def _attention(config: Config, prefix: str, entries: Mapping[str, Entry]) -> Sha
         return {}
     width = config.get("head_dim") or entries[f"{prefix}{first}.weight"].shape[0] // count
     expected = {f"{prefix}{part}.weight": (n * width, hidden) for part, n in units.items()}
-    out = f"{prefix}o_proj.weight"
+    out = f"{prefix}o_proj.weight"  # as wide as the heads, with or without their gates
     return expected | ({out: (hidden, heads * width)} if out in entries else {})
 
 

@@ -157,18 +157,35 @@ def tap(
         lambda module, args, kwargs: ((entering[0], *args[1:]), kwargs), with_kwargs=True
     )
     block.register_forward_hook(lambda module, args, out: leaving.append(states_of(out)))
+
+    def step(first: int, last: int) -> None:
+        part = states_BTD[first:last]
+        entering[:], leaving[:] = [part], []
+        run(inputs_embeds=part, use_cache=False)
+        x_BTD[first:last] = seen.seen.view(part.shape)
+        part.copy_(leaving[0])
+
     with torch.inference_mode():
         for first in range(0, len(states_BTD), batch):
-            part = states_BTD[first : first + batch]
-            entering[:], leaving[:] = [part], []
-            run(inputs_embeds=part, use_cache=False)
-            part.copy_(leaving[0])
-            x_BTD[first : first + batch] = seen.seen.view(part.shape)
+            _halving(step, first, min(first + batch, len(states_BTD)))
     if family.down_bias:
         name = family.layer.format(layer=layer) + family.down_bias
         states_BTD += checkpoint.tensor(name).float().to(states_BTD.device)
     join = family.join(block) if family.join else None
     return x_BTD.view(-1, x_BTD.shape[-1]), join, leave
+
+
+def _halving(step: Callable[[int, int], None], first: int, last: int) -> None:
+    """Do a step for a range of sequences, or for halves of it where a GPU has no room for all."""
+    try:
+        step(first, last)
+        return
+    except torch.OutOfMemoryError:
+        if last - first == 1:
+            raise
+    middle = (first + last) // 2
+    _halving(step, first, middle)
+    _halving(step, middle, last)
 
 
 def states_of(out: Any) -> Tensor:

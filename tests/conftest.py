@@ -53,7 +53,7 @@ FAMILY = {
     "camembert": {"pad_token_id": 1},
     "cohere": {},
     "cohere2": ONE_SLIDING,
-    "cwm": ONE_SLIDING,
+    "cwm": {"head_dim": 8, **ONE_SLIDING},
     "distilbert": {"hidden_dim": 96},
     "ernie4_5": {"head_dim": 16},
     "exaone": {},
@@ -95,6 +95,14 @@ FAMILY = {
     "phi3": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},  # not hidden_size / num_attention_heads, as in real ones
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
     "roberta": {"pad_token_id": 1},
     "smollm3": {"no_rope_layers": [1, 0]},
     "stablelm": {"use_qkv_bias": True},

@@ -42,9 +42,9 @@ ONE_EACH = [
 UNHELD = [name for name in families.names() if not families.load(name).targets]
 """Families that only the package's own class holds."""
 
-SHARES, SIGMOIDS = ("qwen2_moe", "flex_olmo"), ("glm4_moe", "cohere2_moe", "lfm2_moe")
+SHARES, SIGMOIDS = ("qwen2_moe", "flex_olmo"), ("glm4_moe", "cohere2_moe")
 """Classes whose gates are softmax probabilities over all experts, and sigmoids. In the others the
-gates of the chosen experts sum to one."""
+gates of the chosen experts sum to one, of softmax probabilities or of sigmoids (LFM2-MoE)."""
 
 OWN = "moefy"
 """The package's own class, in which every gate is one."""
@@ -208,7 +208,8 @@ def gates(target: str, score_BTE: torch.Tensor, k: int) -> torch.Tensor:
     """
     if target == OWN:
         return torch.zeros_like(score_BTE).scatter(-1, score_BTE.topk(k).indices, 1.0)
-    share_BTE = score_BTE.sigmoid() if target in SIGMOIDS else score_BTE.softmax(-1)
+    sigmoid = target in (*SIGMOIDS, "lfm2_moe")
+    share_BTE = score_BTE.sigmoid() if sigmoid else score_BTE.softmax(-1)
     share_BTK, chosen_BTK = share_BTE.topk(k)
     if target in SIGMOIDS:
         gate_BTK = share_BTK * 2

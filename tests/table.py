@@ -1,4 +1,6 @@
-"""Print a Markdown table of every family with every class that holds it: `python tests/table.py`.
+"""Print a Markdown table of every family with every class that holds it.
+
+    python tests/table.py > recipes/families.md
 
 The identity error is the greatest difference of two logits relative to the largest of them, all
 experts active and the router's rows zero.
@@ -30,6 +32,13 @@ from moefy.convert import convert
 from moefy.job import prepare
 from moefy.recipe import build
 
+HEADING = """# Every family in every class that holds it
+
+Made by `python tests/table.py` of tiny random models in float32. **error**: the greatest
+difference of two logits, relative to the largest, between the dense model and the converted one
+with all experts active. **generates**: greedy tokens with a cache are those without. **saved
+again**: what `save_pretrained` writes of the loaded model computes the same bits.
+"""
 ROW = "| {:16} | {:16} | {:29} | {:>8} | {:10} | {:9} |"
 
 
@@ -62,6 +71,7 @@ if __name__ == "__main__":
         text = Path(folder) / "text.txt"
         turned = [conftest.WORDS[n:] + conftest.WORDS[:n] for n in range(40)]
         text.write_text("\n\n\n".join(map(" ".join, turned)))
+        print(HEADING)
         heads = ("family", "class", "opened as", "error", "generates", "saved again")
         print(ROW.format(*heads))
         print(ROW.format(*["---"] * len(heads)))

@@ -67,6 +67,15 @@ def test_what_was_not_measured_is_not_recommended():
     assert one["verdict"] == "not measured"
 
 
+@pytest.mark.parametrize(("cores", "busy"), [(0.2, True), (0.95, False), (1.9, False)])
+def test_a_busy_machine_is_told_before_its_speeds(cores, busy):
+    found = report([speed_row(1.3, 1.2, 1.4)])
+    found["speed"]["transformers"]["cores"] = cores
+    said = advice(found, "converted")
+    assert ("not to be relied on" in said[0]["sentence"]) == busy
+    assert len(said) == 1 + busy
+
+
 def scores(own, static, gain_error, windows=20):
     def row(dnll):
         return {
@@ -289,7 +298,7 @@ def test_a_planted_slow_model_is_slow_and_is_said_to_be():
     assert places == [("prefill", 1, 32), ("prefill", 8, 16), ("decode", 1, 32), ("decode", 8, 16)]
     assert all(row["ratio"] == pytest.approx(0.5) for row in rows)
     assert all(row["tokens_per_second"] == pytest.approx(500) for row in rows)
-    speed = {"transformers": {**found, "ideal_ratio": {}}}
+    speed = {"transformers": {**found, "ideal_ratio": {}, "cores": 1.0}}
     told = advice(report() | {"speed": speed}, "converted")
     assert [one["sentence"][:6] for one in told] == ["SLOWER"] * 4
     # Both read the same: so many stretches, then a token of each at a time, in every round.

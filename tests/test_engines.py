@@ -126,6 +126,11 @@ SAME = {
     "granite": ("granite", {}, {}),
     "granite, hybrid": ("granite", {}, {"target": "granitemoehybrid"}),
     "cohere2": ("cohere2", {}, {}),
+    "cohere": ("cohere", {}, {}),
+    "helium": ("helium", {}, {}),
+    "exaone": ("exaone", {}, {"target": "mixtral"}),
+    "lfm2": ("lfm2", {"tie_word_embeddings": True}, {}),
+    "lfm2, a layer dense": ("lfm2", {"tie_word_embeddings": True}, {"layers": "1:"}),
 }
 
 
@@ -136,6 +141,31 @@ def test_llama_cpp_computes_the_same(name, pico, converted, to_gguf):
     found = gap(run, to_gguf(run))
     print(f"\n{name}: {found:.1e}")
     assert found < TOLERANCE
+
+
+def pieces(folder: Path, text: Path) -> None:
+    """Put a SentencePiece tokenizer into the folder."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    options = {"vocab_size": VOCABULARY, "hard_vocab_limit": False, "minloglevel": 2}
+    trainer.train(input=str(text), model_prefix=str(folder / "tokenizer"), **options)
+
+
+def test_ernie_with_the_tokenizer_that_its_models_have(own_pico, text, converted, to_gguf):
+    folder = own_pico("ernie4_5")
+    pieces(folder, text)
+    run = converted(folder)
+    assert gap(run, to_gguf(run)) < TOLERANCE
+
+
+def test_a_tokenizer_that_the_converter_does_not_read(pico, converted, to_gguf):
+    for family, says in (
+        ("ernie4_5", "tokenizer.model"),
+        ("glm", "GLM"),
+        ("hunyuan_v1_dense", "code of its own"),
+    ):
+        with pytest.raises(MoefyError, match=says) as caught:
+            to_gguf(converted(pico(family)))
+        assert caught.value.code == 4
 
 
 def scaled(ending: str, factor: float) -> Callable[[Path], None]:
@@ -192,10 +222,11 @@ def test_what_is_refused_would_be_wrong(name, pico, converted, to_gguf, monkeypa
 
 
 def test_gates_that_llama_cpp_norms_anyway_are_refused(pico, converted, to_gguf, tmp_path):
-    for family, normed in (("llama", True), ("qwen3", False)):
-        recipe = {"experts": 6, "experts_per_token": 3} if family == "qwen3" else {}
+    for family, normed in (("llama", True), ("qwen3", False), ("lfm2", False)):
+        recipe = {} if normed else {"experts": 6, "experts_per_token": 3}
         run = tmp_path / family / "out"
-        shutil.copytree(converted(pico(family), **recipe), run)
+        dense = pico(family, tie_word_embeddings=family == "lfm2")
+        shutil.copytree(converted(dense, **recipe), run)
         config = (run / "config.json").read_text()
         written = f'"norm_topk_prob": {str(not normed).lower()}'
         assert written in config

@@ -29,6 +29,17 @@ CONFIG = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 THIRD = {"model_type": "qwen3_moe", "norm_topk_prob": True}
+LFM2 = {"model_type": "lfm2_moe", "norm_topk_prob": True}
+ERNIE = {
+    "model_type": "ernie4_5_moe",
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 24,
+    "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 0,
+    "moe_layer_end_index": 3,
+}
 MIXTRAL = {"model_type": "mixtral", "norm_topk_prob": None}
 
 
@@ -51,6 +62,11 @@ WRONG = {
     "window of old": (MIXTRAL | WINDOW, "sliding window"),
     "dense layers": ({"mlp_only_layers": [0, 3]}, "[0, 3]"),
     "wide heads": ({"head_dim": 32}, "64 wide"),
+    "gates of lfm2": ({"model_type": "lfm2_moe"}, "norm_topk_prob"),
+    "gates scaled": (LFM2 | {"routed_scaling_factor": 2.0}, "routed_scaling_factor"),
+    "ernie, shared": (ERNIE | {"intermediate_size": 192}, "96) wide, not 48"),
+    "ernie, the last layer dense": (ERNIE | {"moe_layer_end_index": 2}, "only at the start"),
+    "hunyuan": ({"model_type": "hunyuan_v1_moe"}, "code of its own"),
 }
 RIGHT = {
     "as written": {},
@@ -61,6 +77,8 @@ RIGHT = {
     "window in no layer": WINDOW | {"layer_types": ["full_attention"]},
     "window as long as the context": {"sliding_window": 128, "max_position_embeddings": 128},
     "wide heads": THIRD | {"head_dim": 32},
+    "ernie": ERNIE,
+    "lfm2": LFM2 | {"routed_scaling_factor": 1.0},
     "unknown": {"model_type": "another", "hidden_act": "gelu"},
 }
 
@@ -166,6 +184,19 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(run, converter):
     (run / "config.json").write_text(json.dumps(config | {"norm_topk_prob": True}))
     before = listing(run)
     assert "norm_topk_prob" in refused(4, run)
+    assert listing(run) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_that_a_checkpoint_brings_is_never_run(name, run, converter):
+    """The real converter would import it."""
+    converter(WRITES)
+    value = json.loads((run / name).read_text())
+    (run / name).write_text(
+        json.dumps(value | {"auto_map": {"AutoTokenizer": ["own.Tokens", None]}})
+    )
+    before = listing(run)
+    assert f"{name} names code of its own" in refused(4, run)
     assert listing(run) == before
 
 

@@ -137,6 +137,12 @@ OWN_VARIANTS: list[tuple[str, dict]] = [
     ("opt", {"_remove_final_layer_norm": True, "layer_norm_elementwise_affine": False}),
     ("bert", {"tie_word_embeddings": True, "type_vocab_size": 1, "layer_norm_eps": 0.3}),
     ("bert", {"hidden_act": "gelu_new"}),
+    ("arcee", {"mlp_bias": True}),
+    ("jais2", {"mlp_bias": False}),
+    ("olmo", {"clip_qkv": 0.5}),
+    ("phi", {"qk_layernorm": True}),
+    ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    ("ministral3", {"sliding_window": 16}),
     ("roberta", {"tie_word_embeddings": True, "pad_token_id": 3}),
     ("distilbert", {"tie_word_embeddings": True, "sinusoidal_pos_embds": True}),
     ("t5", GATED_T5),
@@ -362,12 +368,36 @@ VARIANTS: dict[str, tuple[str, dict, str]] = {
     "another activation": ("llama", {"hidden_act": "gelu_pytorch_tanh"}, ALL),
     "another activation, phi3": ("phi3", {"hidden_act": "gelu"}, ALL),
     "another activation, cohere2": ("cohere2", {"hidden_act": "gelu"}, ALL),
+    "halves in another order, one key for all heads": ("helium", {"num_key_value_heads": 1}, ALL),
+    "halves in another order, llama3": ("helium", {"rope_parameters": LLAMA3}, ALL),
+    "whole heads rotated, glm": ("glm", rope(1000.0, partial_rotary_factor=1.0), ALL),
+    "no biases at attention, glm": ("glm", {"attention_bias": False}, ALL),
+    "biases at attention, cohere": ("cohere", {"attention_bias": True}, ALL),
+    "norms on heads, cohere": ("cohere", {"use_qk_norm": True}, ""),
+    "biases at attention, qwen3.5": ("qwen3_5_text", {"attention_bias": True}, ALL),
+    "no linear attention": ("qwen3_5_text", {"layer_types": ["full_attention"] * 2}, ALL),
+    "whole heads rotated, qwen3.5": (
+        "qwen3_5_text",
+        rope(1000.0, partial_rotary_factor=1.0),
+        ALL,
+    ),
+    "llama3 frequencies, cwm": ("cwm", {"rope_parameters": LLAMA3}, ALL),
+    "no growth with the position": (
+        "ministral3",
+        {"rope_parameters": YARN | {"llama_4_scaling_beta": 0}},
+        ALL,
+    ),
+    "no outer norms": ("hyperclovax", {"use_post_norm": False}, ALL),
     "another scale of logits": ("cohere2", {"logit_scale": 0.25}, ALL),
 }
 VARIANTS |= {
     f"a large epsilon, {family}": (
         family,
-        {{"cohere2": "layer_norm_eps", "lfm2": "norm_eps"}.get(family, "rms_norm_eps"): 0.3},
+        {
+            {"cohere": "layer_norm_eps", "cohere2": "layer_norm_eps", "lfm2": "norm_eps"}.get(
+                family, "rms_norm_eps"
+            ): 0.3
+        },
         ALL,
     )
     for family in sorted({family for family, _ in HELD} - {"ministral"})
@@ -376,8 +406,8 @@ VARIANTS |= {
 
 
 def held_by(name: str) -> list[str]:
-    family, _, holders = VARIANTS[name]
-    known = families.load(family).targets
+    family, changes, holders = VARIANTS[name]
+    known = families.load(family, changes).targets
     return list(known) if holders is ALL else [target for target in known if target in holders]
 
 
@@ -394,8 +424,8 @@ def test_what_a_configuration_says_is_kept(name, target, pico, converted):
     ("name", "target"),
     [
         (name, target)
-        for name, (family, *_) in VARIANTS.items()
-        for target in families.load(family).targets
+        for name, (family, changes, _) in VARIANTS.items()
+        for target in families.load(family, changes).targets
         if target not in held_by(name)
     ],
 )
@@ -516,7 +546,7 @@ def test_computed_in_bfloat16(family, target, experts, own_pico, converted):
     moe = converted(dense, **recipe(target, experts))
     expected = dense_logits(dense)
     bound = 2 * distance(dense_logits(dense, torch.bfloat16), expected)
-    assert distance(logits(open_all_active(moe, torch.bfloat16)), expected) < bound < 0.1
+    assert distance(logits(open_all_active(moe, torch.bfloat16)), expected) < bound < 0.12
 
 
 # --- some experts active -------------------------------------------------------------------------

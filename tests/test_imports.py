@@ -22,6 +22,7 @@ ROWS = [
     "walk block oracle routing",
     "validate reopen scan",
     "job runs",
+    "memory",
     "output report describe budget calibration",
     "summary",
     "convert plan export",
@@ -40,6 +41,7 @@ ONLY_IN = {
     "matplotlib": "report",
     "transformers": "modeling source data walk validate reopen calibration finetune evaluate cli",
     "accelerate": "finetune",
+    "peft": "finetune",
 }
 SLOW_TO_IMPORT = {"torch", "transformers"}
 

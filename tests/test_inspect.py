@@ -241,7 +241,7 @@ def other(**keys: object) -> Callable[[Path], object]:
 MLP = "model.layers.0.mlp."
 WRONG: list[tuple[str, str, Callable[[Path], object], int, str]] = [
     # name, family, damage, exit code, what is said
-    ("unknown", "llama", other(model_type="foo"), 4, "unknown; supported dense families: bert"),
+    ("unknown", "llama", other(model_type="foo"), 4, "unknown; `moefy families` lists"),
     ("a typo", "llama", other(model_type="lama"), 4, "the nearest is llama"),
     ("no type", "llama", other(model_type=...), 3, "has no model_type"),
     ("odd type", "llama", other(model_type=["llama"]), 3, "has no model_type"),
@@ -362,6 +362,7 @@ def test_a_hub_id_is_looked_for_in_the_cache_only(moefy, monkeypatch, tmp_path):
 WIDE = {"moe_intermediate_size": 24, "intermediate_size": 96}
 EIGHT = {"num_experts": 8, "num_experts_per_tok": 2}
 LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 24}
+QWEN3_5 = FAMILY["qwen3_5_text"] | {"head_dim": 8, "shared_expert_intermediate_size": 40}
 MOE: dict[str, tuple[dict[str, Any], int, list[int]]] = {
     "mixtral": (LOCAL, 0, []),
     "qwen2_moe": ({**EIGHT, **WIDE, "shared_expert_intermediate_size": 40}, 40, []),
@@ -422,6 +423,11 @@ MOE: dict[str, tuple[dict[str, Any], int, list[int]]] = {
         },
         0,
         [0],
+    ),
+    "qwen3_5_moe_text": (
+        {**EIGHT, **WIDE, **QWEN3_5},
+        40,
+        [],
     ),
     "olmoe": ({**EIGHT, "intermediate_size": 24}, 0, []),  # no target
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FAMILY
 from stock import HELD, UNLIKE, Plant, planted
 from transformers import AutoModelForCausalLM
 
@@ -30,14 +31,17 @@ DRIVER = Path(__file__).with_name("vllm_driver.py")
 CLOSE, FAULT = 1e-4, 0.1
 EXPERTS, VOCABULARY = 6, 128
 LENGTHS, NEW_TOKENS = (1, 7, 20, 40), 16
+SOME_WINDOWS = (("ministral", "qwen2_moe"), ("cwm", "qwen2_moe"))
+LLAMAS = ("exaone", "helium", "internlm3", "iquestcoder")  # written as Llama is
 PAIRS = [
     (family, target)
     for family, target in HELD
     if "vLLM" in targets.load(target).engines
     and family != "gemma"  # GELU, which it refuses
-    and (family, target) not in (("qwen2", "granitemoeshared"), ("ministral", "qwen2_moe"))
+    and family not in LLAMAS
+    and (family, target) not in (("qwen2", "granitemoeshared"), *SOME_WINDOWS)
 ]
-"""Families and classes that vLLM runs; what it does with the two others is told below."""
+"""Families and classes that vLLM runs; what it does with the others is told below."""
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -112,8 +116,12 @@ def assert_alike(found: list[dict], expected: list[dict]) -> None:
 def wide(family: str, target: str) -> dict:
     """Sizes with heads that vLLM's attention on a CPU knows: 32, 64, 80, 96, 112, 128 or more."""
     heads = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-    own = {"qwen3": {"head_dim": 64}, "ministral": {"head_dim": 32}}
-    return heads | own.get(family, {}) | UNLIKE.get((family, target), {})
+    own = (
+        {"head_dim": 64 if family == "qwen3" else 32}
+        if "head_dim" in FAMILY.get(family, {})
+        else {}
+    )
+    return heads | own | UNLIKE.get((family, target), {})
 
 
 def one_of(target: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, NoReturn
 
@@ -32,6 +33,9 @@ NO_MEMORY = "out of memory; lower --tokens or --sequence-length"
 
 def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # for what a terminal's locale lacks
     with interruptible():
         code = _run()
     sys.exit(code)

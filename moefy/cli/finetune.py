@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,12 +94,16 @@ def finetune(
     built = build(recipe, flags, settings or [])
     if steps is not None:
         built = _of_steps(built, steps)
+    import importlib.util
+
+    if importlib.util.find_spec("accelerate") is None:
+        raise MoefyError("fine-tuning needs accelerate: pip install 'moefy[finetune]'", code=5)
     quiet_libraries()
     from moefy.finetune.run import finetune as tune
     from moefy.progress import watching
 
     try:
-        with watching(quiet=quiet) as watch:
+        with watching(quiet=quiet or os.environ.get("RANK", "0") != "0") as watch:
             summary = tune(run, out, built, force=force, resume=resume, watch=watch)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(w in str(error) for w in NO_MEMORY):
@@ -108,6 +113,8 @@ def finetune(
             "give --gradient-checkpointing or --teacher-cache",
             code=5,
         ) from None
+    if os.environ.get("RANK", "0") != "0":  # one of several processes tells
+        return
     place = out or run.with_name(f"{run.resolve().name}-finetuned")
     show(summary, lambda made: _tuned(made, place), as_json, quiet)
 

@@ -124,12 +124,11 @@ def head_dim(config: Config, entries: Entries) -> int | None:
     heads, told = number(config, SIZES["heads"]), number(config, SIZES["head_dim"])
     if heads is None:
         return told
-    for name, entry in entries.items():
-        if name.endswith("self_attn.q_proj.weight"):
-            return entry.shape[0] // heads
-        if name.endswith("self_attn.qkv_proj.weight"):
-            groups = number(config, SIZES["kv_heads"]) or heads
-            return entry.shape[0] // (heads + 2 * groups)
+    # Not by the queries first: in some classes they are stored with gates.
+    for ending in ("self_attn.o_proj.weight", "self_attn.q_proj.weight"):
+        for name, entry in entries.items():
+            if name.endswith(ending) and len(entry.shape) == 2:
+                return entry.shape[1 if "o_proj" in ending else 0] // heads
     return told or (number(config, SIZES["hidden"]) or 0) // heads or None
 
 

@@ -13,8 +13,9 @@ from moefy.targets.target import Dense
 WINDOW_OFF = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3")
 """Types whose sliding window is off unless `use_sliding_window` is on."""
 
-WINDOW_ON = ("mistral", "ministral", "cohere2", "cohere2_moe")
-"""Types with a sliding window of 4096 tokens where the configuration has no such key."""
+WINDOW_ON = dict.fromkeys(("mistral", "ministral", "cohere2", "cohere2_moe"), 4096)
+WINDOW_ON |= {"cwm": 8192}
+"""Types with a sliding window where the configuration has no such key, and how long it is."""
 
 
 def as_dense(
@@ -46,7 +47,7 @@ def _rope(config: Config) -> dict[str, Any]:
 def _windows(config: Config) -> dict[str, Any]:
     """The sliding window's size, and the type of each layer, where it is not stored."""
     model_type, types = config["model_type"], config.get("layer_types")
-    window = config.get("sliding_window", 4096 if model_type in WINDOW_ON else None)
+    window = config.get("sliding_window", WINDOW_ON.get(model_type))
     if model_type in WINDOW_OFF and not config.get("use_sliding_window", False):
         window = None
     if types is None and model_type in TYPES:
@@ -64,6 +65,10 @@ def _early_even(config: Config, layer: int) -> str:
 
 def _all_but_each_last(config: Config, layer: int) -> str:
     return _local((layer + 1) % config.get("sliding_window_pattern", 4) != 0)
+
+
+def _all_but_each_first(config: Config, layer: int) -> str:
+    return _local(layer % 4 != 0)
 
 
 def _unrotated(config: Config, layer: int) -> str:
@@ -85,6 +90,7 @@ TYPES: dict[str, Callable[[Config, int], str]] = {
     "qwen2_moe": _early_even,
     "cohere2": _all_but_each_last,
     "cohere2_moe": _all_but_each_last,
+    "cwm": _all_but_each_first,
     "smollm3": _unrotated,
     "lfm2": _listed,
     "lfm2_moe": _listed,

@@ -7,6 +7,8 @@ The rules, for each engine, phase, batch size and context:
   it is then said to be SLOWER;
 - else it makes no difference that was measured, which does not pay either, for quality was given.
 
+A measurement that had less than 0.8 of a core is called unreliable before anything is said of it.
+
 On quality: the run is held against static pruning with as many active neurons. When its loss is
 surely lower on a text (95 %, paired by window), routing does not pay there, whatever its speed. On
 memory: a MoE holds all of its experts; it pays where these take fewer bytes than dense.
@@ -21,6 +23,9 @@ from scipy import stats
 
 CLEAR = 0.05
 """A difference in speed that is worth a word."""
+
+QUIET = 0.8
+"""Processor seconds per second below which other programs have disturbed a measurement."""
 
 PAYS, PAYS_NOT, UNKNOWN = "pays", "does not pay", "not measured"
 
@@ -48,6 +53,14 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 def _speed(speed: Mapping[str, Any], label: str) -> Iterator[Advice]:
     for engine, told in speed.items():
+        if (cores := told.get("cores", 1.0)) < QUIET:
+            yield {
+                "verdict": UNKNOWN,
+                "sentence": f"The machine was busy while {engine} was measured: on average "
+                f"{cores:.2f} of a core was left for it. Its speeds are not to be relied on; "
+                "measure again on a quiet machine.",
+                "because": {"engine": engine, "cores": cores},
+            }
         rows = [row for row in told.get("rows", []) if row["label"] == label]
         for phase in ("prefill", "decode"):
             for row in rows:

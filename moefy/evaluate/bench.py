@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,8 @@ class Bench:
     watch: Watch
     not_run: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What each part took, by the clock and of the processor."""
 
     @property
     def readers(self) -> Readers:
@@ -66,6 +69,7 @@ class Bench:
     @contextlib.contextmanager
     def part(self, what: str) -> Iterator[None]:
         """Tell under `not_run` what fails in the block, and go on."""
+        start, spent = time.perf_counter(), time.process_time()
         try:
             yield
         except MoefyError as error:
@@ -75,6 +79,11 @@ class Bench:
         except Exception as error:  # a library's own fault must not take the other parts with it
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             self.not_run.append({"what": what, "reason": reason})
+        finally:
+            self.seconds[what] = {
+                "wall": round(time.perf_counter() - start, 1),
+                "processor": round(time.process_time() - spent, 1),
+            }
 
 
 def prepare(

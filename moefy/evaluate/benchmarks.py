@@ -67,7 +67,13 @@ def run_task(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         done = harness.simple_evaluate(
-            model=models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
+            model=models.HFLM(
+                # Else likelihoods of a bfloat16 model are rounded to a multiple of 8.
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=1,
+                softmax_dtype="float32",
+            ),
             tasks=[task],
             task_manager=manager,
             limit=limit,

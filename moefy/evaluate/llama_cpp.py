@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
-from moefy.evaluate.speed import Grid, speed_rows, stretches
+from moefy.evaluate.speed import Grid, cores, speed_rows, stretches
 from moefy.export import export
 
 PROMPT = 16
@@ -68,6 +69,7 @@ def measure(
     work = [("prefill", 1, context) for context in contexts]
     work += [("decode", batch, PROMPT) for batch in batches]
     seconds: dict[tuple[str, int, int], dict[str, list[float]]] = {one: {} for one in work}
+    start, spent = time.perf_counter(), time.process_time()
     for turn in range(grid.rounds + 1):
         for number, one in enumerate(work):
             for label, server in servers.items():
@@ -85,6 +87,7 @@ def measure(
     return {
         "implementation": "llama.cpp by xllamacpp",
         "threads": threads,
+        "cores": cores(start, spent),
         "dtype": kind,
         "rounds": grid.rounds,
         "new_tokens": new_tokens,

@@ -189,7 +189,7 @@ def benchmark(bench: Bench, task: str, manager: Any, limit: int | None) -> dict[
     content = bench_tasks.content(task, manager)
     for stage in bench.stages:
         key = {"model": stage.digest, "task": task, "content": content, "limit": limit, **VERSIONS}
-        key["lm_eval"] = version("lm_eval")
+        key |= {"lm_eval": version("lm_eval"), "softmax": "float32"}
         bench.watch(f"benchmark {task}: {stage.label}", 0, 1)
         before = len(bench.not_run)
         with bench.part(f"benchmark {task}, {stage.label}"):

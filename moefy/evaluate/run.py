@@ -95,6 +95,7 @@ def _measured(
         "advice": [],
         "not_run": bench.not_run,
         "notes": bench.notes,
+        "seconds": bench.seconds,
     }
     with bench.part("scores"):
         report |= parts.quality(bench)

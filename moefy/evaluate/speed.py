@@ -49,6 +49,7 @@ def measure(
     watch: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Speed of `models`, the first of which is dense, on stretches of the text `ids_T`."""
+    start, spent = time.perf_counter(), time.process_time()
     ways = {label: implementations(model, ids_T, grid, clock) for label, model in models.items()}
     seconds: dict[tuple[str, int, int], dict[str, list[float]]] = {}
     steps = len(grid.work) * (grid.rounds + 1)
@@ -72,6 +73,7 @@ def measure(
             label: _told(found) for label, found in ways.items() if any(found.values())
         },
         "threads": torch.get_num_threads(),
+        "cores": cores(start, spent),
         "dtype": {
             label: str(model.dtype).removeprefix("torch.") for label, model in models.items()
         },
@@ -79,6 +81,15 @@ def measure(
         "new_tokens": grid.new_tokens,
         "rows": sorted(rows, key=lambda row: (row["phase"] == "decode", row["batch"])),
     }
+
+
+def cores(start: float, spent: float) -> float:
+    """Processor seconds per second since `time.perf_counter()` and `process_time()` were these.
+
+    At least about one when nothing else runs; less where other programs took the processor away,
+    and then speeds say little.
+    """
+    return (time.process_time() - spent) / max(time.perf_counter() - start, 1e-9)
 
 
 def speed_rows(seconds: Mapping[str, Sequence[float]], tokens: int) -> list[Row]:

@@ -126,6 +126,8 @@ class Family:
     `layer_types` says."""
     partial_rotary: bool = False
     """Whether the class reads `partial_rotary_factor`."""
+    gated_heads: bool = False
+    """Whether queries are stored together with a gate of each head, as wide as they are."""
     block: str = "mlp"
     """The FFN's module in a layer of transformers' class."""
     emptied: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from moefy import data, families
 from moefy.errors import MoefyError
@@ -83,8 +84,13 @@ def load_student(opened: Opened, settings: Settings) -> Any:
         MoefyError: code 3, when keys are missing or left over.
     """
     dtype = "auto" if settings.dtype == "as-stored" else getattr(torch, settings.dtype)
+    shared = {}
+    if settings.fsdp:
+        shared["distributed_config"] = DistributedConfig(
+            fsdp_size=settings.fsdp, ep_size=settings.expert_parallel or None
+        )
     found: Any = AutoModelForCausalLM.from_pretrained(
-        opened.folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        opened.folder, dtype=dtype, local_files_only=True, output_loading_info=True, **shared
     )
     model, info = found
     if wrong := {kind: sorted(map(str, keys))[:3] for kind, keys in info.items() if keys}:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moefy.finetune.routing import BIASES, layers
 from moefy.targets.target import ROUTER_SCALE
@@ -44,11 +44,12 @@ def _fixed(block: nn.Module) -> Iterable[nn.Parameter]:
 def groups(model: nn.Module, train: str, rates: dict[str, float]) -> list[dict[str, Any]]:
     """Parameter groups for what is to be trained; freezes all else.
 
-    The router's rows are written `ROUTER_SCALE` as large as they are meant: so is their rate, and
-    their gradient is that of the rows as meant, so that it weighs in the clipping as others do.
+    The router's rows are written `ROUTER_SCALE` as large as they are meant: so is their rate.
     """
-    chosen = PARTS if train == "all" else train.split("+")
+    chosen = {"all": PARTS, "lora": ("router", "experts")}.get(train, train.split("+"))
     found = parts(model)
+    if train == "lora":
+        found["experts"] = {n: p for n, p in model.named_parameters() if "lora_" in n}
     model.requires_grad_(False)
     made = []
     for part in chosen:
@@ -57,14 +58,17 @@ def groups(model: nn.Module, train: str, rates: dict[str, float]) -> list[dict[s
         scale = ROUTER_SCALE if part == "router" else 1.0
         for parameter in found[part].values():
             parameter.requires_grad_(True)
-            if part == "router":
-                parameter.register_hook(_as_meant)
-        made.append({"params": list(found[part].values()), "lr": rates[part] * scale, "part": part})
+        rate = {"lr": rates[part] * scale, "part": part}
+        made += [{"params": group, **rate} for group in _by_mesh(found[part].values())]
     return made
 
 
-def _as_meant(slope_ED: Tensor) -> Tensor:
-    return slope_ED * ROUTER_SCALE
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that share a mesh of processes, if any: one fused step takes no others."""
+    by_mesh: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(by_mesh.values())
 
 
 class MasterAdamW(torch.optim.AdamW):

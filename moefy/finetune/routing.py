@@ -85,7 +85,9 @@ def layers(model: nn.Module) -> list[Layer]:
     """The MoE blocks of a model, in order; none for a dense one."""
     found = []
     for name, module in model.named_modules():
-        experts = getattr(module, "experts", None)
+        experts: Any = getattr(module, "experts", None)
+        while hasattr(experts, "base_layer"):  # PEFT's wrappers, whose sum is inside at work
+            experts = experts.base_layer
         if isinstance(getattr(experts, "down_proj", None), Tensor):
             router: Any = module.gate if hasattr(module, "gate") else module.router
             found.append(Layer(name, module, router, experts))

@@ -33,7 +33,7 @@ from moefy.finetune.opened import (
 from moefy.finetune.settings import TABLE, Settings
 from moefy.finetune.trainer import Targets
 from moefy.finetune.tune import Text, Tuned, Watchers, tune
-from moefy.finetune.write import check_checkpoint, write_checkpoint
+from moefy.finetune.write import check_checkpoint, save, write_checkpoint
 from moefy.job import Watch
 from moefy.publish import check_free, publishing, sha256, write_json, write_text
 from moefy.recipe import render_table
@@ -98,11 +98,16 @@ def finetune(
         watchers=Watchers(partial(_append, log), partial(_rewind, log), watch),
     )
     summary = _summary(opened, settings, tuned, tokens, taught)
+    saved = home / "saved"
+    save(tuned.model, saved)
+    process.wait_for_everyone()
     if process.is_main_process:
         with publishing(out, force=force) as part:
             watch("write", 0, 1)
-            write_checkpoint(tuned.model, opened, part)
-            summary["reopened"] = check_checkpoint(tuned.model, opened, part, text.ids_BT[-1])
+            write_checkpoint(saved, opened, part)
+            # Of a model that is shared among processes, none has all: then what they have saved.
+            model = load_teacher(saved, settings) if settings.fsdp else tuned.model
+            summary["reopened"] = check_checkpoint(model, opened, part, text.ids_BT[-1])
             _write_reports(opened, settings, summary, log, part)
         _remove(home)
     process.wait_for_everyone()

@@ -105,9 +105,9 @@ class Settings:
     guard_restarts: int = 3
     """How often to go back to the last good checkpoint; 0 for no guard."""
     fsdp: int = 0
-    """Processes that share the weights (FSDP2)."""
+    """Processes that share the weights (FSDP2); 0 for a whole copy in each."""
     expert_parallel: int = 0
-    """Processes that share the experts."""
+    """Processes of these that share the experts instead of their weights."""
 
 
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Settings)}
@@ -174,6 +174,16 @@ def _check(settings: Settings) -> None:
             )
     if not (settings.kl or settings.ce or settings.hidden or settings.router_ce):
         raise MoefyError("all of kl, ce, hidden and router_ce are 0: nothing to learn from", code=2)
+    if settings.expert_parallel and not settings.fsdp:
+        raise MoefyError("expert_parallel without fsdp; expected --set fsdp=PROCESSES", code=2)
+    if settings.expert_parallel and (settings.soft == "all" or settings.router_ce):
+        raise MoefyError(
+            "expert_parallel: no process has all experts, which soft=all and router_ce ask; "
+            "expected --set soft=chosen and router_ce=0",
+            code=2,
+        )
+    if settings.fsdp and settings.train == "lora":
+        raise MoefyError("fsdp with --train lora is not supported; drop one", code=4)
     if settings.hidden and settings.teacher_cache:
         raise MoefyError(
             "hidden needs the teacher's states, which a --teacher-cache does not hold; drop one",

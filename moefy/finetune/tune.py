@@ -19,6 +19,7 @@ from moefy.errors import MoefyError
 from moefy.finetune import losses
 from moefy.finetune.checkpoints import last_good
 from moefy.finetune.guard import Guard, Trip
+from moefy.finetune.lora import adapted, merged
 from moefy.finetune.routing import Explore, Routing, figures
 from moefy.finetune.settings import Settings
 from moefy.finetune.trainer import Finetuner, Rows, Targets
@@ -110,6 +111,8 @@ def tune(
     while True:
         checkpoint = last_good(home, identity, until)
         model = load()
+        if settings.train == "lora":
+            model = adapted(model, settings.lora_rank)
         explore = Explore(
             settings.noise,
             settings.expert_dropout,
@@ -150,7 +153,8 @@ def tune(
         told.append({"step": guard.trip.step, "reason": guard.trip.reason, "action": action})
         watchers.row({"step": guard.trip.step, "guard": told[-1]})
         watchers.watch(f"guard: {guard.trip.reason}; {action}", 0, 1)
-    after = measured()
+    model = merged(model)
+    after = measure(model, routing, text, targets, settings)
     seconds = trainer.last["seconds"]
     return Tuned(
         model,
@@ -218,6 +222,8 @@ def _trainer(
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
         logging_first_step=True,
+        # Trainer cannot save the optimizer of a model that is shared among processes.
+        save_strategy="no" if settings.fsdp else "steps",
         save_steps=settings.save_every,
         eval_strategy="steps" if settings.measure_every else "no",
         eval_steps=settings.measure_every or None,

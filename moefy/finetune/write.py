@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,13 @@ OF_RUN = ("recipe.toml", "conversion.json", "conversion.md", "calibration.safete
 """What is taken over of a run's `moefy` folder: what tells of the conversion."""
 
 
-def write_checkpoint(model: Any, opened: Opened, part: Path) -> None:
-    """Write the weights of `model` under the run's names, and the run's other files as they are.
+def save(model: Any, place: Path) -> None:
+    """Save the weights as transformers does; all processes call it, for each may have a part."""
+    model.save_pretrained(place, save_original_format=True)
+
+
+def write_checkpoint(place: Path, opened: Opened, part: Path) -> None:
+    """Write the weights in `place` under the run's names, and the run's other files as they are.
 
     config.json is the run's, byte for byte: `save_pretrained` would drop keys that other engines
     and older versions read.
@@ -32,19 +36,16 @@ def write_checkpoint(model: Any, opened: Opened, part: Path) -> None:
         MoefyError: code 6, for a weight that is missing, or not finite in the run's dtype.
     """
     entries = read_entries(opened.folder)
-    with tempfile.TemporaryDirectory(dir=part, prefix="saved-") as place:
-        model.save_pretrained(place, save_original_format=True)
-        saved = read_entries(Path(place))
-        if missing := sorted(entries.keys() - saved.keys()):
-            raise MoefyError(f"the trained model has lost {some(missing)}", code=6)
-        slots = {name: Slot(entry.dtype, entry.shape) for name, entry in entries.items()}
-        writer = ShardWriter(part, slots)
-        for name, entry in entries.items():
-            tensor = read(name, saved[name]).to(DTYPES[entry.dtype])
-            if not torch.isfinite(tensor).all():
-                raise MoefyError(f"{name} is not finite after training; nothing written", code=6)
-            writer.write(name, tensor.reshape(entry.shape))
-        writer.finish()
+    saved = read_entries(place)
+    if missing := sorted(entries.keys() - saved.keys()):
+        raise MoefyError(f"the trained model has lost {some(missing)}", code=6)
+    writer = ShardWriter(part, {name: Slot(e.dtype, e.shape) for name, e in entries.items()})
+    for name, entry in entries.items():
+        tensor = read(name, saved[name]).to(DTYPES[entry.dtype])
+        if not torch.isfinite(tensor).all():
+            raise MoefyError(f"{name} is not finite after training; nothing written", code=6)
+        writer.write(name, tensor.reshape(entry.shape))
+    writer.finish()
     folder = opened.folder
     for file in [*beside(folder), Path(CONFIG)]:
         (part / file).parent.mkdir(exist_ok=True)

@@ -25,11 +25,18 @@ from moefy.targets.target import (
 
 def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     """The configuration of an ERNIE-4.5-MoE model of this shape."""
+    config = dense.config
     converted = [n for n in range(dense.num_layers) if n not in dense.left_dense]
+    width = config["intermediate_size"]
+    if not dense.left_dense:
+        # Only dense layers have this width, and llama.cpp's converter takes the shared experts to
+        # have it, divided by the number of key-value heads.
+        width = shape.num_shared * (config.get("num_key_value_heads") or 1)
     return {
         "architectures": ["Ernie4_5_MoeForCausalLM"],
         "model_type": "ernie4_5_moe",
-        **copied(dense.config),
+        **copied(config),
+        "intermediate_size": width,
         "head_dim": dense.head_dim,
         "use_bias": False,
         "tie_word_embeddings": dense.tied,
@@ -71,8 +78,8 @@ TARGET = Target(
     shared_multiple,
     elastic=False,
     selection_bias=True,
-    engines=("transformers",),
+    engines=("transformers", "vLLM", "llama.cpp"),
     cannot=cannot,
-    balks=engine_reasons,
+    balks=lambda dense, shape: engine_reasons(dense, shape, dense_layers="llama.cpp"),
     ties=True,
 )

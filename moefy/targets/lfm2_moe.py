@@ -1,7 +1,7 @@
 """LFM2-MoE: short convolutions, a sigmoid router with a selection bias, no shared expert.
 
-The gate of a chosen expert is sigmoid(0) = 1/2 times `routed_scaling_factor`, which two makes one
-whatever the number of experts per token: every expert is a bare slice of the dense FFN.
+With `norm_topk_prob` true (the only value llama.cpp knows) the gates of the chosen experts sum to
+one, 1 / K each for a small router: `down_proj` times K makes them one, at that K only.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from moefy.shape import no_shared
 from moefy.targets.target import (
     NUMBERED,
     Dense,
+    Reasons,
     Split,
     Target,
     Tensors,
     copied,
+    engine_reasons,
     expert_tensors,
+    foreign_reasons,
     mismatch,
 )
 
@@ -36,21 +39,30 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
         "num_dense_layers": len(dense.left_dense),
         "num_experts": shape.num_experts,
         "num_experts_per_tok": shape.experts_per_token,
-        "norm_topk_prob": False,
-        "routed_scaling_factor": 2.0,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
         "use_expert_bias": True,
         "output_router_logits": False,
     }
 
 
 def tensors(split: Split) -> Tensors:
-    """The MoE block's tensors; every gate is one."""
+    """The MoE block's tensors; every gate is one at `experts_per_token`."""
     prefix = "feed_forward."
+    gate = split.rounded(1 / split.experts_per_token)
     return {
         prefix + "gate.weight": split.scaled_ED,
         prefix + "expert_bias": split.unbiased_E,
-        **expert_tensors(split, 1.0, prefix + "experts.", NUMBERED),
+        **expert_tensors(split, gate, prefix + "experts.", NUMBERED),
     }
+
+
+def balks(dense: Dense, shape: Shape) -> Reasons:
+    """A head beside the embedding, which llama.cpp's converter has no place for."""
+    found = engine_reasons(dense, shape)
+    if not dense.tied:
+        found.setdefault("llama.cpp", "knows this class with the embedding as its head only")
+    return found
 
 
 TARGET = Target(
@@ -58,9 +70,11 @@ TARGET = Target(
     configure,
     tensors,
     no_shared,
-    elastic=True,
+    elastic=False,
     selection_bias=True,
-    engines=("transformers",),
+    engines=("transformers", "llama.cpp"),
     cannot=lambda dense: mismatch(dense, dense_layers="first"),
+    balks=balks,
+    foreign=lambda dense: foreign_reasons(dense, normed="llama.cpp"),
     ties=True,
 )
