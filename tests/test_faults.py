@@ -13,7 +13,9 @@ import damage as d
 import pytest
 import torch
 from damage import CONFIG, EMBEDDING, HEAD, INDEX, QUERY, SHARDS, SINGLE, UP
-from fault_cases import CASES, Place
+from fault_cases import CASES as MODELS
+from fault_cases import Place
+from run_cases import CASES as RUNS
 from safetensors.torch import load_file
 from test_cli import listing
 from test_cli import moefy as moefy  # a fixture
@@ -49,7 +51,11 @@ def never_hangs():
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+CASES = [*MODELS, *RUNS]
+HERE = [case for case in CASES if not case.elsewhere]
+
+
+@pytest.mark.parametrize("case", HERE, ids=lambda case: case.name)
 def test_case(case, moefy, pico, text, tmp_path, monkeypatch):
     root = tmp_path / "case"
     shutil.copytree(pico("llama"), root / "model")
