@@ -35,6 +35,8 @@ EVERYTHING = Recipe(
     device="cpu",
     partition_options={"rounds": 6, "sample": 4096},
     router_options={"strength": 2.5e-05, "steps": 0, "on": True, "names": ["a", 'b"', 1, 0.5]},
+    max_shard_size="200MB",
+    ignore_index=True,
 )
 AWKWARD = [
     'say "no"',
