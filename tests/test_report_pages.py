@@ -325,6 +325,26 @@ def test_a_report_that_cannot_be_drawn(content, code, says, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_command_draws_and_opens(report, tmp_path, monkeypatch, capsys):
+    from moefy import cli
+
+    (tmp_path / "moefy").mkdir()
+    (tmp_path / "moefy" / "report.json").write_text(json.dumps(report))
+    opened: list[str] = []
+    monkeypatch.setattr(web, "can_draw", lambda: False)
+    monkeypatch.setattr("webbrowser.open", lambda page: opened.append(page) or len(opened) < 2)
+    for code in (0, 5):
+        monkeypatch.setattr(
+            "sys.argv", ["moefy", "report", str(tmp_path), "--redraw", "--open", "--quiet"]
+        )
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == code
+    page = (tmp_path / "moefy" / "report.html").as_uri()
+    assert opened == [page] * 2
+    assert capsys.readouterr().err == f"moefy: no browser was found; open {page}\n"
+
+
 # The card
 
 
