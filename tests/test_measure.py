@@ -166,7 +166,9 @@ def finetuned(parent: Path, out: Path, **more) -> Path:
     tensors = {name: tensor * 1.01 for name, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
     told = {"format": 1, "parent": {"folder": str(parent)}, "tokens": 1000, **more}
-    told |= {"train": {"source": "train.txt"}, "teacher": {"model": "teacher"}}
+    checks = {"before": {"loss": 3.0, "kl": 0.5}, "after": {"loss": 2.5, "kl": 0.2}}
+    told |= {"train": {"source": "train.txt"}, "teacher": {"model": "teacher"}, "steps": 2}
+    told |= {"validation": checks, "routing": {}, "guard": [], "seconds": 1.0, "settings": {}}
     (out / "moefy" / "finetune.json").write_text(json.dumps(told))
     (out / "moefy" / "finetune.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     return out
