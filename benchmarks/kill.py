@@ -17,8 +17,11 @@ attempt is forked from there: no kill is wasted on the seconds that imports take
 
 from __future__ import annotations
 
-import json
 import os
+
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # the others outlive no fork
+
+import json
 import random
 import resource
 import shutil

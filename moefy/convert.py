@@ -55,7 +55,7 @@ def convert(
             damaged.
     """
     _check_places(job, out, keep)
-    require(predicted(job), "this conversion", "lower --tokens")
+    require(predicted(job, output.slots(job)), "this conversion", "lower --tokens")
     with publishing(out, force=force, resume=keep, fresh=fresh) as part:
         state = State(part.with_name(STATE) if keep else None)
         state.claim(_facts(job))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 
 from moefy.errors import MoefyError
 from moefy.job import Job
 from moefy.profile import CHUNK
+from moefy.reopen import MEMORY
+from moefy.shards import Slot
 
 LIBRARIES = 700_000_000
 """Resident bytes of Python, torch, transformers and scikit-learn before any tensor."""
@@ -48,8 +52,9 @@ def require(needed: int, what_for: str, instead: str) -> None:
         )
 
 
-def predicted(job: Job) -> int:
-    """Peak resident bytes: one layer in float32, the states, and the largest stage's work."""
+def predicted(job: Job, slots: Mapping[str, Slot]) -> int:
+    """Peak resident bytes: of one layer in float32 with the states and the largest stage's work, or
+    of the model that is opened again, of which `slots` are the tensors."""
     hidden, neurons = job.size("hidden_size"), job.shape.num_neurons
     tokens = job.recipe.tokens
     layer = 4 * (3 * hidden * neurons + 4 * hidden * hidden)
@@ -68,4 +73,10 @@ def predicted(job: Job) -> int:
         way_back = 4 * job.recipe.sequence_length * job.num_layers * (16 * hidden + 4 * neurons)
         way_back += 16 * job.recipe.sequence_length * job.size("vocab_size")
         whole = 4 * sum(entry.num_elements for entry in job.checkpoint.entries.values()) + way_back
-    return LIBRARIES + max(layer + states + activations + work + kept, 2 * model, whole + kept)
+    # It is read from a mapped file, whose pages count, into float32 if that is small enough.
+    stored = sum(slot.num_bytes for slot in slots.values())
+    wide = 4 * sum(math.prod(slot.shape) for slot in slots.values())
+    reopened = stored + wide if wide <= MEMORY else 2 * min(stored, MEMORY)
+    reopened += states // 4 + 4 * job.num_layers * job.recipe.sequence_length * hidden
+    layers = layer + states + activations + work + kept
+    return LIBRARIES + max(layers, 2 * model, whole + kept, reopened)

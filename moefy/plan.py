@@ -49,7 +49,7 @@ def estimate(job: Job) -> dict[str, Any]:
         "flops_per_token_dense": 2 * matrix,
         "flops_per_token": int(2 * matrix - saved),
         "disk_bytes": sum(slot.num_bytes for slot in slots.values()),
-        "memory_bytes": predicted(job),
+        "memory_bytes": predicted(job, slots),
         "seconds": round(_seconds(job), 1),
         "notes": list(job.notes),
     }
