@@ -237,7 +237,7 @@ def other_experts(tensors: dict[str, torch.Tensor], config: dict) -> None:
 
 
 def one_expert_less(tensors: dict[str, torch.Tensor], config: dict) -> None:
-    config["num_experts_per_tok"] -= 1
+    config[next(key for key in ("num_experts_per_tok", "moe_k") if key in config)] -= 1
 
 
 @pytest.mark.parametrize("plant", [other_experts, one_expert_less])
