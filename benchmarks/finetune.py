@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from moefy import data
 from moefy.evaluate.controls import load_model
-from moefy.evaluate.run import standard_error
-from moefy.evaluate.text import compare
+from moefy.evaluate.text import compare, standard_error
 from moefy.finetune.opened import load_teacher, open_run, read_text, teacher_folder
 from moefy.finetune.run import finetune
 from moefy.finetune.settings import Settings, build
@@ -70,7 +69,7 @@ def main(
     if score:
         folders = {"ours, before": run, "static, before": static}
         folders |= {name: out / name for name in CHANGES if (out / name).is_dir()}
-        score_all(folders, open_run(run).recipe["model"], text, out, eval_tokens)
+        score_all(folders, open_run(run).recipe.model, text, out, eval_tokens)
     print(markdown(out, eval_tokens))
 
 

@@ -136,7 +136,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=distinct_keys)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in dict(metadata).values()):
+            raise ValueError("its metadata are no strings")
         entries = {name: _entry(path, name, spec, 8 + length) for name, spec in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise broken(f"its header cannot be read ({error})") from None

@@ -24,6 +24,10 @@ Leave = Callable[[Tensor], Tensor]
 """What a layer does to the sum."""
 
 
+RETURNED = ("output_hidden_states", "output_attentions", "return_dict")
+"""Keys of a configuration that say what a model gives back beside what it computes."""
+
+
 class _Tap(nn.Module):
     """Stands where the FFN stands: keeps what it is given and adds nothing."""
 
@@ -62,7 +66,9 @@ def runnable(model: Any) -> Any:
 
 def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The transformers configuration of a checkpoint, with its defaults filled in."""
-    config: dict[str, Any] = {key: _number(value) for key, value in checkpoint.config.items()}
+    config: dict[str, Any] = {
+        key: _number(value) for key, value in checkpoint.config.items() if key not in RETURNED
+    }
     return AutoConfig.for_model(config.pop("model_type"), **config)
 
 

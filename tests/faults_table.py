@@ -9,23 +9,22 @@ import argparse
 import importlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
+from functools import partial
 from pathlib import Path
 
 import conftest
-from fault_cases import CASES, Case, Done, Place
-
-from moefy import cli
+from fault_cases import CASES as MODELS
+from fault_cases import Case, Done, Place
+from run_cases import CASES as RUNS
+from run_cases import LIMIT, forked, nothing
 
 LINE = "| {} | {} | {} | {} | {} | {} | {:.1f} |"
 HEADS = "| # | fault | how it was made | exit | message | left on disk | s |"
-LIMIT = 120
-"""Seconds after which a command counts as hung."""
+CASES = [*MODELS, *RUNS]
 
 
 def command(*arguments: object) -> Done:
@@ -39,32 +38,6 @@ def command(*arguments: object) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def forked(*arguments: object) -> Done:
-    """The same without the imports."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = os.fork()
-        if not child:
-            signal.alarm(LIMIT)
-            for stream, number in ((open(os.devnull), 0), (out, 1), (err, 2)):
-                os.dup2(stream.fileno(), number)
-            sys.argv = ["moefy", *map(str, arguments)]
-            try:
-                cli.main()
-            except SystemExit as stop:
-                code = stop.code
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        _, status = os.waitpid(child, 0)
-        out.seek(0)
-        err.seek(0)
-        code = os.waitstatus_to_exitcode(status)
-        return Done(code, out.read().decode(), err.read().decode())
-
-
 def names(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*")}
 
@@ -74,7 +47,7 @@ def row(case: Case, whole: Path) -> tuple[str, list[str]]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         root = Path(folder) / "place"
         shutil.copytree(whole, root)
-        place = Place(root, command if case.early else forked)
+        place = Place(root, command if case.early else partial(forked, nothing))
         case.arrange(place)
         before = names(root)
         here = os.getcwd()

@@ -258,6 +258,11 @@ def test_accepted_configurations_give_the_dense_model(models, text, tmp_path_fac
         event(f"refused while converting, {error.code}")
         assert not out.exists()
         return
-    event("converted")
-    assert distance(logits(opened(out)), dense_logits.__wrapped__(folder)) < WRITTEN
+    try:
+        expected = dense_logits.__wrapped__(folder)
+    except Exception:
+        event("transformers itself cannot run it")
+    else:
+        event("converted")
+        assert distance(logits(opened(out)), expected) < WRITTEN
     shutil.rmtree(out)

@@ -247,8 +247,8 @@ def test_a_dense_token_stream_scores_only_what_is_kept(pico):
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(pico, tmp_path, monkeypatch):
-    """More than the weights, and told as an error when the process fails."""
-    assert sizes.peak_bytes(pico("llama")) > 100_000
+    """Not what this one takes, which is far more; an error when the process fails."""
+    assert 100_000 < sizes.peak_bytes(pico("llama")) < 300e6 < sizes._resident("VmHWM")
     monkeypatch.setattr(sizes.sys, "executable", "false")
     with pytest.raises(MoefyError, match="was not measured"):
         sizes.peak_bytes(tmp_path)

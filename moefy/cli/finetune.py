@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moefy.cli.shared import Json, Quiet, quiet_libraries, show
+from moefy.cli.signals import INTERRUPTED
 from moefy.errors import MoefyError
 
 
@@ -105,6 +106,10 @@ def finetune(
     try:
         with watching(quiet=quiet or os.environ.get("RANK", "0") != "0") as watch:
             summary = tune(run, out, built, force=force, resume=resume, watch=watch)
+    except KeyboardInterrupt:
+        raise MoefyError(
+            "interrupted; --resume goes on from the last checkpoint", code=INTERRUPTED
+        ) from None
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(w in str(error) for w in NO_MEMORY):
             raise

@@ -50,7 +50,7 @@ def report(
         typer.Option(
             "--controls/--no-controls",
             help="Make all controls anew and refit them, which takes as long as the conversion "
-            "for each; or score none. (default: static, and other routers as written)",
+            "for each; or score none. (default: static, and an oracle that is not refitted)",
         ),
     ] = None,
     tasks: Annotated[
@@ -87,10 +87,20 @@ def report(
             help="Exit with code 1 if this holds, e.g. `dnll>0.1 or dead>0`; may be repeated."
         ),
     ] = None,
+    redraw: Annotated[
+        bool,
+        typer.Option("--redraw", help="Measure nothing: draw the pages from report.json anew."),
+    ] = False,
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Show the page in the browser.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure the run RUN against the dense model and the controls: quality, routing and cost."""
+    if redraw:
+        _redrawn(run, open_page, as_json, quiet)
+        return
     if quick and full:
         raise MoefyError("--quick and --full are given; expected one of them", code=2)
     for name, number in {"--tokens": tokens, "--limit": limit}.items():
@@ -121,9 +131,36 @@ def report(
     with watching(quiet=quiet) as watch:
         found = evaluate(run, settings, watch=watch)
     show(found, lambda made: _reported(made, run), as_json, quiet)
+    if open_page:
+        _open(run)
     if found["failed"]:
         print(f"moefy: {'; '.join(found['failed'])}", file=sys.stderr)
         raise typer.Exit(FAILED)
+
+
+def _redrawn(run: Path, open_page: bool, as_json: bool, quiet: bool) -> None:
+    from moefy import report
+
+    found = report.redraw(run)
+    show(found, lambda made: _drawn(run), as_json, quiet)
+    if open_page:
+        _open(run)
+
+
+def _drawn(run: Path) -> None:
+    from moefy.report import printed
+
+    printed.show_page(run)
+
+
+def _open(run: Path) -> None:
+    import webbrowser
+
+    from moefy.report import HTML
+
+    page = (run / HTML).resolve().as_uri()
+    if not webbrowser.open(page):
+        raise MoefyError(f"no browser was found; open {page}", code=5)
 
 
 def _reported(found: dict[str, Any], run: Path) -> None:

@@ -64,7 +64,7 @@ def models(bench: Bench, *, peak: bool) -> dict[str, Any]:
                 bench.watch(f"peak memory: {stage.label}", 0, 1)
                 with bench.part(f"peak memory of {stage.label}"):
                     told["peak_bytes"] = bench.store.once(
-                        "peak", key, lambda folder=stage.folder: peak_bytes(folder)
+                        "peak-memory", key, lambda folder=stage.folder: peak_bytes(folder)
                     )
         found[stage.label] = told
     return found

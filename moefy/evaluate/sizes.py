@@ -99,25 +99,24 @@ def peak_bytes(folder: Path) -> int:
         ) from None
 
 
-def _resident() -> int:
-    """The most bytes that were resident."""
+def _resident(name: str) -> int:
+    """Resident bytes of this process: now (`VmRSS`), or the most so far (`VmHWM`).
+
+    What `getrusage` calls the most is, in a child, at least what its parent had.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        told = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        if name in told:
+            return 1024 * int(told[name].split()[0])
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _resident_now() -> int:
-    """Resident bytes at this moment, or for want of that the most so far."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return _resident()
-    return pages * resource.getpagesize()
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _main(folder: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    before = _resident_now()
+    before = _resident("VmRSS")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     model.eval()
     ids_1T = torch.arange(PREFILL)[None] % model.get_input_embeddings().weight.shape[0]
@@ -126,7 +125,7 @@ def _main(folder: str) -> None:
         for _ in range(DECODE):
             token_11 = out.logits[:, -1:].argmax(-1)
             out = model(token_11, past_key_values=out.past_key_values, use_cache=True)
-    print(json.dumps({"peak": _resident() - before}))
+    print(json.dumps({"peak": _resident("VmHWM") - before}))
 
 
 if __name__ == "__main__":

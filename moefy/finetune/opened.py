@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from moefy import data, families
+from moefy import data, families, runs
 from moefy.errors import MoefyError
 from moefy.finetune.settings import Settings
 from moefy.finetune.tune import Text, num_steps, tokens_per_step
 from moefy.headers import read_config, read_entries
 from moefy.job import Watch
 from moefy.publish import sha256
-from moefy.recipe import read_toml
+from moefy.recipe import Recipe
 from moefy.source import resolve
 
 
@@ -29,7 +28,7 @@ class Opened:
     folder: Path
     summary: dict[str, Any]
     """Its conversion report."""
-    recipe: dict[str, Any]
+    recipe: Recipe
     config: dict[str, Any]
     digests: dict[str, str]
     """Of the files that its weights are in."""
@@ -54,16 +53,13 @@ def open_run(folder: Path) -> Opened:
         MoefyError: code 3, when it is no whole run of ours; 4, for a model that predicts no next
             token.
     """
-    file = folder / "moefy" / "conversion.json"
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        family, target = summary["family"], summary["target"]
-    except (OSError, ValueError, KeyError, TypeError):
-        dense = " (a dense model: convert it first)" if (folder / "config.json").is_file() else ""
+    if (folder / "config.json").is_file() and not (folder / "moefy").is_dir():
         raise MoefyError(
-            f"{folder} is not a whole run of moefy{dense}; expected a folder that `moefy convert` "
-            "wrote"
-        ) from None
+            f"{folder} is not a whole run of moefy (a dense model: convert it first); expected a "
+            "folder that `moefy convert` wrote"
+        )
+    summary = runs.open_run(folder)
+    family, target = summary["family"], summary["target"]
     config = read_config(folder)
     if config.get("model_type") != target:
         raise MoefyError(
@@ -73,8 +69,7 @@ def open_run(folder: Path) -> Opened:
     if summary.get("task", "ForCausalLM") != "ForCausalLM":
         raise MoefyError(f"{family} predicts no next token, by which models are tuned here", code=4)
     digests = {f.name: sha256(f) for f in sorted({e.file for e in read_entries(folder).values()})}
-    recipe = read_toml(folder / "moefy" / "recipe.toml")
-    return Opened(folder, summary, recipe, config, digests)
+    return Opened(folder, summary, runs.read_recipe(folder), config, digests)
 
 
 def load_student(opened: Opened, settings: Settings) -> Any:
@@ -106,7 +101,7 @@ def teacher_folder(opened: Opened, settings: Settings) -> tuple[Path, dict[str, 
     """
     recipe = opened.recipe
     given = settings.teacher is not None
-    folder = resolve(settings.teacher or recipe["model"], revision=recipe.get("revision"))
+    folder = resolve(settings.teacher or recipe.model, revision=recipe.revision)
     config = read_config(folder)
     files = sorted({entry.file for entry in read_entries(folder).values()})
     digests = {file.name: sha256(file) for file in files}

@@ -184,7 +184,7 @@ def _summary(
         "format": 1,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "parent": {"folder": str(opened.folder), "files": opened.digests},
-        "teacher": {"model": settings.teacher or opened.recipe["model"], "files": taught},
+        "teacher": {"model": settings.teacher or opened.recipe.model, "files": taught},
         "train": {
             "source": tokens.source,
             "sha256": tokens.sha256,
