@@ -161,7 +161,7 @@ def test_the_report_of_a_conversion(pico, converted):
     assert summary["reopened"]["layers"] == 2
     assert summary["reopened"]["hidden_state_error"] < 0.01
     for folder, digests in ((dense, summary["inputs"]), (out, summary["outputs"])):
-        assert set(digests) == {SINGLE, "config.json"}
+        assert {SINGLE, "config.json"} <= set(digests)
         for name, digest in digests.items():
             assert sha256((folder / name).read_bytes()).hexdigest() == digest
     ids = load_file(out / "moefy" / "calibration.safetensors")["ids"]
@@ -373,7 +373,7 @@ def test_what_an_encoder_does_not_do(family, pico, a_job, converted):
     assert "no next-token loss" in told(lambda: a_job(model, **by_loss), 2)
     assert "--layers" in told(lambda: a_job(model, target="moefy", layers="auto"), 2)
     out = converted(model, target="moefy", partition="shuffle", refit=False)
-    assert "no next-token perplexity" in told(lambda: evaluate(out, []), 4)
+    assert "no next-token perplexity" in told(lambda: evaluate(out), 4)
     assert "moefy report" not in (out / "README.md").read_text()
     if family == "t5":
         assert "decoder" in told(lambda: a_job(model, partition="static"), 2)
