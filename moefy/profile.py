@@ -97,7 +97,7 @@ def observe(
             if dense_TD is not None and drift:
                 lacking_TD = (dense_TD[first : first + CHUNK] - leaving_TD).mul_(drift)
                 if join:  # what has to enter it, so that this leaves it
-                    lacking_TD.mul_(y_TD).div_(added_TD).nan_to_num_(0.0, 0.0, 0.0)
+                    lacking_TD.div_(_slopes(y_TD, added_TD))
                 aims.append(lacking_TD.add_(y_TD).mul_(scale_T[:, None]))
         h_TF.mul_(scale_T[:, None])
         total_F += h_TF[: max(num_fit - first, 0)].square().sum(0)
@@ -110,6 +110,17 @@ def observe(
     y_TD, scale_T = torch.cat(outputs), torch.cat(scales)
     aim_TD = torch.cat(aims) if aims else y_TD
     return Profile(x_TD, y_TD, scale_T, num_heldout, energy_F, h_TF, aim_TD, gradient_TD)
+
+
+def _slopes(y_TD: Tensor, added_TD: Tensor) -> Tensor:
+    """How much larger each output leaves a join than it enters, at least as much as the median.
+
+    A norm's weights differ by thousands. Through those that are almost zero nothing can be made
+    good, and trying to would fill the output that the norm divides by.
+    """
+    slope_TD = (added_TD / y_TD).nan_to_num_(0.0, 0.0, 0.0)
+    least_T1 = slope_TD.abs().median(dim=1, keepdim=True).values.clamp_min(1e-12)
+    return slope_TD.abs().maximum(least_T1).copysign_(slope_TD)
 
 
 def expert_energies(ffn: FFN, profile: Profile, partition: Partition, part: str) -> Tensor:

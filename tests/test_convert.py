@@ -161,7 +161,7 @@ def test_the_report_of_a_conversion(pico, converted):
     assert summary["reopened"]["layers"] == 2
     assert summary["reopened"]["hidden_state_error"] < 0.01
     for folder, digests in ((dense, summary["inputs"]), (out, summary["outputs"])):
-        assert set(digests) == {SINGLE, "config.json"}
+        assert {SINGLE, "config.json"} <= set(digests)
         for name, digest in digests.items():
             assert sha256((folder / name).read_bytes()).hexdigest() == digest
     ids = load_file(out / "moefy" / "calibration.safetensors")["ids"]
@@ -373,7 +373,7 @@ def test_what_an_encoder_does_not_do(family, pico, a_job, converted):
     assert "no next-token loss" in told(lambda: a_job(model, **by_loss), 2)
     assert "--layers" in told(lambda: a_job(model, target="moefy", layers="auto"), 2)
     out = converted(model, target="moefy", partition="shuffle", refit=False)
-    assert "no next-token perplexity" in told(lambda: evaluate(out, []), 4)
+    assert "no next-token perplexity" in told(lambda: evaluate(out), 4)
     assert "moefy report" not in (out / "README.md").read_text()
     if family == "t5":
         assert "decoder" in told(lambda: a_job(model, partition="static"), 2)
@@ -748,3 +748,16 @@ def test_overlapping_experts_in_a_class(target, pico, converted):
 def test_only_one_partition_lets_experts_overlap(pico, a_job):
     with pytest.raises(MoefyError, match="overlap"):
         a_job(total=2.0, partition="shuffle")
+
+
+def test_files_of_a_size(pico, a_job, converted, tmp_path):
+    """Only how tensors lie in files depends on it, and transformers opens the result."""
+    convert(a_job(pico("llama"), max_shard_size="20KB"), tmp_path / "out")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3 and all(file.stat().st_size < 22_000 for file in files)
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = load_file(converted(pico("llama")) / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}

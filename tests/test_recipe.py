@@ -9,7 +9,7 @@ import tomllib
 import pytest
 
 from moefy.errors import MoefyError
-from moefy.recipe import FIELDS, Recipe, build, chosen_layers, nearest, read, render
+from moefy.recipe import FIELDS, Recipe, build, chosen_layers, nearest, read, render, shard_bytes
 
 EVERYTHING = Recipe(
     model="owner/name",
@@ -35,6 +35,8 @@ EVERYTHING = Recipe(
     device="cpu",
     partition_options={"rounds": 6, "sample": 4096},
     router_options={"strength": 2.5e-05, "steps": 0, "on": True, "names": ["a", 'b"', 1, 0.5]},
+    max_shard_size="200MB",
+    ignore_index=True,
 )
 AWKWARD = [
     'say "no"',
@@ -265,3 +267,16 @@ def test_layers_that_are_none_are_refused(text):
     assert caught.value.code == 2
     assert f"--layers {text}" in str(caught.value)
     assert re.search(r"no layers of 0 to 5; expected forms like `:`", str(caught.value))
+
+
+def test_sizes_of_files_are_those_that_transformers_takes():
+    """Judged by huggingface_hub, whose sizes have no binary prefixes."""
+    from huggingface_hub.serialization._base import parse_size_to_int
+
+    for size in ("5GB", "200MB", "1KB", "1.5GB"):
+        assert shard_bytes(size) == parse_size_to_int(size)
+    assert shard_bytes("2MiB") == 2 * 1024**2 and shard_bytes("100") == 100
+    for size in ("", "0", "-1GB", "GB", "1 XB", "iB", "1e9", "nan"):
+        with pytest.raises(MoefyError, match="--max-shard-size") as caught:
+            shard_bytes(size)
+        assert caught.value.code == 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 from planted import mask_of, random_ffn, seeded
 from sklearn.linear_model import Ridge
+from torch import nn
 
 from moefy.layout import FFN, Partition, Profile, Router, Shape
 from moefy.partition import alternating, shuffle, static
@@ -296,6 +297,15 @@ def test_what_enters_a_join_makes_what_leaves_it():
     _, profile, lost_TD = drifted(lambda y_TD: 0.25 * y_TD)
     wanted_TD = profile.y_TD + 4 * lost_TD * profile.scale_T[:, None]
     torch.testing.assert_close(profile.goal_TD, wanted_TD)
+
+
+def test_nothing_is_made_good_through_what_a_norm_shuts_out():
+    """Else the output aims at values that the norm would divide all others by."""
+    weight_D = torch.ones(12).index_fill(0, torch.tensor([3]), 1e-6)
+    _, profile, lost_TD = drifted(lambda y_TD: nn.functional.rms_norm(y_TD, (12,), weight_D))
+    aims_TD = profile.goal_TD - profile.y_TD
+    assert aims_TD[:, 3].abs().max() < 10 * profile.y_TD.abs().max()
+    assert aims_TD.norm() > 0.1 * profile.y_TD.norm()
 
 
 def test_a_refit_makes_good_what_its_activations_tell():

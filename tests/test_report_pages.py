@@ -283,6 +283,27 @@ def test_verdicts_gather_what_is_said():
     assert found[0].said == (("a", ": b"), ("d", "; e"))
 
 
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "word"),
+    [
+        (1.2, 1.1, 1.3, "faster than dense"),
+        (0.8, 0.7, 0.9, "slower than dense"),
+        (0.8, 0.7, 1.03, "no clear difference: 0.70× to 1.03×"),
+        (1.03, 1.02, 1.04, "no clear difference: 1.02× to 1.04×"),
+    ],
+)
+def test_the_headline_says_no_more_than_the_advice(ratio, low, high, word):
+    from moefy.evaluate import advice
+    from moefy.report.contents import CLEAR, tiles
+
+    row = {"phase": "decode", "batch": 1, "label": "moe", "tokens_per_second": 1.0}
+    row |= {"ratio": ratio, "ratio_low": low, "ratio_high": high}
+    told = {**sample_report.empty(), "main": "moe", "models": {"moe": {"kind": "converted"}}}
+    (tile,) = tiles({**told, "speed": {"llama.cpp": {"rows": [row]}}})
+    assert tile.word == word and CLEAR == advice.CLEAR
+    assert word.startswith(advice.verdict(row).split()[0])
+
+
 def test_models_are_told_apart(report):
     shown = looks(labels(report))
     assert list(shown)[0] == "dense"

@@ -204,7 +204,7 @@ NOTES = [
     ("llama", {}, 2, "qwen2_moe", SHAPE, []),
     ("llama", {}, 2, "mixtral", UNSHARED, []),
     ("llama", {}, 2, "granitemoeshared", SHAPE, []),
-    ("llama", {}, 2, "glm4_moe", ONE_SHARED, []),
+    ("llama", {}, 2, "glm4_moe", ONE_SHARED, [("15 experts", "no power of two")]),
     ("llama", {}, 2, "glm4_moe", SHAPE, [("SGLang", "fusion for 8 shared experts")]),
     ("qwen3", {}, 2, "qwen3_moe", UNSHARED, []),
     ("llama", {"head_dim": 16}, 2, "qwen2_moe", SHAPE, [("vLLM, llama.cpp", "head_dim 8, not 16")]),

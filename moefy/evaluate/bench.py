@@ -126,6 +126,8 @@ def prepare(
         for name, path in texts.items()
     }
     by_label = {stage.label: stage for stage in (*stages, *others)}
+    kept = functools.cache(lambda label: by_label[label].open())
+    passing = {stage.label for stage in others}  # controls do not stay in memory
     return Bench(
         summary,
         stages,
@@ -136,7 +138,7 @@ def prepare(
         windows,
         tokens,
         Store(run / "moefy" / "measured"),
-        functools.cache(lambda label: by_label[label].open()),
+        lambda label: by_label[label].open() if label in passing else kept(label),
         place,
         watch,
         [{"what": "a stage of the run", "reason": reason} for reason in missing],

@@ -119,7 +119,10 @@ def control_stages(
             def named(what: str, done: int, total: int) -> None:
                 watch(f"{name}: {what}", done, total)
 
-            return make_control(job, place / str(number), tokens, named)
+            folder = place / str(number)
+            return (
+                load_model(folder) if folder.is_dir() else make_control(job, folder, tokens, named)
+            )
 
         settings = dataclasses.asdict(job.recipe) | {"model": "", "device": "", "calibration": ""}
         made_of = [settings, dataclasses.asdict(job.shape), tokens.sha256, dense.digest, VERSIONS]

@@ -15,6 +15,9 @@ from moefy.report.wording import fixed, large, model_name, shape_text, times
 VERDICTS = {"pays": "▲", "does not pay": "▼", "not measured": "○"}
 """The signs of the advice, so that it is not told by colour alone."""
 
+CLEAR = 0.05
+"""A difference in speed that is worth a word; the same as that of the advice."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -141,12 +144,14 @@ def tiles(report: Mapping[str, Any]) -> list[Tile]:
 
 
 def _speed_tile(engine: str, row: Mapping[str, Any]) -> Tile:
+    """A speed is called faster or slower where it was so in every round, as the advice has it."""
     ratio, name = row["ratio"], f"writing in {engine}, batch {row['batch']}"
-    if abs(ratio - 1) < 0.02:
-        return Tile(times(ratio), name, "as fast as dense")
-    return Tile(
-        times(ratio), name, "faster than dense" if ratio > 1 else "slower than dense", ratio > 1
-    )
+    low, high = row.get("ratio_low", ratio), row.get("ratio_high", ratio)
+    if ratio >= 1 + CLEAR and low > 1:
+        return Tile(times(ratio), name, "faster than dense", True)
+    if ratio <= 1 - CLEAR and high < 1:
+        return Tile(times(ratio), name, "slower than dense", False)
+    return Tile(times(ratio), name, f"no clear difference: {times(low)} to {times(high)}")
 
 
 @dataclass(frozen=True)

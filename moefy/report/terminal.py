@@ -73,8 +73,10 @@ def show_push(told: Mapping[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for name, size in told["files"].items():
         console.print(f"  {size:>14,}  {name}", markup=False)
-    if told["left_out"]:
-        console.print(f"Left out: {', '.join(told['left_out'])}", markup=False)
+    # Of a folder that holds many files, its name: none of them was meant.
+    left = dict.fromkeys("/".join(name.split("/")[:2]) for name in told["left_out"])
+    if left:
+        console.print(f"Left out: {', '.join(left)}", markup=False)
     done = f"{len(told['files'])} files, {told['bytes'] / 1e6:,.1f} MB"
     where = told["repo"] + (f", branch {told['revision']}" if told["revision"] else "")
     sent = f"Sent to {told['url']}" if told["url"] else f"Would be sent to {where}"
