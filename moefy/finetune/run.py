@@ -95,7 +95,11 @@ def finetune(
         targets=targets,
         states=states,
         identity=identity,
-        watchers=Watchers(partial(_append, log), partial(_rewind, log), watch),
+        watchers=(
+            Watchers(partial(_append, log), partial(_rewind, log), watch)
+            if process.is_main_process  # one of several processes writes the log
+            else Watchers()
+        ),
     )
     summary = _summary(opened, settings, tuned, tokens, taught)
     saved = home / "saved"
