@@ -166,10 +166,10 @@ def reclaim(out: Path) -> bool:
 @contextlib.contextmanager
 def _hold(place: Path, out: Path) -> Iterator[None]:
     """Lock `out` for this process; the lock lies in `place`, which is made."""
-    if place.is_symlink():
-        raise MoefyError(f"{place} is a link; expected nothing, or a folder; remove it", code=5)
     with contextlib.ExitStack() as stack:
         try:
+            if place.is_symlink():
+                raise MoefyError(f"{place} is a link; expected a folder, or nothing", code=5)
             stack.enter_context(locked(place / "lock", out))
         except OSError as error:
             raise MoefyError(f"cannot write beside {out}: {error.strerror}", code=5) from None

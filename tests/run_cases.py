@@ -373,6 +373,14 @@ def collapsing(place: Place) -> Done:
     return Done(0, "", f"{told['guard'][0]['reason']}: {told['guard'][0]['action']}")
 
 
+def no_balancing() -> None:
+    """Take the balancing loss away."""
+    from moefy.finetune import losses, trainer
+
+    assert trainer.BALANCED["switch"] is losses.switch
+    losses.switch = None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def reported(*flags: str) -> Callable[[Place], Done]:
     def act(place: Place) -> Done:
         few = "--tokens 128 --sequence-length 64 --quick --no-controls".split()
@@ -403,6 +411,16 @@ CASES += [
         collapsing,
         converted,
         leaves=("tuned",),
+        elsewhere="test_finetune",
+    ),
+    case(
+        "42 balancing loss missing",
+        "a class whose balancing loss is not computed (planted)",
+        ("first step is missing",),
+        6,
+        tuned(before=no_balancing),
+        converted,
+        leaves=(".tuned.moefy-finetune",),
         elsewhere="test_finetune",
     ),
     case(

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moefy.errors import MoefyError
-from moefy.finetune import teacher
+from moefy.finetune import losses, opened, teacher
 from moefy.finetune.optim import MasterAdamW, parts
 from moefy.finetune.routing import Routing, activations, layers
 from moefy.finetune.run import finetune
 from moefy.finetune.settings import build
+from moefy.finetune.trainer import BALANCED
 from moefy.headers import read_entries
 
 SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
@@ -257,6 +258,25 @@ def test_a_loss_that_is_not_finite_writes_nothing(run, text, tmp_path):
         tuned(run, tmp_path / "out", text, learning_rate=1e20, rest_learning_rate=1e20)
     assert caught.value.code == 6
     assert not (tmp_path / "out").exists()
+
+
+def test_balancing_that_has_no_say_is_refused(run, text, tmp_path, monkeypatch):
+    def refused(says):
+        with pytest.raises(MoefyError, match=says) as caught:
+            tuned(run, tmp_path / "out", text, force=True)
+        assert caught.value.code == 6 and not (tmp_path / "out").exists()
+
+    with monkeypatch.context() as planted:
+        planted.setattr(losses, "switch", None)  # so it is not the one that is asked for
+        refused("first step is missing")
+    with monkeypatch.context() as planted:
+        planted.setattr(losses, "switch", lambda z_TE, _: 0 * z_TE.sum())
+        planted.setitem(BALANCED, "switch", losses.switch)
+        refused("first step is 0")
+    with monkeypatch.context() as planted:
+        planted.setattr(opened, "layers", lambda model: layers(model)[1:])
+        refused("1 of 2 routers")
+    assert tuned(run, tmp_path / "out", text, force=True)["steps"] == 8
 
 
 def test_a_static_run_is_tuned_as_well(pico, converted, text, tmp_path):

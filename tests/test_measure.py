@@ -166,6 +166,9 @@ def finetuned(parent: Path, out: Path, **more) -> Path:
     tensors = {name: tensor * 1.01 for name, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
     told = {"format": 1, "parent": {"folder": str(parent)}, "tokens": 1000, **more}
+    checks = {"before": {"loss": 3.0, "kl": 0.5}, "after": {"loss": 2.5, "kl": 0.2}}
+    told |= {"train": {"source": "train.txt"}, "teacher": {"model": "teacher"}, "steps": 2}
+    told |= {"validation": checks, "routing": {}, "guard": [], "seconds": 1.0, "settings": {}}
     (out / "moefy" / "finetune.json").write_text(json.dumps(told))
     (out / "moefy" / "finetune.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     return out
@@ -207,7 +210,7 @@ def test_another_tokenizer_is_refused(run, text, tmp_path):
 
 def test_a_run_without_weights_is_not_whole(run, text):
     (run / "model.safetensors").unlink()
-    with pytest.raises(MoefyError, match="not a whole run"):
+    with pytest.raises(MoefyError, match="not a whole run|holds no model.safetensors"):
         evaluate(run, scores(text))
 
 

@@ -64,6 +64,8 @@ def forked(work: Callable[[], object]) -> int:
     """Run in a process of its own; give its exit code, negative for the signal that killed it."""
     child = os.fork()
     if not child:
+        # A shell's background jobs, of which these tests may be one, are started to ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             work()
             os._exit(0)
@@ -524,6 +526,7 @@ def test_a_second_interrupt_ends_at_once(stubborn):
     ear, mouth = os.pipe()
 
     def work() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with interruptible():
             try:
                 signal.raise_signal(signal.SIGINT)

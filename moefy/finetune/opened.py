@@ -12,6 +12,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from moefy import data, families, runs
 from moefy.errors import MoefyError
+from moefy.finetune.routing import layers
 from moefy.finetune.settings import Settings
 from moefy.finetune.tune import Text, num_steps, tokens_per_step
 from moefy.headers import read_config, read_entries
@@ -76,7 +77,8 @@ def load_student(opened: Opened, settings: Settings) -> Any:
     """The model of the run, ready to be trained.
 
     Raises:
-        MoefyError: code 3, when keys are missing or left over.
+        MoefyError: code 3, when keys are missing or left over; 6, when not all of its routers are
+            where they are looked for.
     """
     dtype = "auto" if settings.dtype == "as-stored" else getattr(torch, settings.dtype)
     shared = {}
@@ -90,6 +92,13 @@ def load_student(opened: Opened, settings: Settings) -> Any:
     model, info = found
     if wrong := {kind: sorted(map(str, keys))[:3] for kind, keys in info.items() if keys}:
         raise MoefyError(f"{opened.folder} does not load cleanly: {wrong}")
+    count = len(opened.summary["layers"]) if opened.summary["shape"]["num_experts"] else 0
+    if len(found := layers(model)) != count:
+        raise MoefyError(
+            f"{len(found)} of {count} routers found in {type(model).__name__}; expected all, or "
+            "experts go without balance; use the transformers that the run was made with",
+            code=6,
+        )
     return model
 
 

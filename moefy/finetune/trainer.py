@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
+from moefy.errors import MoefyError
 from moefy.finetune import losses
 from moefy.finetune.checkpoints import Checkpointed
 from moefy.finetune.guard import Guard
@@ -105,6 +106,8 @@ class Finetuner(Checkpointed, Trainer):
             out = model(input_ids=ids_BT, use_cache=False, **more)
         found = self._text_losses(out, ids_BT, inputs["row"])
         found |= self._router_losses(layers)
+        if self.state.global_step == 0:
+            self._check_balance(found.get("aux"))
         s = self.settings
         weights = {
             "kl": s.kl,
@@ -118,6 +121,24 @@ class Finetuner(Checkpointed, Trainer):
         self._note(total, found, layers)
         self.routing.forget()
         return (total, out) if return_outputs else total
+
+    def _check_balance(self, aux: Tensor | None) -> None:
+        """Refuse to train where the loss that is to keep the experts balanced has no say.
+
+        Raises:
+            MoefyError: code 6, when there is none, or it is not above zero.
+        """
+        asked = self.settings.balance in BALANCED and self.balance_weight > 0
+        if not asked or not self.routing.layers:
+            return
+        # Zero is the least value of the variation, and what it is where all experts run.
+        if aux is None or not (aux > 0 or (aux == 0 and self.settings.balance == "variation")):
+            value = "missing" if aux is None else f"{float(aux.detach()):g}"
+            raise MoefyError(
+                f"the {self.settings.balance} balancing loss of the first step is {value}; "
+                "expected more than 0; nothing was written; choose another --balance, or none",
+                code=6,
+            )
 
     def _text_losses(self, out: Any, ids_BT: Tensor, row_B: Tensor) -> dict[str, Tensor]:
         """Of the logits and hidden states, over all places that have a next token."""
