@@ -36,8 +36,9 @@ def reproduce(
         MoefyError: code 3 when the model is another one, or `recipe` lies in no run; all that
             `convert` raises.
     """
+    values = {**read(recipe), **({"model": model} if model else {})}
     told = read_report(recipe.resolve().parent.parent)
-    job = prepare(build(None, {**read(recipe), **({"model": model} if model else {})}, []))
+    job = prepare(build(None, values, []))
     folder = job.checkpoint.folder
     if other := [name for name, digest in told["inputs"].items() if _other(folder / name, digest)]:
         raise MoefyError(
