@@ -126,6 +126,22 @@ def test_resumed_after_a_kill_ends_in_the_same_bytes(once, run, text, tmp_path, 
     assert not home.exists()
 
 
+def test_stopped_behind_its_last_step_it_goes_on(run, text, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    more = {**FAST, "save_every": 4}
+    whole = tuned(run, tmp_path / "whole", text, **more)
+    with monkeypatch.context() as planted:
+        planted.setattr("moefy.finetune.run.write_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tuned(run, tmp_path / "out", text, **more)
+    resumed = tuned(run, tmp_path / "out", text, **more, resume=True)
+    assert all(resumed[key] == whole[key] for key in ("steps", "tokens", "validation", "routing"))
+    new, old = weights(tmp_path / "out"), weights(tmp_path / "whole")
+    assert all(torch.equal(new[name], old[name]) for name in old)
+
+
 def test_a_resume_that_loses_the_experts_is_seen(once, run, text, tmp_path, monkeypatch):
     """The planted fault of Trainer's own checkpoints: experts are not taken up again."""
     from moefy.finetune import checkpoints

@@ -825,7 +825,7 @@ FAULTS: dict[str, tuple[str, str, dict, Plant]] = {
     ),
     "routed_scaling_factor one": ("llama", "glm4_moe", {}, said(routed_scaling_factor=1.0)),
     "gates normalised": ("llama", "glm4_moe", {}, said(norm_topk_prob=True)),
-    "routed_scaling_factor one, lfm2": ("lfm2", "lfm2_moe", {}, said(routed_scaling_factor=1.0)),
+    "gates not normalised, lfm2": ("lfm2", "lfm2_moe", {}, said(norm_topk_prob=False)),
     "down columns scaled, flex_olmo": ("olmo2", "flex_olmo", {}, scale_half),
     "whole heads rotated": (
         "phi3",

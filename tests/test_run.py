@@ -180,16 +180,35 @@ def test_a_recipe_without_tables_is_converted_and_reported(tmp_path):
 GALLERY = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 
 
-@pytest.mark.parametrize("file", GALLERY, ids=lambda file: file.stem)
+TUNING = [file for file in GALLERY if "model" not in read(file)]
+"""Those of a fine-tune alone, for any run."""
+
+
+def head(file: Path) -> str:
+    """What a recipe tells of itself."""
+    return "".join(line for line in file.read_text().splitlines() if line.startswith("#"))
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in GALLERY if f not in TUNING], ids=lambda file: file.stem
+)
 def test_the_gallery_holds_recipes_with_results(file, pico, text, tmp_path):
     """Every recipe parses, would prepare for a model of its family, and tells what it came to."""
     from moefy.job import prepare
 
-    head = [line for line in file.read_text().splitlines() if line.startswith("#")]
-    assert any("moefy run" in line for line in head)
-    assert any("perplexity" in line for line in head), "no result at the top"
+    assert "moefy run" in head(file)
+    assert "perplexity" in head(file), "no result at the top"
     wanted = pipeline.declared(file)
     model = pico("llama", hidden_size=96, intermediate_size=1536)  # as wide as SmolLM2-135M's
     job = prepare(Recipe(**{**read(file), "model": str(model), "calibration": str(text)}))
     assert wanted.recipe.target in ("auto", job.target.model_type)
     assert len(GALLERY) >= 5
+
+
+@pytest.mark.parametrize("file", TUNING, ids=lambda file: file.stem)
+def test_the_gallery_tells_what_fine_tunes_came_to(file):
+    from moefy.finetune.settings import build
+
+    assert build(file, {"data": "text.txt"}, []).tokens > 0
+    assert "moefy finetune" in head(file)
+    assert "perplexity" in head(file) or "Not measured" in head(file)

@@ -63,6 +63,8 @@ class Finetuner(Checkpointed, Trainer):
         self.loads: list[Tensor] = []
         self.entropies: list[float] = []
         self.began = (time.perf_counter(), 0)
+        # Of the last step; where a resume finds none left to do, of none.
+        self.last: dict[str, Any] = {"seconds": 0.0, "tokens_per_second": 0.0}
         super().__init__(*args, **rest)
         self.loss_is_scaled_for_ga = False
         self.add_callback(_Progress(self))

@@ -155,12 +155,12 @@ def tune(
         watchers.watch(f"guard: {guard.trip.reason}; {action}", 0, 1)
     model = merged(model)
     after = measure(model, routing, text, targets, settings)
-    seconds = trainer.last["seconds"]
+    done = trainer.state.global_step
     return Tuned(
         model,
-        trainer.state.global_step,
-        trainer.last["tokens"],
-        seconds,
+        done,
+        done * tokens_per_step(settings, trainer.args.world_size),
+        trainer.last["seconds"],
         trainer.last["tokens_per_second"],
         {"before": before[0], "after": after[0]},
         {"before": before[1], "after": after[1]},
