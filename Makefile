@@ -19,7 +19,7 @@ help: ## list the targets (the default)
 
 demo: $(DEMO_MODEL) ## convert a real 135M model on the CPU and print the report
 	$(BIN)/moefy convert demo build/demo --tokens 6144 --sequence-length 256 --force --device cpu
-	$(BIN)/moefy report build/demo --tokens 2048
+	$(BIN)/moefy report build/demo --tokens 2048 --no-robustness --no-speed
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -q
