@@ -95,10 +95,6 @@ def finetune(
     built = build(recipe, flags, settings or [])
     if steps is not None:
         built = _of_steps(built, steps)
-    import importlib.util
-
-    if importlib.util.find_spec("accelerate") is None:
-        raise MoefyError("fine-tuning needs accelerate: pip install 'moefy[finetune]'", code=5)
     quiet_libraries()
     from moefy.finetune.run import finetune as tune
     from moefy.progress import watching
