@@ -535,6 +535,10 @@ def test_six_experts_in_bfloat16(family, target, own_pico, converted):
     assert (found < EXACT) == (target in SLICES)
 
 
+ROUNDED = {"qwen3_5_text": 0.12}
+"""Where bfloat16 alone moves the dense model by more than 0.05: its recurrent layers by 0.053."""
+
+
 @pytest.mark.parametrize(
     ("family", "target", "experts"),
     [(*held, experts) for held in ONE_EACH for experts in (4, 6)]
@@ -546,7 +550,11 @@ def test_computed_in_bfloat16(family, target, experts, own_pico, converted):
     moe = converted(dense, **recipe(target, experts))
     expected = dense_logits(dense)
     bound = 2 * distance(dense_logits(dense, torch.bfloat16), expected)
-    assert distance(logits(open_all_active(moe, torch.bfloat16)), expected) < bound < 0.12
+    assert (
+        distance(logits(open_all_active(moe, torch.bfloat16)), expected)
+        < bound
+        < ROUNDED.get(family, 0.1)
+    )
 
 
 # --- some experts active -------------------------------------------------------------------------
