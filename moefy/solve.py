@@ -9,6 +9,15 @@ from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
 
+SMALL = 4096
+"""Rows of a factor that may be copied. `cholesky_solve` does that, and else what two triangular
+solves do, but for last bits."""
+
+
+def damping(gram_AA: Tensor, strength: float) -> float:
+    """What `ridge` adds to the diagonal."""
+    return max(float(gram_AA.diagonal().mean()) * strength, TINY)
+
 
 def ridge(gram_AA: Tensor, cross_AB: Tensor, strength: float) -> Tensor:
     """Solve (G + strength * mean(diag G) * I) W = C for W, shape (A, B).
@@ -18,12 +27,16 @@ def ridge(gram_AA: Tensor, cross_AB: Tensor, strength: float) -> Tensor:
     float64 where float32 rounding has left G indefinite.
     """
     diagonal_A = gram_AA.diagonal().clone()
-    gram_AA.diagonal().add_(max(float(diagonal_A.mean()) * strength, TINY))
+    gram_AA.diagonal().add_(damping(gram_AA, strength))
     factor_AA, failed = torch.linalg.cholesky_ex(gram_AA)
     if failed:
+        del factor_AA
         solution_AB = torch.linalg.solve(gram_AA.double(), cross_AB.double()).to(cross_AB.dtype)
-    else:
+    elif len(factor_AA) <= SMALL:
         solution_AB = torch.cholesky_solve(cross_AB, factor_AA)
+    else:
+        half_AB = torch.linalg.solve_triangular(factor_AA, cross_AB, upper=False)
+        solution_AB = torch.linalg.solve_triangular(factor_AA.mT, half_AB, upper=True)
     gram_AA.diagonal().copy_(diagonal_A)
     return solution_AB
 
