@@ -9,14 +9,11 @@ from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
 
-SMALL = 4096
-"""Rows of a factor that may be copied. `cholesky_solve` does that, and else what two triangular
-solves do, but for last bits."""
-
 
 def damping(gram_AA: Tensor, strength: float) -> float:
     """What `ridge` adds to the diagonal."""
-    return max(float(gram_AA.diagonal().mean()) * strength, TINY)
+    # Made contiguous: the order of the sum decides its last bit.
+    return max(float(gram_AA.diagonal().contiguous().mean()) * strength, TINY)
 
 
 def ridge(gram_AA: Tensor, cross_AB: Tensor, strength: float) -> Tensor:
@@ -32,9 +29,8 @@ def ridge(gram_AA: Tensor, cross_AB: Tensor, strength: float) -> Tensor:
     if failed:
         del factor_AA
         solution_AB = torch.linalg.solve(gram_AA.double(), cross_AB.double()).to(cross_AB.dtype)
-    elif len(factor_AA) <= SMALL:
-        solution_AB = torch.cholesky_solve(cross_AB, factor_AA)
     else:
+        # As `cholesky_solve` does it, which copies the factor first.
         half_AB = torch.linalg.solve_triangular(factor_AA, cross_AB, upper=False)
         solution_AB = torch.linalg.solve_triangular(factor_AA.mT, half_AB, upper=True)
     gram_AA.diagonal().copy_(diagonal_A)
