@@ -19,11 +19,14 @@ from moefy.shape import pruned
 AUTO = "auto"
 """What `--layers` says to have this module choose."""
 
-PROBES = 1
-"""Held-out sequences on which the sensitivities are measured."""
+PIECE = 128
+"""Tokens of a piece of a sequence: with short ones, few tokens are of many documents."""
 
-SEQUENCES = 8
-"""Sequences to fit on."""
+PROBES = 8
+"""Held-out pieces on which the sensitivities are measured."""
+
+FITTED = 32
+"""Pieces to fit on."""
 
 GROWTH = 2.0
 """Loss is taken to grow with this power of the share of neurons left out. That of whole models
@@ -63,10 +66,9 @@ def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:
     together, so that one layer at a time is in memory. Of the whole walk the branches cost about
     L / 2 times as much as their tokens in a forward pass.
     """
-    length = tokens.ids_BT.shape[1]
-    first, probes = tokens.ids_BT[:SEQUENCES], tokens.ids_BT[-min(PROBES, tokens.num_heldout) :]
-    num_fit = min(SEQUENCES, len(tokens.ids_BT) - tokens.num_heldout)
-    ids_BT = torch.cat([first[:num_fit], probes])
+    fitted, probes = pieces(tokens)
+    num_fit, length = fitted.shape
+    ids_BT = torch.cat([fitted, probes])
     num_tokens, num_probed = ids_BT.numel(), probes.numel()
     config = walk.model_config(job.checkpoint)
     activation = getattr(config, job.family.activation, "silu")
@@ -100,6 +102,22 @@ def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:
     ends = states_BTD[num_fit:].split(len(probes))
     logits = walk.ending(job.checkpoint, job.family, config)
     return [_divergence(logits, ends[0], branch_BTD) for branch_BTD in ends[1:]]
+
+
+def pieces(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Pieces to fit on and to probe, (B, T): spread evenly over what the tokens have of either."""
+    length = min(PIECE, tokens.ids_BT.shape[1])
+    found = []
+    for ids_BT, wanted in zip(
+        tokens.ids_BT.split([len(tokens.ids_BT) - tokens.num_heldout, tokens.num_heldout]),
+        (FITTED, PROBES),
+        strict=True,
+    ):
+        whole = ids_BT.shape[1] // length * length
+        all_BT = ids_BT[:, :whole].reshape(-1, length)
+        place = torch.linspace(0, len(all_BT) - 1, min(wanted, len(all_BT))).long()
+        found.append(all_BT[place])
+    return found[0], found[1]
 
 
 def _divergence(logits: Callable[[Tensor], Tensor], dense_BTD: Tensor, other_BTD: Tensor) -> float:
