@@ -9,7 +9,7 @@ from moefy.evaluate.speed import Grid
 
 GRIDS = {
     "quick": Grid(((1, 128),), rounds=3),
-    "usual": Grid(((1, 128), (1, 512), (8, 128), (32, 32)), rounds=3),
+    "usual": Grid(((1, 128), (1, 512), (8, 128), (32, 128)), rounds=3),
     "full": Grid(
         ((1, 128), (1, 512), (1, 1536), (8, 128), (8, 512), (32, 128), (32, 512)),
         rounds=5,
