@@ -91,7 +91,9 @@ def lines(
     for line in drawn:
         _draw(axis, line)
     if percent:
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        from matplotlib.ticker import PercentFormatter
+
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     if from_zero:
         axis.set_ylim(bottom=min(0.0, *(min(line.y) for line in drawn)))
     axis.set_xlabel(x_axis)
