@@ -14,7 +14,8 @@ from moefy.data import Tokens
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch, prepare
 from moefy.partition import static
-from moefy.shape import pruned
+from moefy.recipe import Recipe
+from moefy.shape import fine, pruned
 
 AUTO = "auto"
 """What `--layers` says to have this module choose."""
@@ -37,9 +38,10 @@ these save: dNLL 0.63 on text like the calibration's, against 0.54 with the 2 th
 def settle(job: Job, loss_L: list[float]) -> Job:
     """Replace `layers = "auto"` by the layers to convert, and `active` by what they then have left.
 
-    `active` counts all layers: those that stay dense take theirs from the others. The most
-    sensitive layers stay dense, as many as promise the least loss, or fewer where no class that the
-    recipe admits can hold that. `loss_L` is what `sensitivities` gives.
+    `active` counts all layers: those that stay dense take theirs from the others, which get many
+    small experts (`shape.fine`) unless the recipe says how many. The most sensitive layers stay
+    dense, as many as promise the least loss, or fewer where no class that the recipe admits can
+    hold that. `loss_L` is what `sensitivities` gives.
     """
     order = sorted(range(job.num_layers), key=lambda layer: -loss_L[layer])
     best = min(range(job.num_layers), key=lambda n: _promised(loss_L, job.recipe.active, n))
@@ -51,11 +53,27 @@ def settle(job: Job, loss_L: list[float]) -> Job:
             active=round(_left(job.recipe.active, job.num_layers, num_dense), 6),
         )
         try:
-            return prepare(recipe)
+            return prepare(_refined(recipe, job))
         except MoefyError:
             if num_dense == 0:
                 raise
     raise AssertionError("no dense layer at all is the last candidate")
+
+
+def _refined(recipe: Recipe, job: Job) -> Recipe:
+    """The recipe with the shape of least loss, where it leaves the shape open and that one fits."""
+    asked = (recipe.experts, recipe.experts_per_token, recipe.shared)
+    if recipe.total > 1 or any(number is not None for number in asked):
+        return recipe
+    shape = fine(job.shape.num_neurons, recipe.active, job.target.fits)
+    if shape is None:
+        return recipe
+    return dataclasses.replace(
+        recipe,
+        experts=shape.num_experts,
+        experts_per_token=shape.experts_per_token,
+        shared=round(shape.num_shared / shape.num_neurons, 6),
+    )
 
 
 def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:

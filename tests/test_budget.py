@@ -145,3 +145,13 @@ def test_layers_are_written_as_the_option_takes_them(layers, written):
 def test_an_unknown_word_is_still_refused(loud, text):
     with pytest.raises(MoefyError, match="auto"):
         job_of(loud, text, layers="most")
+
+
+def test_auto_makes_many_small_experts_unless_told_otherwise(loud, text):
+    loss_L = [1.0, 0.1, 0.1, 0.1, 0.1, 0.1]
+    settled = budget.settle(job_of(loud, text), loss_L)
+    assert settled.shape.num_experts == 32 and settled.shape.num_shared == 32
+    told = budget.settle(job_of(loud, text, experts=4), loss_L)
+    assert told.shape.num_experts == 4
+    overlapping = budget.settle(job_of(loud, text, total=2.0), loss_L)
+    assert overlapping.shape.overlaps and overlapping.shape.num_experts <= 8
