@@ -64,6 +64,7 @@ def main(
     tokens: int = 32768,
     eval_tokens: int = 20480,
     quick: bool = typer.Option(False, help="One seed, 0.5 and few tokens: minutes."),
+    keep: bool = typer.Option(False, help="Keep the converted models in DIR, each in a folder."),
     table: bool = typer.Option(False, help="Only print the table."),
 ) -> None:
     """Fill in what is missing in the table, then print it."""
@@ -84,7 +85,7 @@ def main(
         recipe = Recipe(
             model, active=fraction, seed=seed, calibration=calibration, tokens=tokens, target=target
         )
-        record = measure(recipe, method, text, out, eval_tokens)
+        record = measure(recipe, method, text, out, eval_tokens, keep=keep)
         with log.open("a") as file:
             file.write(json.dumps(record) + "\n")
         shown = {key: value for key, value in record.items() if key not in ("layers", "scores")}
@@ -93,7 +94,9 @@ def main(
     print(markdown(rows(log)))
 
 
-def measure(recipe: Recipe, method: str, texts: list[Path], out: Path, num_tokens: int) -> dict:
+def measure(
+    recipe: Recipe, method: str, texts: list[Path], out: Path, num_tokens: int, *, keep: bool
+) -> dict:
     """Convert by one method and score the result on every text."""
     chosen = dataclasses.replace(recipe, **METHODS[method])
     if chosen.partition == "static":
@@ -123,7 +126,8 @@ def measure(recipe: Recipe, method: str, texts: list[Path], out: Path, num_token
             "window_tokens": score.tokens_W,
             "window_dnll": [round(a - b, 3) for a, b in zip(score.nll_W, base.nll_W, strict=True)],
         }
-    shutil.rmtree(folder)
+    if not keep:
+        shutil.rmtree(folder)
     dense = summary["layers_left_dense"]
     share = summary["shape"]["active_fraction"]
     return {

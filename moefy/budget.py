@@ -14,16 +14,20 @@ from moefy.data import Tokens
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch, prepare
 from moefy.partition import static
-from moefy.shape import pruned
+from moefy.recipe import Recipe
+from moefy.shape import fine, pruned
 
 AUTO = "auto"
 """What `--layers` says to have this module choose."""
 
-PROBES = 1
-"""Held-out sequences on which the sensitivities are measured."""
+PIECE = 128
+"""Tokens of a piece of a sequence: with short ones, few tokens are of many documents."""
 
-SEQUENCES = 8
-"""Sequences to fit on."""
+PROBES = 8
+"""Held-out pieces on which the sensitivities are measured."""
+
+FITTED = 32
+"""Pieces to fit on."""
 
 GROWTH = 2.0
 """Loss is taken to grow with this power of the share of neurons left out. That of whole models
@@ -34,9 +38,10 @@ these save: dNLL 0.63 on text like the calibration's, against 0.54 with the 2 th
 def settle(job: Job, loss_L: list[float]) -> Job:
     """Replace `layers = "auto"` by the layers to convert, and `active` by what they then have left.
 
-    `active` counts all layers: those that stay dense take theirs from the others. The most
-    sensitive layers stay dense, as many as promise the least loss, or fewer where no class that the
-    recipe admits can hold that. `loss_L` is what `sensitivities` gives.
+    `active` counts all layers: those that stay dense take theirs from the others, which get many
+    small experts (`shape.fine`) unless the recipe says how many. The most sensitive layers stay
+    dense, as many as promise the least loss, or fewer where no class that the recipe admits can
+    hold that. `loss_L` is what `sensitivities` gives.
     """
     order = sorted(range(job.num_layers), key=lambda layer: -loss_L[layer])
     best = min(range(job.num_layers), key=lambda n: _promised(loss_L, job.recipe.active, n))
@@ -48,11 +53,27 @@ def settle(job: Job, loss_L: list[float]) -> Job:
             active=round(_left(job.recipe.active, job.num_layers, num_dense), 6),
         )
         try:
-            return prepare(recipe)
+            return prepare(_refined(recipe, job))
         except MoefyError:
             if num_dense == 0:
                 raise
     raise AssertionError("no dense layer at all is the last candidate")
+
+
+def _refined(recipe: Recipe, job: Job) -> Recipe:
+    """The recipe with the shape of least loss, where it leaves the shape open and that one fits."""
+    asked = (recipe.experts, recipe.experts_per_token, recipe.shared)
+    if recipe.total > 1 or any(number is not None for number in asked):
+        return recipe
+    shape = fine(job.shape.num_neurons, recipe.active, job.target.fits)
+    if shape is None:
+        return recipe
+    return dataclasses.replace(
+        recipe,
+        experts=shape.num_experts,
+        experts_per_token=shape.experts_per_token,
+        shared=round(shape.num_shared / shape.num_neurons, 6),
+    )
 
 
 def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:
@@ -63,10 +84,9 @@ def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:
     together, so that one layer at a time is in memory. Of the whole walk the branches cost about
     L / 2 times as much as their tokens in a forward pass.
     """
-    length = tokens.ids_BT.shape[1]
-    first, probes = tokens.ids_BT[:SEQUENCES], tokens.ids_BT[-min(PROBES, tokens.num_heldout) :]
-    num_fit = min(SEQUENCES, len(tokens.ids_BT) - tokens.num_heldout)
-    ids_BT = torch.cat([first[:num_fit], probes])
+    fitted, probes = pieces(tokens)
+    num_fit, length = fitted.shape
+    ids_BT = torch.cat([fitted, probes])
     num_tokens, num_probed = ids_BT.numel(), probes.numel()
     config = walk.model_config(job.checkpoint)
     activation = getattr(config, job.family.activation, "silu")
@@ -100,6 +120,22 @@ def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:
     ends = states_BTD[num_fit:].split(len(probes))
     logits = walk.ending(job.checkpoint, job.family, config)
     return [_divergence(logits, ends[0], branch_BTD) for branch_BTD in ends[1:]]
+
+
+def pieces(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Pieces to fit on and to probe, (B, T): spread evenly over what the tokens have of either."""
+    length = min(PIECE, tokens.ids_BT.shape[1])
+    found = []
+    for ids_BT, wanted in zip(
+        tokens.ids_BT.split([len(tokens.ids_BT) - tokens.num_heldout, tokens.num_heldout]),
+        (FITTED, PROBES),
+        strict=True,
+    ):
+        whole = ids_BT.shape[1] // length * length
+        all_BT = ids_BT[:, :whole].reshape(-1, length)
+        place = torch.linspace(0, len(all_BT) - 1, min(wanted, len(all_BT))).long()
+        found.append(all_BT[place])
+    return found[0], found[1]
 
 
 def _divergence(logits: Callable[[Tensor], Tensor], dense_BTD: Tensor, other_BTD: Tensor) -> float:

@@ -30,7 +30,8 @@ class Recipe:
     """FFN neurons stored, as a multiple of the dense FFN's; above one, experts overlap."""
     layers: str = ":"
     """Layers to convert: `:` all, `4:` from the fifth on, `0,3,7` these; the rest stay dense.
-    `auto` keeps those dense that would lose most; `active` then counts all layers."""
+    `auto` keeps those dense that would lose most, and gives the others many small experts;
+    `active` then counts all layers."""
     partition: str = "alternating"
     router: str = "linear"
     refit: bool = True

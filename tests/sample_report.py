@@ -173,6 +173,10 @@ def _layer(number: int, num_experts: int) -> dict[str, Any]:
         "agreement_by_chance": 0.25,
         "expert_load": load(number, num_experts),
         "load_cv": 0.25,
+        "balance": [
+            {"share": share, "load_cv": 0.6 - 0.5 * share, "worth": 1 - 0.03 * share**2}
+            for share in (0.0, 0.25, 0.5, 0.75, 1.0)
+        ],
         "seconds": 3.1,
     }
 

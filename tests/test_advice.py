@@ -48,18 +48,25 @@ def test_speed_is_told_as_it_was_measured(ratio, low, high, verdict, says):
     assert one["verdict"] == verdict
     assert one["sentence"].startswith(says)
     assert f"{ratio:.2f} times" in one["sentence"] and "batch 1" in one["sentence"]
-    assert one["because"]["ratio"] == ratio
+    assert one["because"]["rows"][0]["ratio"] == ratio
 
 
-def test_each_batch_and_phase_has_its_own_sentence():
+def test_what_falls_out_alike_is_told_at_once_and_nothing_else_is():
     rows = [
         speed_row(0.7, 0.6, 0.8),
         speed_row(1.5, 1.4, 1.6, batch=8),
+        speed_row(0.8, 0.7, 0.9, batch=32),
         speed_row(1.2, 1.1, 1.3, "prefill"),
     ]
     found = advice(report(rows), "converted")
     assert [one["verdict"] for one in found] == ["pays", "does not pay", "pays"]
     assert [one["because"]["phase"] for one in found] == ["prefill", "decode", "decode"]
+    assert (
+        "writing at batch 1 (128 tokens) and 32 (128 tokens): 0.70 to 0.80"
+        in (found[1]["sentence"])
+    )
+    assert "0.60 to 0.90 over the rounds" in found[1]["sentence"]
+    assert [row["batch"] for row in found[1]["because"]["rows"]] == [1, 32]
 
 
 def test_what_was_not_measured_is_not_recommended():
@@ -300,7 +307,7 @@ def test_a_planted_slow_model_is_slow_and_is_said_to_be():
     assert all(row["tokens_per_second"] == pytest.approx(500) for row in rows)
     speed = {"transformers": {**found, "ideal_ratio": {}, "cores": 1.0}}
     told = advice(report() | {"speed": speed}, "converted")
-    assert [one["sentence"][:6] for one in told] == ["SLOWER"] * 4
+    assert [one["sentence"][:6] for one in told] == ["SLOWER"] * 2
     # Both read the same: so many stretches, then a token of each at a time, in every round.
     assert models["dense"].calls == models["converted"].calls
     assert models["dense"].calls[:5] == [(1, 32), *[(1, 1)] * 4]

@@ -66,7 +66,7 @@ def test_sensitivities_are_what_the_stock_model_loses(family, changes, own_pico,
     found = budget.sensitivities(job, tokens, silent)
     assert len(found) == len(blocks) == LAYERS
     assert found.index(max(found)) == LOUD
-    probes = tokens.ids_BT[-min(budget.PROBES, tokens.num_heldout) :]
+    _, probes = budget.pieces(tokens)
     dense = AutoModelForCausalLM.from_pretrained(loud).eval()
     with torch.inference_mode():
         wanted_BTV = dense(probes).logits.log_softmax(-1)
@@ -79,6 +79,15 @@ def test_sensitivities_are_what_the_stock_model_loses(family, changes, own_pico,
             down_DF[:, kept] = block.ffn.down_DF[:, kept]
             loss_BTV = wanted_BTV.exp() * (wanted_BTV - pruned(probes).logits.log_softmax(-1))
             assert found[layer] == pytest.approx(float(loss_BTV.sum(-1).mean()), rel=1e-3, abs=1e-7)
+
+
+def test_pieces_are_apart_from_each_other_and_spread_over_the_sequences(loud, text):
+    job = job_of(loud, text, tokens=2048, sequence_length=256)
+    tokens = calibration_tokens(job, silent)
+    fitted, probes = budget.pieces(tokens)
+    assert len(fitted) == 14 and len(probes) == 2  # all: two of each of seven, and of the last
+    found = {tuple(ids) for ids in torch.cat([fitted, probes]).tolist()}
+    assert found == {tuple(ids) for ids in tokens.ids_BT.reshape(-1, budget.PIECE).tolist()}
 
 
 def test_auto_leaves_the_loud_layer_dense_and_shrinks_the_others(loud, text, tmp_path):
@@ -136,3 +145,13 @@ def test_layers_are_written_as_the_option_takes_them(layers, written):
 def test_an_unknown_word_is_still_refused(loud, text):
     with pytest.raises(MoefyError, match="auto"):
         job_of(loud, text, layers="most")
+
+
+def test_auto_makes_many_small_experts_unless_told_otherwise(loud, text):
+    loss_L = [1.0, 0.1, 0.1, 0.1, 0.1, 0.1]
+    settled = budget.settle(job_of(loud, text), loss_L)
+    assert settled.shape.num_experts == 32 and settled.shape.num_shared == 32
+    told = budget.settle(job_of(loud, text, experts=4), loss_L)
+    assert told.shape.num_experts == 4
+    overlapping = budget.settle(job_of(loud, text, total=2.0), loss_L)
+    assert overlapping.shape.overlaps and overlapping.shape.num_experts <= 8

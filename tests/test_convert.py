@@ -30,11 +30,12 @@ from transformers import (
 from moefy import __version__, families
 from moefy.convert import convert
 from moefy.errors import MoefyError
-from moefy.evaluate.controls import AS_WRITTEN, changed, control_jobs
+from moefy.evaluate.controls import AS_WRITTEN, changed, control_jobs, controls
 from moefy.evaluate.run import evaluate
 from moefy.evaluate.settings import Settings
 from moefy.evaluate.text import compare
 from moefy.job import Job, prepare
+from moefy.layout import Shape
 from moefy.recipe import Recipe, build, read
 from moefy.reopen import reopen
 from moefy.shape import pruned
@@ -491,8 +492,7 @@ def test_an_evaluation_with_controls(family, recipe, pico, converted, text, tmp_
     report = evaluate(run, few([text], num_tokens=500, length=128, controls=True))
     assert report["not_run"] == []
     rows = report["texts"]["text"]
-    routers = {"random router", "oracle router"} | AS_WRITTEN.keys()
-    expected = routers if recipe.get("layers") else routers | {"static"}
+    expected = {"static", "random router", "oracle router"} | AS_WRITTEN.keys()
     assert rows.keys() == {"dense", "converted"} | expected
     kinds = {label: told["kind"] for label, told in report["models"].items()}
     assert kinds == {"dense": "dense", "converted": "converted"} | dict.fromkeys(
@@ -549,6 +549,14 @@ def test_what_a_run_is_held_against_has_its_shape_and_its_settings(pico):
     shape = prepare(recipe).shape
     assert jobs["weights"].shape == shape
     assert jobs["static"].shape == pruned(shape)
+
+
+def test_static_pruning_has_no_dense_layers_but_as_many_active_neurons(pico):
+    model = pico("llama", num_hidden_layers=3, intermediate_size=96)
+    recipe = build(None, {"model": str(model), "layers": "1:", "active": 0.5}, [])
+    (job,) = control_jobs(recipe, {"static": controls(recipe)["static"]}).values()
+    assert job.layers == [0, 1, 2]
+    assert job.shape == Shape(96, round((96 + 2 * prepare(recipe).shape.num_active) / 3), 0, 0, 0)
 
 
 def test_a_model_compared_with_itself(pico):

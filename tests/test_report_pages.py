@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from moefy.errors import MoefyError
-from moefy.report import draw, model_card, redraw, web
+from moefy.report import draw, inside, model_card, redraw, web
 from moefy.report.chart import RAMP, THEME, looks
 from moefy.report.contents import labels, sections, verdicts
 from moefy.report.figures import STEPS
@@ -441,3 +441,16 @@ def test_every_method_names_its_source():
     assert sources({**recipe, "partition": "static", "router": "linear"}) == [*PARTITION["static"]]
     ours = {"partition": "alternating", "router": "linear", "refit": True, "drift": 0.5}
     assert len(sources({**recipe, **ours, "calibration": "self"})) == 7
+
+
+def test_what_even_loads_cost_is_told_where_it_was_tried():
+    report = sample_report.full()
+    found = inside.layers(report)
+    (table,) = found.tables
+    assert [row[0] for row in table.rows] == ["0%", "25%", "50%", "75%", "100%"]
+    assert table.rows[0][1:] == ("0.60", "0.60", "100.00%")
+    assert table.rows[-1][1:] == ("0.10", "0.10", "97.00%")
+    assert "evenness" in {picture.name for picture in found.pictures}
+    for layer in report["run"]["layers"]:
+        layer["balance"] = []
+    assert "evenness" not in {picture.name for picture in inside.layers(report).pictures}

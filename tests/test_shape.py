@@ -7,9 +7,11 @@ import pytest
 from moefy.errors import MoefyError
 from moefy.layout import Shape
 from moefy.shape import (
+    FINE,
     PREFERRED_EXPERTS,
     alignment,
     any_shared,
+    fine,
     legal,
     no_shared,
     one_shared,
@@ -220,3 +222,31 @@ def test_a_total_that_cannot_be_is_refused(total):
 def test_too_little_to_overlap_is_refused():
     with pytest.raises(MoefyError, match="--total 1.001"):
         solve(96, active=0.5, total=1.001)
+
+
+@pytest.mark.parametrize(
+    ("num_neurons", "active", "wanted"),
+    [
+        (1536, 0.4444, (512, 32, 32, 5)),
+        (1536, 0.7222, (512, 32, 32, 19)),  # as many experts, not more that is shared
+        (1536, 0.3500, (256, 32, 40, 7)),  # 512 shared ones would leave a single expert
+        (2048, 0.3600, (512, 32, 48, 5)),
+        (1536, 0.1875, None),
+    ],
+)
+def test_the_shape_of_least_loss_has_many_experts_and_enough_that_is_routed(
+    num_neurons, active, wanted
+):
+    shape = fine(num_neurons, active, any_shared)
+    if wanted is None:
+        assert shape is None
+        return
+    assert shape is not None and shape.num_neurons == num_neurons
+    assert (
+        shape.num_shared,
+        shape.num_experts,
+        shape.expert_width,
+        shape.experts_per_token,
+    ) == wanted
+    assert abs(shape.active_fraction - active) <= 0.01
+    assert fine(num_neurons, active, lambda shape: shape.num_experts != FINE) is None

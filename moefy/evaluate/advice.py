@@ -7,6 +7,8 @@ The rules, for each engine, phase, batch size and context:
   it is then said to be SLOWER;
 - else it makes no difference that was measured, which does not pay either, for quality was given.
 
+What falls out alike is told in one sentence, by engine and phase.
+
 A measurement that had less than 0.8 of a core is called unreliable before anything is said of it.
 
 On quality: the run is held against static pruning with as many active neurons. When its loss is
@@ -16,7 +18,8 @@ memory: a MoE holds all of its experts; it pays where these take fewer bytes tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from scipy import stats
@@ -28,6 +31,11 @@ QUIET = 0.8
 """Processor seconds per second below which other programs have disturbed a measurement."""
 
 PAYS, PAYS_NOT, UNKNOWN = "pays", "does not pay", "not measured"
+
+PHASES = {"prefill": "reading a prompt", "decode": "writing"}
+
+HEADS = {"slower": "SLOWER", "no different": "No faster", "faster": "Faster"}
+"""How a sentence on speed starts, by the verdict."""
 
 Advice = dict[str, Any]
 
@@ -62,10 +70,10 @@ def _speed(speed: Mapping[str, Any], label: str) -> Iterator[Advice]:
                 "because": {"engine": engine, "cores": cores},
             }
         rows = [row for row in told.get("rows", []) if row["label"] == label]
-        for phase in ("prefill", "decode"):
-            for row in rows:
-                if row["phase"] == phase:
-                    yield _of_row(engine, told, row)
+        for phase, said in itertools.product(PHASES, HEADS):
+            alike = [row for row in rows if row["phase"] == phase and verdict(row) == said]
+            if alike:
+                yield _alike(engine, told, phase, said, alike)
     if not any(told.get("rows") for told in speed.values()):
         yield {
             "verdict": UNKNOWN,
@@ -74,28 +82,50 @@ def _speed(speed: Mapping[str, Any], label: str) -> Iterator[Advice]:
         }
 
 
-def _of_row(engine: str, told: Mapping[str, Any], row: Mapping[str, Any]) -> Advice:
-    said, phase = verdict(row), {"prefill": "reading a prompt", "decode": "writing"}[row["phase"]]
-    size = f"at batch {row['batch']}" + (
-        f" ({row['context']} tokens)" if row["phase"] == "prefill" else ""
-    )
-    where = f"in {engine} on this machine ({_threads(told['threads'])})"
-    ratio = f"{row['ratio']:.2f} times the dense model's tokens per second"
-    span = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f} over the rounds"
-    ideal = _ideal(told, row)
-    hoped = f"; arithmetic would allow {ideal:.2f}" if ideal is not None else ""
-    head = {
-        "faster": f"Faster {where} {size}, {phase}",
-        "slower": f"SLOWER {where} {size}, {phase}",
-        "no different": f"No faster {where} {size}, {phase}",
-    }[said]
-    because = {key: row[key] for key in ("phase", "batch", "context", "ratio")}
-    because |= {"engine": engine, "low": row["ratio_low"], "high": row["ratio_high"]}
+def _alike(
+    engine: str, told: Mapping[str, Any], phase: str, said: str, rows: Sequence[Mapping[str, Any]]
+) -> Advice:
+    """One sentence of the rows of an engine and a phase that say the same."""
+    ideals = [ideal for row in rows if (ideal := _ideal(told, row)) is not None]
+    low, high = min(row["ratio_low"] for row in rows), max(row["ratio_high"] for row in rows)
+    hoped = f"; arithmetic would allow {_span(ideals)}" if ideals else ""
     return {
         "verdict": PAYS if said == "faster" else PAYS_NOT,
-        "sentence": f"{head}: {ratio} ({span}{hoped}).",
-        "because": because | {"ideal": ideal},
+        "sentence": f"{HEADS[said]} in {engine} on this machine ({_threads(told['threads'])}), "
+        f"{PHASES[phase]} {_sizes(rows)}: {_span([row['ratio'] for row in rows])} times the dense "
+        f"model's tokens per second ({low:.2f} to {high:.2f} over the rounds{hoped}).",
+        "because": {
+            "engine": engine,
+            "phase": phase,
+            "rows": [
+                {key: row[key] for key in ("batch", "context", "ratio", "ratio_low", "ratio_high")}
+                | {"ideal": _ideal(told, row)}
+                for row in rows
+            ],
+        },
     }
+
+
+def _sizes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Batch sizes and context lengths in words.
+
+    >>> _sizes([{"batch": 1, "context": 128}, {"batch": 1, "context": 512}])
+    'at batch 1 (128 and 512 tokens)'
+    """
+    contexts: dict[int, list[str]] = {}
+    for row in rows:
+        contexts.setdefault(row["batch"], []).append(str(row["context"]))
+    told = [f"{batch} ({_listed(lengths)} tokens)" for batch, lengths in contexts.items()]
+    return f"at batch {_listed(told)}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _span(values: Sequence[float]) -> str:
+    """The least and the greatest; one of them where they are the same on paper."""
+    return " to ".join(dict.fromkeys(f"{value:.2f}" for value in (min(values), max(values))))
 
 
 def _threads(count: int) -> str:

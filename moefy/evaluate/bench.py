@@ -113,7 +113,7 @@ def prepare(
     tokens = calibration_tokens(run, summary)
     wanted = controls(recipe) if settings.controls else {}
     if settings.controls is None and settings.effort != "quick":
-        wanted = {"static": controls(recipe)["static"]} if "static" in controls(recipe) else {}
+        wanted = {"static": controls(recipe)["static"]}
     wanted = {name: other for name, other in wanted.items() if name in SHOWN} | methods
     others = control_stages(recipe, wanted, dense, tokens, place, watch)
     if settings.wants(settings.controls) and summary["shape"]["num_experts"]:

@@ -19,9 +19,9 @@ from moefy.evaluate.reading import VERSIONS
 from moefy.evaluate.stages import Stage
 from moefy.evaluate.store import digest
 from moefy.job import Job, Watch, prepare
+from moefy.layout import Shape
 from moefy.oracle import attach
 from moefy.recipe import Recipe, build, nearest
-from moefy.shape import pruned
 from moefy.walk import runnable
 
 MEANING = {
@@ -44,7 +44,12 @@ AS_WRITTEN = {
 refit under it that is no control but a straw man (SmolLM2-135M, half active: dNLL 3.53 on text
 where it costs 1.9 refitted, and the run itself 1.27)."""
 
-STATIC = {"partition": "static", "partition_options": {}, "target": "auto"} | dict.fromkeys(
+STATIC = {
+    "partition": "static",
+    "partition_options": {},
+    "target": "auto",
+    "layers": ":",
+} | dict.fromkeys(
     # Its shape is made from the run's; what was asked of the experts may not fit another class.
     ("experts", "experts_per_token", "shared")
 )
@@ -61,14 +66,20 @@ def controls(recipe: Recipe) -> dict[str, Recipe]:
         {"router": "random", "router_options": {}},
         {"router": "oracle", "router_options": {}},
     ]
-    if recipe.layers != ":":
-        change[0] = change[1] = {}
-    made = {
+    return {
         name: dataclasses.replace(recipe, **values)
         for name, values in zip(MEANING, change, strict=True)
-        if values
     }
-    return made
+
+
+def _as_active(job: Job) -> Shape:
+    """The shape of static pruning with as many active neurons as all of the run's layers have.
+
+    A dense class has one FFN width, so layers that the run leaves dense are pruned like the others.
+    """
+    neurons, dense = job.shape.num_neurons, job.num_layers - len(job.layers)
+    active = dense * neurons + len(job.layers) * job.shape.num_active
+    return Shape(neurons, round(active / job.num_layers), 0, 0, 0)
 
 
 def changed(recipe: Recipe, changes: str) -> Recipe:
@@ -94,14 +105,14 @@ def changed(recipe: Recipe, changes: str) -> Recipe:
 
 def control_jobs(recipe: Recipe, others: Mapping[str, Recipe]) -> dict[str, Job]:
     """The conversions by other recipes, with as many active neurons as that by `recipe` has."""
-    jobs = {name: prepare(other, control=True) for name, other in others.items()}
-    if all(job.method.fit for job in jobs.values()):
-        return jobs
-    shape = pruned(prepare(recipe, control=True).shape)
-    return {
-        name: job if job.method.fit else dataclasses.replace(job, shape=shape)
-        for name, job in jobs.items()
-    }
+    shape = _as_active(prepare(recipe, control=True))
+    jobs = {}
+    for name, other in others.items():
+        if other.partition == "static":
+            other = dataclasses.replace(other, active=shape.active_fraction)
+        job = prepare(other, control=True)
+        jobs[name] = job if job.method.fit else dataclasses.replace(job, shape=shape)
+    return jobs
 
 
 def control_stages(

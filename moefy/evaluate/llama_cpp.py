@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
-from moefy.evaluate.speed import Grid, cores, speed_rows, stretches
+from moefy.evaluate.speed import Grid, cores, schedule, speed_rows, stretches
 from moefy.export import export
 
 PROMPT = 16
@@ -70,13 +70,13 @@ def measure(
     work += [("decode", batch, PROMPT) for batch in batches]
     seconds: dict[tuple[str, int, int], dict[str, list[float]]] = {one: {} for one in work}
     start, spent = time.perf_counter(), time.process_time()
-    for turn in range(grid.rounds + 1):
-        for number, one in enumerate(work):
-            for label, server in servers.items():
-                took = one_round(server, ids_T, *one, new_tokens, turn)
-                if turn:  # the first round warms up
-                    seconds[one].setdefault(label, []).append(took)
-            watch(turn * len(work) + number + 1, len(work) * (grid.rounds + 1))
+    steps = schedule(work, grid.rounds)
+    for done, (turn, one) in enumerate(steps, 1):
+        for label, server in servers.items():
+            took = one_round(server, ids_T, *one, new_tokens, turn)
+            if turn:
+                seconds[one].setdefault(label, []).append(took)
+        watch(done, len(steps))
     rows = []
     for (phase, batch, context), took in seconds.items():
         tokens = context if phase == "prefill" else batch * new_tokens

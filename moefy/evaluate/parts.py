@@ -100,7 +100,7 @@ def robustness(
         bench.tokenizer,
         vocabulary=min(len(bench.tokenizer), dense.get("vocabulary") or len(bench.tokenizer)),
         longest=dense.get("longest") or LONGEST,
-        num_tokens=min(settings.tokens, 2048),
+        num_tokens=min(settings.tokens // 4, 2048),
         length=settings.length,
     )
     for name, reason in lacking.items():

@@ -52,16 +52,15 @@ def measure(
     start, spent = time.perf_counter(), time.process_time()
     ways = {label: implementations(model, ids_T, grid, clock) for label, model in models.items()}
     seconds: dict[tuple[str, int, int], dict[str, list[float]]] = {}
-    steps = len(grid.work) * (grid.rounds + 1)
-    for turn in range(grid.rounds + 1):
-        for number, (batch, context) in enumerate(grid.work):
-            for label, model in models.items():
-                took = one_round(model, ids_T, batch, context, grid, turn, ways[label], clock)
-                for phase, value in zip(("prefill", "decode"), took, strict=True):
-                    if turn:  # the first round warms up
-                        rows = seconds.setdefault((phase, batch, context), {})
-                        rows.setdefault(label, []).append(value)
-            watch(turn * len(grid.work) + number + 1, steps)
+    steps = schedule(grid.work, grid.rounds)
+    for done, (turn, (batch, context)) in enumerate(steps, 1):
+        for label, model in models.items():
+            took = one_round(model, ids_T, batch, context, grid, turn, ways[label], clock)
+            for phase, value in zip(("prefill", "decode"), took, strict=True):
+                if turn:
+                    rows = seconds.setdefault((phase, batch, context), {})
+                    rows.setdefault(label, []).append(value)
+        watch(done, len(steps))
     rows = []
     for (phase, batch, context), took in seconds.items():
         tokens = batch * (context if phase == "prefill" else grid.new_tokens)
@@ -81,6 +80,15 @@ def measure(
         "new_tokens": grid.new_tokens,
         "rows": sorted(rows, key=lambda row: (row["phase"] == "decode", row["batch"])),
     }
+
+
+def schedule(work: Sequence[Any], rounds: int) -> list[tuple[int, Any]]:
+    """What to do in which round; round 0 only warms up, by the first piece of work.
+
+    >>> schedule(["short", "long"], 2)
+    [(0, 'short'), (1, 'short'), (1, 'long'), (2, 'short'), (2, 'long')]
+    """
+    return [(0, work[0]), *((turn, one) for turn in range(1, rounds + 1) for one in work)]
 
 
 def cores(start: float, spent: float) -> float:

@@ -66,13 +66,20 @@ def run_stages(run: Path, name: str | None = None) -> tuple[list[Stage], list[st
             if tuned is None
             else f"the same after fine-tuning on {tuned['tokens']:,} tokens"
         )
-        active = summary["shape"]["active_fraction"]
+        active = _active(summary)
         digest = folder_digest(folder)
         found.append(Stage(kind, kind, meaning, digest, opener(folder), folder, summary, active))
         folder = _parent(folder, tuned, missing) if tuned else None
         if folder is not None and any(stage.folder == folder for stage in found):
             raise MoefyError(f"{run}: moefy/finetune.json names a parent that it comes before")
     return _labelled(found[::-1], name), missing
+
+
+def _active(summary: dict[str, Any]) -> float:
+    """Share of all layers' neurons that are active; those of dense layers all are."""
+    converted, dense = len(summary["layers"]), len(summary["layers_left_dense"])
+    share = summary["shape"]["active_fraction"]
+    return (dense + converted * share) / (dense + converted)
 
 
 def finetuning(stage: Stage) -> dict[str, Any] | None:

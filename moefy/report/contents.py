@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moefy.report import cost, inside, quality
+from moefy.report import cost, inside, quality, tuned
 from moefy.report.chart import Look, looks
 from moefy.report.document import Section, Table
 from moefy.report.wording import fixed, large, model_name, shape_text, times
@@ -73,7 +73,7 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
         quality.robustness(report, shown),
         inside.routing(report, shown),
         inside.layers(report),
-        inside.finetune(report),
+        tuned.finetune(report),
         made(report),
     ]
     return [section for section in found if section]

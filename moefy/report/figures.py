@@ -91,7 +91,9 @@ def lines(
     for line in drawn:
         _draw(axis, line)
     if percent:
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        from matplotlib.ticker import PercentFormatter
+
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     if from_zero:
         axis.set_ylim(bottom=min(0.0, *(min(line.y) for line in drawn)))
     axis.set_xlabel(x_axis)
@@ -123,7 +125,7 @@ def frontier(drawn: Sequence[Line]) -> Figure:
     axis.plot([1.0], [0.0], "o", color=INK, markersize=8)
     left = min(x for line in drawn for x in line.x)
     room = 1 - left or 0.5
-    axis.set_xlim(left - 0.42 * room, 1 + 0.2 * room)
+    axis.set_xlim(left - 0.65 * room, 1 + 0.2 * room)
     top = max(y for line in drawn for y in line.y)
     axis.set_ylim(min(-0.04 * top, *(y for line in drawn for y in line.y)), 1.08 * top)
     axis.annotate(

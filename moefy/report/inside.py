@@ -1,4 +1,4 @@
-"""What happens inside: routing, what each layer lost, and how fine-tuning went."""
+"""What happens inside: routing, and what each layer lost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from moefy.report import figures
 from moefy.report.chart import INK, SERIES, Look
 from moefy.report.document import Picture, Section, Table
-from moefy.report.wording import fixed, large
+from moefy.report.wording import fixed
 
 Looks = Mapping[str, Look]
 SCALE = ("less than an even share", "more")
@@ -196,13 +196,53 @@ def layers(report: Mapping[str, Any]) -> Section:
                 percent="energy" in name, height=3.6,
             )  # fmt: skip
             pictures.append(Picture(name, title, alt, draw))
+    told, table = _evenness(rows)
+    pictures += told
     lead = (
         "Measured while converting, on calibration text not fitted on. Energy is the share "
         "of the dense FFN's output that stays when a token may choose its own best neurons, the "
         "best experts (oracle), the router's experts, experts by lot, or has the same neurons as "
         "all others (static). The figures are in moefy/conversion.md.",
     )
-    return Section("layers", "Layer by layer", lead, tuple(pictures))
+    return Section("layers", "Layer by layer", lead, tuple(pictures), tuple(table))
+
+
+def _evenness(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Picture], list[Table]]:
+    """What it costs to even out the loads by biases, over the layers where that was tried."""
+    curves = [row["balance"] for row in rows if row.get("balance")]
+    if not curves:
+        return [], []
+    points = [
+        (
+            share[0]["share"],
+            _mean([point["load_cv"] for point in share]),
+            max(point["load_cv"] for point in share),
+            _mean([point["worth"] for point in share]),
+        )
+        for share in zip(*curves, strict=True)
+    ]
+    look = Look(SERIES["blue"], "o")
+    _, even, _, kept = zip(*points, strict=True)
+    line = figures.Line("", look, even, kept)
+    alt = "What the router's experts are worth against how uneven their loads are. " + "; ".join(
+        f"{worth:.1%} at {cv:.2f}" for _, cv, _, worth in points
+    )
+    axis = "coefficient of variation of the loads, mean of the layers"
+    draw = partial(figures.lines, [line], x_axis=axis, percent=True)
+    title = "What even loads cost"
+    header = ("share of the biases", "mean CV", "greatest CV", "worth kept")
+    table = Table(
+        "Even loads: of the biases that even them out, each layer takes the least share that is "
+        "enough",
+        header,
+        tuple((f"{s:.0%}", fixed(cv), fixed(top), f"{w:.2%}") for s, cv, top, w in points),
+        folded=True,
+    )
+    return [Picture("evenness", title, alt, draw)], [table]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _line(
@@ -213,72 +253,3 @@ def _line(
         return None
     x, y = [row["layer"] for row in known], [row[key] for row in known]
     return figures.Line(name, look, x, y, points=len(x) < 2)
-
-
-CURVES = (
-    ("loss", "Loss", ("loss", "ce", "kl")),
-    ("balance", "Balance while training", ("load_cv", "entropy")),
-)
-HUES = {"loss": "blue", "kl": "vermillion", "ce": "purple", "load_cv": "blue", "entropy": "green"}
-
-
-def finetune(report: Mapping[str, Any]) -> Section:
-    """How fine-tuning went."""
-    pictures, tables = [], []
-    for number, (label, told) in enumerate(report["finetune"].items()):
-        curve = [row for row in told.get("curve") or [] if "validation" not in row]
-        checks = [row for row in told.get("curve") or [] if row.get("validation")]
-        for name, title, keys in CURVES:
-            drawn = [_curve(curve, key, key, HUES[key]) for key in keys]
-            if name == "loss":
-                flat = [{**row["validation"], "step": row["step"]} for row in checks]
-                drawn += [
-                    _curve(flat, key, f"{key}, held out", HUES[key], points=True)
-                    for key in ("loss", "kl")
-                ]
-            known = [line for line in drawn if line]
-            if known:
-                alt = f"{title} of {label}. " + "; ".join(
-                    f"{n.name}: {n.y[0]:.3f} at step {n.x[0]}, {n.y[-1]:.3f} at step {n.x[-1]}"
-                    for n in known
-                )
-                draw = partial(figures.lines, known, x_axis="step", from_zero=True, height=3.6)
-                pictures.append(
-                    Picture(f"finetune-{number}-{name}", f"{title}: {label}", alt, draw)
-                )
-        tables += _trained(label, told["summary"])
-    lead = ("Losses in nats per token; points are measured on text that was not trained on.",)
-    return Section("finetune", "Fine-tuning", lead, tuple(pictures), tuple(tables))
-
-
-def _curve(
-    rows: Sequence[Mapping[str, Any]], key: str, name: str, hue: str, *, points: bool = False
-) -> figures.Line | None:
-    known = [row for row in rows if row.get(key) is not None]
-    if not known:
-        return None
-    x, y = [row["step"] for row in known], [row[key] for row in known]
-    look = Look(SERIES[hue], "D" if points else "o")
-    return figures.Line(name, look, x, y, points=points or len(x) < 2, dashed=points)
-
-
-def _trained(label: str, summary: Mapping[str, Any]) -> list[Table]:
-    """What was trained on, and what came of it."""
-    told = [
-        ("text", str(summary["train"]["source"])),
-        ("teacher", str(summary["teacher"]["model"])),
-        ("tokens", large(summary.get("tokens"))),
-        ("steps", str(summary.get("steps") or "")),
-        ("minutes", fixed(summary["seconds"] / 60, 1) if summary.get("seconds") else ""),
-    ]
-    checks = summary.get("validation") or {}
-    for key in checks.get("after") or {}:
-        before, after = (checks.get(when, {}).get(key) for when in ("before", "after"))
-        if isinstance(before, (int, float)) and isinstance(after, (int, float)):
-            told.append((f"held-out {key}", f"{before:.3f} to {after:.3f}"))
-    told += [
-        (f"step {event.get('step')}", f"{event.get('reason')}: {event.get('action')}")
-        for event in summary.get("guard") or []
-    ]
-    rows = tuple(row for row in told if row[1])
-    return [Table(f"Fine-tuning of {label}", ("what", "figure"), rows)] if rows else []
