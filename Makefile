@@ -12,7 +12,7 @@ VLLM_INSTALLED := .venv-vllm/.installed-$(VLLM)
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-engines check format bench bench-quality
+.PHONY: help demo test test-engines check format bench bench-speed bench-quality
 
 help: ## list the targets (the default)
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -40,7 +40,11 @@ format: $(INSTALLED) ## format the code and mend what the linter can
 bench-quality: $(INSTALLED) ## compare ours with other methods: make bench-quality QUALITY="MODEL ..."
 	$(BIN)/python benchmarks/quality.py $(QUALITY)
 
-bench: $(INSTALLED) ## measure the speed of converted models against dense ones
+# SCALE: --sizes 135M,7B, --tokens N, --memory SIZE, and others; 32B and 70B take an hour on 2 cores.
+bench: $(DEMO_MODEL) ## measure seconds and memory of conversions, against the floor and the plan
+	$(BIN)/python benchmarks/scale.py main $(SCALE)
+
+bench-speed: $(INSTALLED) ## measure the speed of converted models against dense ones
 	$(BIN)/python benchmarks/speed.py
 
 # A stamp is removed first and written last, so an install that was cut short leaves none, and the

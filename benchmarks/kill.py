@@ -34,7 +34,8 @@ from typing import Any
 
 import typer
 
-MEASURED = {"seconds", "peak_resident_bytes", "peak_bytes", "tokens_per_second", "created"}
+MEASURED = {"seconds", "stage_seconds", "peak_resident_bytes", "peak_bytes", "tokens_per_second"}
+MEASURED |= {"created", "memory"}
 """Keys of JSON objects that no two runs share."""
 
 

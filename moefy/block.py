@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.clock import Clock
 from moefy.errors import MoefyError
 from moefy.layout import FFN, Partition, Profile, Router, Shape
 from moefy.profile import (
+    CHUNK,
     active_neurons,
     choose,
     chunks,
@@ -23,6 +24,7 @@ from moefy.profile import (
     unfold,
 )
 from moefy.refit import refit, refit_experts
+from moefy.store import MEMORY, Store
 
 
 @dataclass(frozen=True)
@@ -68,31 +70,38 @@ def convert_block(
     join: Callable[[Tensor], Tensor] | None = None,
     dense_TD: Tensor | None = None,
     gradient_TD: Tensor | None = None,
+    store: Store = MEMORY,
 ) -> Block:
     """Split `ffn` on its inputs `x_TD`, of which the last `num_heldout` are only measured on.
 
     `residual_TD` is what the output is added to, having gone through `join`; it weighs the tokens
     (see `Profile`, also for `gradient_TD`). `dense_TD` is what leaves the layer in the dense model.
+    What is made for all tokens lies in `store`.
 
     Raises:
         MoefyError: code 6, for outputs that are not finite.
     """
-    clock = time.perf_counter()
-    profile = observe(
-        ffn,
-        x_TD,
-        num_heldout=num_heldout,
-        residual_TD=residual_TD,
-        join=join,
-        dense_TD=dense_TD,
-        drift=method.drift,
-        gradient_TD=gradient_TD,
-    )
-    if not profile.y_TD.isfinite().all() or not profile.energy_F.isfinite().all():
+    clock = Clock({})
+    with clock.stage("profile"):
+        profile = observe(
+            ffn,
+            x_TD,
+            num_heldout=num_heldout,
+            residual_TD=residual_TD,
+            join=join,
+            dense_TD=dense_TD,
+            drift=method.drift,
+            gradient_TD=gradient_TD,
+            store=store,
+        )
+        finite = all(y_TD.isfinite().all() for y_TD in profile.y_TD.split(CHUNK))
+    if not finite or not profile.energy_F.isfinite().all():
         raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
     num_silent = int((profile.energy_F == 0).sum())
     generator = torch.Generator().manual_seed(seed)
-    partition = method.split(ffn, profile, shape, generator=generator)
+    with clock.stage("split"):
+        partition = method.split(ffn, profile, shape, generator=generator)
+    store.release()
     router = _no_router(ffn)
     # Where all experts run there is nothing to choose, and zero rows make every gate one.
     choice = 1.0 if shape.experts_per_token < shape.num_experts else 0.0
@@ -102,26 +111,36 @@ def convert_block(
         return dataclasses.replace(router, weight_ED=rows_ED)
 
     if method.fit is not None:
-        router = stored(method.fit(ffn, profile, partition, shape, generator=generator))
+        with clock.stage("route"):
+            router = stored(method.fit(ffn, profile, partition, shape, generator=generator))
     k = shape.experts_per_token if method.fit is not None else 0
-    fitted = refit(ffn, profile, partition, router, k, enabled=method.refit)
+    with clock.stage("refit"):
+        fitted = refit(ffn, profile, partition, router, k, enabled=method.refit)
     if method.refine is not None and choice and fitted.strength is not None:
-        changed = dataclasses.replace(ffn, down_DF=fitted.down_DF)
-        again = stored(
-            method.refine(changed, profile, partition, shape, router, generator=generator)
-        )
-        refitted = refit(ffn, profile, partition, again, k)
+        with clock.stage("route"):
+            changed = dataclasses.replace(ffn, down_DF=fitted.down_DF)
+            again = stored(
+                method.refine(changed, profile, partition, shape, router, generator=generator)
+            )
+            del changed
+        with clock.stage("refit"):
+            refitted = refit(ffn, profile, partition, again, k, known=fitted.strength)
         if refitted.error_after < fitted.error_after:
             router, fitted = again, refitted
-    shares = captured(ffn, profile, partition, router, shape, k)
+        del refitted
+    with clock.stage("measure"):
+        shares = captured(ffn, profile, partition, router, shape, k)
     kept, error = dataclasses.replace(ffn, down_DF=fitted.down_DF), fitted.error_after
     if shape.overlaps and k:
-        kept, profile, partition = unfold(kept, profile, partition)
-        if method.refit:
-            down_DF, error = refit_experts(kept, profile, partition, router, k)
-            kept = dataclasses.replace(kept, down_DF=down_DF)
+        with clock.stage("refit"):
+            kept, profile, partition = unfold(kept, profile, partition)
+            if method.refit:
+                down_DF, error = refit_experts(kept, profile, partition, router, k)
+                kept = dataclasses.replace(kept, down_DF=down_DF)
     kept = dataclasses.replace(kept, down_DF=kept.down_DF.to(dtype).float())
-    y_TD, tokens_E = _run(kept, profile, partition, router, k)
+    with clock.stage("run"):
+        y_TD, tokens_E = _run(kept, profile, partition, router, k, store)
+    seconds = clock.seconds()
     figures = {
         "shared_neurons": len(partition.shared_S),
         "experts": len(partition.experts_EN),
@@ -135,7 +154,8 @@ def convert_block(
         **({"fit_tokens": tokens_E, "least_tokens": min(tokens_E)} if k else {}),
         "silent_neurons": num_silent,
         "balance": list(router.balance),
-        "seconds": round(time.perf_counter() - clock, 3),
+        "seconds": round(seconds.pop("total"), 3),
+        "stage_seconds": {stage: round(value, 3) for stage, value in seconds.items()},
     }
     return Block(kept, partition, router, y_TD, figures)
 
@@ -185,17 +205,19 @@ def captured(
 
 
 def _run(
-    ffn: FFN, profile: Profile, partition: Partition, router: Router, k: int
+    ffn: FFN, profile: Profile, partition: Partition, router: Router, k: int, store: Store
 ) -> tuple[Tensor, list[int]]:
     """Outputs on all tokens (T, D), and how many of the fitting tokens go to each expert."""
-    outputs, masks = [], []
-    for x_TD, h_TF, _ in chunks(ffn, profile, "all"):
+    y_TD, masks = store.empty(*profile.y_TD.shape, device=profile.y_TD.device), []
+    for number, (x_TD, h_TF, _) in enumerate(chunks(ffn, profile, "all")):
+        part = slice(number * CHUNK, (number + 1) * CHUNK)
         mask_TE = choose(partition, router, k, x_TD, h_TF) if k else x_TD.new_zeros(len(x_TD), 0)
         active_TF = active_neurons(partition, mask_TE, ffn.num_neurons)
-        outputs.append(h_TF.mul(active_TF) @ ffn.down_DF.T)
+        run_TD = h_TF.mul(active_TF) @ ffn.down_DF.T
+        y_TD[part] = run_TD.div_(profile.scale_T[part, None])
         masks.append(mask_TE)
     tokens_E = torch.cat(masks)[: profile.num_fit].sum(0)
-    return torch.cat(outputs).div_(profile.scale_T[:, None]), [int(n) for n in tokens_E]
+    return y_TD, [int(n) for n in tokens_E]
 
 
 def _no_router(ffn: FFN) -> Router:

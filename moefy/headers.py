@@ -55,6 +55,11 @@ class Entry:
         """Number of values."""
         return math.prod(self.shape)
 
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return self.stop - self.start
+
 
 def damaged(message: str) -> MoefyError:
     """An error of code 3 for files that are not what they were when they were made."""

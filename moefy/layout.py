@@ -9,7 +9,7 @@ Nothing here imports torch until an FFN is computed: headers alone say what a mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -137,8 +137,8 @@ class Profile:
     for all. Activations and outputs are therefore kept times `scale_T`.
 
     The last `num_heldout` tokens are whole sequences that nothing is fitted on: they only choose
-    between candidates and report errors. `h_TF` is kept when it fits the cache, else activations
-    are computed again chunk by chunk.
+    between candidates and report errors. Where `h_TF` is none, activations are computed again chunk
+    by chunk.
     """
 
     x_TD: Tensor
@@ -154,6 +154,8 @@ class Profile:
     gradient_TD: Tensor | None = None
     """Of the dense model's loss with respect to what this FFN writes, over the fitting tokens; on
     the CPU, and only for a partition that asks for it."""
+    release: Callable[[], None] = lambda: None
+    """Lets go of what was read of these tensors where they lie in files (see `store`)."""
 
     @property
     def goal_TD(self) -> Tensor:

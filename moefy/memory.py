@@ -1,31 +1,61 @@
-"""How much memory a conversion takes, and how much there is."""
+"""How much memory a conversion takes, stage by stage, and how much there is.
+
+Predictions add up what the stages hold at the same time, in the order in which they make it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import resource
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from moefy.errors import MoefyError
 from moefy.job import Job
-from moefy.profile import CHUNK
-from moefy.reopen import MEMORY
+from moefy.profile import CHUNK, GAINS
+from moefy.reopen import fitting_layers
 from moefy.shards import Slot
 
-LIBRARIES = 700_000_000
+LIBRARIES = 600_000_000
 """Resident bytes of Python, torch, transformers and scikit-learn before any tensor."""
 
+TEXT = 12
+"""Resident bytes of a tokenizer per byte of its file."""
+
 CGROUPS = Path("/sys/fs/cgroup")
+
+ADVICE = {
+    "attention": "lower --sequence-length or --tokens",
+    "split": "lower --set partition.sample=2048 or --tokens",
+    "refit": "--no-refit does without its matrix of all pairs of neurons",
+    "reopen": "expected at least that for the model that is opened again",
+    "gradients": "use another --partition",
+    "calibration": "give a --calibration FILE",
+}
+"""What helps where a stage takes too much."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the calibration states are to lie, and what that takes."""
+
+    peak_bytes: int
+    stage: str
+    """Which takes most."""
+    file_bytes: int
+    """Of the files that the states lie in; zero where they lie in memory."""
+    refusal: str = ""
+    """What to say where it does not fit."""
 
 
 def available() -> int:
     """Bytes that this process may hold: the machine's, or fewer where a limit is set."""
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        found.append(soft)
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    found += [soft for soft in limits if soft != resource.RLIM_INFINITY]
     return min([*found, *_cgroup_limits()])
 
 
@@ -35,9 +65,17 @@ def _cgroup_limits() -> list[int]:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    own = next((line.split("::/", 1)[1] for line in lines if line.startswith("0::/")), "")
-    folders = [folder for folder in (CGROUPS / own, *(CGROUPS / own).parents)]
-    files = [folder / "memory.max" for folder in folders if folder.is_relative_to(CGROUPS)]
+    files = []
+    for line in lines:
+        _, kinds, own = line.split(":", 2)
+        root, name = CGROUPS, "memory.max"
+        if "memory" in kinds.split(","):  # version 1
+            root, name = CGROUPS / "memory", "memory.limit_in_bytes"
+        elif kinds:
+            continue
+        place = root / own.lstrip("/")
+        folders = [folder for folder in (place, *place.parents) if folder.is_relative_to(root)]
+        files += [folder / name for folder in folders]
     texts = [file.read_text().strip() for file in files if file.is_file()]
     return [int(text) for text in texts if text.isdecimal()]  # the others say "max"
 
@@ -52,31 +90,121 @@ def require(needed: int, what_for: str, instead: str) -> None:
         )
 
 
-def predicted(job: Job, slots: Mapping[str, Slot]) -> int:
-    """Peak resident bytes: of one layer in float32 with the states and the largest stage's work, or
-    of the model that is opened again, of which `slots` are the tensors."""
-    hidden, neurons = job.size("hidden_size"), job.shape.num_neurons
-    tokens = job.recipe.tokens
-    layer = 4 * (3 * hidden * neurons + 4 * hidden * hidden)
-    states = 4 * tokens * hidden * (8 if job.method.drift else 4)
-    activations = min(1 << 30, 4 * tokens * neurons)
-    sample = 4 * min(tokens, 8192) * neurons * 2
-    used = neurons if job.method.fit is not None else job.shape.num_active
-    gram = 4 * (3 * used * used + 2 * used * hidden) if job.recipe.refit else 0
-    work = max(sample, gram, 4 * CHUNK * neurons * 4)
-    model = 0
-    if job.recipe.calibration == "self":
-        model = sum(entry.stop - entry.start for entry in job.checkpoint.entries.values())
-    kept = whole = 0
+def fit(job: Job, slots: Mapping[str, Slot], limit: int | None = None) -> Plan:
+    """Where the states are to lie so that the conversion, which writes `slots`, keeps to `limit`
+    bytes and to what there is: in memory if they fit, else in files."""
+    most = min(limit or available(), available())
+    # A GPU's states lie in its own memory.
+    for in_files in (False, True) if job.device.type == "cpu" else (False,):
+        stages = predicted(job, slots, in_files=in_files)
+        stage = max(stages, key=stages.__getitem__)
+        plan = Plan(stages[stage], stage, state_arrays(job) if in_files else 0)
+        if plan.peak_bytes <= most:
+            return plan
+    given = (
+        f"--memory allows {most / 1e9:.1f} GB"
+        if most == limit
+        else f"there are {most / 1e9:.1f} GB"
+    )
+    even = ", even with its states in files," if plan.file_bytes else ""
+    refusal = (
+        f"this conversion takes{even} {plan.peak_bytes / 1e9:.1f} GB of memory, {given}; "
+        f"the most is for the stage {stage}: {ADVICE.get(stage, 'lower --tokens')}"
+    )
+    return dataclasses.replace(plan, refusal=refusal)
+
+
+def state_arrays(job: Job) -> int:
+    """Bytes of all that is held for every calibration token at a time."""
+    tokens, hidden = job.recipe.tokens, job.size("hidden_size")
+    # States and FFN inputs, of the dense model too where drift is made good; outputs of the dense
+    # FFN, of the converted one, and what they aim at. All neurons' activations.
+    arrays = 7 if job.method.drift else 4
+    return 4 * tokens * (arrays * hidden + job.shape.num_neurons)
+
+
+def predicted(job: Job, slots: Mapping[str, Slot], *, in_files: bool = False) -> dict[str, int]:
+    """Resident bytes at most of every stage. Pages of mapped files that the system can take back
+    whenever it needs them count only where they are read in whole (see `reopen`)."""
+    tokenizer = job.checkpoint.folder / "tokenizer.json"
+    base = LIBRARIES + (TEXT * tokenizer.stat().st_size if tokenizer.is_file() else 0)
+    states = 0 if in_files else state_arrays(job)
+    slopes = 2 * len(job.layers) * job.recipe.tokens * job.size("hidden_size")
+    kept = base + states + (slopes if job.method.gradient else 0)
+    stages = {stage: kept + held for stage, held in _layer(job).items()}
+    stages |= {stage: base + held for stage, held in _whole(job).items()}
+    stages["reopen"] = base + _reopened(job, slots)
+    return stages
+
+
+def _layer(job: Job) -> dict[str, int]:
+    """What one layer's stages hold, beside the states."""
+    recipe, shape, hidden = job.recipe, job.shape, job.size("hidden_size")
+    neurons, experts, length = shape.num_neurons, shape.num_experts, recipe.sequence_length
+    held_out = max(1, recipe.tokens // length // 8) * length
+    fitted = recipe.tokens - held_out
+    matrix = 4 * neurons * hidden
+    ffn = matrix * (3 if job.family.gated else 2)
+    chunk = 4 * min(CHUNK, recipe.tokens) * neurons
+    stored = {"attention": ffn + _attention(job)}
+    # A gate's products, their activations, and the up's; with what the chunk before has left.
+    stored["profile"] = ffn + 4 * chunk
+    sample = int(recipe.partition_options.get("sample", 8192))
+    energies = 4 * neurons * (min(fitted, sample) + min(held_out, sample // 4))
+    if recipe.partition in ("coactivation", "expertweaver"):
+        energies = 4 * neurons * fitted
+    routed = neurons - shape.num_shared
+    # The scorer's Gram matrix in float32 and float64, its factor, and a copy to solve with.
+    solve = 28 * hidden * hidden
+    stored["split"] = ffn + energies + max(energies * routed // neurons + chunk, 2 * chunk + solve)
+    gains = min(GAINS, min(CHUNK, recipe.tokens) * experts * hidden)
+    stored["route"] = ffn + matrix + max(solve, 16 * gains + 3 * chunk)
+    stored["route"] += 24 * recipe.tokens * experts
+    if recipe.refit:
+        used = neurons if job.method.fit is not None else shape.num_active
+        # The Gram matrix and its factor; what they are solved for, two solutions and the half of
+        # one; down_proj of the first refit and of the one tried.
+        solving = 8 * used * used + 16 * used * hidden + 2 * matrix
+        stored["refit"] = ffn + solving + 3 * chunk
+    return stored
+
+
+def _attention(job: Job) -> int:
+    """Weights and work of what of a layer is no FFN."""
+    layer, ffn = job.family.layer, set(job.family.ffn_names(0))
+    first = layer.format(layer=0)
+    others = {
+        name: entry
+        for name, entry in job.checkpoint.entries.items()
+        if name.startswith(first) and name not in ffn
+    }
+    weights = 4 * sum(entry.num_elements for entry in others.values())
+    rows = 4 * min(4 * job.recipe.sequence_length, job.recipe.tokens)
+    return weights + 8 * rows * job.size("hidden_size")
+
+
+def _whole(job: Job) -> dict[str, int]:
+    """What stages hold for which the dense model must be in memory whole."""
+    entries, recipe = job.checkpoint.entries.values(), job.recipe
+    stages = {}
+    if recipe.calibration == "self":
+        stages["calibration"] = 2 * sum(entry.num_bytes for entry in entries)
     if job.method.gradient:
-        kept = 2 * len(job.layers) * tokens * hidden
-        way_back = 4 * job.recipe.sequence_length * job.num_layers * (16 * hidden + 4 * neurons)
-        way_back += 16 * job.recipe.sequence_length * job.size("vocab_size")
-        whole = 4 * sum(entry.num_elements for entry in job.checkpoint.entries.values()) + way_back
-    # It is read from a mapped file, whose pages count, into float32 if that is small enough.
+        hidden, length = job.size("hidden_size"), recipe.sequence_length
+        way_back = 4 * length * job.num_layers * (16 * hidden + 4 * job.shape.num_neurons)
+        way_back += 16 * length * job.size("vocab_size")
+        kept = 2 * len(job.layers) * recipe.tokens * hidden
+        stages["gradients"] = 4 * sum(entry.num_elements for entry in entries) + way_back + kept
+    return stages
+
+
+def _reopened(job: Job, slots: Mapping[str, Slot]) -> int:
+    """The weights of the model that is opened again, and what is read of its files."""
+    layer = job.target.prefix + job.family.layer
+    layers = fitting_layers(slots, job.num_layers, layer)
     stored = sum(slot.num_bytes for slot in slots.values())
-    wide = 4 * sum(math.prod(slot.shape) for slot in slots.values())
-    reopened = stored + wide if wide <= MEMORY else 2 * min(stored, MEMORY)
-    reopened += states // 4 + 4 * job.num_layers * job.recipe.sequence_length * hidden
-    layers = layer + states + activations + work + kept
-    return LIBRARIES + max(layers, 2 * model, whole + kept, reopened)
+    if layers == job.num_layers:
+        return stored + 4 * sum(math.prod(slot.shape) for slot in slots.values())
+    prefix = layer.partition("{layer}")[0]
+    layered = sum(slot.num_bytes for name, slot in slots.items() if name.startswith(prefix))
+    return 2 * (stored - layered + layered * layers // job.num_layers)

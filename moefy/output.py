@@ -113,16 +113,16 @@ def copy(job: Job, writer: ShardWriter, watch: Watch) -> None:
     heads = {name: origin for name, (_, origin) in added.items() if origin}
     for done, (name, origin) in enumerate([*work.items(), *heads.items()], 1):
         entry = job.checkpoint.entries[origin]
-        tensor = job.checkpoint.tensor(origin)
-        written = {name: tensor} if name in heads else _rest(job, name, tensor)
-        for new, value in written.items():
-            if value is tensor and _stored(job, entry.dtype) == entry.dtype:
+        dtype, shaped = DTYPES[_stored(job, entry.dtype)], torch.empty(entry.shape, device="meta")
+        whole = {name: shaped} if name in heads else _rest(job, name, shaped)
+        if DTYPES[entry.dtype] == dtype and all(value is shaped for value in whole.values()):
+            for new in whole:
                 writer.copy(job.target.prefix + new, entry)
-            else:
-                writer.write(
-                    job.target.prefix + new,
-                    value.to(DTYPES[_stored(job, entry.dtype)]).contiguous(),
-                )
+        else:  # the largest tensor of a model is read only where it must be
+            tensor = job.checkpoint.tensor(origin)
+            written = {name: tensor} if name in heads else _rest(job, name, tensor)
+            for new, value in written.items():
+                writer.write(job.target.prefix + new, value.to(dtype).contiguous())
         watch("copy", done, len(work) + len(heads))
     for name, (slot, origin) in added.items():
         if origin is None:

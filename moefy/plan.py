@@ -10,19 +10,24 @@ import torch
 
 from moefy import output
 from moefy.job import Job
-from moefy.memory import predicted
+from moefy.memory import fit
 from moefy.shards import DTYPES
 
-OVERHEAD = 2.0
-"""Measured time of a layer over that of its matrix products alone."""
+OVERHEAD = 1.6
+"""Measured time of a layer over that of its products, factorisations and solves alone."""
+
+SPEEDS = {"product": 1.0, "factor": 0.5, "solve": 0.5}
+"""Measured speed of operations, of which a matrix product's is one."""
 
 
-def estimate(job: Job) -> dict[str, Any]:
+def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
     """Shapes, parameters, FLOPs per token, and estimated memory, disk and time.
 
-    Times assume the matrix-product speed of this machine, measured for a moment.
+    Times assume the matrix-product speed of this machine, measured for a moment. A note tells where
+    it does not fit in `memory` bytes or in what there is.
     """
     slots = output.slots(job)
+    plan = fit(job, slots, memory)
     dense = sum(entry.num_elements for entry in job.checkpoint.entries.values())
     total = sum(slot.num_bytes // DTYPES[slot.dtype].itemsize for slot in slots.values())
     hidden, shape = job.size("hidden_size"), job.shape
@@ -49,25 +54,62 @@ def estimate(job: Job) -> dict[str, Any]:
         "flops_per_token_dense": 2 * matrix,
         "flops_per_token": int(2 * matrix - saved),
         "disk_bytes": sum(slot.num_bytes for slot in slots.values()),
-        "memory_bytes": predicted(job, slots),
+        "memory_bytes": plan.peak_bytes,
+        "memory_stage": plan.stage,
+        "file_bytes": plan.file_bytes,
         "seconds": round(_seconds(job), 1),
-        "notes": list(job.notes),
+        "notes": [*job.notes, *([plan.refusal] if plan.refusal else [])],
     }
 
 
 def _seconds(job: Job) -> float:
-    """Seconds for all layers: their matrix products at this machine's speed, times overhead."""
-    hidden, neurons, tokens = job.size("hidden_size"), job.shape.num_neurons, job.recipe.tokens
-    attention = tokens * (8 * hidden * hidden + 4 * hidden * job.recipe.sequence_length)
-    ffn = tokens * 8 * hidden * neurons
-    refit = 2 * tokens * neurons * (neurons + 2 * hidden) + 4 * neurons**3 // 3
-    if job.method.drift:  # the dense model's states go along
-        attention, ffn = 2 * attention, ffn + tokens * 6 * hidden * neurons
-    per_layer = attention + ffn + (refit if job.recipe.refit else 0)
+    """Seconds for all layers: their operations at this machine's speed, times overhead."""
+    layer = sum(
+        count / SPEEDS[kind]
+        for counts in operations(job).values()
+        for kind, count in counts.items()
+    )
     weights = sum(entry.num_elements for entry in job.checkpoint.entries.values())
     # There and back through all weights, of which none needs a gradient.
-    gradient = 4 * weights * tokens if job.method.gradient else 0
-    return OVERHEAD * (per_layer * job.num_layers + gradient) / _speed(job.device)
+    gradient = 4 * weights * job.recipe.tokens if job.method.gradient else 0
+    return OVERHEAD * (layer * len(job.layers) + gradient) / _speed(job.device)
+
+
+def operations(job: Job) -> dict[str, dict[str, float]]:
+    """Floating-point operations that converting a layer cannot do without, by stage and kind.
+
+    Kinds are matrix products, factorisations and triangular solves. The refit looks for a strength;
+    only the factorisation and the solution of the one that it takes count.
+    """
+    recipe, shape, hidden = job.recipe, job.shape, job.size("hidden_size")
+    tokens, neurons = recipe.tokens, shape.num_neurons
+    matrices, sides = 3 if job.family.gated else 2, 2 if job.method.drift else 1
+    prefix, ffn = job.family.layer.format(layer=0), set(job.family.ffn_names(0))
+    others = {name: e for name, e in job.checkpoint.entries.items() if name.startswith(prefix)}
+    weights = sum(entry.num_elements for name, entry in others.items() if name not in ffn)
+    once, gram = 2.0 * tokens * neurons * hidden, 2.0 * tokens * hidden * hidden
+    sample = min(tokens, 8192)
+    found: dict[str, dict[str, float]] = {
+        "attention": {
+            "product": 2.0 * sides * tokens * (weights + recipe.sequence_length * hidden)
+        },
+        "dense": {"product": (sides - 1) * matrices * once},
+        "profile": {"product": matrices * once},
+        # Each of 9 rounds adds up energies by expert, and what experts are given by neuron.
+        "split": {"product": 36.0 * sample * neurons * shape.num_experts + gram},
+        # The router is fitted to energies, then to errors that the experts' outputs leave.
+        "route": {"product": 2 * once + 4 * gram},
+        "run": {"product": once},
+    }
+    if recipe.refit:
+        used = neurons if job.method.fit is not None else shape.num_active
+        times = 2 if job.method.refine is not None else 1
+        found["refit"] = {
+            "product": times * (2 * once + 2.0 * tokens * used * used),
+            "factor": times * used**3 / 3,
+            "solve": times * 2.0 * used * used * hidden,
+        }
+    return found
 
 
 def _speed(device: torch.device, size: int = 1024) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moefy.layout import FFN, Partition, Profile, Router
+from moefy.store import MEMORY, Store
 
 CHUNK = 2048
 """Tokens whose activations are in memory at a time."""
@@ -25,6 +26,7 @@ def chunks(
     for first in range(start, stop, CHUNK):
         tokens = slice(first, min(first + CHUNK, stop))
         yield profile.x_TD[tokens], activations(ffn, profile, tokens), profile.goal_TD[tokens]
+        profile.release()
 
 
 def activations(ffn: FFN, profile: Profile, tokens: slice) -> Tensor:
@@ -68,48 +70,60 @@ def observe(
     dense_TD: Tensor | None = None,
     drift: float = 0.0,
     gradient_TD: Tensor | None = None,
-    cache_bytes: int = 1 << 30,
+    store: Store = MEMORY,
 ) -> Profile:
     """Profile `ffn` on the inputs `x_TD`, of which the last `num_heldout` are held out.
 
     `residual_TD` is what the output is added to, having gone through `join` where a layer does more
     than add; without it all tokens weigh the same. `dense_TD` is what leaves the layer in the dense
     model; the layers below, converted already, have let the residual stream drift from it, and the
-    FFN aims at making good the share `drift` of that. `gradient_TD` is kept as it is.
+    FFN aims at making good the share `drift` of that. `gradient_TD` is kept as it is. What is made
+    for all tokens lies in `store`.
 
     Source: `drift` is the propagation strength of QEP (arXiv 2504.09629), which corrects the
     weights of a quantised layer for the errors of those below it.
     """
-    keep = x_TD.shape[0] * ffn.num_neurons * 4 <= cache_bytes
-    kept, outputs, aims, scales = [], [], [], []
-    num_fit = x_TD.shape[0] - num_heldout
-    total_F = torch.zeros(ffn.num_neurons, dtype=torch.float64, device=x_TD.device)
-    for first in range(0, x_TD.shape[0], CHUNK):
-        h_TF = ffn.activations(x_TD[first : first + CHUNK])
+    num_tokens, device = x_TD.shape[0], x_TD.device
+    num_fit = num_tokens - num_heldout
+    kept_TF = store.empty(num_tokens, ffn.num_neurons, device=device)
+    outputs_TD, scales, aim_TD = store.empty(*x_TD.shape, device=device), [], None
+    if residual_TD is not None and dense_TD is not None and drift:
+        aim_TD = store.empty(*x_TD.shape, device=device)
+    total_F = torch.zeros(ffn.num_neurons, dtype=torch.float64, device=device)
+    for first in range(0, num_tokens, CHUNK):
+        part = slice(first, first + CHUNK)
+        h_TF = ffn.activations(x_TD[part])
         y_TD = h_TF @ ffn.down_DF.T
         scale_T = torch.ones_like(y_TD[:, 0])
         if residual_TD is not None:
             added_TD = join(y_TD) if join else y_TD
-            leaving_TD = residual_TD[first : first + CHUNK] + added_TD
+            leaving_TD = residual_TD[part] + added_TD
             scale_T = leaving_TD.norm(dim=1).clamp_min(1e-6).reciprocal_()
             if join:  # an error in the output arrives as much larger as the output itself does
                 scale_T *= added_TD.norm(dim=1) / y_TD.norm(dim=1).clamp_min(1e-12)
-            if dense_TD is not None and drift:
-                lacking_TD = (dense_TD[first : first + CHUNK] - leaving_TD).mul_(drift)
+            if dense_TD is not None and aim_TD is not None:
+                lacking_TD = (dense_TD[part] - leaving_TD).mul_(drift)
                 if join:  # what has to enter it, so that this leaves it
                     lacking_TD.div_(_slopes(y_TD, added_TD))
-                aims.append(lacking_TD.add_(y_TD).mul_(scale_T[:, None]))
+                aim_TD[part] = lacking_TD.add_(y_TD).mul_(scale_T[:, None])
         h_TF.mul_(scale_T[:, None])
         total_F += h_TF[: max(num_fit - first, 0)].square().sum(0)
-        outputs.append(y_TD.mul_(scale_T[:, None]))
+        outputs_TD[part] = y_TD.mul_(scale_T[:, None])
         scales.append(scale_T)
-        if keep:
-            kept.append(h_TF)
+        kept_TF[part] = h_TF
+        store.release()
     energy_F = (total_F / num_fit).float() * ffn.down_norm_sq_F
-    h_TF = torch.cat(kept) if keep else None
-    y_TD, scale_T = torch.cat(outputs), torch.cat(scales)
-    aim_TD = torch.cat(aims) if aims else y_TD
-    return Profile(x_TD, y_TD, scale_T, num_heldout, energy_F, h_TF, aim_TD, gradient_TD)
+    return Profile(
+        x_TD,
+        outputs_TD,
+        torch.cat(scales),
+        num_heldout,
+        energy_F,
+        kept_TF,
+        aim_TD,
+        gradient_TD,
+        store.release,
+    )
 
 
 def _slopes(y_TD: Tensor, added_TD: Tensor) -> Tensor:

@@ -148,10 +148,10 @@ def chosen_layers(text: str, num_layers: int) -> list[int]:
     return sorted(found)
 
 
-def shard_bytes(text: str) -> int:
+def num_bytes(text: str, flag: str = "--max-shard-size") -> int:
     """Bytes that a size like `5GB` stands for.
 
-    >>> shard_bytes("5GB"), shard_bytes("1.5 kb"), shard_bytes("2MiB")
+    >>> num_bytes("5GB"), num_bytes("1.5 kb"), num_bytes("2MiB")
     (5000000000, 1500, 2097152)
 
     Raises:
@@ -161,7 +161,7 @@ def shard_bytes(text: str) -> int:
     number, prefix, binary = found.groups() if found else ("0", "", "")
     size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
     if size < 1 or (binary and not prefix):
-        raise MoefyError(f"--max-shard-size is {text!r}; expected a size like 5GB", code=2)
+        raise MoefyError(f"{flag} is {text!r}; expected a size like 5GB", code=2)
     return size
 
 
@@ -230,7 +230,7 @@ def _check_ranges(recipe: Recipe) -> None:
             raise MoefyError(f"{name} is {value}; expected at least {least}", code=2)
     if not 0 <= recipe.drift <= 1:
         raise MoefyError(f"drift is {recipe.drift:g}; expected a share from 0 to 1", code=2)
-    shard_bytes(recipe.max_shard_size)
+    num_bytes(recipe.max_shard_size)
     if recipe.seed >= 2**32:  # layers draw from seed * 1,000,003 + layer, which 64 bits must hold
         raise MoefyError(f"--seed is {recipe.seed}; expected less than {2**32}", code=2)
 

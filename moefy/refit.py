@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from moefy.layout import FFN, Partition, Profile, Router
 from moefy.profile import CHUNK, active_neurons, choose, chunks, some_activations
-from moefy.solve import ridge
+from moefy.solve import damping, ridge
 
 STRENGTHS = ((0.3, 1.0, 3.0), (0.1, 0.03, 0.01))
 """Ridge strengths, as multiples of the mean squared activation: upward first, then downward, each
 way until the held-out error rises. It has one minimum, mostly at the first or second."""
+
+MIXTURES = 256
+"""Of the outputs, on which the strengths are compared where these are at least four times as many:
+each costs a factorisation then, but only the best one a solution for all outputs."""
 
 EXPERT_STRENGTHS = (0.3, 1.0, 3.0, 10.0)
 """The same for single experts, which see fewer tokens."""
@@ -46,21 +51,24 @@ def refit(
     k: int,
     *,
     enabled: bool = True,
+    known: float | None = None,
 ) -> Refit:
     """Correct `down_proj` by ridge regression under the actual routing, if that helps.
 
     With H the activations that run (zero elsewhere) and R = Y - H W' what they miss of the output Y
     that is aimed at, the correction dW' = (H'H + s * mean(diag) * I)^-1 H'R minimises the missing
     output and stays near the dense weights. The strength s with the least held-out error wins; the
-    dense weights are kept when none is below theirs.
+    dense weights are kept when none is below theirs. Of wide outputs, strengths are compared on
+    random mixtures (see `MIXTURES`), and not again where the strength is `known` from a refit under
+    another routing.
 
     Source: the least squares of SparseGPT (arXiv 2301.00774), over a mask that routing sets per
     token instead of a fixed one.
     Cost: one F x F Gram matrix in float32, and a Cholesky factorisation per strength.
     """
     num_neurons, used = ffn.num_neurons, _used(partition)
-    heldout = list(_runs(ffn, profile, partition, router, k, "heldout"))
-    before_held, norm_held = _error(heldout, ffn.down_DF)
+    heldout = partial(_runs, ffn, profile, partition, router, k, "heldout")
+    before_held, norm_held = _error(heldout(), ffn.down_DF)
     gram_FF = torch.zeros(len(used), len(used), device=used.device)
     cross_FD = torch.zeros(len(used), ffn.down_DF.shape[0], device=used.device)
     missing = norm_fit = 0.0
@@ -77,27 +85,75 @@ def refit(
     plain = Refit(ffn.down_DF, before, before, (missing / norm_fit) ** 0.5, None)
     if not enabled or missing <= ROUNDING * norm_fit:
         return plain
-    best_FD, after, best = None, before, 0.0
-    for way in STRENGTHS:
+
+    def error(delta_FD: Tensor) -> float:
+        held, _ = _error(heldout(), _corrected(ffn, used, delta_FD))
+        return (held / norm_held) ** 0.5
+
+    if ffn.hidden_size < 4 * MIXTURES:
+        found = _search(gram_FF, cross_FD, error, before)
+    else:
+        strength = known or _strength(ffn, used, gram_FF, cross_FD, heldout)
+        found = _search(gram_FF, cross_FD, error, before, ((strength,),) if strength else ())
+    if found is None:
+        return plain
+    best_FD, after, strength = found
+    # |R - H dW|^2 = |R|^2 - 2 <dW, H'R> + <dW, H'H dW>, and H'H dW = H'R - damping * dW: the
+    # fitting tokens need no other pass.
+    left = missing - float((best_FD * cross_FD).sum())
+    left -= damping(gram_FF, strength) * float(best_FD.square().sum())
+    error_fit = (max(left, 0.0) / norm_fit) ** 0.5
+    return Refit(_corrected(ffn, used, best_FD), before, after, error_fit, strength)
+
+
+def _search(
+    gram_FF: Tensor,
+    cross_FD: Tensor,
+    error: Callable[[Tensor], float],
+    before: float,
+    strengths: Sequence[Sequence[float]] = STRENGTHS,
+) -> tuple[Tensor, float, float] | None:
+    """The correction of least held-out error, that error, and its strength; None where none errs
+    less than `before`."""
+    best: tuple[Tensor, float, float] | None = None
+    for way in strengths:
         for strength in way:
             delta_FD = ridge(gram_FF, cross_FD, strength)
-            held, _ = _error(heldout, _corrected(ffn, used, delta_FD))
-            if (held / norm_held) ** 0.5 < after:
-                best_FD, after, best = delta_FD, (held / norm_held) ** 0.5, strength
-            elif best_FD is not None:
+            found = error(delta_FD)
+            if found < (best[1] if best else before):
+                best = delta_FD, found, strength
+            elif best:
                 break
-        if best_FD is None:
+        if best is None:
             break  # a weaker ridge departs further from the dense weights
-    if best_FD is None:
-        return plain
-    # |R - H dW|^2 = |R|^2 - 2 <dW, H'R> + <dW, H'H dW>: the fitting tokens need no other pass.
-    left = missing - 2 * float((best_FD * cross_FD).sum())
-    left += float((best_FD * (gram_FF @ best_FD)).sum())
-    error_fit = (max(left, 0.0) / norm_fit) ** 0.5
-    return Refit(_corrected(ffn, used, best_FD), before, after, error_fit, best)
+    return best
+
+
+def _strength(
+    ffn: FFN,
+    used: Tensor,
+    gram_FF: Tensor,
+    cross_FD: Tensor,
+    heldout: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+) -> float | None:
+    """The strength of least held-out error on random mixtures of the outputs."""
+    generator = torch.Generator().manual_seed(0)
+    mix_DM = torch.randn(ffn.hidden_size, MIXTURES, generator=generator).to(used.device)
+    rests = [(y_TD - run_TF @ ffn.down_DF.T) @ mix_DM for run_TF, y_TD in heldout()]
+
+    def error(delta_FM: Tensor) -> float:
+        whole_FM = delta_FM.new_zeros(ffn.num_neurons, MIXTURES).index_copy_(0, used, delta_FM)
+        runs = ((run_TF, rest_TM) for (run_TF, _), rest_TM in zip(heldout(), rests, strict=True))
+        return _error(runs, whole_FM.T)[0]
+
+    before = sum(float(rest_TM.square().sum()) for rest_TM in rests)
+    found = _search(gram_FF, cross_FD @ mix_DM, error, before)
+    return found[2] if found else None
 
 
 def _corrected(ffn: FFN, used: Tensor, delta_FD: Tensor) -> Tensor:
+    if len(used) == ffn.num_neurons:
+        return ffn.down_DF + delta_FD.T
     down_DF = ffn.down_DF.clone()
     down_DF[:, used] += delta_FD.T
     return down_DF
@@ -119,7 +175,7 @@ def _runs(
         yield h_TF * active_neurons(partition, mask_TE, ffn.num_neurons), y_TD
 
 
-def _error(runs: list[tuple[Tensor, Tensor]], down_DF: Tensor) -> tuple[float, float]:
+def _error(runs: Iterable[tuple[Tensor, Tensor]], down_DF: Tensor) -> tuple[float, float]:
     """Summed squared output error under `down_DF`, and the summed squared dense output."""
     wrong = norm = 0.0
     for run_TF, y_TD in runs:

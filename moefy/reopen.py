@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from moefy.errors import MoefyError
-from moefy.headers import read_header
+from moefy.headers import Entry, read_header
+from moefy.shards import Slot
 from moefy.walk import auto_class, runnable, some_layers, states_of
 
 TOLERANCE = 0.1
@@ -43,7 +45,12 @@ def reopen(
         MoefyError: code 6, for missing, unexpected or mismatched keys, or other hidden states.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    layers = _fitting_layers(folder, len(ends), layer.partition("{layer}")[0])
+    entries = {
+        name: entry
+        for file in folder.glob("*.safetensors")
+        for name, entry in read_header(file).items()
+    }
+    layers = fitting_layers(entries, len(ends), layer)
     whole = layers == len(ends)
     if not whole:
         config = some_layers(config, 0, layers)
@@ -95,16 +102,12 @@ def _error(found_TD: Tensor, expected_TD: Tensor) -> float:
     return float(wrong_T.mean())
 
 
-def _fitting_layers(folder: Path, num_layers: int, prefix: str) -> int:
-    """How many layers to load: all if their float32 weights fit `MEMORY`, else what fits stored."""
-    entries = {
-        name: entry
-        for file in folder.glob("*.safetensors")
-        for name, entry in read_header(file).items()
-    }
-    if 4 * sum(entry.num_elements for entry in entries.values()) <= MEMORY:
+def fitting_layers(slots: Mapping[str, Slot | Entry], num_layers: int, layer: str) -> int:
+    """How many layers `reopen` loads: all if their float32 weights fit `MEMORY`, else what fits
+    stored."""
+    if 4 * sum(math.prod(slot.shape) for slot in slots.values()) <= MEMORY:
         return num_layers
-    sizes = {name: entry.stop - entry.start for name, entry in entries.items()}
-    layered = sum(size for name, size in sizes.items() if name.startswith(prefix))
+    sizes = {name: slot.num_bytes for name, slot in slots.items()}
+    layered = sum(n for name, n in sizes.items() if name.startswith(layer.partition("{layer}")[0]))
     room = MEMORY - (sum(sizes.values()) - layered)
     return max(1, min(num_layers - 1, int(room * num_layers / layered)))

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +42,13 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-def read(name: str, entry: Entry) -> Tensor:
-    """The tensor of that name, as stored.
+def read(name: str, entry: Entry, room: Callable[..., Tensor] = torch.empty) -> Tensor:
+    """The tensor of that name, as stored, in the room that `room` gives for it.
 
     Raises:
         MoefyError: code 3, when the file has shrunk since its header was read.
     """
-    data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+    data = room(entry.stop - entry.start, dtype=torch.uint8)
     with entry.file.open("rb") as file:
         file.seek(entry.start)
         if data.numel() and file.readinto(data.numpy().data) != data.numel():

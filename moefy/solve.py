@@ -10,6 +10,12 @@ from torch import Tensor
 TINY = torch.finfo(torch.float32).tiny
 
 
+def damping(gram_AA: Tensor, strength: float) -> float:
+    """What `ridge` adds to the diagonal."""
+    # Made contiguous: the order of the sum decides its last bit.
+    return max(float(gram_AA.diagonal().contiguous().mean()) * strength, TINY)
+
+
 def ridge(gram_AA: Tensor, cross_AB: Tensor, strength: float) -> Tensor:
     """Solve (G + strength * mean(diag G) * I) W = C for W, shape (A, B).
 
@@ -18,12 +24,15 @@ def ridge(gram_AA: Tensor, cross_AB: Tensor, strength: float) -> Tensor:
     float64 where float32 rounding has left G indefinite.
     """
     diagonal_A = gram_AA.diagonal().clone()
-    gram_AA.diagonal().add_(max(float(diagonal_A.mean()) * strength, TINY))
+    gram_AA.diagonal().add_(damping(gram_AA, strength))
     factor_AA, failed = torch.linalg.cholesky_ex(gram_AA)
     if failed:
+        del factor_AA
         solution_AB = torch.linalg.solve(gram_AA.double(), cross_AB.double()).to(cross_AB.dtype)
     else:
-        solution_AB = torch.cholesky_solve(cross_AB, factor_AA)
+        # As `cholesky_solve` does it, which copies the factor first.
+        half_AB = torch.linalg.solve_triangular(factor_AA, cross_AB, upper=False)
+        solution_AB = torch.linalg.solve_triangular(factor_AA.mT, half_AB, upper=True)
     gram_AA.diagonal().copy_(diagonal_A)
     return solution_AB
 

@@ -20,6 +20,7 @@ from moefy.errors import MoefyError
 from moefy.headers import read_header
 from moefy.publish import STATE, has_state, place_of, replace_text, sync
 from moefy.shards import ShardWriter, read, save, sha256
+from moefy.store import MEMORY, Store
 
 FORMAT = 1
 FACTS = "facts"
@@ -102,8 +103,10 @@ class State:
         sync(self.folder)
         self.save(name, {"digests": digests, "value": value})
 
-    def load_tensors(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
-        """Recorded tensors and their value, None if there are none.
+    def load_tensors(
+        self, name: str, store: Store = MEMORY
+    ) -> tuple[dict[str, Tensor], Any] | None:
+        """Recorded tensors, in `store`, and their value, None if there are none.
 
         Raises:
             MoefyError: code 7, when they are damaged.
@@ -114,7 +117,7 @@ class State:
         file = self.folder / f"{name}.safetensors"
         try:
             entries = read_header(file)
-            tensors = {key: read(key, entry) for key, entry in entries.items()}
+            tensors = {key: read(key, entry, store.empty) for key, entry in entries.items()}
             digests = {key: sha256(tensor) for key, tensor in tensors.items()}
         except (OSError, MoefyError):
             digests = {}
@@ -137,8 +140,11 @@ class State:
         self.save_tensors(f"states-{layer % 2}", {"states": states_BTD}, layer)
         self.save_tensors(f"layer-{layer}", extra, {"written": dict(written), "value": value})
 
-    def layers(self, writer: ShardWriter) -> tuple[Tensor | None, list[Kept]]:
-        """The states that leave the last layer that is done, and what was kept of every layer.
+    def layers(
+        self, writer: ShardWriter, store: Store = MEMORY
+    ) -> tuple[Tensor | None, list[Kept]]:
+        """The states that leave the last layer that is done, in `store`, and what was kept of every
+        layer.
 
         Where the last layer's record is damaged, the one before counts as the last.
 
@@ -147,13 +153,15 @@ class State:
         """
         count = num_layers(self.folder)
         try:
-            return self._layers(count, writer)
+            return self._layers(count, writer, store)
         except MoefyError:
             if count == 0:
                 raise
-            return self._layers(count - 1, writer)
+            return self._layers(count - 1, writer, store)
 
-    def _layers(self, count: int, writer: ShardWriter) -> tuple[Tensor | None, list[Kept]]:
+    def _layers(
+        self, count: int, writer: ShardWriter, store: Store
+    ) -> tuple[Tensor | None, list[Kept]]:
         kept = []
         for layer in range(count):
             tensors, record = self.load_tensors(f"layer-{layer}") or ({}, {})
@@ -163,7 +171,7 @@ class State:
             kept.append((tensors, record["value"]))
         if not count:
             return None, []
-        states = self.load_tensors(f"states-{(count - 1) % 2}")
+        states = self.load_tensors(f"states-{(count - 1) % 2}", store)
         if states is None or states[1] != count - 1:
             found = f"{self.folder} lacks the states behind layer {count - 1}"
             raise MoefyError(f"{found}; {FRESH}", code=7)

@@ -16,6 +16,7 @@ from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
 from moefy.families.family import Family
 from moefy.layout import FFN
+from moefy.store import MEMORY, Store
 
 Join = Callable[[Tensor], Tensor] | None
 """What a layer does to the FFN's output before it is added; None: nothing."""
@@ -144,9 +145,10 @@ def tap(
     states_BTD: Tensor,
     *,
     batch: int = 4,
+    store: Store = MEMORY,
 ) -> tuple[Tensor, Join, Leave]:
-    """Run everything of one layer but its FFN; return the FFN's inputs, shape (B * T, D), what the
-    FFN's outputs go through before they are added, and what the sum goes through.
+    """Run everything of one layer but its FFN; return the FFN's inputs, shape (B * T, D), in
+    `store`, what the FFN's outputs go through before they are added, and what the sum goes through.
 
     `states_BTD` holds the states that enter the layer and is overwritten with those that leave it
     less the FFN's part, which the caller adds; a bias behind the FFN is in them. The layer is
@@ -155,7 +157,7 @@ def tap(
     """
     model, block, seen, leave = _one_layer(checkpoint, family, config, layer, states_BTD.device)
     run = model.encoder if config.is_encoder_decoder else model
-    x_BTD = torch.empty_like(states_BTD)
+    x_BTD = store.empty(*states_BTD.shape, device=states_BTD.device)
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
     # Some classes scale what they are given as embeddings, which these states are not.
@@ -174,6 +176,7 @@ def tap(
     with torch.inference_mode():
         for first in range(0, len(states_BTD), batch):
             _halving(step, first, min(first + batch, len(states_BTD)))
+            store.release()
     if family.down_bias:
         name = family.layer.format(layer=layer) + family.down_bias
         states_BTD += checkpoint.tensor(name).float().to(states_BTD.device)

@@ -215,7 +215,10 @@ def test_the_seed_decides(split, fit):
     ffn, x_TD, residual_TD = inputs(6)
     first, second = (convert(ffn, x_TD, residual_TD, method(split, fit), seed=7) for _ in range(2))
     assert torch.equal(first.y_TD, second.y_TD)
-    told = [{k: v for k, v in block.figures.items() if k != "seconds"} for block in (first, second)]
+    told = [
+        {key: value for key, value in block.figures.items() if "seconds" not in key}
+        for block in (first, second)
+    ]
     assert told[0] == told[1]
 
 

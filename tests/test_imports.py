@@ -11,7 +11,7 @@ import moefy
 PACKAGE = Path(moefy.__file__).parent
 ROWS = [
     "__init__",  # may import nothing of moefy, and all may import it: for the version
-    "errors layout modeling coverage clock environment",
+    "errors layout modeling coverage clock environment store",
     "profile shape headers lock",
     "publish",
     "assign solve recipe shards source families pack",
@@ -24,7 +24,7 @@ ROWS = [
     "job runs",
     "memory",
     "output report describe budget calibration",
-    "summary",
+    "summary layers",
     "convert plan export",
     "finetune evaluate",
     "progress verify reproduce pipeline",

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 
 from moefy.errors import MoefyError
-from moefy.recipe import FIELDS, Recipe, build, chosen_layers, nearest, read, render, shard_bytes
+from moefy.recipe import FIELDS, Recipe, build, chosen_layers, nearest, num_bytes, read, render
 
 EVERYTHING = Recipe(
     model="owner/name",
@@ -274,9 +274,9 @@ def test_sizes_of_files_are_those_that_transformers_takes():
     from huggingface_hub.serialization._base import parse_size_to_int
 
     for size in ("5GB", "200MB", "1KB", "1.5GB"):
-        assert shard_bytes(size) == parse_size_to_int(size)
-    assert shard_bytes("2MiB") == 2 * 1024**2 and shard_bytes("100") == 100
+        assert num_bytes(size) == parse_size_to_int(size)
+    assert num_bytes("2MiB") == 2 * 1024**2 and num_bytes("100") == 100
     for size in ("", "0", "-1GB", "GB", "1 XB", "iB", "1e9", "nan"):
         with pytest.raises(MoefyError, match="--max-shard-size") as caught:
-            shard_bytes(size)
+            num_bytes(size)
         assert caught.value.code == 2

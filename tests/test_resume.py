@@ -22,15 +22,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moefy import cli, environment, state
+from moefy import cli, environment, output, state
 from moefy.calibration import calibration_tokens
 from moefy.convert import convert
 from moefy.errors import MoefyError
 from moefy.job import Job, prepare
+from moefy.memory import fit
 from moefy.publish import PART, STATE, place_of, reclaim
 from moefy.recipe import build
 
-MEASURED = {"seconds", "peak_resident_bytes"}
+MEASURED = {"seconds", "stage_seconds", "peak_resident_bytes", "memory"}
 """Keys of the report that no two runs share."""
 
 STEPS = ("fsync", "rename", "replace", "unlink", "rmdir")
@@ -226,14 +227,27 @@ def test_what_is_done_is_not_done_again(name, a_job, out, tmp_path):
     assert_same(out, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("filed_first", [True, False])
+def test_a_rerun_may_have_less_memory_or_more(filed_first, a_job, out, whole):
+    """The states of one attempt lie in files, those of the other in memory."""
+    job = a_job()
+    little = fit(job, output.slots(job)).peak_bytes - 1
+    first, second = (little, None) if filed_first else (None, little)
+    options = {"memory": first, "watch": dying_at("layer 1")}
+    assert forked(lambda: convert(job, out, **options)) == -signal.SIGKILL
+    made = convert(job, out, memory=second)
+    assert bool(made["memory"]["file_bytes"]) is not filed_first
+    assert_same(out, whole)
+
+
 def test_a_wrong_state_would_be_seen(a_job, out, whole, monkeypatch):
     """The control: these tests can fail."""
     job = a_job()
     assert forked(lambda: convert(job, out, watch=dying_at("layer 1"))) == -signal.SIGKILL
     layers = state.State.layers
 
-    def wrong(self: state.State, writer: Any) -> Any:
-        states_BTD, kept = layers(self, writer)
+    def wrong(self: state.State, *arguments: Any) -> Any:
+        states_BTD, kept = layers(self, *arguments)
         assert states_BTD is not None
         return states_BTD * (1 + 1e-6), kept
 

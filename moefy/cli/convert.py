@@ -13,7 +13,7 @@ from moefy.cli.shared import Json, Quiet, quiet_libraries, show
 from moefy.cli.signals import INTERRUPTED
 from moefy.errors import MoefyError
 
-NO_RECIPE = "recipe reproduce settings plan force strict fresh as_json quiet out".split()
+NO_RECIPE = "memory recipe reproduce settings plan force strict fresh as_json quiet out".split()
 """Options that are no keys of a recipe."""
 
 
@@ -79,6 +79,10 @@ def convert(
         str | None, typer.Option(help="Bytes in a file of OUT at most. (default: 5GB)")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda. (default: auto)")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Bytes to keep to, e.g. 6GB. (default: all)"),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with any of these.")] = None,
     reproduce: Annotated[
@@ -110,13 +114,13 @@ def convert(
         if recipe or settings or plan or strict or given or not model:
             raise MoefyError("--reproduce RECIPE takes OUT, or MODEL OUT, and no settings", code=2)
         place, where = (out, model) if out else (Path(model), None)
-        _reproduce(reproduce, place, where, force, fresh, as_json, quiet)
+        _reproduce(reproduce, place, where, _bytes(memory), force, fresh, as_json, quiet)
         return
     from moefy.recipe import build
     from moefy.source import resolve
     from moefy.validate import open_checkpoint
 
-    built = build(recipe, flags, settings or [])
+    built, limit = build(recipe, flags, settings or []), _bytes(memory)
     if out is None and not plan:
         raise MoefyError("no OUT given; expected `moefy convert MODEL OUT`", code=2)
     # `prepare` asks it again, but behind seconds of imports, which a refusal need not wait for.
@@ -128,20 +132,35 @@ def convert(
         from moefy.plan import estimate
         from moefy.report import terminal
 
-        show(estimate(prepare(built)), terminal.show_plan, as_json, quiet=False)
+        show(estimate(prepare(built), limit), terminal.show_plan, as_json, quiet=False)
         return
     from moefy.convert import convert as run
     from moefy.progress import watching
 
     with _resumable(out, force), watching(quiet=quiet) as watch:
-        summary = run(prepare(built), out, force=force, strict=strict, fresh=fresh, watch=watch)
+        summary = run(
+            prepare(built),
+            out,
+            force=force,
+            strict=strict,
+            fresh=fresh,
+            memory=limit,
+            watch=watch,
+        )
     show(summary, lambda made: _made(made, out), as_json, quiet)
+
+
+def _bytes(memory: str | None) -> int | None:
+    from moefy.recipe import num_bytes
+
+    return None if memory is None else num_bytes(memory, "--memory")
 
 
 def _reproduce(
     recipe: Path,
     out: Path,
     model: str | None,
+    memory: int | None,
     force: bool,
     fresh: bool,
     as_json: bool,
@@ -152,7 +171,9 @@ def _reproduce(
     from moefy.reproduce import reproduce
 
     with _resumable(out, force), watching(quiet=quiet) as watch:
-        made = reproduce(recipe, out, model=model, force=force, fresh=fresh, watch=watch)
+        made = reproduce(
+            recipe, out, model=model, force=force, fresh=fresh, memory=memory, watch=watch
+        )
     show(made, lambda made: _made(made, out), as_json, quiet)
     found = made["reproduced"]
     if not found["same"]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from moefy.assign import assign_balanced
 from moefy.cluster import gathered
 from moefy.layout import FFN, Partition, Profile, Shape
-from moefy.profile import activations, membership, top_mask
+from moefy.profile import CHUNK, activations, membership, top_mask
 from moefy.solve import scorer
 
 SKETCH = 128
@@ -68,8 +68,14 @@ def _sample(ffn: FFN, profile: Profile, most: int, part: str) -> tuple[Tensor, T
     """Inputs (T, D) and output energies (T, F) of at most `most` evenly spaced tokens."""
     first, last = profile.span(part)
     tokens = slice(first, last, max(1, -(-(last - first) // most)))
-    h_TF = activations(ffn, profile, tokens)
-    return profile.x_TD[tokens], h_TF.square() * ffn.down_norm_sq_F
+    x_TD, norm_F = profile.x_TD[tokens], ffn.down_norm_sq_F
+    energy_TF = x_TD.new_empty(len(x_TD), ffn.num_neurons)
+    for number, part_TF in enumerate(energy_TF.split(CHUNK)):
+        start = first + number * CHUNK * tokens.step
+        part = slice(start, start + len(part_TF) * tokens.step, tokens.step)
+        torch.square(activations(ffn, profile, part), out=part_TF).mul_(norm_F)
+        profile.release()
+    return x_TD, energy_TF
 
 
 def _cluster(
@@ -78,8 +84,8 @@ def _cluster(
     """Share by mean energy; balanced k-means of the others on their sketched profiles."""
     order_F = mean_F.argsort(descending=True, stable=True)
     rest = order_F[shape.num_shared :].sort().values
-    profile_TR = energy_TF[:, rest].sqrt()
-    profile_TR = profile_TR - profile_TR.mean(0)
+    profile_TR = energy_TF[:, rest].sqrt_()
+    profile_TR -= profile_TR.mean(0)
     profile_TR /= profile_TR.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
     directions_TQ = torch.randn(len(profile_TR), SKETCH, generator=generator).to(profile_TR.device)
     point_RQ = (profile_TR.T @ directions_TQ).cpu().numpy()

@@ -106,7 +106,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         ("GFLOPs per token, dense", f"{plan['flops_per_token_dense'] / 1e9:.3f}"),
         ("GFLOPs per token", f"{plan['flops_per_token'] / 1e9:.3f}"),
         ("disk", f"{plan['disk_bytes'] / 1e9:.2f} GB"),
-        ("peak memory, about", f"{plan['memory_bytes'] / 1e9:.1f} GB"),
+        ("peak memory, about", f"{plan['memory_bytes'] / 1e9:.1f} GB ({plan['memory_stage']})"),
         ("time, about", f"{plan['seconds'] / 60:.1f} min"),
     ]
     rows += [("note", note) for note in plan["notes"]]

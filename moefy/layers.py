@@ -1,0 +1,192 @@
+"""Convert a model's FFNs layer by layer, each on the states that the converted ones below leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy import output, walk
+from moefy.block import Block, convert_block
+from moefy.clock import Clock
+from moefy.coverage import gaps
+from moefy.data import Tokens
+from moefy.errors import MoefyError
+from moefy.job import Job, Watch
+from moefy.profile import CHUNK
+from moefy.shards import ShardWriter
+from moefy.state import State
+from moefy.store import Store
+
+SEQUENCES = 32
+"""Whose embeddings are looked up at a time."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What is left of the layers when all are written."""
+
+    figures: list[dict[str, Any]]
+    """Of every layer that was converted."""
+    ends: list[Tensor | None]
+    """The states that leave each layer on the last sequence, where they were kept."""
+    norms: dict[int, Tensor]
+    """Of routers that are no rows, by layer."""
+
+
+def convert_layers(
+    job: Job,
+    tokens: Tokens,
+    slopes: dict[int, Tensor],
+    writer: ShardWriter,
+    state: State,
+    store: Store,
+    clock: Clock,
+    *,
+    last: int,
+    strict: bool,
+    watch: Watch,
+) -> Converted:
+    """Convert layer by layer, writing each, behind those that are done already.
+
+    The states of all calibration tokens lie in `store`. Those that leave layer `last` on the last
+    sequence are kept.
+    """
+    states_BTD, done = state.layers(writer, store)
+    if states_BTD is None:
+        states_BTD = _embedded(job, tokens, store)
+    else:
+        watch(f"continuing behind layer {len(done) - 1}", len(done), job.num_layers)
+    states_BTD = states_BTD.to(job.device)
+    for layer in range(len(done), job.num_layers):
+        extra, names, value = _convert(job, layer, states_BTD, tokens, slopes, writer, store, watch)
+        if value and strict and (found := gaps([value])):
+            raise MoefyError(f"--strict: {found[0]}", code=6)
+        if layer == last:
+            extra["end"] = states_BTD[len(tokens.ids_BT) - 1].clone()
+        done.append((extra, value))
+        state.save("seconds", clock.seconds())
+        state.save_layer(layer, states_BTD, extra, writer.sync(names), value)
+        store.release()
+        watch("layers", layer + 1, job.num_layers)
+    return Converted(
+        [value for _, value in done if value],
+        [kept.get("end") for kept, _ in done],
+        {layer: kept["norm"] for layer, (kept, _) in enumerate(done) if "norm" in kept},
+    )
+
+
+def _embedded(job: Job, tokens: Tokens, store: Store) -> Tensor:
+    """What enters the first layer, (B, T, D). With a refit against drift twice: the dense model's
+    states go along behind the converted one's."""
+    parts = tokens.ids_BT.split(SEQUENCES)
+    first = walk.embed(job.checkpoint, job.family, parts[0], job.device)
+    num_sequences, sides = len(tokens.ids_BT), 2 if job.method.drift else 1
+    states_BTD = store.empty(sides * num_sequences, *first.shape[1:], device=job.device)
+    for number, ids_BT in enumerate(parts):
+        made = walk.embed(job.checkpoint, job.family, ids_BT, job.device) if number else first
+        for side in range(sides):
+            start = side * num_sequences + number * SEQUENCES
+            states_BTD[start : start + len(made)] = made
+        store.release()
+    return states_BTD
+
+
+def _convert(
+    job: Job,
+    layer: int,
+    states_BTD: Tensor,
+    tokens: Tokens,
+    slopes: dict[int, Tensor],
+    writer: ShardWriter,
+    store: Store,
+    watch: Watch,
+) -> tuple[dict[str, Tensor], list[str], dict[str, Any] | None]:
+    """Convert and write one layer, or leave it dense, and move the states past it.
+
+    Gives tensors to keep, the names of those that are written, and the layer's figures.
+    """
+    clock = Clock({})
+    block = _pass(job, layer, states_BTD, tokens, slopes, store, clock, watch)
+    if block is None:
+        return {}, [], None
+    with clock.stage("write"):
+        names = output.write_block(job, writer, layer, block)
+    norm_EN = block.router.norm_EN
+    value: dict[str, Any] = {"layer": layer, **block.figures}
+    seconds = {name: round(spent, 3) for name, spent in clock.seconds().items() if name != "total"}
+    value["stage_seconds"] = {**seconds, **value["stage_seconds"]}
+    return {} if norm_EN is None else {"norm": norm_EN}, names, value
+
+
+def _pass(
+    job: Job,
+    layer: int,
+    states_BTD: Tensor,
+    tokens: Tokens,
+    slopes: dict[int, Tensor],
+    store: Store,
+    clock: Clock,
+    watch: Watch,
+) -> Block | None:
+    """Move the states past one layer; give what it is converted to, None where it stays dense.
+
+    The first sequences of `states_BTD` are those of `tokens`; any others go through the dense FFN.
+    """
+    watch(f"layer {layer}: attention", layer, job.num_layers)
+    config = walk.model_config(job.checkpoint)
+    activation = getattr(config, job.family.activation, "silu")
+    with clock.stage("read"):
+        ffn = walk.read_ffn(job.checkpoint, job.family, layer, activation, job.device)
+    with clock.stage("attention"):
+        x_TD, join, leave = walk.tap(
+            job.checkpoint, job.family, config, layer, states_BTD, store=store
+        )
+        _check_states(x_TD, layer)
+    flat_TD, num_tokens = states_BTD.view(x_TD.shape), tokens.ids_BT.numel()
+    dense = slice(num_tokens if layer in job.layers else 0, None)
+    block = None
+    with clock.stage("dense"):
+        for x_CD, flat_CD in zip(
+            x_TD[dense].split(CHUNK), flat_TD[dense].split(CHUNK), strict=True
+        ):
+            y_CD = ffn.activations(x_CD) @ ffn.down_DF.T
+            flat_CD += join(y_CD) if join else y_CD
+            store.release()
+    if layer in job.layers:
+        watch(f"layer {layer}: split and route", layer, job.num_layers)
+        block = convert_block(
+            ffn,
+            x_TD[:num_tokens],
+            flat_TD[:num_tokens],
+            tokens.num_heldout * tokens.ids_BT.shape[1],
+            job.shape,
+            job.method,
+            dtype=job.dtype,
+            seed=job.recipe.seed * 1_000_003 + layer,
+            join=join,
+            dense_TD=flat_TD[num_tokens:] if job.method.drift else None,
+            gradient_TD=slopes.pop(layer, None),
+            store=store,
+        )
+        for y_CD, flat_CD in zip(block.y_TD.split(CHUNK), flat_TD.split(CHUNK), strict=False):
+            flat_CD[: len(y_CD)] += join(y_CD) if join else y_CD
+            store.release()
+    for flat_CD in flat_TD.split(CHUNK):
+        flat_CD.copy_(leave(flat_CD))
+        store.release()
+    return block
+
+
+def _check_states(x_TD: Tensor, layer: int) -> None:
+    for number, x_CD in enumerate(x_TD.split(CHUNK)):
+        finite_C = torch.isfinite(x_CD).all(1)
+        if not finite_C.all():
+            row = number * CHUNK + int((~finite_C).nonzero()[0])
+            raise MoefyError(
+                f"activations that are not finite enter the FFN of layer {layer} at calibration "
+                f"token {row}; the weights or the dtype overflow",
+                code=6,
+            )
