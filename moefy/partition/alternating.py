@@ -72,8 +72,8 @@ def _sample(ffn: FFN, profile: Profile, most: int, part: str) -> tuple[Tensor, T
     energy_TF = x_TD.new_empty(len(x_TD), ffn.num_neurons)
     for number, part_TF in enumerate(energy_TF.split(CHUNK)):
         start = first + number * CHUNK * tokens.step
-        part = slice(start, start + len(part_TF) * tokens.step, tokens.step)
-        torch.square(activations(ffn, profile, part), out=part_TF).mul_(norm_F)
+        some = slice(start, start + len(part_TF) * tokens.step, tokens.step)
+        torch.square(activations(ffn, profile, some), out=part_TF).mul_(norm_F)
         profile.release()
     return x_TD, energy_TF
 
