@@ -73,7 +73,8 @@ def measure(
     steps = schedule(work, grid.rounds)
     for done, (turn, one) in enumerate(steps, 1):
         for label, server in servers.items():
-            took = one_round(server, ids_T, *one, new_tokens, turn)
+            phase, batch, context = one
+            took = one_round(server, ids_T, phase, batch, context, new_tokens, turn)
             if turn:
                 seconds[one].setdefault(label, []).append(took)
         watch(done, len(steps))
