@@ -392,7 +392,6 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "facts empty": (cut("facts.json", 0), "facts.json is damaged"),
     "facts changed": (flip("facts.json", -60), "facts.json is damaged"),
     "first layer's record": (flip("layer-0.json", 200), "layer-0.json is damaged"),
-    "first layer's tensors": (flip("layer-0.safetensors"), "layer-0.safetensors is damaged"),
     "both states": (
         both(flip("states-0.safetensors"), cut("states-1.safetensors", 500)),
         "states-0.safetensors is damaged",
@@ -417,6 +416,13 @@ TORN: dict[str, Callable[[Path], object]] = {
     "last layer's tensors": flip("layer-1.safetensors"),
     "last layer in the model": lambda folder: flip_last(folder.parent / PART / "model.safetensors"),
 }
+
+
+def test_a_layer_that_keeps_no_tensors_has_none_to_damage(stopped, a_job, out, whole):
+    assert load_file(stopped / "layer-0.safetensors") == {}
+    flip("layer-0.safetensors")(stopped)
+    convert(a_job(), out)
+    assert_same(out, whole)
 
 
 def flip_last(file: Path) -> None:
