@@ -52,11 +52,13 @@ def settle(job: Job, loss_L: list[float]) -> Job:
             layers=_ranges([n for n in range(job.num_layers) if n not in dense]),
             active=round(_left(job.recipe.active, job.num_layers, num_dense), 6),
         )
-        try:
-            return prepare(_refined(recipe, job))
-        except MoefyError:
-            if num_dense == 0:
-                raise
+        # The class that can leave these layers dense may be another, which lacks the small experts.
+        for wanted in (_refined(recipe, job), recipe):
+            try:
+                return prepare(wanted)
+            except MoefyError:
+                if num_dense == 0 and wanted is recipe:
+                    raise
     raise AssertionError("no dense layer at all is the last candidate")
 
 

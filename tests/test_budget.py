@@ -13,6 +13,7 @@ from moefy import budget, families
 from moefy.convert import calibration_tokens, convert
 from moefy.errors import MoefyError
 from moefy.job import Job, prepare
+from moefy.layout import Shape
 from moefy.recipe import build, read
 
 LAYERS, LOUD = 6, 3
@@ -155,3 +156,10 @@ def test_auto_makes_many_small_experts_unless_told_otherwise(loud, text):
     assert told.shape.num_experts == 4
     overlapping = budget.settle(job_of(loud, text, total=2.0), loss_L)
     assert overlapping.shape.overlaps and overlapping.shape.num_experts <= 8
+
+
+def test_a_shape_that_no_class_takes_costs_no_dense_layer(loud, text, monkeypatch):
+    loss_L = [1.0, 0.1, 0.1, 0.1, 0.1, 0.1]
+    monkeypatch.setattr(budget, "fine", lambda *_: Shape(96, 6, 9, 10, 4))
+    settled = budget.settle(job_of(loud, text), loss_L)
+    assert settled.layers == [1, 2, 3, 4, 5] and settled.shape.num_experts != 9
