@@ -14,12 +14,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from run_cases import at
 from safetensors.torch import load_file, save_file
 
 from moefy import cli, environment, output, state
@@ -491,21 +492,6 @@ def moefy(a_job, out) -> Callable[..., tuple[int, str]]:
             return code, said.read()
 
     return run
-
-
-def at(stage: str, act: Callable[[], object]) -> Callable[[], None]:
-    """A change of the command by which it acts where a stage begins."""
-
-    def change() -> None:
-        import moefy.progress
-
-        @contextlib.contextmanager
-        def watching(*, quiet: bool) -> Iterator[Callable[..., None]]:
-            yield lambda now, *_: act() if now.startswith(stage) else None
-
-        moefy.progress.watching = watching  # pyright: ignore[reportAttributeAccessIssue]
-
-    return change
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
