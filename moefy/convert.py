@@ -52,10 +52,9 @@ def convert(
 
     Raises:
         MoefyError: code 3 for bad weights or calibration text, 5 for what cannot be written or
-            takes more memory even so, 6 for
-            a result that is not finite or not what the reopened folder computes, and if `strict`
-            for too little text, 7 for an unfinished conversion of another kind, or one that is
-            damaged.
+            takes more memory even so, 6 for a result that is not finite or not what the reopened
+            folder computes, and if `strict` for too little text, 7 for an unfinished conversion of
+            another kind, or one that is damaged.
     """
     slots = output.slots(job)
     plan = fit(job, slots, memory)
