@@ -19,14 +19,10 @@ from moefy.finetune.settings import TABLE as FINETUNE
 from moefy.finetune.settings import Settings as FinetuneSettings
 from moefy.finetune.settings import build as build_finetune
 from moefy.job import Watch
-from moefy.publish import write_text
-from moefy.recipe import Recipe, build, nearest, read, read_toml, render_table
+from moefy.recipe import Recipe, build, nearest, read, read_toml
 
 REPORT = "report"
 """The table of a recipe that says what to measure."""
-
-ASKED = "report.toml"
-"""Holds that table as it was when the report was made: `recipe.toml` is the conversion's own."""
 
 KEYS = {
     "text": (list, "texts"),
@@ -213,20 +209,15 @@ def _finetune(
 
 
 def _reported(out: Path, table: Mapping[str, Any]) -> bool:
-    """Whether all that is asked for has been measured; what else has been is kept in its cache."""
+    """Whether the report there is of what is asked for; other measurements are in its cache."""
     told = _read(out / "moefy" / "report.json")
-    if told is None:
-        return False
-    asked = out / "moefy" / ASKED
-    return asked.is_file() and read_toml(asked).get(REPORT) == table
+    return told is not None and told.get("settings") == report_settings(table).told()
 
 
 def _report(out: Path, table: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
     from moefy.evaluate.run import evaluate
 
-    found = evaluate(out, report_settings(table), watch=watch)
-    write_text(out / "moefy" / ASKED, render_table(REPORT, table))
-    return found
+    return evaluate(out, report_settings(table), watch=watch)
 
 
 def _check_same(out: Path, done: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -1,14 +1,15 @@
 """`moefy run` does what a recipe asks for, once, and never on what another recipe has made."""
 
+import dataclasses
 import json
 import shutil
-import tomllib
 from pathlib import Path
 
 import pytest
 
 from moefy import pipeline
 from moefy.errors import MoefyError
+from moefy.evaluate.run import evaluate
 from moefy.recipe import Recipe, read
 
 RECIPE = """# A comment
@@ -91,7 +92,8 @@ def test_what_a_run_did_is_in_its_folder(finished):
     assert Recipe(**read(out / "moefy" / "recipe.toml")) == wanted.recipe
     again = pipeline.declared(folder / "recipe.toml")  # a run's own recipe is one to run again
     assert (again.recipe, again.finetune) == (wanted.recipe, wanted.finetune)
-    assert tomllib.loads((folder / "report.toml").read_text())["report"] == wanted.report
+    told = json.loads((folder / "report.json").read_text())["settings"]
+    assert told == pipeline.report_settings(wanted.report).told()
 
 
 def test_a_stage_that_is_gone_is_done_again(copied):
@@ -106,6 +108,18 @@ def test_other_measurements_are_made_without_the_rest(copied):
     file, out = copied
     file.write_text(file.read_text().replace("tokens = 300", "tokens = 200"))
     assert go(file, out) == {"convert": False, "finetune": False, "report": True}
+
+
+def test_a_report_made_by_hand_counts_for_what_it_is_of(copied):
+    file, out = copied
+    tuned = out.with_name("out-finetuned")
+    settings = pipeline.report_settings(pipeline.declared(file).report)
+    evaluate(tuned, settings)
+    assert go(file, out)["report"] is False
+    evaluate(tuned, dataclasses.replace(settings, num_tokens=100))
+    assert go(file, out) == {"convert": False, "finetune": False, "report": True}
+    told = json.loads((tuned / "moefy" / "report.json").read_text())
+    assert told["settings"] == settings.told()
 
 
 @pytest.mark.parametrize(

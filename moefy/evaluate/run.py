@@ -60,8 +60,6 @@ def evaluate(
     ]
     write_json(run / "moefy" / "report.json", report)
     redraw(run)
-    if not report["texts"]:
-        raise MoefyError(f"no text was scored: {bench.not_run[0]['reason']}", code=5)
     return report
 
 
@@ -73,6 +71,7 @@ def _measured(
         "moefy": __version__,
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": settings.told(),
         "main": bench.main,
         "run": bench.summary,
         "runs": parts.other_runs(bench),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from moefy.evaluate.speed import Grid
 
@@ -60,3 +63,7 @@ class Settings:
     def wants(self, part: bool | None) -> bool:
         """Whether a part is to be measured that a quick report leaves out."""
         return self.effort != "quick" if part is None else part
+
+    def told(self) -> dict[str, Any]:
+        """As `report.json` holds them, by which `moefy run` knows what has been measured."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
