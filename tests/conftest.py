@@ -9,11 +9,14 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 import json
 import random
 import shutil
+import signal
 import string
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored, here and in children
 
 PICO = {
     "hidden_size": 32,
