@@ -19,15 +19,16 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM
 
-from moefy import data
 from moefy.evaluate.controls import load_model
 from moefy.evaluate.text import compare, standard_error
+from moefy.evaluate.windows import text_windows
 from moefy.finetune.opened import load_teacher, open_run, read_text, teacher_folder
 from moefy.finetune.run import finetune
 from moefy.finetune.settings import Settings, build
 from moefy.finetune.tune import Watchers, tune
 from moefy.progress import watching
 from moefy.source import resolve
+from moefy.tokenizer import load_tokenizer
 
 CHANGES: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -101,9 +102,9 @@ def score_all(
     log = out / "scores.jsonl"
     known = {(r["model"], r["text"], r["asked"]) for r in rows(log)}
     source = resolve(dense)
-    tokenizer = data.load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     for path in texts:
-        windows = data.text_windows(tokenizer, path, num_tokens=num_tokens, length=1024)
+        windows = text_windows(tokenizer, path, num_tokens=num_tokens, length=1024)
         left = {n: f for n, f in folders.items() if (n, path.stem, num_tokens) not in known}
         for name, folder in left.items():
             kept = out / "cache" / f"dense-{path.stem}-{num_tokens}.pt"

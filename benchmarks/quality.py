@@ -19,12 +19,13 @@ from typing import Any
 import torch
 import typer
 
-from moefy import data
 from moefy.convert import calibration_tokens, convert
 from moefy.evaluate.controls import load_model
 from moefy.evaluate.text import compare, standard_error
+from moefy.evaluate.windows import text_windows
 from moefy.job import prepare
 from moefy.recipe import Recipe
+from moefy.tokenizer import load_tokenizer
 
 STATIC: dict[str, Any] = {"partition": "static", "layers": ":", "total": 1.0}
 METHODS: dict[str, dict[str, Any]] = {
@@ -107,11 +108,11 @@ def measure(
     tokens = calibration_tokens(job, lambda *_: None)
     summary = convert(job, folder, tokens=tokens, force=True)
     seconds = time.perf_counter() - start
-    tokenizer = data.load_tokenizer(job.checkpoint.folder)
+    tokenizer = load_tokenizer(job.checkpoint.folder)
     models = {method: load_model(folder)}
     scores = {}
     for path in texts:
-        windows = data.text_windows(tokenizer, path, num_tokens=num_tokens, length=1024)
+        windows = text_windows(tokenizer, path, num_tokens=num_tokens, length=1024)
         kept = out / f"dense-logits-{path.stem}-{num_tokens}.pt"
         found = compare(remembered(job.checkpoint.folder, kept, windows), models, windows)
         score, base = found[method], found["dense"]

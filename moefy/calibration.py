@@ -11,6 +11,7 @@ from torch import Tensor
 from moefy import data, walk
 from moefy.job import Job, Watch
 from moefy.memory import require
+from moefy.tokenizer import load_tokenizer, vocabulary_notes
 
 
 def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
@@ -26,8 +27,8 @@ def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
     shape = {"num_tokens": recipe.tokens, "length": recipe.sequence_length, "seed": recipe.seed}
     if recipe.calibration != "self" and recipe.text_field == data.IDS:
         return data.load_ids(recipe.calibration, vocab_size=size, **shape)
-    tokenizer = data.load_tokenizer(folder)
-    notes = data.vocabulary_notes(tokenizer, size)
+    tokenizer = load_tokenizer(folder)
+    notes = vocabulary_notes(tokenizer, size)
     if recipe.calibration != "self":
         tokens = data.load(
             tokenizer, recipe.calibration, text_field=recipe.text_field, vocab_size=size, **shape

@@ -1,4 +1,4 @@
-"""Token batches for calibration and evaluation: from text, or sampled from the model itself."""
+"""Token batches to fit on: from text, or sampled from the model itself."""
 
 from __future__ import annotations
 
@@ -6,30 +6,23 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moefy.documents import documents, id_rows, locate, require_utf8
+from moefy.documents import documents, id_rows, locate
 from moefy.errors import MoefyError
+from moefy.tokenizer import encode, first_ids, require_rows
 
 LEAST_SEQUENCES = 8
 """One held out and seven to fit on: with fewer, nothing that is fitted means anything."""
-
-SHORTEST_WINDOW = 64
-"""Shorter evaluation windows tell more about how texts start than about the model."""
 
 MOST_CHARACTERS = 2**28
 """What is read of a file or folder at most, so that a text larger than memory still works."""
 
 IDS = "input_ids"
 """The field of rows that are tokenised already."""
-
-FEW_PIECES = 0.8
-"""A tokenizer with fewer pieces than this share of the embeddings is told of: tables are padded,
-but by less."""
 
 STREAM_CHARACTERS_PER_TOKEN = 64
 """What is read of a streamed data set per token wanted: enough to shuffle, little to fetch."""
@@ -78,7 +71,7 @@ def load(
     """
     num_sequences = _num_sequences(num_tokens, length)
     texts, notes = _shuffled(source, text_field, num_tokens, seed)
-    bos = _bos(tokenizer)
+    bos = first_ids(tokenizer)
     room = length - len(bos)
     # More than is used, so that the held-out part can skip to the start of a document.
     wanted = num_sequences * room + 4 * length
@@ -86,7 +79,7 @@ def load(
     usable, fewer = _usable(source, parts, room, num_sequences, num_tokens)
     num_heldout = _num_heldout(usable, heldout)
     ids_BN, num_documents, shared = _pack(parts, room, usable - num_heldout, num_heldout)
-    _require_rows(ids_BN, vocab_size)
+    require_rows(ids_BN, vocab_size)
     ids_BT = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(usable, -1), ids_BN], 1)
     notes += [*fewer, *shared]
     return Tokens(ids_BT, num_heldout, source, _digest(ids_BT), num_documents, tuple(notes))
@@ -115,7 +108,7 @@ def load_ids(
     usable, notes = _usable(source, parts, length, num_sequences, num_tokens)
     num_heldout = _num_heldout(usable, heldout)
     ids_BT, num_documents, shared = _pack(parts, length, usable - num_heldout, num_heldout)
-    _require_rows(ids_BT, vocab_size)
+    require_rows(ids_BT, vocab_size)
     return Tokens(ids_BT, num_heldout, source, _digest(ids_BT), num_documents, (*notes, *shared))
 
 
@@ -160,60 +153,6 @@ def sample(
     ids_BT = torch.cat(batches)
     num_heldout = _num_heldout(num_sequences, heldout)
     return Tokens(ids_BT, num_heldout, "self", _digest(ids_BT), num_sequences, ())
-
-
-def text_windows(
-    tokenizer: Any,
-    path: str | Path,
-    *,
-    num_tokens: int,
-    length: int,
-    vocab_size: int | None = None,
-) -> list[Tensor]:
-    """Cut the start of a text file into consecutive evaluation windows, int64, one-dimensional.
-
-    All have `length` tokens, beginning-of-text token included if the tokenizer puts one before a
-    text; the last may be shorter, but is dropped below 64 tokens. At most `num_tokens` tokens of
-    text are used, and 8 * `num_tokens` characters read: real text has fewer per token.
-
-    Raises:
-        MoefyError: code 3 for a file that is missing, not UTF-8 text or shorter than one window,
-            and for a tokenizer with ids beyond `vocab_size`.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise MoefyError(f"{path}: no such file; expected a text file to evaluate on")
-    require_utf8(file, most_bytes=4 * 8 * num_tokens)
-    with file.open(encoding="utf-8") as lines:
-        text = lines.read(8 * num_tokens)
-    ids = _encode(tokenizer, text)[:num_tokens]
-    bos = _bos(tokenizer)
-    room = length - len(bos)
-    shortest = min(SHORTEST_WINDOW, length)
-    windows = [torch.tensor(bos + ids[at : at + room]) for at in range(0, len(ids), room)]
-    windows = [window_T for window_T in windows if len(window_T) >= shortest]
-    if not windows:
-        raise MoefyError(
-            f"{path}: {len(ids)} tokens; expected at least {shortest} to evaluate on; give a "
-            "longer text"
-        )
-    _require_rows(torch.cat(windows), vocab_size)
-    return windows
-
-
-def overlap(ids_BT: Tensor, windows: list[Tensor], *, span: int = 32) -> float:
-    """Give the share of the windows' `span`-token pieces that occur word for word in `ids_BT`.
-
-    Pieces are shorter where a window or a sequence is.
-    Near 0 for a text that was kept apart, near 1 for one that is part of the calibration text.
-    Compares 64-bit hashes: memory and time are those of B * T * `span` integers.
-    """
-    span = min(span, ids_BT.shape[1], *map(len, windows))
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**62), 2**62, (span,), generator=generator)
-    seen = torch.cat([(ids_T.unfold(0, span, 1) * weights).sum(-1) for ids_T in ids_BT])
-    pieces = torch.cat([(ids_T.unfold(0, span, span) * weights).sum(-1) for ids_T in windows])
-    return torch.isin(pieces, seen).float().mean().item()
 
 
 def _num_sequences(num_tokens: int, length: int) -> int:
@@ -274,18 +213,6 @@ def _shuffled(
     return [distinct[index] for index in order], notes
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Tokenise without special tokens, and without the warning that a text is long."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _bos(tokenizer: Any) -> list[int]:
-    """Give the beginning-of-text token if the tokenizer puts one before a text, else nothing."""
-    first = tokenizer("x")["input_ids"][:1]
-    known = (tokenizer.bos_token_id, tokenizer.cls_token_id)
-    return first if first and first[0] in known else []
-
-
 def _gather(tokenizer: Any, texts: list[str], *, share: int, wanted: int) -> list[list[int]]:
     """Take `share` tokens of every document in turn until there are `wanted`.
 
@@ -319,7 +246,7 @@ def _shares(tokenizer: Any, text: str, share: int) -> Iterator[list[int]]:
             # Cut before a space or line end: most tokenizers join these to the word that follows.
             spaces = (text.rfind(" ", at + 1, end), text.rfind("\n", at + 1, end))
             end = max(spaces) if max(spaces) > 0 else end
-        ids += _encode(tokenizer, text[at:end])
+        ids += encode(tokenizer, text[at:end])
         at = end
         while len(ids) >= share:
             yield ids[:share]
@@ -379,52 +306,6 @@ def _written(model: Any, token_B1: Tensor, generator: torch.Generator) -> Iterat
         token_B1 = torch.multinomial(chance_BV, 1, generator=generator)
 
 
-def _require_rows(ids: Tensor, vocab_size: int | None) -> None:
-    """Check that the model has an embedding for every id."""
-    if vocab_size is not None and (largest := int(ids.max())) >= vocab_size:
-        raise MoefyError(
-            f"the tokenizer gives id {largest}, the model has {vocab_size} embeddings; expected "
-            "the tokenizer that belongs to the model"
-        )
-
-
 def _digest(ids_BT: Tensor) -> str:
     """Give the SHA-256 of the ids as little-endian 64-bit integers."""
     return hashlib.sha256(ids_BT.numpy().astype("<i8").tobytes()).hexdigest()
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder, from local files only.
-
-    Raises:
-        MoefyError: code 3, when there is none or it is broken.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise MoefyError(
-            f"{folder} has no tokenizer that loads ({reason}); copy the model's files there"
-        ) from None
-
-
-def vocabulary_notes(tokenizer: Any, num_rows: int) -> list[str]:
-    """Warnings on a tokenizer that does not fit a model of `num_rows` embeddings.
-
-    Raises:
-        MoefyError: code 3, when it has more pieces than the model has embeddings. Added tokens are
-            only warned of: some models have one for pictures, which text never gives.
-    """
-    own, most = int(tokenizer.vocab_size), max(tokenizer.get_vocab().values(), default=0)
-    if own > num_rows:
-        raise MoefyError(
-            f"the tokenizer has {own} pieces, the model {num_rows} embeddings; expected the "
-            "tokenizer that belongs to the model"
-        )
-    if most >= num_rows:
-        return [f"the tokenizer has added tokens up to id {most}, the model {num_rows} embeddings"]
-    if most < FEW_PIECES * num_rows:
-        return [f"the tokenizer has {most + 1} pieces for {num_rows} embeddings: is it the model's"]
-    return []

@@ -87,7 +87,7 @@ def load(index_TK: Tensor, count: int) -> Tensor:
     return count_E / count_E.sum().clamp_min(1)
 
 
-def balance(load_E: Tensor) -> dict[str, Any]:
+def balance(load_E: Tensor, dead_below: float = DEAD) -> dict[str, Any]:
     """What is said of a load: its coefficient of variation, entropy and number of dead experts.
 
     The entropy is relative to that of an even load: one when all experts are used alike, zero
@@ -103,7 +103,7 @@ def balance(load_E: Tensor) -> dict[str, Any]:
         "load_E": [round(float(share), 6) for share in load_E],
         "load_cv": float(load_E.std(correction=0)) / mean if mean else 0.0,
         "entropy": entropy / math.log(len(load_E)) if len(load_E) > 1 else 1.0,
-        "dead": int((load_E < DEAD * mean).sum()),
+        "dead": int((load_E < dead_below * mean).sum()),
     }
 
 

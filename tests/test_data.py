@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from moefy import data, documents
 from moefy.errors import MoefyError
+from moefy.evaluate.windows import overlap, text_windows
 
 BOS, EOS, WORDS = 1, 2, 1000
 SIZES = {"num_tokens": 400, "length": 100}
@@ -407,7 +408,7 @@ def test_progress_counts_tokens_up_to_the_end(tiny):
 def test_windows_are_consecutive_and_the_last_has_64_tokens(save, adds_bos, num_words):
     tokenizer = word_tokenizer(adds_bos=adds_bos)
     path = save([words(*range(num_words))])
-    windows = data.text_windows(tokenizer, path, num_tokens=500, length=100)
+    windows = text_windows(tokenizer, path, num_tokens=500, length=100)
     bos = [BOS] * adds_bos
     expected, rest = [], list(range(3, 3 + min(num_words, 500)))
     while len(bos + rest) >= 64:
@@ -420,12 +421,12 @@ def test_windows_are_consecutive_and_the_last_has_64_tokens(save, adds_bos, num_
 def test_windows_read_no_further_than_8_characters_per_token(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"w1 " * 2**20 + b"\xff")
-    (window_T,) = data.text_windows(word_tokenizer(), path, num_tokens=100, length=100)
+    (window_T,) = text_windows(word_tokenizer(), path, num_tokens=100, length=100)
     assert window_T.tolist() == [4] * 100
     # The tokens run out before the characters only if words are short.
     path.write_bytes(b"w1 " * 40 + b" " * 10_000 + b"w2 " * 60)
     assert_refused(
-        lambda: data.text_windows(word_tokenizer(), path, num_tokens=100, length=100),
+        lambda: text_windows(word_tokenizer(), path, num_tokens=100, length=100),
         "40 tokens",
         "at least 64",
     )
@@ -436,13 +437,13 @@ def test_windows_refuse_what_is_no_text(tmp_path):
     path.write_bytes(b"w1 " * 90 + b"\xff")
     options = {"num_tokens": 100, "length": 100}
     for file, fragment in [(path, "byte 270;"), (tmp_path / "no", "no such file")]:
-        assert_refused(lambda file=file: data.text_windows(None, file, **options), fragment)
+        assert_refused(lambda file=file: text_windows(None, file, **options), fragment)
 
 
 def test_overlap_finds_the_calibration_text_in_the_evaluation_text(save):
-    apart = data.text_windows(word_tokenizer(), save([words(*range(500, 900))]), **SIZES)
-    within = data.text_windows(word_tokenizer(), save([words(*range(60, 260))]), **SIZES)
+    apart = text_windows(word_tokenizer(), save([words(*range(500, 900))]), **SIZES)
+    within = text_windows(word_tokenizer(), save([words(*range(60, 260))]), **SIZES)
     ids_BT = torch.arange(3, 403).view(4, 100)
-    assert data.overlap(ids_BT, apart) == 0
-    assert 0.5 < data.overlap(ids_BT, within) < 1  # pieces across two sequences are not found
-    assert data.overlap(ids_BT, list(ids_BT)) == 1
+    assert overlap(ids_BT, apart) == 0
+    assert 0.5 < overlap(ids_BT, within) < 1  # pieces across two sequences are not found
+    assert overlap(ids_BT, list(ids_BT)) == 1

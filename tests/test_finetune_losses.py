@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moefy.finetune import losses
-from moefy.finetune.routing import Explore, disturbed, within
+from moefy.finetune.explore import Explore, disturbed, within
 from moefy.finetune.teacher import Keep, likeliest
 
 T, V, E, K = 7, 11, 5, 2

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import moefy
-from moefy.finetune.routing import Explore, Routing, even_out
+from moefy.finetune.explore import Explore
+from moefy.finetune.routing import Routing, even_out
 from moefy.finetune.run import finetune
 from moefy.finetune.settings import build
 

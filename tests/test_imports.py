@@ -17,7 +17,7 @@ ROWS = [
     "assign solve recipe shards source families pack",
     "checkpoint state",
     "targets cluster balance",
-    "partition route refit documents",
+    "partition route refit documents tokenizer",
     "data",
     "walk block oracle routing",
     "validate reopen scan",
@@ -39,7 +39,9 @@ ONLY_IN = {
     "rich": TERMINAL,
     "jinja2": "report",
     "matplotlib": "report",
-    "transformers": "modeling source data walk validate reopen calibration finetune evaluate cli",
+    "transformers": (
+        "modeling source tokenizer walk validate reopen calibration finetune evaluate cli"
+    ),
     "accelerate": "finetune",
     "peft": "finetune",
 }

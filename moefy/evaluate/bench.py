@@ -27,9 +27,11 @@ from moefy.evaluate.settings import Settings
 from moefy.evaluate.stages import Stage, check_tokenizer, dense_stage, run_stages
 from moefy.evaluate.store import Store
 from moefy.evaluate.texts import own_texts
+from moefy.evaluate.windows import text_windows
 from moefy.job import Watch
 from moefy.runs import check_folder, read_recipe
 from moefy.source import resolve
+from moefy.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def prepare(
         unique = names.count(name) == 1 and name not in ("dense", "converted", "finetuned")
         found, more = run_stages(folder, name if unique else f"{name} ({number + 1})")
         stages, missing = [*stages, *found], [*missing, *more]
-    tokenizer = data.load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     for stage in stages[1:]:
         check_tokenizer(tokenizer, stage)
     tokens = calibration_tokens(run, summary)
@@ -122,7 +124,7 @@ def prepare(
     stems = [path.stem for path in paths]
     texts = {path.stem if stems.count(path.stem) == 1 else str(path): path for path in paths}
     windows = {
-        name: data.text_windows(tokenizer, path, num_tokens=settings.tokens, length=settings.length)
+        name: text_windows(tokenizer, path, num_tokens=settings.tokens, length=settings.length)
         for name, path in texts.items()
     }
     by_label = {stage.label: stage for stage in (*stages, *others)}

@@ -7,13 +7,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moefy import __version__, data, families
+from moefy import __version__, families
 from moefy.errors import MoefyError
 from moefy.evaluate import advice, benchmarks, gate, parts
 from moefy.evaluate.bench import Bench, prepare
 from moefy.evaluate.prompts import read_prompts
 from moefy.evaluate.settings import Settings
 from moefy.evaluate.stages import finetuning
+from moefy.evaluate.windows import overlap
 from moefy.job import Watch
 from moefy.publish import write_json
 from moefy.report import redraw
@@ -78,8 +79,7 @@ def _measured(
         "models": {},
         "texts": {},
         "seen_in_calibration": {
-            name: data.overlap(bench.tokens.ids_BT, windows)
-            for name, windows in bench.windows.items()
+            name: overlap(bench.tokens.ids_BT, windows) for name, windows in bench.windows.items()
         },
         "robustness": {},
         "benchmarks": {},

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moefy import data
 from moefy.errors import MoefyError
 from moefy.evaluate.store import folder_digest
 from moefy.runs import open_run
+from moefy.tokenizer import load_tokenizer
 
 PROBE = "The 3 quick brown foxes cost $12.50;\n\tdef f(x):\n    return x**2  # naïve, 東京"
 """A text in which tokenizers differ: digits, spaces, code, accents, another script."""
@@ -104,7 +104,7 @@ def check_tokenizer(dense: Any, stage: Stage) -> None:
         MoefyError: code 3.
     """
     assert stage.folder is not None
-    own = data.load_tokenizer(stage.folder)
+    own = load_tokenizer(stage.folder)
     differs = own.get_vocab() != dense.get_vocab()
     if differs or own(PROBE)["input_ids"] != dense(PROBE)["input_ids"]:
         raise MoefyError(

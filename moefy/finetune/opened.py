@@ -20,6 +20,7 @@ from moefy.job import Watch
 from moefy.publish import sha256
 from moefy.recipe import Recipe
 from moefy.source import resolve
+from moefy.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def teacher_folder(opened: Opened, settings: Settings) -> tuple[Path, dict[str, 
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:
-    return data.load_tokenizer(folder).get_vocab()
+    return load_tokenizer(folder).get_vocab()
 
 
 def load_teacher(folder: Path, settings: Settings) -> Any:
@@ -164,7 +165,7 @@ def read_text(opened: Opened, settings: Settings, world: int, watch: Watch) -> t
     wanted = num_steps(settings, world) * tokens_per_step(settings, world)
     total = wanted + settings.validation_tokens // length * length
     share = settings.validation_tokens / total
-    tokenizer = data.load_tokenizer(opened.folder)
+    tokenizer = load_tokenizer(opened.folder)
     shape = {"num_tokens": total, "length": length, "seed": settings.seed, "heldout": share}
     if settings.data == "self":
         folder, _ = teacher_folder(opened, settings)

@@ -18,9 +18,10 @@ from transformers import PrinterCallback, TrainingArguments
 from moefy.errors import MoefyError
 from moefy.finetune import losses
 from moefy.finetune.checkpoints import last_good
+from moefy.finetune.explore import Explore
 from moefy.finetune.guard import Guard, Trip
 from moefy.finetune.lora import adapted, merged
-from moefy.finetune.routing import Explore, Routing, figures
+from moefy.finetune.routing import Routing, figures
 from moefy.finetune.settings import Settings
 from moefy.finetune.trainer import Finetuner, Rows, Targets
 
