@@ -52,28 +52,33 @@ def convert_layers(
     """Convert layer by layer, writing each, behind those that are done already.
 
     The states of all calibration tokens lie in `store`. Those that leave layer `last` on the last
-    sequence are kept.
+    sequence are kept. Below the first layer that is converted the dense model's states are the
+    same, and behind the last one only that sequence goes on, as far as `last`.
     """
+    num_sequences, top = len(tokens.ids_BT), max(job.layers)
     states_BTD, done = state.layers(writer, store)
     if states_BTD is None:
         states_BTD = _embedded(job, tokens, store)
     else:
         watch(f"continuing behind layer {len(done) - 1}", len(done), job.num_layers)
     states_BTD = states_BTD.to(job.device)
-    for layer in range(len(done), job.num_layers):
+    for layer in range(len(done), max(last, top) + 1):
+        if layer > top:
+            states_BTD = states_BTD[:num_sequences][-1:].clone()
         extra, names, value = _convert(job, layer, states_BTD, tokens, slopes, writer, store, watch)
         if value and strict and (found := gaps([value])):
             raise MoefyError(f"--strict: {found[0]}", code=6)
         if layer == last:
-            extra["end"] = states_BTD[len(tokens.ids_BT) - 1].clone()
+            extra["end"] = states_BTD[:num_sequences][-1].clone()
         done.append((extra, value))
         state.save("seconds", clock.seconds())
         state.save_layer(layer, states_BTD, extra, writer.sync(names), value)
         store.release()
         watch("layers", layer + 1, job.num_layers)
+    watch("layers", job.num_layers, job.num_layers)
     return Converted(
         [value for _, value in done if value],
-        [kept.get("end") for kept, _ in done],
+        [kept.get("end") for kept, _ in done] + [None] * (job.num_layers - len(done)),
         {layer: kept["norm"] for layer, (kept, _) in enumerate(done) if "norm" in kept},
     )
 
@@ -109,7 +114,12 @@ def _convert(
     Gives tensors to keep, the names of those that are written, and the layer's figures.
     """
     clock = Clock({})
-    block = _pass(job, layer, states_BTD, tokens, slopes, store, clock, watch)
+    num_sequences = len(tokens.ids_BT)
+    alike = layer < min(job.layers)
+    going_BTD = states_BTD[:num_sequences] if alike else states_BTD
+    block = _pass(job, layer, going_BTD, tokens, slopes, store, clock, watch)
+    if alike and len(states_BTD) > num_sequences:
+        states_BTD[num_sequences:] = going_BTD
     if block is None:
         return {}, [], None
     with clock.stage("write"):

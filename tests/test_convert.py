@@ -27,7 +27,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from moefy import __version__, families
+from moefy import __version__, families, layers, walk
 from moefy.convert import convert
 from moefy.errors import MoefyError
 from moefy.evaluate.controls import AS_WRITTEN, changed, control_jobs, controls
@@ -756,6 +756,37 @@ def test_overlapping_experts_in_a_class(target, pico, converted):
 def test_only_one_partition_lets_experts_overlap(pico, a_job):
     with pytest.raises(MoefyError, match="overlap"):
         a_job(total=2.0, partition="shuffle")
+
+
+def test_only_what_is_needed_goes_through_dense_layers(pico, a_job, tmp_path, monkeypatch):
+    """One copy of the states below the layers that are converted, one sequence behind them; and the
+    layer comes out as where the dense model's states went along from the start."""
+    passed: list[int] = []
+    tap = walk.tap
+
+    def counted(checkpoint, family, config, layer, states_BTD, **options):
+        passed.append(len(states_BTD))
+        return tap(checkpoint, family, config, layer, states_BTD, **options)
+
+    monkeypatch.setattr(walk, "tap", counted)
+    job = a_job(pico("llama", num_hidden_layers=5), layers="2")
+    told = convert(job, tmp_path / "out")
+    num_sequences = 512 // 64
+    assert passed == [num_sequences, num_sequences, 2 * num_sequences, 1, 1]
+    assert told["reopened"]["hidden_state_error"] < 1e-2  # of the last layer, 3 and 4 passed alone
+
+    monkeypatch.setattr(walk, "tap", tap)
+    states = []
+    passing = layers._pass
+
+    def both(job, layer, states_BTD, *rest):
+        states.append(states_BTD.clone())
+        return passing(job, layer, states_BTD, *rest)
+
+    monkeypatch.setattr(layers, "_pass", both)
+    convert(job, tmp_path / "again")
+    converted_BTD, dense_BTD = states[2].split(num_sequences)
+    assert torch.equal(converted_BTD, dense_BTD) and not torch.equal(dense_BTD, states[1])
 
 
 def test_files_of_a_size(pico, a_job, converted, tmp_path):

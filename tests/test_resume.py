@@ -506,6 +506,21 @@ def test_interrupted(number, moefy, out, whole):
     assert_same(out, whole)
 
 
+def test_stopped_behind_the_layers_that_are_converted(pico, text, out, tmp_path):
+    few = {"tokens": 512, "sequence_length": 64, "calibration": str(text), "layers": "0"}
+    job = prepare(build(None, {"model": str(pico("llama", num_hidden_layers=4)), **few}, []))
+    convert(job, tmp_path / "whole", keep=False)
+
+    def stop(stage: str, *_: object) -> None:
+        if stage.startswith("layer 3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(job, out, watch=stop)
+    assert "continuing behind layer 2" in stages_of(job, out)
+    assert_same(out, tmp_path / "whole")
+
+
 def test_interrupted_before_anything_is_worth_keeping(moefy, out):
     code, err = moefy(at("check weights", lambda: signal.raise_signal(signal.SIGINT)))
     assert (code, err) == (130, "moefy: interrupted; nothing was written\n")
