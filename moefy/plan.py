@@ -69,7 +69,7 @@ def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
 
 
 def _seconds(job: Job) -> float:
-    """Seconds for the layers, at this machine's speed; behind the last one converted none counts."""
+    """Seconds for all layers up to the last that is converted, at this machine's speed."""
     taken = {
         stage: OVERHEAD * sum(count / SPEEDS[kind] for kind, count in counts.items())
         for stage, counts in operations(job).items()
