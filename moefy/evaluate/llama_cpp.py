@@ -55,10 +55,9 @@ def measure(
     threads = threads or min(torch.get_num_threads(), os.cpu_count() or 1)
     batches = sorted({batch for batch, _ in grid.work})
     contexts = sorted({context for _, context in grid.work})
-    files = {}
-    for number, (label, folder) in enumerate(folders.items()):
-        files[label] = place / f"{number}-{kind}.gguf"
-        export(folder, files[label], kind)
+    files = {label: place / f"{number}-{kind}.gguf" for number, label in enumerate(folders)}
+    with ThreadPoolExecutor(2) as pool:  # most of it is waiting for a process on one core
+        list(pool.map(lambda label: export(folders[label], files[label], kind), folders))
     new_tokens = LONGER * grid.new_tokens
     room = PROMPT + new_tokens + 8
     slots = max(batches[-1], -(-(contexts[-1] + 8) // room))
