@@ -34,10 +34,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ours": {},
     "static": {},
     "cross-entropy": {"kl": 0.0, "ce": 1.0},
-    "dense": {"kl": 0.0, "ce": 1.0, "router_z": 0.0},
+    "dense-trained": {"kl": 0.0, "ce": 1.0, "router_z": 0.0},
 }
-"""What is trained, and how its settings differ. "dense" is trained at a tenth of the rates: it has
-nothing to recover, and the others' rates would only harm it."""
+"""What is trained, and how its settings differ. The dense model is trained at a tenth of the
+rates: it has nothing to recover, and the others' rates would only harm it."""
 
 
 def main(
@@ -61,7 +61,7 @@ def main(
             continue
         built = build(None, {**flags, **CHANGES[name]}, settings)
         with watching(quiet=False) as watch:
-            if name == "dense":
+            if name == "dense-trained":
                 tune_dense(run, out / name, built, watch)
             else:
                 source = static if name == "static" else run
@@ -100,6 +100,7 @@ def score_all(
 ) -> None:
     """Score each model on each text, one at a time, and note it down."""
     log = out / "scores.jsonl"
+    (out / "cache").mkdir(exist_ok=True)
     known = {(r["model"], r["text"], r["asked"]) for r in rows(log)}
     source = resolve(dense)
     tokenizer = load_tokenizer(source)
@@ -166,7 +167,7 @@ def markdown(out: Path, num_tokens: int) -> str:
             cell = f"{row['perplexity']:.2f}, dNLL {row['dnll']:.3f}, KL {row['kl']:.3f}"
             start = "static, before" if model == "static" else "ours, before"
             before = found.get((start, text))
-            if before and model in CHANGES and model != "dense":
+            if before and model in CHANGES and model != "dense-trained":
                 cell += f"; **{1 - row['dnll'] / before['dnll']:.0%}** recovered"
             cells.append(cell)
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
