@@ -313,6 +313,14 @@ def test_a_planted_slow_model_is_slow_and_is_said_to_be():
     assert models["dense"].calls[:5] == [(1, 32), *[(1, 1)] * 4]
 
 
+def test_only_what_takes_long_is_spared_the_third_round():
+    clock = [0.0]
+    models = {"dense": Clocked(clock, 0.05), "converted": Clocked(clock, 0.05)}
+    grid = Grid(((1, 32), (8, 16)), rounds=4, new_tokens=4)
+    found = measure(models, torch.arange(500), grid, clock=lambda: clock[0])
+    assert {(row["batch"], row["rounds"]) for row in found["rows"]} == {(1, 4), (8, 2)}
+
+
 def test_ratios_are_taken_within_rounds():
     """A machine that halves its speed in the second round changes no ratio."""
     rows = speed_rows({"dense": [1.0, 2.0, 1.0], "moe": [0.5, 1.0, 0.5]}, tokens=10)

@@ -43,7 +43,7 @@ def test_every_part_of_a_report(run, text, tmp_path, monkeypatch):
         **FEW,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "peak_bytes", lambda folder: len(str(folder)))
+        patch.setattr(parts, "peak_bytes", lambda folder, threads: len(str(folder)))
         found = evaluate(run, settings)
     assert found["not_run"] == []
     assert found["format"] == 2 and found["main"] == "converted"

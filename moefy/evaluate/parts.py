@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -46,7 +47,29 @@ def quality(bench: Bench) -> dict[str, Any]:
     return {"texts": texts, "routing": pieces}
 
 
-def models(bench: Bench, *, peak: bool) -> dict[str, Any]:
+def peaks(bench: Bench) -> dict[str, int]:
+    """Peak memory of every stage, by label; of a control, which is not kept, none.
+
+    Two processes at a time: so this is for when no model is open here yet.
+    """
+    found: dict[str, int] = {}
+    threads = max(1, torch.get_num_threads() // 2)
+
+    def measure(stage: Stage) -> None:
+        with bench.part(f"peak memory of {stage.label}"):
+            found[stage.label] = bench.store.once(
+                "peak-memory",
+                {"model": stage.digest, **VERSIONS},
+                lambda: peak_bytes(stage.folder, threads),
+            )
+
+    bench.watch("peak memory", 0, 1)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(measure, (stage for stage in bench.stages if stage.folder)))
+    return found
+
+
+def models(bench: Bench, measured: Mapping[str, int]) -> dict[str, Any]:
     """What every model is; of controls, which are not kept, only what they mean."""
     found: dict[str, Any] = {}
     for stage in (*bench.stages, *bench.others):
@@ -59,13 +82,7 @@ def models(bench: Bench, *, peak: bool) -> dict[str, Any]:
         if stage.folder is not None:
             key = {"model": stage.digest, **VERSIONS}
             told |= bench.store.once("sizes", key, lambda s=stage: sizes(bench.opened(s.label)))
-            told["peak_bytes"] = None
-            if peak:
-                bench.watch(f"peak memory: {stage.label}", 0, 1)
-                with bench.part(f"peak memory of {stage.label}"):
-                    told["peak_bytes"] = bench.store.once(
-                        "peak-memory", key, lambda folder=stage.folder: peak_bytes(folder)
-                    )
+            told["peak_bytes"] = measured.get(stage.label)
         found[stage.label] = told
     return found
 

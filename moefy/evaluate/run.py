@@ -96,10 +96,11 @@ def _measured(
         "notes": bench.notes,
         "seconds": bench.seconds,
     }
+    measured = {} if settings.effort == "quick" else parts.peaks(bench)
     with bench.part("scores"):
         report |= parts.quality(bench)
     with bench.part("sizes"):
-        report["models"] = parts.models(bench, peak=settings.effort != "quick")
+        report["models"] = parts.models(bench, measured)
     report["frontier"] = parts.frontier(bench, report["texts"])
     if settings.wants(settings.robustness):
         with bench.part("robustness"):

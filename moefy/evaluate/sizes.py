@@ -76,7 +76,7 @@ def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
             yield from _tensors(part, depth + 1)
 
 
-def peak_bytes(folder: Path) -> int:
+def peak_bytes(folder: Path, threads: int = 1) -> int:
     """Most memory that a process takes to load a model, read 512 tokens and write 8.
 
     In a process of its own, less what Python and the libraries take before.
@@ -88,7 +88,9 @@ def peak_bytes(folder: Path) -> int:
         [sys.executable, "-m", "moefy.evaluate.sizes", str(folder)],
         capture_output=True,
         encoding="utf-8",
-        env=os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        env=os.environ
+        | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        | {"OMP_NUM_THREADS": str(threads)},
     )
     try:
         return int(json.loads(done.stdout.splitlines()[-1])["peak"])

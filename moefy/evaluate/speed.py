@@ -22,6 +22,10 @@ IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 TRIAL = 64
 """Tokens in a sequence by which implementations are tried."""
 
+LONG = 15.0
+"""Seconds in all rounds, of all models: a piece of work that took as long gets no third round, for
+it is an average over much in itself."""
+
 HOPELESS = 2.0
 """An implementation so many times slower than another at one sequence is not tried at more."""
 
@@ -33,6 +37,7 @@ class Grid:
     work: tuple[tuple[int, int], ...]
     """Pairs of batch size and context length."""
     rounds: int = 3
+    """At most; see `LONG`."""
     new_tokens: int = 8
 
 
@@ -52,10 +57,14 @@ def measure(
     start, spent = time.perf_counter(), time.process_time()
     ways = {label: implementations(model, ids_T, grid, clock) for label, model in models.items()}
     seconds: dict[tuple[str, int, int], dict[str, list[float]]] = {}
+    total = dict.fromkeys(grid.work, 0.0)
     steps = schedule(grid.work, grid.rounds)
     for done, (turn, (batch, context)) in enumerate(steps, 1):
+        if turn > 2 and total[batch, context] > LONG:
+            continue
         for label, model in models.items():
             took = one_round(model, ids_T, batch, context, grid, turn, ways[label], clock)
+            total[batch, context] += sum(took) if turn else 0.0
             for phase, value in zip(("prefill", "decode"), took, strict=True):
                 if turn:
                     rows = seconds.setdefault((phase, batch, context), {})
@@ -116,6 +125,7 @@ def speed_rows(seconds: Mapping[str, Sequence[float]], tokens: int) -> list[Row]
                 "ratio": statistics.median(ratios),
                 "ratio_low": min(ratios),
                 "ratio_high": max(ratios),
+                "rounds": len(took),
             }
         )
     return rows
@@ -174,12 +184,12 @@ def implementations(
             # One that is only tried for decoding reads by the way that was best before.
             read = way if way in hopeful["prefill"] else best[("prefill", 1)]
             ways = {("prefill", batch): read, ("decode", batch): way}
-            values = [
-                one_round(model, ids_T, batch, TRIAL, trial, turn, ways, clock) for turn in (0, 1)
-            ]
-            for phase, seconds in zip(took, zip(*values, strict=True), strict=True):
+            if not best:  # the first time is slower whatever the way
+                one_round(model, ids_T, batch, TRIAL, trial, 0, ways, clock)
+            values = one_round(model, ids_T, batch, TRIAL, trial, 1, ways, clock)
+            for phase, seconds in zip(took, values, strict=True):
                 if way in hopeful[phase]:
-                    took[phase][way] = min(seconds)
+                    took[phase][way] = seconds
         for phase, found in took.items():
             least = min(found.values())
             best[phase, batch] = min(found, key=found.__getitem__)
