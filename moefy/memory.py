@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ TEXT = 12
 """Resident bytes of a tokenizer per byte of its file."""
 
 CGROUPS = Path("/sys/fs/cgroup")
+
+SINGLE = re.compile(r"\.experts\.\d+\.")
+"""In the names of what is stored expert by expert."""
 
 ADVICE = {
     "attention": "lower --sequence-length or --tokens",
@@ -199,12 +203,22 @@ def _whole(job: Job) -> dict[str, int]:
 
 
 def _reopened(job: Job, slots: Mapping[str, Slot]) -> int:
-    """The weights of the model that is opened again, and what is read of its files."""
+    """What is read of the files of the model that is opened again, and its weights.
+
+    Those that keep their dtype stay where the file is mapped; single experts are put into one
+    tensor.
+    """
     layer = job.target.prefix + job.family.layer
     layers = fitting_layers(slots, job.num_layers, layer)
-    stored = sum(slot.num_bytes for slot in slots.values())
-    if layers == job.num_layers:
-        return stored + 4 * sum(math.prod(slot.shape) for slot in slots.values())
-    prefix = layer.partition("{layer}")[0]
-    layered = sum(slot.num_bytes for name, slot in slots.items() if name.startswith(prefix))
-    return 2 * (stored - layered + layered * layers // job.num_layers)
+    whole = layers == job.num_layers
+    later = tuple(layer.format(layer=number) for number in range(layers, job.num_layers))
+    found = 0
+    for name, slot in slots.items():
+        if later and name.startswith(later):
+            continue
+        found += slot.num_bytes
+        if whole and slot.dtype != "F32":
+            found += 4 * math.prod(slot.shape)
+        elif SINGLE.search(name):
+            found += slot.num_bytes
+    return found
