@@ -24,7 +24,7 @@ from moefy.evaluate.controls import load_model
 from moefy.evaluate.text import compare, standard_error
 from moefy.evaluate.windows import text_windows
 from moefy.job import prepare
-from moefy.recipe import Recipe
+from moefy.recipe import Recipe, build
 from moefy.tokenizer import load_tokenizer
 
 STATIC: dict[str, Any] = {"partition": "static", "layers": ":", "total": 1.0}
@@ -40,6 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "static, no refit": {**STATIC, "refit": False},
     "random router": {"router": "random"},
     "oracle router": {"router": "oracle"},
+    "random router, dense layers": {"router": "random", "layers": "auto"},
+    "oracle router, dense layers": {"router": "oracle", "layers": "auto"},
     "CMoE": {"partition": "coactivation", "router": "representative", "refit": False},
     "MoEfication": {"partition": "weights", "refit": False},
     "LLaMA-MoE v2": {"partition": "gradient", "router": "centroids", "refit": False},
@@ -47,6 +49,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "FLAP": {**STATIC, "partition_options": {"metric": "fluctuation"}, "refit": False},
 }
 """What each changes in the recipe. "static" is what the others are compared with."""
+
+WITH = " with "
+"""Between a method's name and more settings: `ours with experts=40 shared=0.2`."""
 
 USUAL = "ours,ours; dense layers,ours; total 4; dense layers,static,random router,oracle router"
 DRAWS = 10_000
@@ -99,7 +104,9 @@ def measure(
     recipe: Recipe, method: str, texts: list[Path], out: Path, num_tokens: int, *, keep: bool
 ) -> dict:
     """Convert by one method and score the result on every text."""
-    chosen = dataclasses.replace(recipe, **METHODS[method])
+    name, _, more = method.partition(WITH)
+    values = {**dataclasses.asdict(recipe), **METHODS[name]}
+    chosen = build(None, values, more.split())
     if chosen.partition == "static":
         chosen = dataclasses.replace(chosen, target="auto")
     job = prepare(chosen, control=True)
