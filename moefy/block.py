@@ -13,6 +13,7 @@ from torch import Tensor
 from moefy.clock import Clock
 from moefy.errors import MoefyError
 from moefy.layout import FFN, Partition, Profile, Router, Shape
+from moefy.parallel import ALONE, Group
 from moefy.profile import (
     CHUNK,
     active_neurons,
@@ -71,12 +72,14 @@ def convert_block(
     dense_TD: Tensor | None = None,
     gradient_TD: Tensor | None = None,
     store: Store = MEMORY,
+    group: Group = ALONE,
 ) -> Block:
     """Split `ffn` on its inputs `x_TD`, of which the last `num_heldout` are only measured on.
 
     `residual_TD` is what the output is added to, having gone through `join`; it weighs the tokens
     (see `Profile`, also for `gradient_TD`). `dense_TD` is what leaves the layer in the dense model.
-    What is made for all tokens lies in `store`.
+    What is made for all tokens lies in `store`. The processes of `group` have other tokens, and
+    all make the same block; only `y_TD` is of this one's.
 
     Raises:
         MoefyError: code 6, for outputs that are not finite.
@@ -93,14 +96,15 @@ def convert_block(
             drift=method.drift,
             gradient_TD=gradient_TD,
             store=store,
+            group=group,
         )
         finite = all(y_TD.isfinite().all() for y_TD in profile.y_TD.split(CHUNK))
-    if not finite or not profile.energy_F.isfinite().all():
+    if group.total(not finite) or not profile.energy_F.isfinite().all():
         raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
     num_silent = int((profile.energy_F == 0).sum())
     generator = torch.Generator().manual_seed(seed)
     with clock.stage("split"):
-        partition = method.split(ffn, profile, shape, generator=generator)
+        partition = group.agreed(method.split(ffn, profile, shape, generator=generator))
     store.release()
     router = _no_router(ffn)
     # Where all experts run there is nothing to choose, and zero rows make every gate one.
@@ -113,18 +117,21 @@ def convert_block(
     if method.fit is not None:
         with clock.stage("route"):
             router = stored(method.fit(ffn, profile, partition, shape, generator=generator))
+            router = group.agreed(router)
     k = shape.experts_per_token if method.fit is not None else 0
     with clock.stage("refit"):
-        fitted = refit(ffn, profile, partition, router, k, enabled=method.refit)
+        fitted = group.agreed(refit(ffn, profile, partition, router, k, enabled=method.refit))
     if method.refine is not None and choice and fitted.strength is not None:
         with clock.stage("route"):
             changed = dataclasses.replace(ffn, down_DF=fitted.down_DF)
             again = stored(
                 method.refine(changed, profile, partition, shape, router, generator=generator)
             )
+            again = group.agreed(again)
             del changed
         with clock.stage("refit"):
             refitted = refit(ffn, profile, partition, again, k, known=fitted.strength)
+            refitted = group.agreed(refitted)
         if refitted.error_after < fitted.error_after:
             router, fitted = again, refitted
         del refitted
@@ -136,7 +143,7 @@ def convert_block(
             kept, profile, partition = unfold(kept, profile, partition)
             if method.refit:
                 down_DF, error = refit_experts(kept, profile, partition, router, k)
-                kept = dataclasses.replace(kept, down_DF=down_DF)
+                kept = dataclasses.replace(kept, down_DF=group.agreed(down_DF))
     kept = dataclasses.replace(kept, down_DF=kept.down_DF.to(dtype).float())
     with clock.stage("run"):
         y_TD, tokens_E = _run(kept, profile, partition, router, k, store)
@@ -190,6 +197,10 @@ def captured(
         agree += float((mask_TE * best_TE).sum()) / k
         load_E += mask_TE.sum(0).cpu()
         tokens += len(x_TD)
+    group = profile.group
+    totals = {name: group.total(value) for name, value in totals.items()}
+    agree, tokens = group.total(agree), group.total(tokens)
+    group.sum(load_E)
     figures: dict[str, Any] = {
         f"energy_{name}": value / max(totals["all"], 1e-30)
         for name, value in totals.items()
@@ -217,6 +228,7 @@ def _run(
         y_TD[part] = run_TD.div_(profile.scale_T[part, None])
         masks.append(mask_TE)
     tokens_E = torch.cat(masks)[: profile.num_fit].sum(0)
+    profile.group.sum(tokens_E)
     return y_TD, [int(n) for n in tokens_E]
 
 

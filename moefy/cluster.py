@@ -67,7 +67,7 @@ def marks(ffn: FFN, profile: Profile, most: int, *, unit: bool) -> Tensor:
         x_TD = profile.x_TD[tokens]
         h_TF = ffn.activations(normalize(x_TD) if unit else x_TD)
         mark_TF[tokens] = top_mask(h_TF.abs_(), min(most, ffn.num_neurons))
-    return mark_TF
+    return profile.group.gather(mark_TF)
 
 
 def token_centroids(profile: Profile, num_clusters: int, generator: torch.Generator) -> Tensor:
@@ -79,9 +79,10 @@ def token_centroids(profile: Profile, num_clusters: int, generator: torch.Genera
     Raises:
         MoefyError: code 2, where there are fewer tokens than clusters.
     """
-    if profile.num_fit < num_clusters:
+    x_TD, _ = profile.inputs()
+    if len(x_TD) < num_clusters:
         raise MoefyError(
-            f"{profile.num_fit} tokens to fit on cannot make {num_clusters} clusters; "
+            f"{len(x_TD)} tokens to fit on cannot make {num_clusters} clusters; "
             "raise --tokens or lower --experts",
             code=2,
         )
@@ -92,5 +93,5 @@ def token_centroids(profile: Profile, num_clusters: int, generator: torch.Genera
         max_iter=100,
         tol=1e-3,
         random_state=seed,
-    ).fit(profile.x_TD[: profile.num_fit].cpu().numpy())
+    ).fit(x_TD.cpu().numpy())
     return torch.as_tensor(means.cluster_centers_, device=profile.x_TD.device)

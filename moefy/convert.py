@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,9 @@ from moefy.coverage import gaps
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
 from moefy.layers import convert_layers
-from moefy.memory import fit
+from moefy.memory import Plan, fit
 from moefy.oracle import attach
+from moefy.parallel import ALONE, Group
 from moefy.publish import STATE, place_of, publishing
 from moefy.recipe import num_bytes
 from moefy.reopen import fitting_layers, reopen
@@ -39,6 +41,7 @@ def convert(
     keep: bool = True,
     memory: int | None = None,
     tokens: data.Tokens | None = None,
+    group: Group = ALONE,
     watch: Watch = lambda *_: None,
 ) -> dict[str, Any]:
     """Run a prepared conversion and publish the folder `out` whole; return its report.
@@ -49,22 +52,28 @@ def convert(
     beside OUT (see `store`), and the bytes of the result are the same.
     `tokens` are used instead of those that the recipe names, when given. With `strict` it fails at
     the first layer of which an expert or a neuron has seen too little text (see `coverage`).
+    The processes of `group` share the calibration tokens; the first one does all else, and writes.
 
     Raises:
-        MoefyError: code 3 for bad weights or calibration text, 5 for what cannot be written or
-            takes more memory even so, 6 for a result that is not finite or not what the reopened
-            folder computes, and if `strict` for too little text, 7 for an unfinished conversion of
-            another kind, or one that is damaged.
+        MoefyError: code 2 for a partition that several processes cannot share, 3 for bad weights or
+            calibration text, 5 for what cannot be written or takes more memory even so, 6 for a
+            result that is not finite or not what the reopened folder computes, and if `strict` for
+            too little text, 7 for an unfinished conversion of another kind, or a damaged one.
     """
     slots = output.slots(job)
     plan = fit(job, slots, memory)
     if plan.refusal:
         raise MoefyError(plan.refusal, code=5)
+    if group.size > 1 and job.method.gradient:
+        named = f"--partition {job.recipe.partition} takes gradients of all tokens in one process"
+        raise MoefyError(f"{named}; start one, or use another", code=2)
+    if group.rank:
+        return _help(job, out, plan, strict, group)
     _check_places(job, out, keep, plan.file_bytes)
     with publishing(out, force=force, resume=keep, fresh=fresh) as part:
         store = Store(part.parent if plan.file_bytes else None)
         state = State(part.with_name(STATE) if keep else None)
-        state.claim(_facts(job))
+        state.claim(_facts(job, group))
         clock = Clock(state.load("seconds") or {})
         with clock.stage("check weights"):
             scanned = check_weights(job, watch)
@@ -80,6 +89,7 @@ def convert(
                 state.save("sensitivities", loss_L)
                 job = budget.settle(job, loss_L)
                 slots = output.slots(job)
+        group.tell((tokens, loss_L))
         size = num_bytes(job.recipe.max_shard_size)
         writer = ShardWriter(part, slots, shard_bytes=size, resume=True)
         with clock.stage("copy"):
@@ -105,6 +115,7 @@ def convert(
                 last=last,
                 strict=strict,
                 watch=watch,
+                group=group,
             )
         with clock.stage("write"):
             writer.finish()
@@ -120,6 +131,7 @@ def convert(
             )
         job = dataclasses.replace(job, notes=(*job.notes, *scanned.notes, *gaps(done.figures)))
         summary = summarise(job, tokens, done.figures, checked, clock.seconds(), scanned.digests)
+        summary["machine"] = _machine(job, group)
         summary["memory"] = {"planned_bytes": plan.peak_bytes, "file_bytes": plan.file_bytes}
         if loss_L:
             summary["budget"] = {"active": asked, "kl_when_pruned_alone": loss_L}
@@ -128,7 +140,30 @@ def convert(
             extra[END] = end_TD
         extra |= {f"norm.{layer}": norm for layer, norm in done.norms.items()}
         write_report(job, part, summary, extra)
+    group.tell(summary)
     return summary
+
+
+def _help(job: Job, out: Path, plan: Plan, strict: bool, group: Group) -> dict[str, Any]:
+    """Do what all processes of `group` do: convert the layers. Gives what the first one reports."""
+    tokens, loss_L = group.hear()
+    if loss_L:
+        job = budget.settle(job, loss_L)
+    slots, prefix = output.slots(job), job.target.prefix + job.family.layer
+    convert_layers(
+        job,
+        tokens,
+        {},
+        None,
+        State(None),
+        Store(place_of(Path(os.path.abspath(out))) if plan.file_bytes else None),
+        Clock({}),
+        last=fitting_layers(slots, job.num_layers, prefix) - 1,
+        strict=strict,
+        watch=lambda *_: None,
+        group=group,
+    )
+    return group.hear()
 
 
 def _check_places(job: Job, out: Path, keep: bool, more: int) -> None:
@@ -176,14 +211,20 @@ def check_weights(job: Job, watch: Watch) -> Scan:
     return scan(job.checkpoint, ffn, partial(watch, "check weights"))
 
 
-def _facts(job: Job) -> dict[str, Any]:
+def _machine(job: Job, group: Group) -> dict[str, Any]:
+    """The machine, and the number of processes where there are several: both decide bytes."""
+    found = environment.machine(job.device)
+    return {**found, "processes": group.size} if group.size > 1 else found
+
+
+def _facts(job: Job, group: Group) -> dict[str, Any]:
     """What decides the bytes of the result, beside the model's files and the calibration tokens."""
     return {
         "moefy": environment.code(),
         "recipe": dataclasses.asdict(job.recipe),
         "shape": dataclasses.asdict(job.shape),
         "versions": environment.versions(),
-        "machine": environment.machine(job.device),
+        "machine": _machine(job, group),
     }
 
 

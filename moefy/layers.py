@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from moefy.coverage import gaps
 from moefy.data import Tokens
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
+from moefy.parallel import ALONE, Group, Share
 from moefy.profile import CHUNK
 from moefy.shards import ShardWriter
 from moefy.state import State
@@ -40,7 +42,7 @@ def convert_layers(
     job: Job,
     tokens: Tokens,
     slopes: dict[int, Tensor],
-    writer: ShardWriter,
+    writer: ShardWriter | None,
     state: State,
     store: Store,
     clock: Clock,
@@ -48,15 +50,20 @@ def convert_layers(
     last: int,
     strict: bool,
     watch: Watch,
+    group: Group = ALONE,
 ) -> Converted:
     """Convert layer by layer, writing each, behind those that are done already.
 
     The states of all calibration tokens lie in `store`. Those that leave layer `last` on the last
     sequence are kept. Below the first layer that is converted the dense model's states are the
     same, and behind the last one only that sequence goes on, as far as `last`.
+
+    The processes of `group` share the sequences; only the first has a `writer`, and `state`.
     """
-    num_sequences, top = len(tokens.ids_BT), max(job.layers)
-    states_BTD, done = state.layers(writer, store)
+    top = max(job.layers)
+    share, tokens = _shared(tokens, group)
+    num_sequences = len(tokens.ids_BT)
+    states_BTD, done = _begun(writer, state, store, share, top)
     if states_BTD is None:
         states_BTD = _embedded(job, tokens, store)
     else:
@@ -64,15 +71,20 @@ def convert_layers(
     states_BTD = states_BTD.to(job.device)
     for layer in range(len(done), max(last, top) + 1):
         if layer > top:
-            states_BTD = states_BTD[:num_sequences][-1:].clone()
-        extra, names, value = _convert(job, layer, states_BTD, tokens, slopes, writer, store, watch)
+            states_BTD = share.last(states_BTD[:num_sequences])[None]
+        extra, names, value = _convert(
+            job, layer, states_BTD, tokens, slopes, writer, store, watch, group
+        )
         if value and strict and (found := gaps([value])):
             raise MoefyError(f"--strict: {found[0]}", code=6)
         if layer == last:
-            extra["end"] = states_BTD[:num_sequences][-1].clone()
+            extra["end"] = share.last(states_BTD[:num_sequences])
         done.append((extra, value))
-        state.save("seconds", clock.seconds())
-        state.save_layer(layer, states_BTD, extra, writer.sync(names), value)
+        whole_BTD = states_BTD if layer > top else share.whole(states_BTD)
+        if writer:
+            state.save("seconds", clock.seconds())
+            state.save_layer(layer, whole_BTD, extra, writer.sync(names), value)
+        del whole_BTD
         store.release()
         watch("layers", layer + 1, job.num_layers)
     watch("layers", job.num_layers, job.num_layers)
@@ -81,6 +93,46 @@ def convert_layers(
         [kept.get("end") for kept, _ in done] + [None] * (job.num_layers - len(done)),
         {layer: kept["norm"] for layer, (kept, _) in enumerate(done) if "norm" in kept},
     )
+
+
+def _shared(tokens: Tokens, group: Group) -> tuple[Share, Tokens]:
+    """Which sequences are this process's, and these.
+
+    Raises:
+        MoefyError: code 2, for fewer sequences to fit on than processes.
+    """
+    num_fit = len(tokens.ids_BT) - tokens.num_heldout
+    if num_fit < group.size:
+        raise MoefyError(
+            f"{group.size} processes share {num_fit} sequences to fit on; expected one for each at "
+            "least; raise --tokens or start fewer",
+            code=2,
+        )
+    share = Share(group, num_fit, tokens.num_heldout)
+    piece = group.piece(tokens.num_heldout)
+    own = dataclasses.replace(
+        tokens, ids_BT=share.own(tokens.ids_BT), num_heldout=piece.stop - piece.start
+    )
+    return share, own
+
+
+def _begun(
+    writer: ShardWriter | None, state: State, store: Store, share: Share, top: int
+) -> tuple[Tensor | None, list[tuple[dict[str, Tensor], Any]]]:
+    """The states of this process's sequences behind the last layer that is done, and what was kept
+    of each, from the process that has them."""
+    group, done = share.group, []
+    if writer:
+        states_BTD, done = state.layers(writer, store)
+        group.tell((len(done), None if states_BTD is None else states_BTD.shape))
+    else:
+        count, size = group.hear()
+        done = [({}, None)] * count
+        states_BTD = store.empty(*size) if size else None
+    if states_BTD is None:
+        return None, done
+    states_BTD = group.agreed(states_BTD)
+    return states_BTD if len(done) > top + 1 else share.own(states_BTD), done
 
 
 def _embedded(job: Job, tokens: Tokens, store: Store) -> Tensor:
@@ -105,9 +157,10 @@ def _convert(
     states_BTD: Tensor,
     tokens: Tokens,
     slopes: dict[int, Tensor],
-    writer: ShardWriter,
+    writer: ShardWriter | None,
     store: Store,
     watch: Watch,
+    group: Group,
 ) -> tuple[dict[str, Tensor], list[str], dict[str, Any] | None]:
     """Convert and write one layer, or leave it dense, and move the states past it.
 
@@ -117,13 +170,13 @@ def _convert(
     num_sequences = len(tokens.ids_BT)
     alike = layer < min(job.layers)
     going_BTD = states_BTD[:num_sequences] if alike else states_BTD
-    block = _pass(job, layer, going_BTD, tokens, slopes, store, clock, watch)
+    block = _pass(job, layer, going_BTD, tokens, slopes, store, clock, watch, group)
     if alike and len(states_BTD) > num_sequences:
         states_BTD[num_sequences:] = going_BTD
     if block is None:
         return {}, [], None
     with clock.stage("write"):
-        names = output.write_block(job, writer, layer, block)
+        names = output.write_block(job, writer, layer, block) if writer else []
     norm_EN = block.router.norm_EN
     value: dict[str, Any] = {"layer": layer, **block.figures}
     seconds = {name: round(spent, 3) for name, spent in clock.seconds().items() if name != "total"}
@@ -140,6 +193,7 @@ def _pass(
     store: Store,
     clock: Clock,
     watch: Watch,
+    group: Group,
 ) -> Block | None:
     """Move the states past one layer; give what it is converted to, None where it stays dense.
 
@@ -180,6 +234,7 @@ def _pass(
             dense_TD=flat_TD[num_tokens:] if job.method.drift else None,
             gradient_TD=slopes.pop(layer, None),
             store=store,
+            group=group,
         )
         for y_CD, flat_CD in zip(block.y_TD.split(CHUNK), flat_TD.split(CHUNK), strict=False):
             flat_CD[: len(y_CD)] += join(y_CD) if join else y_CD

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moefy.parallel import ALONE, Group
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -156,6 +158,8 @@ class Profile:
     the CPU, and only for a partition that asks for it."""
     release: Callable[[], None] = lambda: None
     """Lets go of what was read of these tensors where they lie in files (see `store`)."""
+    group: Group = ALONE
+    """The processes whose tokens count, of which these are this one's."""
 
     @property
     def goal_TD(self) -> Tensor:
@@ -171,6 +175,21 @@ class Profile:
         """First token of `part` ("fit", "heldout" or "all"), and the one behind its last."""
         total = self.x_TD.shape[0]
         return {"fit": (0, self.num_fit), "heldout": (self.num_fit, total), "all": (0, total)}[part]
+
+    def gathered(self, value_T: Tensor) -> Tensor:
+        """What `value_T` holds for all tokens of this process, for those of all: first those to
+        fit on, then those held out."""
+        if self.group.size == 1:
+            return value_T
+        import torch
+
+        parts = value_T[: self.num_fit], value_T[self.num_fit :]
+        return torch.cat([self.group.gather(part) for part in parts])
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """The inputs of all processes' tokens: those to fit on, (T, D), and those held out."""
+        x_TD = self.x_TD
+        return self.group.gather(x_TD[: self.num_fit]), self.group.gather(x_TD[self.num_fit :])
 
 
 @dataclass(frozen=True)

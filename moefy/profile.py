@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moefy.layout import FFN, Partition, Profile, Router
+from moefy.parallel import ALONE, Group
 from moefy.store import MEMORY, Store
 
 CHUNK = 2048
@@ -71,6 +72,7 @@ def observe(
     drift: float = 0.0,
     gradient_TD: Tensor | None = None,
     store: Store = MEMORY,
+    group: Group = ALONE,
 ) -> Profile:
     """Profile `ffn` on the inputs `x_TD`, of which the last `num_heldout` are held out.
 
@@ -78,7 +80,7 @@ def observe(
     than add; without it all tokens weigh the same. `dense_TD` is what leaves the layer in the dense
     model; the layers below, converted already, have let the residual stream drift from it, and the
     FFN aims at making good the share `drift` of that. `gradient_TD` is kept as it is. What is made
-    for all tokens lies in `store`.
+    for all tokens lies in `store`. The processes of `group` have other tokens, which count, too.
 
     Source: `drift` is the propagation strength of QEP (arXiv 2504.09629), which corrects the
     weights of a quantised layer for the errors of those below it.
@@ -112,7 +114,8 @@ def observe(
         scales.append(scale_T)
         kept_TF[part] = h_TF
         store.release()
-    energy_F = (total_F / num_fit).float() * ffn.down_norm_sq_F
+    group.sum(total_F)
+    energy_F = (total_F / group.total(num_fit)).float() * ffn.down_norm_sq_F
     return Profile(
         x_TD,
         outputs_TD,
@@ -123,6 +126,7 @@ def observe(
         aim_TD,
         gradient_TD,
         store.release,
+        group,
     )
 
 

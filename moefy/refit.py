@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moefy.layout import FFN, Partition, Profile, Router
+from moefy.parallel import Group
 from moefy.profile import CHUNK, active_neurons, choose, chunks, some_activations
 from moefy.solve import damping, ridge
 
@@ -68,7 +69,8 @@ def refit(
     """
     num_neurons, used = ffn.num_neurons, _used(partition)
     heldout = partial(_runs, ffn, profile, partition, router, k, "heldout")
-    before_held, norm_held = _error(heldout(), ffn.down_DF)
+    group = profile.group
+    before_held, norm_held = map(group.total, _error(heldout(), ffn.down_DF))
     gram_FF = torch.zeros(len(used), len(used), device=used.device)
     cross_FD = torch.zeros(len(used), ffn.down_DF.shape[0], device=used.device)
     missing = norm_fit = 0.0
@@ -80,20 +82,21 @@ def refit(
             part_TA = run_TF if len(used) == num_neurons else run_TF[:, used]
             gram_FF.addmm_(part_TA.T, part_TA)
             cross_FD.addmm_(part_TA.T, rest_TD)
-    norm_fit = max(norm_fit, 1e-30)
+    missing, norm_fit = group.total(missing), max(group.total(norm_fit), 1e-30)
     before = (before_held / norm_held) ** 0.5
     plain = Refit(ffn.down_DF, before, before, (missing / norm_fit) ** 0.5, None)
     if not enabled or missing <= ROUNDING * norm_fit:
         return plain
+    group.sum(gram_FF, cross_FD)
 
     def error(delta_FD: Tensor) -> float:
         held, _ = _error(heldout(), _corrected(ffn, used, delta_FD))
-        return (held / norm_held) ** 0.5
+        return (group.total(held) / norm_held) ** 0.5
 
     if ffn.hidden_size < 4 * MIXTURES:
         found = _search(gram_FF, cross_FD, error, before)
     else:
-        strength = known or _strength(ffn, used, gram_FF, cross_FD, heldout)
+        strength = known or _strength(ffn, used, gram_FF, cross_FD, heldout, group)
         found = _search(gram_FF, cross_FD, error, before, ((strength,),) if strength else ())
     if found is None:
         return plain
@@ -135,6 +138,7 @@ def _strength(
     gram_FF: Tensor,
     cross_FD: Tensor,
     heldout: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    group: Group,
 ) -> float | None:
     """The strength of least held-out error on random mixtures of the outputs."""
     generator = torch.Generator().manual_seed(0)
@@ -144,9 +148,9 @@ def _strength(
     def error(delta_FM: Tensor) -> float:
         whole_FM = delta_FM.new_zeros(ffn.num_neurons, MIXTURES).index_copy_(0, used, delta_FM)
         runs = ((run_TF, rest_TM) for (run_TF, _), rest_TM in zip(heldout(), rests, strict=True))
-        return _error(runs, whole_FM.T)[0]
+        return group.total(_error(runs, whole_FM.T)[0])
 
-    before = sum(float(rest_TM.square().sum()) for rest_TM in rests)
+    before = group.total(sum(float(rest_TM.square().sum()) for rest_TM in rests))
     found = _search(gram_FF, cross_FD @ mix_DM, error, before)
     return found[2] if found else None
 
@@ -204,8 +208,8 @@ def refit_experts(
         rests.append(goal_TD - run_TF @ down_DF.T)
         for expert, chosen_T in enumerate(mask_TE.T):
             groups[expert].append(chosen_T.nonzero()[:, 0] + number * CHUNK)
-    rest_TD = torch.cat(rests)
-    norm = max(float(profile.goal_TD[num_fit:].square().sum()), 1e-30)
+    rest_TD, everyone = torch.cat(rests), profile.group
+    norm = max(everyone.total(float(profile.goal_TD[num_fit:].square().sum())), 1e-30)
     left = {strength: rest_TD[num_fit:].clone() for strength in EXPERT_STRENGTHS}
     deltas: dict[float, list[Tensor]] = {strength: [] for strength in EXPERT_STRENGTHS}
     for neurons, group in zip(partition.experts_EN, groups, strict=True):
@@ -214,13 +218,14 @@ def refit_experts(
         fit_T = token_T < num_fit
         gram_NN = h_TN[fit_T].T @ h_TN[fit_T]
         cross_ND = h_TN[fit_T].T @ rest_TD[token_T[fit_T]]
+        everyone.sum(gram_NN, cross_ND)
         for strength in EXPERT_STRENGTHS:
             delta_ND = ridge(gram_NN, cross_ND, strength)
             deltas[strength].append(delta_ND)
             left[strength].index_add_(0, token_T[~fit_T] - num_fit, h_TN[~fit_T] @ -delta_ND)
-    errors = {strength: float(rest.square().sum()) for strength, rest in left.items()}
+    errors = {s: everyone.total(float(rest.square().sum())) for s, rest in left.items()}
     best = min(errors, key=errors.__getitem__)
-    plain = float(rest_TD[num_fit:].square().sum())
+    plain = everyone.total(float(rest_TD[num_fit:].square().sum()))
     if errors[best] >= plain:
         return down_DF, (plain / norm) ** 0.5
     down_DF = down_DF.clone()

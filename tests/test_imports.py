@@ -11,7 +11,9 @@ import moefy
 PACKAGE = Path(moefy.__file__).parent
 ROWS = [
     "__init__",  # may import nothing of moefy, and all may import it: for the version
-    "errors layout modeling coverage clock environment store",
+    "errors",
+    "parallel",
+    "layout modeling coverage clock environment store",
     "profile shape headers lock",
     "publish",
     "assign solve recipe shards source families pack",

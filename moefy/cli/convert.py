@@ -135,9 +135,14 @@ def convert(
         show(estimate(prepare(built), limit), terminal.show_plan, as_json, quiet=False)
         return
     from moefy.convert import convert as run
+    from moefy.parallel import launched, together
     from moefy.progress import watching
 
-    with _resumable(out, force), watching(quiet=quiet) as watch:
+    group = launched()
+    first = group.rank == 0
+    quiet = quiet or not first
+    ready = _resumable(out, force) if first else contextlib.nullcontext()
+    with together(), ready, watching(quiet=quiet) as watch:
         summary = run(
             prepare(built),
             out,
@@ -145,9 +150,10 @@ def convert(
             strict=strict,
             fresh=fresh,
             memory=limit,
+            group=group,
             watch=watch,
         )
-    show(summary, lambda made: _made(made, out), as_json, quiet)
+    show(summary, lambda made: _made(made, out), as_json and first, quiet)
 
 
 def _bytes(memory: str | None) -> int | None:

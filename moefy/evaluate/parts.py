@@ -56,16 +56,17 @@ def peaks(bench: Bench) -> dict[str, int]:
     threads = max(1, torch.get_num_threads() // 2)
 
     def measure(stage: Stage) -> None:
+        if (folder := stage.folder) is None:
+            return
         with bench.part(f"peak memory of {stage.label}"):
+            key = {"model": stage.digest, **VERSIONS}
             found[stage.label] = bench.store.once(
-                "peak-memory",
-                {"model": stage.digest, **VERSIONS},
-                lambda: peak_bytes(stage.folder, threads),
+                "peak-memory", key, lambda: peak_bytes(folder, threads)
             )
 
     bench.watch("peak memory", 0, 1)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(measure, (stage for stage in bench.stages if stage.folder)))
+        list(pool.map(measure, bench.stages))
     return found
 
 

@@ -67,7 +67,10 @@ def split(
 def _sample(ffn: FFN, profile: Profile, most: int, part: str) -> tuple[Tensor, Tensor]:
     """Inputs (T, D) and output energies (T, F) of at most `most` evenly spaced tokens."""
     first, last = profile.span(part)
-    tokens = slice(first, last, max(1, -(-(last - first) // most)))
+    before, total = profile.group.before(last - first)
+    step = max(1, -(-total // most))
+    first = min(first + -before % step, last)
+    tokens = slice(first, last, step)
     x_TD, norm_F = profile.x_TD[tokens], ffn.down_norm_sq_F
     energy_TF = x_TD.new_empty(len(x_TD), ffn.num_neurons)
     for number, part_TF in enumerate(energy_TF.split(CHUNK)):
@@ -75,7 +78,7 @@ def _sample(ffn: FFN, profile: Profile, most: int, part: str) -> tuple[Tensor, T
         some = slice(start, start + len(part_TF) * tokens.step, tokens.step)
         torch.square(activations(ffn, profile, some), out=part_TF).mul_(norm_F)
         profile.release()
-    return x_TD, energy_TF
+    return profile.group.gather(x_TD), profile.group.gather(energy_TF)
 
 
 def _cluster(

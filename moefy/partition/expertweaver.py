@@ -30,7 +30,7 @@ def split(
     are given, and in that neurons are dealt out optimally, not greedily. Without a gate, the
     activations themselves are taken. Its own router is `gates`.
     """
-    mean_MF, size_F = _gates(ffn, profile.x_TD[: profile.num_fit], max(1, passage))
+    mean_MF, size_F = _gates(ffn, profile.inputs()[0], max(1, passage))
     shared_S, rest = ranked(size_F, shape.num_shared)
     point_RM = mean_MF[:, rest].T.contiguous()
     first_E = torch.randperm(len(rest), generator=generator)[: shape.num_experts]

@@ -43,5 +43,7 @@ def fluctuation(ffn: FFN, profile: Profile) -> Tensor:
         h_TF = activations(ffn, profile, tokens) / profile.scale_T[tokens, None]
         total_F += h_TF.double().sum(0)
         squares_F += h_TF.double().square().sum(0)
-    variance_F = squares_F / profile.num_fit - (total_F / profile.num_fit).square()
+    profile.group.sum(total_F, squares_F)
+    num_fit = profile.group.total(profile.num_fit)
+    variance_F = squares_F / num_fit - (total_F / num_fit).square()
     return variance_F.float() * ffn.down_norm_sq_F

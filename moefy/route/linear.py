@@ -35,7 +35,7 @@ def fit(
     are judged on the held-out tokens by the energy that the hard choice captures, and the rows
     that captured most are returned: the closed form, if no step improved on it.
     """
-    worth_TE = expert_energies(ffn, profile, partition, "all")
+    worth_TE = profile.gathered(expert_energies(ffn, profile, partition, "all"))
     router = _fit(profile, worth_TE, shape, generator, strength, steps, batch, learning_rate)
     return _balanced(router, profile, worth_TE, shape, load_cv)
 
@@ -60,6 +60,7 @@ def refine(
     know neither what the refit has made up for nor what the experts of a token say alike.
     """
     worth_TE = gains(ffn, profile, partition, router, shape.experts_per_token)
+    worth_TE = profile.gathered(worth_TE)
     worth_TE -= worth_TE.min(1, keepdim=True).values  # only differences decide
     router = _fit(profile, worth_TE, shape, generator, strength, steps, batch, learning_rate)
     return _balanced(router, profile, worth_TE, shape, load_cv)
@@ -76,8 +77,8 @@ def _fit(
     learning_rate: float,
 ) -> Router:
     """Rows whose k highest scores have most of the worth, which is at least zero."""
-    energy_TE, held_energy_TE = worth_TE[: profile.num_fit], worth_TE[profile.num_fit :]
-    x_TD, held_x_TD = profile.x_TD[: profile.num_fit], profile.x_TD[profile.num_fit :]
+    x_TD, held_x_TD = profile.inputs()
+    energy_TE, held_energy_TE = worth_TE[: len(x_TD)], worth_TE[len(x_TD) :]
     weight_ED = scorer(x_TD, strength)(energy_TE)
     if steps == 0 or shape.experts_per_token == shape.num_experts:
         return Router(weight_ED)
@@ -111,9 +112,9 @@ def _balanced(
 ) -> Router:
     if not load_cv or shape.experts_per_token == shape.num_experts:
         return router
-    fit = slice(0, profile.num_fit)
+    x_TD, _ = profile.inputs()
     rows_ED, curve = balance(
-        router.weight_ED, profile.x_TD[fit], worth_TE[fit], shape.experts_per_token, load_cv
+        router.weight_ED, x_TD, worth_TE[: len(x_TD)], shape.experts_per_token, load_cv
     )
     return dataclasses.replace(router, weight_ED=rows_ED, balance=tuple(curve))
 
