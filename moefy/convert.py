@@ -17,7 +17,7 @@ from moefy.clock import Clock
 from moefy.coverage import gaps
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
-from moefy.layers import convert_layers
+from moefy.layers import convert_layers, shared
 from moefy.memory import Plan, fit
 from moefy.oracle import attach
 from moefy.parallel import ALONE, Group
@@ -67,6 +67,7 @@ def convert(
     if group.size > 1 and job.method.gradient:
         named = f"--partition {job.recipe.partition} takes gradients of all tokens in one process"
         raise MoefyError(f"{named}; start one, or use another", code=2)
+    shared(group, job.recipe.tokens // job.recipe.sequence_length, job.recipe.sequence_length)
     if group.rank:
         return _help(job, out, plan, strict, group)
     _check_places(job, out, keep, plan.file_bytes)

@@ -61,7 +61,7 @@ def convert_layers(
     The processes of `group` share the sequences; only the first has a `writer`, and `state`.
     """
     top = max(job.layers)
-    share, tokens = _shared(tokens, group)
+    share, tokens = _own(tokens, group)
     num_sequences = len(tokens.ids_BT)
     states_BTD, done = _begun(writer, state, store, share, top)
     if states_BTD is None:
@@ -95,24 +95,30 @@ def convert_layers(
     )
 
 
-def _shared(tokens: Tokens, group: Group) -> tuple[Share, Tokens]:
-    """Which sequences are this process's, and these.
+def shared(group: Group, num_sequences: int, length: int) -> Share:
+    """Share sequences of `length` tokens by what attention and the FFN compute at a time, if
+    sequences fill that.
 
     Raises:
-        MoefyError: code 2, for fewer sequences to fit on than processes.
+        MoefyError: code 2, where some processes have none.
     """
-    num_fit = len(tokens.ids_BT) - tokens.num_heldout
-    if num_fit < group.size:
+    block = max(walk.BATCH, CHUNK // length)
+    if group.size > (most := -(-num_sequences // block)):
         raise MoefyError(
-            f"{group.size} processes share {num_fit} sequences to fit on; expected one for each at "
-            "least; raise --tokens or start fewer",
+            f"{group.size} processes share {num_sequences} sequences, {block} of which stay "
+            f"together; start {most} at most, or raise --tokens",
             code=2,
         )
-    share = Share(group, num_fit, tokens.num_heldout)
-    piece = group.piece(tokens.num_heldout)
-    own = dataclasses.replace(
-        tokens, ids_BT=share.own(tokens.ids_BT), num_heldout=piece.stop - piece.start
-    )
+    return Share(group, num_sequences, block)
+
+
+def _own(tokens: Tokens, group: Group) -> tuple[Share, Tokens]:
+    """Which sequences are this process's, and these."""
+    num_sequences, length = tokens.ids_BT.shape
+    share = shared(group, num_sequences, length)
+    first_heldout = num_sequences - tokens.num_heldout
+    num_heldout = max(0, share.piece.stop - max(share.piece.start, first_heldout))
+    own = dataclasses.replace(tokens, ids_BT=share.own(tokens.ids_BT), num_heldout=num_heldout)
     return share, own
 
 

@@ -176,20 +176,10 @@ class Profile:
         total = self.x_TD.shape[0]
         return {"fit": (0, self.num_fit), "heldout": (self.num_fit, total), "all": (0, total)}[part]
 
-    def gathered(self, value_T: Tensor) -> Tensor:
-        """What `value_T` holds for all tokens of this process, for those of all: first those to
-        fit on, then those held out."""
-        if self.group.size == 1:
-            return value_T
-        import torch
-
-        parts = value_T[: self.num_fit], value_T[self.num_fit :]
-        return torch.cat([self.group.gather(part) for part in parts])
-
     def inputs(self) -> tuple[Tensor, Tensor]:
         """The inputs of all processes' tokens: those to fit on, (T, D), and those held out."""
-        x_TD = self.x_TD
-        return self.group.gather(x_TD[: self.num_fit]), self.group.gather(x_TD[self.num_fit :])
+        x_TD, num_fit = self.group.gather(self.x_TD), int(self.group.total(self.num_fit))
+        return x_TD[:num_fit], x_TD[num_fit:]
 
 
 @dataclass(frozen=True)

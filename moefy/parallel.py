@@ -1,7 +1,8 @@
 """Several processes that share the calibration tokens, as `torchrun` starts them.
 
-Each has whole sequences of those that are fitted on and of those that are held out, in order, so
-that what is gathered has the order that one process would see. What is summed is summed over all.
+Each has whole sequences, one behind the other, so that what is gathered has the order that one
+process would see. Sums whose last bits decide on bytes are taken in that order, too: what several
+processes make is then what one makes. (Clusters and rounds of assignment magnify any rounding.)
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,15 +30,11 @@ T = TypeVar("T")
 class Group:
     """This process among `size` that do one conversion together; the first one writes.
 
-    All methods but `piece` are for all processes to call, in the same order.
+    All methods are for all processes to call, in the same order.
     """
 
     rank: int = 0
     size: int = 1
-
-    def piece(self, count: int) -> slice:
-        """Which of `count` things in a row are this process's."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def sum(self, *parts: Tensor) -> None:
         """Replace tensors by their sums over the processes, in place."""
@@ -47,6 +44,17 @@ class Group:
     def total(self, value: float) -> float:
         """The sum of a number over the processes."""
         return value if self.size == 1 else sum(self._all(value))
+
+    def in_turn(self, add: Callable[[], None], *sums: Tensor) -> None:
+        """Let one process after the other `add` its part to tensors, which then are the same in
+        all."""
+        if self.size == 1:
+            return add()
+        for rank in range(self.size):
+            if rank == self.rank:
+                add()
+            for part in sums:
+                _distributed().broadcast(part, src=rank)
 
     def gather(self, part_T: Tensor) -> Tensor:
         """The rows of all processes, one process's behind the other's."""
@@ -106,40 +114,37 @@ ALONE = Group()
 
 @dataclass(frozen=True)
 class Share:
-    """Which sequences are this process's: some of those to fit on, then some of those held out.
+    """Which sequences are this process's.
 
-    Rows (B, ...) are one for each sequence, those to fit on first; or so many several times over.
+    Rows (B, ...) are one for each sequence; or so many several times over.
     """
 
     group: Group
-    num_fit: int
-    num_heldout: int
-    """Of all processes, as `num_fit` is."""
+    num_sequences: int
+    """Of all processes."""
+    block: int
+    """Sequences that stay together, so that they are computed together whoever has them."""
+
+    @property
+    def piece(self) -> slice:
+        """The sequences of this process."""
+        num_blocks, rank = -(-self.num_sequences // self.block), self.group.rank
+        ends = [num_blocks * end // self.group.size for end in (rank, rank + 1)]
+        return slice(*(min(self.block * end, self.num_sequences) for end in ends))
 
     def own(self, all_B: Tensor) -> Tensor:
         """Its own rows, of those of all."""
-        import torch
-
         if self.group.size == 1:
             return all_B
-        times_MB = all_B.view(-1, self.num_fit + self.num_heldout, *all_B.shape[1:])
-        fit_MB, heldout_MB = times_MB[:, : self.num_fit], times_MB[:, self.num_fit :]
-        fit_MB = fit_MB[:, self.group.piece(self.num_fit)]
-        heldout_MB = heldout_MB[:, self.group.piece(self.num_heldout)]
-        return torch.cat([fit_MB, heldout_MB], 1).flatten(0, 1)
+        times_MB = all_B.view(-1, self.num_sequences, *all_B.shape[1:])
+        return times_MB[:, self.piece].flatten(0, 1).clone()
 
     def whole(self, own_B: Tensor) -> Tensor:
-        """The rows of all, in the order in which `own` takes them."""
-        import torch
-
+        """The rows of all, of which those of each process are its own."""
         if self.group.size == 1:
             return own_B
-        fit, heldout = self.group.piece(self.num_fit), self.group.piece(self.num_heldout)
-        num_fit = fit.stop - fit.start
-        num_own = num_fit + heldout.stop - heldout.start
-        own_BM = own_B.view(-1, num_own, *own_B.shape[1:]).transpose(0, 1)
-        parts = [self.group.gather(part) for part in (own_BM[:num_fit], own_BM[num_fit:])]
-        return torch.cat(parts).transpose(0, 1).flatten(0, 1)
+        times_MB = own_B.view(-1, self.piece.stop - self.piece.start, *own_B.shape[1:])
+        return self.group.gather(times_MB.transpose(0, 1)).transpose(0, 1).flatten(0, 1)
 
     def last(self, own_B: Tensor) -> Tensor:
         """The last row of all."""

@@ -88,10 +88,10 @@ def observe(
     num_tokens, device = x_TD.shape[0], x_TD.device
     num_fit = num_tokens - num_heldout
     kept_TF = store.empty(num_tokens, ffn.num_neurons, device=device)
-    outputs_TD, scales, aim_TD = store.empty(*x_TD.shape, device=device), [], None
+    outputs_TD, aim_TD = store.empty(*x_TD.shape, device=device), None
+    scales, squares = [], []
     if residual_TD is not None and dense_TD is not None and drift:
         aim_TD = store.empty(*x_TD.shape, device=device)
-    total_F = torch.zeros(ffn.num_neurons, dtype=torch.float64, device=device)
     for first in range(0, num_tokens, CHUNK):
         part = slice(first, first + CHUNK)
         h_TF = ffn.activations(x_TD[part])
@@ -109,12 +109,14 @@ def observe(
                     lacking_TD.div_(_slopes(y_TD, added_TD))
                 aim_TD[part] = lacking_TD.add_(y_TD).mul_(scale_T[:, None])
         h_TF.mul_(scale_T[:, None])
-        total_F += h_TF[: max(num_fit - first, 0)].square().sum(0)
+        squares.append(h_TF[: max(num_fit - first, 0)].square().sum(0))
         outputs_TD[part] = y_TD.mul_(scale_T[:, None])
         scales.append(scale_T)
         kept_TF[part] = h_TF
         store.release()
-    group.sum(total_F)
+    total_F = torch.zeros(ffn.num_neurons, dtype=torch.float64, device=device)
+    for square_F in group.gather(torch.stack(squares)):
+        total_F += square_F
     energy_F = (total_F / group.total(num_fit)).float() * ffn.down_norm_sq_F
     return Profile(
         x_TD,

@@ -74,20 +74,27 @@ def refit(
     gram_FF = torch.zeros(len(used), len(used), device=used.device)
     cross_FD = torch.zeros(len(used), ffn.down_DF.shape[0], device=used.device)
     missing = norm_fit = 0.0
-    for run_TF, y_TD in _runs(ffn, profile, partition, router, k, "fit"):
-        rest_TD = y_TD - run_TF @ ffn.down_DF.T
-        missing += float(rest_TD.square().sum())
-        norm_fit += float(y_TD.square().sum())
-        if enabled:
-            part_TA = run_TF if len(used) == num_neurons else run_TF[:, used]
-            gram_FF.addmm_(part_TA.T, part_TA)
-            cross_FD.addmm_(part_TA.T, rest_TD)
+    fitting = partial(_runs, ffn, profile, partition, router, k, "fit")
+    # Before the processes sum in turn, each does at the same time what it can.
+    rests = [y_TD - run_TF @ ffn.down_DF.T for run_TF, y_TD in fitting()] if group.size > 1 else []
+
+    def add() -> None:
+        nonlocal missing, norm_fit
+        for number, (run_TF, y_TD) in enumerate(fitting()):
+            rest_TD = rests[number] if rests else y_TD - run_TF @ ffn.down_DF.T
+            missing += float(rest_TD.square().sum())
+            norm_fit += float(y_TD.square().sum())
+            if enabled:
+                part_TA = run_TF if len(used) == num_neurons else run_TF[:, used]
+                gram_FF.addmm_(part_TA.T, part_TA)
+                cross_FD.addmm_(part_TA.T, rest_TD)
+
+    group.in_turn(add, gram_FF, cross_FD)
     missing, norm_fit = group.total(missing), max(group.total(norm_fit), 1e-30)
     before = (before_held / norm_held) ** 0.5
     plain = Refit(ffn.down_DF, before, before, (missing / norm_fit) ** 0.5, None)
     if not enabled or missing <= ROUNDING * norm_fit:
         return plain
-    group.sum(gram_FF, cross_FD)
 
     def error(delta_FD: Tensor) -> float:
         held, _ = _error(heldout(), _corrected(ffn, used, delta_FD))
@@ -216,9 +223,9 @@ def refit_experts(
         token_T = torch.cat(group)
         h_TN = some_activations(ffn, profile, token_T, neurons)
         fit_T = token_T < num_fit
-        gram_NN = h_TN[fit_T].T @ h_TN[fit_T]
-        cross_ND = h_TN[fit_T].T @ rest_TD[token_T[fit_T]]
-        everyone.sum(gram_NN, cross_ND)
+        some_TN = everyone.gather(h_TN[fit_T])
+        gram_NN = some_TN.T @ some_TN
+        cross_ND = some_TN.T @ everyone.gather(rest_TD[token_T[fit_T]])
         for strength in EXPERT_STRENGTHS:
             delta_ND = ridge(gram_NN, cross_ND, strength)
             deltas[strength].append(delta_ND)

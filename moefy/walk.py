@@ -25,6 +25,9 @@ Leave = Callable[[Tensor], Tensor]
 """What a layer does to the sum."""
 
 
+BATCH = 4
+"""Sequences that go through a layer at a time."""
+
 RETURNED = ("output_hidden_states", "output_attentions", "return_dict")
 """Keys of a configuration that say what a model gives back beside what it computes."""
 
@@ -144,7 +147,7 @@ def tap(
     layer: int,
     states_BTD: Tensor,
     *,
-    batch: int = 4,
+    batch: int = BATCH,
     store: Store = MEMORY,
 ) -> tuple[Tensor, Join, Leave]:
     """Run everything of one layer but its FFN; return the FFN's inputs, shape (B * T, D), in

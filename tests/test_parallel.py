@@ -22,7 +22,7 @@ from moefy.recipe import build
 
 ROOT = Path(moefy.__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-SEQUENCES = 16  # two of them held out: of three processes one has none
+SEQUENCES = 80  # in blocks of 32; the last of three has all ten that are held out
 
 
 def start(processes, model, out, text, *more, tokens=64 * SEQUENCES):
@@ -59,14 +59,15 @@ def running(out):
     return sorted(found)
 
 
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
 def apart(one, other):
-    """The largest difference of the weights, relative to the tensor it is in; and of what."""
+    """The largest difference of the weights, relative to the tensor it is in."""
     old, new = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     assert old.keys() == new.keys()
-    return max(
-        (float((old[n].float() - new[n].float()).abs().max() / old[n].float().abs().max()), n)
-        for n in old
-    )
+    return max(float((old[name] - new[name]).abs().max() / old[name].abs().max()) for name in old)
 
 
 KINDS = {
@@ -75,14 +76,13 @@ KINDS = {
     "states in files, a layer in the middle": (2, {"layers": "1", "router": "random"}),
     "dense layers chosen by what is lost": (2, {"layers": "auto", "active": 0.75}),
     "gates": (3, {"partition": "expertweaver", "router": "gates"}),
-    "marks": (2, {"partition": "coactivation"}),
     "fluctuation": (2, {"partition": "static", "partition_options": {"metric": "fluctuation"}}),
 }
 """How many processes, and what is not the default."""
 
 
-def alone(model, out, text, *, tokens=64 * SEQUENCES, **more):
-    given = {"calibration": str(text), "tokens": tokens, "sequence_length": 64, **more}
+def alone(model, out, text, **more):
+    given = {"calibration": str(text), "tokens": 64 * SEQUENCES, "sequence_length": 64, **more}
     convert(prepare(build(None, {"model": str(model), **given}, [])), out)
 
 
@@ -102,14 +102,14 @@ def test_the_same_as_one_process(pico, text, tmp_path, kind):
     alone(model, one, text, **more)
     told = made(processes, model, several, text, *flags(more))
     assert told.count("Report:") == 1  # one of them speaks
-    assert apart(one, several)[0] < 1e-4
+    assert weights(several) == weights(one)
     old, new = (json.loads((n / "moefy/conversion.json").read_text()) for n in (one, several))
     assert new["machine"]["processes"] == processes and "processes" not in old["machine"]
     assert new["calibration"] == old["calibration"]
     for row, other in zip(old["layers"], new["layers"], strict=True):
         assert row.keys() == other.keys()
         for key in row.keys() - {"seconds", "stage_seconds", "balance"}:
-            assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-4), key
+            assert other[key] == pytest.approx(row[key], rel=1e-9), key
     assert sorted(os.listdir(tmp_path)) == ["one", "several"]
 
 
@@ -118,7 +118,16 @@ def test_what_sums_nothing_is_far_from_it(pico, text, tmp_path):
     model = pico("llama", num_hidden_layers=3)
     alone(model, tmp_path / "one", text)
     alone(model, tmp_path / "half", text, tokens=32 * SEQUENCES)
-    assert apart(tmp_path / "one", tmp_path / "half")[0] > 1e-2
+    assert apart(tmp_path / "one", tmp_path / "half") > 1e-2
+
+
+@pytest.mark.slow
+def test_other_blocks_than_one_process_computes_by_are_the_same_to_rounding(pico, text, tmp_path):
+    """21 sequences of 96 tokens stay together, which do not fill what is computed at a time."""
+    model = pico("llama", num_hidden_layers=3)
+    alone(model, tmp_path / "one", text, sequence_length=96)
+    made(2, model, tmp_path / "two", text, "--sequence-length=96")
+    assert apart(tmp_path / "one", tmp_path / "two") < 1e-4
 
 
 @pytest.mark.slow
@@ -137,9 +146,7 @@ def test_killed_it_goes_on_with_as_many_to_the_same_bytes(pico, text, tmp_path):
     assert code == 7 and "machine.processes" in said
     told = made(2, model, out, text)
     assert "Report:" in told
-    names = [path.name for path in (tmp_path / "whole").glob("*.safetensors")]
-    for name in names:
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert weights(out) == weights(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -159,7 +166,7 @@ def test_one_that_is_killed_stops_the_others_in_a_line(pico, text, tmp_path):
     ("more", "line"),
     [
         (("--partition=gradient",), "moefy: --partition gradient takes gradients of all tokens"),
-        (("--experts=-1",), "moefy: "),
+        (("--tokens=2048",), "2 processes share 32 sequences, 32 of which stay together; start 1"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(pico, text, tmp_path, more, line):
@@ -168,15 +175,12 @@ def test_what_cannot_be_shared_is_refused(pico, text, tmp_path, more, line):
     assert os.listdir(tmp_path) == []
 
 
-def test_shares_are_whole_sequences_in_order():
+def test_shares_are_blocks_of_sequences_in_order():
     rows = torch.arange(2 * 11 * 3).view(22, 3)
-    shares = [Share(Group(rank, 3), 9, 2) for rank in range(3)]
-    own = [share.own(rows) for share in shares]
-    assert [len(part) for part in own] == [6, 8, 8]
-    fit = torch.cat([part.view(2, -1, 3)[:, :3] for part in own], 1)
-    heldout = torch.cat([part.view(2, -1, 3)[:, 3:] for part in own], 1)
-    assert torch.equal(torch.cat([fit, heldout], 1).view(22, 3), rows)
-    assert torch.equal(own[2].view(2, -1, 3)[:, -1], rows.view(2, -1, 3)[:, -1])
+    own = [Share(Group(rank, 3), 11, 2).own(rows) for rank in range(3)]
+    assert [len(part) for part in own] == [8, 8, 6]
+    assert torch.equal(torch.cat([part.view(2, -1, 3) for part in own], 1).view(22, 3), rows)
+    assert Share(ALONE, 11, 2).own(rows) is rows and Share(ALONE, 11, 2).whole(rows) is rows
 
 
 def test_alone_nothing_is_copied_or_asked(monkeypatch):
@@ -187,6 +191,7 @@ def test_alone_nothing_is_copied_or_asked(monkeypatch):
     assert (ALONE.total(2.0), ALONE.before(5)) == (2.0, (0, 5))
     ALONE.sum(rows)
     ALONE.tell("nobody")
+    ALONE.in_turn(lambda: None, rows)
     assert rows.tolist() == [1, 1, 1]
 
 

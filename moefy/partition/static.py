@@ -38,12 +38,15 @@ def fluctuation(ffn: FFN, profile: Profile) -> Tensor:
     """Variance of every neuron's activation over the fitting tokens, times |down column|^2, (F)."""
     total_F = torch.zeros(ffn.num_neurons, dtype=torch.float64, device=profile.x_TD.device)
     squares_F = torch.zeros_like(total_F)
-    for first in range(0, profile.num_fit, CHUNK):
-        tokens = slice(first, min(first + CHUNK, profile.num_fit))
-        h_TF = activations(ffn, profile, tokens) / profile.scale_T[tokens, None]
-        total_F += h_TF.double().sum(0)
-        squares_F += h_TF.double().square().sum(0)
-    profile.group.sum(total_F, squares_F)
+
+    def add() -> None:
+        for first in range(0, profile.num_fit, CHUNK):
+            tokens = slice(first, min(first + CHUNK, profile.num_fit))
+            h_TF = activations(ffn, profile, tokens) / profile.scale_T[tokens, None]
+            total_F.add_(h_TF.double().sum(0))
+            squares_F.add_(h_TF.double().square().sum(0))
+
+    profile.group.in_turn(add, total_F, squares_F)
     num_fit = profile.group.total(profile.num_fit)
     variance_F = squares_F / num_fit - (total_F / num_fit).square()
     return variance_F.float() * ffn.down_norm_sq_F

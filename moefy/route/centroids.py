@@ -21,4 +21,4 @@ def fit(
     of each other's mean; ours may have any size.
     """
     centre_ED = token_centroids(profile, shape.num_experts, generator)
-    return Router(level(centre_ED, profile.gathered(profile.x_TD)))
+    return Router(level(centre_ED, profile.group.gather(profile.x_TD)))

@@ -17,4 +17,4 @@ def fit(
     experts are `expertweaver`'s.
     """
     row_FD = ffn.up_FD if ffn.gate_FD is None else ffn.gate_FD
-    return Router(level(row_FD[partition.experts_EN].mean(1), profile.gathered(profile.x_TD)))
+    return Router(level(row_FD[partition.experts_EN].mean(1), profile.group.gather(profile.x_TD)))

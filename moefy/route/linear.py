@@ -35,7 +35,7 @@ def fit(
     are judged on the held-out tokens by the energy that the hard choice captures, and the rows
     that captured most are returned: the closed form, if no step improved on it.
     """
-    worth_TE = profile.gathered(expert_energies(ffn, profile, partition, "all"))
+    worth_TE = profile.group.gather(expert_energies(ffn, profile, partition, "all"))
     router = _fit(profile, worth_TE, shape, generator, strength, steps, batch, learning_rate)
     return _balanced(router, profile, worth_TE, shape, load_cv)
 
@@ -60,7 +60,7 @@ def refine(
     know neither what the refit has made up for nor what the experts of a token say alike.
     """
     worth_TE = gains(ffn, profile, partition, router, shape.experts_per_token)
-    worth_TE = profile.gathered(worth_TE)
+    worth_TE = profile.group.gather(worth_TE)
     worth_TE -= worth_TE.min(1, keepdim=True).values  # only differences decide
     router = _fit(profile, worth_TE, shape, generator, strength, steps, batch, learning_rate)
     return _balanced(router, profile, worth_TE, shape, load_cv)

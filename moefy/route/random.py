@@ -14,4 +14,4 @@ def fit(
     """Draw Gaussian router rows and scale them to unit score variance."""
     size = (shape.num_experts, profile.x_TD.shape[1])
     weight_ED = torch.randn(size, generator=generator).to(profile.x_TD.device)
-    return Router(level(weight_ED, profile.gathered(profile.x_TD)))
+    return Router(level(weight_ED, profile.group.gather(profile.x_TD)))
