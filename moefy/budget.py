@@ -55,7 +55,7 @@ def settle(job: Job, loss_L: list[float]) -> Job:
         # The class that can leave these layers dense may be another, which lacks the small experts.
         for wanted in (_refined(recipe, job), recipe):
             try:
-                return prepare(wanted)
+                return prepare(wanted, control=True)  # the router was admitted with `job`
             except MoefyError:
                 if num_dense == 0 and wanted is recipe:
                     raise

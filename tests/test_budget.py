@@ -1,5 +1,6 @@
 """The layers that stay dense are those whose loss the stock model itself feels most."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -163,3 +164,13 @@ def test_a_shape_that_no_class_takes_costs_no_dense_layer(loud, text, monkeypatc
     monkeypatch.setattr(budget, "fine", lambda *_: Shape(96, 6, 9, 10, 4))
     settled = budget.settle(job_of(loud, text), loss_L)
     assert settled.layers == [1, 2, 3, 4, 5] and settled.shape.num_experts != 9
+
+
+def test_a_router_for_evaluation_is_admitted_behind_auto_too(loud, text):
+    job = job_of(loud, text)
+    recipe = build(None, {**dataclasses.asdict(job.recipe), "router": "oracle"}, [])
+    loss_L = [9.0 if layer == LOUD else 1.0 for layer in range(LAYERS)]
+    settled = budget.settle(prepare(recipe, control=True), loss_L)
+    assert LOUD not in settled.layers and settled.recipe.router == "oracle"
+    with pytest.raises(MoefyError, match="for evaluation"):
+        prepare(recipe)
