@@ -152,9 +152,10 @@ class Share:
 
 
 def launched() -> Group:
-    """The group that `torchrun` has started this process in; `ALONE` without it."""
+    """The group that `torchrun`, or what sets the same variables, has started this process in;
+    `ALONE` without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if size == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return ALONE
     import torch
 

@@ -187,6 +187,9 @@ def test_alone_nothing_is_copied_or_asked(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     rows = torch.ones(3)
     assert launched() is ALONE
+    monkeypatch.setenv("WORLD_SIZE", "2")  # some schedulers set it for whatever they start
+    monkeypatch.delenv("RANK", raising=False)
+    assert launched() is ALONE
     assert ALONE.gather(rows) is rows and ALONE.agreed(rows) is rows
     assert (ALONE.total(2.0), ALONE.before(5)) == (2.0, (0, 5))
     ALONE.sum(rows)
