@@ -1,6 +1,6 @@
 """Seconds, memory, and what is predicted of them, of converting models of four sizes.
 
-    python benchmarks/scale.py [--out DIR] [--sizes 135M,7B,32B,70B] [--tokens 4096]
+    python benchmarks/scale.py main [--out DIR] [--sizes 135M,7B,32B,70B] [--tokens 4096]
 
 Of SmolLM2-135M the whole is converted, of the larger ones two layers of random weights: then only
 memory and time mean anything, and those of the whole model are extrapolated. The calibration text

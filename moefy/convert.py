@@ -213,7 +213,7 @@ def check_weights(job: Job, watch: Watch) -> Scan:
 
 
 def _machine(job: Job, group: Group) -> dict[str, Any]:
-    """The machine, and the number of processes where there are several: both decide bytes."""
+    """The machine, and how many processes there are if several: either may decide bytes."""
     found = environment.machine(job.device)
     return {**found, "processes": group.size} if group.size > 1 else found
 
