@@ -79,10 +79,9 @@ def token_centroids(profile: Profile, num_clusters: int, generator: torch.Genera
     Raises:
         MoefyError: code 2, where there are fewer tokens than clusters.
     """
-    x_TD, _ = profile.inputs()
-    if len(x_TD) < num_clusters:
+    if profile.num_fit < num_clusters:
         raise MoefyError(
-            f"{len(x_TD)} tokens to fit on cannot make {num_clusters} clusters; "
+            f"{profile.num_fit} tokens to fit on cannot make {num_clusters} clusters; "
             "raise --tokens or lower --experts",
             code=2,
         )
@@ -93,5 +92,5 @@ def token_centroids(profile: Profile, num_clusters: int, generator: torch.Genera
         max_iter=100,
         tol=1e-3,
         random_state=seed,
-    ).fit(x_TD.cpu().numpy())
+    ).fit(profile.x_TD[: profile.num_fit].cpu().numpy())
     return torch.as_tensor(means.cluster_centers_, device=profile.x_TD.device)

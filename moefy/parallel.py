@@ -77,10 +77,10 @@ class Group:
     def agreed(self, value: T, source: int = 0) -> T:
         """A tensor, or a dataclass's tensors, as one process has them: the others may differ in
         the last bits. What is no tensor stays."""
-        import torch
-
         if self.size == 1:
             return value
+        import torch
+
         if isinstance(value, torch.Tensor):
             sent = value.contiguous().clone()
             _distributed().broadcast(sent, src=source)
@@ -154,8 +154,8 @@ class Share:
 def launched() -> Group:
     """The group that `torchrun`, or what sets the same variables, has started this process in;
     `ALONE` without it."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    told = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not told or os.environ["WORLD_SIZE"] == "1":
         return ALONE
     import torch
 
@@ -166,7 +166,7 @@ def launched() -> Group:
     distributed = torch.distributed
     if not distributed.is_initialized():
         distributed.init_process_group(backend, timeout=WAIT)
-    return Group(distributed.get_rank(), size)
+    return Group(distributed.get_rank(), distributed.get_world_size())
 
 
 @contextlib.contextmanager

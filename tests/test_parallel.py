@@ -76,6 +76,7 @@ KINDS = {
     "states in files, a layer in the middle": (2, {"layers": "1", "router": "random"}),
     "dense layers chosen by what is lost": (2, {"layers": "auto", "active": 0.75}),
     "gates": (3, {"partition": "expertweaver", "router": "gates"}),
+    "marks of neurons": (2, {"partition": "coactivation"}),
     "fluctuation": (2, {"partition": "static", "partition_options": {"metric": "fluctuation"}}),
 }
 """How many processes, and what is not the default."""

@@ -20,5 +20,4 @@ def fit(
     Source: LLaMA-MoE v2 (arXiv 2411.15708) and its code, which keeps the clusters' sizes within 40%
     of each other's mean; ours may have any size.
     """
-    centre_ED = token_centroids(profile, shape.num_experts, generator)
-    return Router(level(centre_ED, profile.group.gather(profile.x_TD)))
+    return Router(level(token_centroids(profile, shape.num_experts, generator), profile.x_TD))
