@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moefy import data, walk
+from moefy import data
+from moefy import gradients as whole
 from moefy.job import Job, Watch
 from moefy.memory import require
 from moefy.tokenizer import load_tokenizer, vocabulary_notes
@@ -31,7 +32,11 @@ def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
     notes = vocabulary_notes(tokenizer, size)
     if recipe.calibration != "self":
         tokens = data.load(
-            tokenizer, recipe.calibration, text_field=recipe.text_field, vocab_size=size, **shape
+            tokenizer,
+            recipe.calibration,
+            text_field=recipe.text_field,
+            vocab_size=size,
+            **shape,
         )
         return dataclasses.replace(tokens, notes=(*notes, *tokens.notes))
     weights = sum(entry.stop - entry.start for entry in job.checkpoint.entries.values())
@@ -52,6 +57,6 @@ def gradients(job: Job, tokens: data.Tokens, watch: Watch) -> dict[int, Tensor]:
     weights = sum(entry.num_elements for entry in job.checkpoint.entries.values())
     kept = len(job.layers) * ids_BT.numel() * job.size("hidden_size")
     require(4 * weights + 2 * kept, "a model that gives gradients", "use another --partition")
-    return walk.gradients(
+    return whole.gradients(
         job.checkpoint, job.family, job.layers, ids_BT, job.device, partial(watch, "gradients")
     )

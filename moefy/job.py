@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, reduce
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from functools import reduce
 
 import torch
 
@@ -20,6 +16,7 @@ from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
 from moefy.families.family import Family
 from moefy.layout import Shape
+from moefy.method import stages
 from moefy.recipe import Recipe, chosen_layers, nearest
 from moefy.shape import pruned, solve
 from moefy.shards import DTYPES
@@ -111,7 +108,7 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
         MoefyError: code 2 for options that cannot be, 3 for a broken and 4 for an unsupported
             checkpoint, 5 for a device that is not there.
     """
-    method = _method(recipe, control)
+    method = stages(recipe, control=control)
     _check_device(recipe.device)
     folder = resolve(recipe.model, revision=recipe.revision)
     checkpoint = open_checkpoint(folder, ignore_index=recipe.ignore_index)
@@ -269,73 +266,6 @@ def _dtype_notes(checkpoint: Checkpoint, dtype: str) -> list[str]:
         return []
     found = ", ".join(f"{number} {code}" for code, number in sorted(counts.items()))
     return [f"of {found} tensors each keeps its dtype; what is made of FFNs is {dtype}"]
-
-
-def _method(recipe: Recipe, control: bool) -> Method:
-    """The stages a recipe names, with their options bound."""
-    partition = _module("partition", recipe.partition, "--partition")
-    router = _module("route", recipe.router, "--router")
-    if recipe.total > 1 and recipe.partition not in ("alternating", "static"):
-        raise MoefyError(
-            f"--total {recipe.total:g} with --partition {recipe.partition}, whose experts do not "
-            "overlap; expected alternating",
-            code=2,
-        )
-    if not control and not getattr(router, "WRITABLE", True):
-        raise MoefyError(
-            f"--router {recipe.router} looks at activations before it chooses and cannot be "
-            f"written; it is for evaluation: `moefy report RUN --against router={recipe.router}`",
-            code=2,
-        )
-    only = getattr(router, "PARTITION", recipe.partition)
-    if recipe.partition not in (only, "static"):
-        raise MoefyError(
-            f"--router {recipe.router} with --partition {recipe.partition}: its experts are not "
-            f"made for the router's clusters; expected --partition {only}",
-            code=2,
-        )
-    split = _bound(f"--partition {recipe.partition}", partition.split, recipe.partition_options)
-    fit = _bound(f"--router {recipe.router}", router.fit, recipe.router_options)
-    routed, refine = recipe.partition != "static", None
-    if routed and recipe.refit and hasattr(router, "refine"):
-        refine = _bound(f"--router {recipe.router}", router.refine, recipe.router_options)
-    return Method(
-        split,
-        fit if routed else None,
-        recipe.refit,
-        refine,
-        recipe.drift if recipe.refit else 0.0,
-        getattr(partition, "GRADIENT", False),
-    )
-
-
-def _module(package: str, name: str, flag: str) -> Any:
-    folder = Path(__file__).parent / package
-    known = sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
-    if name not in known:
-        raise MoefyError(f"unknown {flag} {name!r}; {nearest(name, known)}", code=2)
-    return importlib.import_module(f"moefy.{package}.{name}")
-
-
-def _bound(what: str, stage: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    legal = {
-        key: parameter.default
-        for key, parameter in inspect.signature(stage).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and key != "generator"
-    }
-    hints = get_type_hints(stage)
-    for key, value in options.items():
-        if key not in legal:
-            known = nearest(key, list(legal))
-            raise MoefyError(f"{what} has no option {key!r}; {known}", code=2)
-        kinds = (float, int) if type(legal[key]) is float else (type(legal[key]),)
-        if (words := get_args(hints[key])) and value not in words:
-            known = nearest(str(value), [*words])
-            raise MoefyError(f"{what}, option {key}: found {value!r}; {known}", code=2)
-        if type(value) not in kinds or (type(value) in (float, int) and not value >= 0):
-            expected = f"expected a value like {legal[key]!r}"
-            raise MoefyError(f"{what}, option {key}: found {value!r}; {expected}", code=2)
-    return partial(stage, **options)
 
 
 def _check_device(name: str) -> None:

@@ -17,7 +17,7 @@ from sklearn.cluster import KMeans
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from moefy import families, walk
+from moefy import families, gradients
 from moefy.cluster import balanced_kmeans, marks, token_centroids
 from moefy.errors import MoefyError
 from moefy.layout import FFN, Partition, Profile, Shape
@@ -292,7 +292,7 @@ FAMILIES = ["llama", "gpt2", "gemma2", "granite", "gpt_neox", "lfm2", "opt"]
 def test_gradients_are_finite_differences_of_the_loss(family, pico):
     folder = pico(family)
     ids_BT = torch.randint(1, 128, (3, 24), generator=seeded(0))
-    found = walk.gradients(
+    found = gradients.gradients(
         open_checkpoint(folder), families.load(family), [0, 1], ids_BT, torch.device("cpu")
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()

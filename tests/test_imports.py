@@ -21,8 +21,8 @@ ROWS = [
     "targets cluster balance",
     "partition route refit documents tokenizer",
     "data",
-    "walk block oracle routing",
-    "validate reopen scan",
+    "walk block oracle routing gradients",
+    "validate reopen scan method",
     "job runs",
     "memory",
     "output report describe budget calibration",
@@ -42,7 +42,7 @@ ONLY_IN = {
     "jinja2": "report",
     "matplotlib": "report",
     "transformers": (
-        "modeling source tokenizer walk validate reopen calibration finetune evaluate cli"
+        "modeling source tokenizer walk gradients validate reopen calibration finetune evaluate cli"
     ),
     "accelerate": "finetune",
     "peft": "finetune",

@@ -17,7 +17,7 @@ from moefy.errors import MoefyError
 from moefy.report import draw, inside, model_card, redraw, web
 from moefy.report.chart import RAMP, THEME, looks
 from moefy.report.contents import labels, sections, verdicts
-from moefy.report.figures import STEPS
+from moefy.report.maps import STEPS
 from moefy.report.sources import PARTITION, ROUTER, sources
 
 VOID = {"meta", "link", "br", "input", "img", "hr"}
@@ -428,7 +428,7 @@ def test_every_method_names_its_source():
     """The sources of a card are those that the modules tell of themselves."""
     import inspect
 
-    from moefy.job import _module
+    from moefy.method import _module
 
     recipe = {"refit": False, "drift": 0, "calibration": "x", "partition": "", "router": ""}
     for table, package, stage in ((PARTITION, "partition", "split"), (ROUTER, "route", "fit")):

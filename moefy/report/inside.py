@@ -9,6 +9,7 @@ from typing import Any
 from moefy.report import figures
 from moefy.report.chart import INK, SERIES, Look
 from moefy.report.document import Picture, Section, Table
+from moefy.report.maps import heat, squares
 from moefy.report.wording import fixed
 
 Looks = Mapping[str, Look]
@@ -26,7 +27,7 @@ def routing(report: Mapping[str, Any], looks: Looks) -> Section:
     for number, (label, told) in enumerate(found.items()):
         layers = told["layers"]
         alt = f"Load of each expert in each layer of {label}. {_told(layers)}"
-        draw = partial(figures.heat, {label: _loads(layers)})
+        draw = partial(heat, {label: _loads(layers)})
         pictures.append(Picture(f"load-{number}", f"Load: {label}", alt, draw, SCALE))
         texts = {name: part["layers"] for name, part in (told.get("by_text") or {}).items()}
         if len(texts) > 1:
@@ -35,9 +36,7 @@ def routing(report: Mapping[str, Any], looks: Looks) -> Section:
             )
             maps = {name: _loads(part) for name, part in list(texts.items())[:4]}
             title = f"Which text goes where: {label}"
-            pictures.append(
-                Picture(f"by-text-{number}", title, alt, partial(figures.heat, maps), SCALE)
-            )
+            pictures.append(Picture(f"by-text-{number}", title, alt, partial(heat, maps), SCALE))
         together += _together(label, layers, number)
         tables += _tokens(label, layers)
     if found:
@@ -80,7 +79,7 @@ def _together(label: str, layers: Sequence[Mapping[str, Any]], number: int) -> l
     alt = f"How often two experts of {label} are chosen for the same token, in " + ", ".join(maps)
     title = f"Which experts work together: {label}"
     scale = ("less often than the mean pair", "more often")
-    draw = partial(figures.squares, maps)
+    draw = partial(squares, maps)
     return [Picture(f"together-{number}", title, alt, draw, scale)]
 
 
