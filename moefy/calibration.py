@@ -36,6 +36,7 @@ def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
             recipe.calibration,
             text_field=recipe.text_field,
             vocab_size=size,
+            stratify=recipe.stratify,
             **shape,
         )
         return dataclasses.replace(tokens, notes=(*notes, *tokens.notes))

@@ -11,21 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.documents import documents, id_rows, locate
+from moefy.documents import id_rows, shuffled, stratified
 from moefy.errors import MoefyError
 from moefy.tokenizer import encode, first_ids, require_rows
 
 LEAST_SEQUENCES = 8
 """One held out and seven to fit on: with fewer, nothing that is fitted means anything."""
 
-MOST_CHARACTERS = 2**28
-"""What is read of a file or folder at most, so that a text larger than memory still works."""
-
 IDS = "input_ids"
 """The field of rows that are tokenised already."""
-
-STREAM_CHARACTERS_PER_TOKEN = 64
-"""What is read of a streamed data set per token wanted: enough to shuffle, little to fetch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,23 +48,27 @@ def load(
     text_field: str = "text",
     heldout: float = 1 / 8,
     vocab_size: int | None = None,
+    stratify: bool = False,
 ) -> Tokens:
     """Pack the documents of `source` into `num_tokens // length` sequences of `length` tokens.
 
     The documents (see `documents`) are rid of exact duplicates, shuffled, tokenised and joined
-    with the end-of-text token between them. Every sequence starts with the beginning-of-text token
-    if the tokenizer puts one before a text. No document gives more than 4 * `length` tokens unless
-    the others have run out. The held-out sequences, a share of `heldout` but at least one, are the
-    last ones, and start at a document of their own if the text has enough of them. A text with
-    fewer tokens than asked for gives fewer sequences and a note. `vocab_size` is the number of
-    embedding rows of the model, if that is to be checked.
+    with the end-of-text token between them. With `stratify` they come in such an order that each
+    kind of text has its share however few are used (see `kinds.spread`). Every sequence starts with
+    the beginning-of-text token if the tokenizer puts one before a text. No document gives more than
+    4 * `length` tokens unless the others have run out. The held-out sequences, a share of `heldout`
+    but at least one, are the last ones, and start at a document of their own if the text has enough
+    of them. A text with fewer tokens than asked for gives fewer sequences and a note. `vocab_size`
+    is the number of embedding rows of the model, if that is to be checked.
 
     Raises:
         MoefyError: code 2 for a request of fewer than 8 sequences; code 3 for a text that gives
             fewer, for a bad source, and for a tokenizer with ids beyond `vocab_size`.
     """
     num_sequences = _num_sequences(num_tokens, length)
-    texts, notes = _shuffled(source, text_field, num_tokens, seed)
+    texts, notes = shuffled(source, num_tokens, seed, text_field=text_field)
+    if stratify:
+        texts = stratified(texts, num_tokens, share=4 * length)
     bos = first_ids(tokenizer)
     room = length - len(bos)
     # More than is used, so that the held-out part can skip to the start of a document.
@@ -185,32 +183,6 @@ def _usable(
 def _num_heldout(num_sequences: int, heldout: float) -> int:
     """Give how many of the sequences are held out: at least one, and never all."""
     return min(max(1, round(heldout * num_sequences)), num_sequences - 1)
-
-
-def _shuffled(
-    source: str, text_field: str, num_tokens: int, seed: int
-) -> tuple[list[str], list[str]]:
-    """Give the distinct documents of `source` in random order, and notes."""
-    stream = locate(source) is None
-    most = STREAM_CHARACTERS_PER_TOKEN * num_tokens if stream else MOST_CHARACTERS
-    texts: dict[bytes, str] = {}
-    notes = []
-    num_read = num_characters = 0
-    for text in documents(source, text_field=text_field):
-        if num_characters >= most:
-            notes.append(f"only the first {num_characters:,} characters were read")
-            break
-        texts.setdefault(hashlib.sha256(text.encode()).digest(), text)
-        num_read += 1
-        num_characters += len(text)
-    if len(texts) < num_read:
-        notes.append(
-            f"{num_read - len(texts):,} of {num_read:,} documents are duplicates, not used"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(texts), generator=generator).tolist()
-    distinct = list(texts.values())
-    return [distinct[index] for index in order], notes
 
 
 def _gather(tokenizer: Any, texts: list[str], *, share: int, wanted: int) -> list[list[int]]:

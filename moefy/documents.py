@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moefy.errors import MoefyError
+from moefy.kinds import spread
 from moefy.source import looks_like_path
+
+MOST_CHARACTERS = 2**28
+"""What is read of a file or folder at most, so that a text larger than memory still works."""
+
+STREAM_CHARACTERS_PER_TOKEN = 64
+"""What is read of a streamed data set per token wanted: enough to shuffle, little to fetch."""
+
+KIND_CHARACTERS_PER_TOKEN = 256
+"""Of the shuffled text per token wanted, whose kinds are told apart: enough to have all shares."""
+
+CHARACTERS_PER_TOKEN = 4
+"""About what a token stands for."""
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 """The files that are read out of a folder."""
@@ -52,6 +68,46 @@ def documents(source: str, *, text_field: str = "text") -> Iterator[str]:
             f"{source}: {num_read} documents or rows and no text in them; expected UTF-8 text "
             f"(of a folder: {', '.join(SUFFIXES)} files); give another text"
         )
+
+
+def shuffled(
+    source: str, num_tokens: int, seed: int, *, text_field: str = "text"
+) -> tuple[list[str], list[str]]:
+    """Give the distinct documents of `source` in random order, and notes.
+
+    Of a stream as much is read as `num_tokens` call for.
+    """
+    stream = locate(source) is None
+    most = STREAM_CHARACTERS_PER_TOKEN * num_tokens if stream else MOST_CHARACTERS
+    texts: dict[bytes, str] = {}
+    notes = []
+    num_read = num_characters = 0
+    for text in documents(source, text_field=text_field):
+        if num_characters >= most:
+            notes.append(f"only the first {num_characters:,} characters were read")
+            break
+        texts.setdefault(hashlib.sha256(text.encode()).digest(), text)
+        num_read += 1
+        num_characters += len(text)
+    if len(texts) < num_read:
+        notes.append(
+            f"{num_read - len(texts):,} of {num_read:,} documents are duplicates, not used"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    distinct = list(texts.values())
+    return [distinct[index] for index in order], notes
+
+
+def stratified(texts: list[str], num_tokens: int, *, share: int) -> list[str]:
+    """Give `texts` in an order in which each kind of them has its share in any number of tokens.
+
+    A document counts up to `share` tokens. Texts far behind what gives `num_tokens` stay there.
+    """
+    ends = accumulate(len(text) for text in texts)
+    num = sum(end <= KIND_CHARACTERS_PER_TOKEN * num_tokens for end in ends)
+    order = spread(texts[:num], CHARACTERS_PER_TOKEN * share)
+    return [texts[index] for index in order] + texts[num:]
 
 
 def id_rows(source: str, field: str) -> Iterator[list[int]]:

@@ -297,7 +297,7 @@ def test_duplicates_are_used_once_and_noted(save):
 
 def test_a_text_beyond_the_limit_is_read_in_part_and_noted(save, monkeypatch):
     source = save(one_word_documents(100, 20))
-    monkeypatch.setattr(data, "MOST_CHARACTERS", 3000)
+    monkeypatch.setattr(documents, "MOST_CHARACTERS", 3000)
     tokens = load(source)
     assert max(said(tokens.ids_BT)) < 60
     assert "only the first" in tokens.notes[0]
@@ -447,3 +447,27 @@ def test_overlap_finds_the_calibration_text_in_the_evaluation_text(save):
     assert overlap(ids_BT, apart) == 0
     assert 0.5 < overlap(ids_BT, within) < 1  # pieces across two sequences are not found
     assert overlap(ids_BT, list(ids_BT)) == 1
+
+
+# Kinds of text
+
+
+def test_stratified_text_has_the_shares_of_the_whole(save):
+    digits = [str(3**n)[:90] for n in range(200, 260)]
+    texts = [words(*range(n, n + 20)) for n in range(0, 600, 4)] + digits
+    tokenizer = word_tokenizer()
+    whole = sum(len(text) for text in digits) / sum(map(len, texts))
+
+    def share(seed, *, stratify):
+        """Of what comes first, how many characters are in digits, which are unknown words here."""
+        source = save(texts)
+        order, _ = documents.shuffled(source, 256, seed)
+        if stratify:
+            order = documents.stratified(order, 256, share=64)
+        first = order[:24]
+        return sum(len(t) for t in first if " " not in t) / sum(map(len, first))
+
+    assert all(abs(share(seed, stratify=True) - whole) < 0.05 for seed in range(6))
+    assert any(abs(share(seed, stratify=False) - whole) > 0.05 for seed in range(6))
+    loaded = [load(save(texts), tokenizer, stratify=flag) for flag in (True, False, True)]
+    assert loaded[0].sha256 == loaded[2].sha256 != loaded[1].sha256

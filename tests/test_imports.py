@@ -16,7 +16,7 @@ ROWS = [
     "layout modeling coverage clock environment store",
     "profile shape headers lock",
     "publish",
-    "assign solve recipe shards source families pack",
+    "assign solve kinds recipe shards source families pack",
     "checkpoint state",
     "targets cluster balance",
     "partition route refit documents tokenizer",

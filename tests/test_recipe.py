@@ -30,6 +30,7 @@ EVERYTHING = Recipe(
     text_field="content",
     tokens=4096,
     sequence_length=256,
+    stratify=False,
     seed=2**32 - 1,
     dtype="bfloat16",
     device="cpu",
