@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy.cluster.hierarchy import linkage
 from sklearn.cluster import MiniBatchKMeans
@@ -67,15 +69,18 @@ def spread(texts: list[str], most: int) -> list[int]:
 
 def _kinds(texts: list[str]) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """The kind of each text, and which two kinds or earlier forks each fork joins."""
-    read = HashingVectorizer(
+    read: Any = HashingVectorizer(
         analyzer="char", ngram_range=(3, 3), n_features=FEATURES, alternate_sign=False, norm="l1"
     )
     # Roots of shares, whose distance is Hellinger's: else a few frequent groups are all there is.
     root_NV = read.transform(text[:BEGINNING] for text in texts).sqrt()
-    # Of these, mini-batches alone give the same clusters with any number of threads; so that they
-    # do, nothing is stopped by a sum of distances.
-    fitted = MiniBatchKMeans(
-        KINDS, n_init=1, max_iter=20, max_no_improvement=None, random_state=0
+    # Of k-means' forms that by mini-batches gives the same clusters with any number of threads, as
+    # long as no sum of distances decides when it stops.
+    found: Any = MiniBatchKMeans(
+        KINDS,
+        max_iter=20,
+        max_no_improvement=None,  # pyright: ignore[reportArgumentType]
+        random_state=0,
     ).fit(root_NV[:: max(1, -(-len(texts) // SAMPLE))])
-    joined = linkage(fitted.cluster_centers_, "ward")[:, :2].astype(int).tolist()
-    return fitted.predict(root_NV), [(one, other) for one, other in joined]
+    joined = linkage(found.cluster_centers_, "ward")[:, :2].astype(int).tolist()
+    return found.predict(root_NV), [(one, other) for one, other in joined]
