@@ -34,6 +34,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ours": {},
     "static": {},
     "cross-entropy": {"kl": 0.0, "ce": 1.0},
+    "both": {"kl": 1.0, "ce": 1.0},
     "dense-trained": {"kl": 0.0, "ce": 1.0, "router_z": 0.0},
 }
 """What is trained, and how its settings differ. The dense model is trained at a tenth of the

@@ -10,9 +10,10 @@ from moefy.layout import Shape
 PREFERRED_EXPERTS = (8, 16, 32, 4, 64, 7, 9, 6, 10, 12, 5, 14, 20, 24, 28, 3, 48, 2, 128)
 """Counts, best first: powers of two, where softmax gates of 1 / E are exact, then others near 8."""
 
-FINE, FINE_SHARED, FINE_ROUTED = 32, 1 / 3, 0.2
-"""Experts of the shape of least loss, the share of the FFN that is always on beside them, and the
-share of the active neurons that are routed at least."""
+FINE, FINE_WIDTH, FINE_SHARED, FINE_ROUTED = (64, 32), 16, 1 / 3, 0.2
+"""Experts of the shape of least loss, fewer where they would be narrower than the width, the share
+of the FFN that is always on beside them, and the share of the active neurons that are routed at
+least."""
 
 ALIGNMENTS = (128, 64, 32, 16, 8)
 """Widths that kernels and quantised formats like, best first; 8 is the least that all run."""
@@ -85,23 +86,30 @@ def solve(
 def fine(num_neurons: int, active: float, fits: Callable[[Shape], bool]) -> Shape | None:
     """The shape of least loss: many experts beside about a third of the FFN that is shared.
 
-    Of `FINE` experts, their width a multiple of 16 where there is one. None where none `fits`.
-    SmolLM2-135M at 0.75, three layers dense, loses 0.29 and 0.14 with 32 experts of 32 neurons
-    beside 512 on prose and code, where it loses 0.33 and 0.16 with 16 of them beside 1,024.
+    Of as many of `FINE` as leave them `FINE_WIDTH`, their width a multiple of 8 where there is one
+    and of 16 where that costs less than a twelfth of the FFN. None where none `fits`. SmolLM2-135M
+    at 0.75, three layers dense, loses 0.29 and 0.14 with 32 experts of 32 neurons beside 512 on
+    prose and code, where it loses 0.33 and 0.16 with 16 of them beside 1,024; at 0.5, 64 of 16 lose
+    a twentieth less than 32 of 32 (recipes/README.md).
     """
-    fitting = [
-        shape
-        for shape in _disjoint(num_neurons, active, FINE, None)
-        if fits(shape)
-        and abs(shape.active_fraction - active) <= TOLERANCE
-        and shape.num_shared <= (1 - FINE_ROUTED) * shape.num_active
-    ]
 
     def rank(shape: Shape) -> tuple[float, ...]:
-        off = abs(shape.num_shared / num_neurons - FINE_SHARED)
-        return (-min(alignment(shape.expert_width), 16), off, abs(shape.active_fraction - active))
+        off, even = abs(shape.num_shared / num_neurons - FINE_SHARED), alignment(shape.expert_width)
+        miss = abs(shape.active_fraction - active)
+        return (-min(even, 8), round(12 * off), -min(even, 16), off, miss)
 
-    return min(fitting, key=rank, default=None)
+    for count in FINE:
+        fitting = [
+            shape
+            for shape in _disjoint(num_neurons, active, count, None)
+            if fits(shape)
+            and abs(shape.active_fraction - active) <= TOLERANCE
+            and shape.num_shared <= (1 - FINE_ROUTED) * shape.num_active
+            and (shape.expert_width >= FINE_WIDTH or count == FINE[-1])
+        ]
+        if fitting:
+            return min(fitting, key=rank)
+    return None
 
 
 def any_shared(shape: Shape) -> bool:
