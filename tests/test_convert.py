@@ -27,8 +27,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from moefy import __version__, families, layers, walk
-from moefy.convert import convert
+from moefy import __version__, data, families, layers, walk
+from moefy.convert import calibration_tokens, convert
 from moefy.errors import MoefyError
 from moefy.evaluate.controls import AS_WRITTEN, changed, control_jobs, controls
 from moefy.evaluate.run import evaluate
@@ -39,6 +39,7 @@ from moefy.layout import Shape
 from moefy.recipe import Recipe, build, read
 from moefy.reopen import reopen
 from moefy.shape import pruned
+from moefy.tokenizer import load_tokenizer
 
 SINGLE = "model.safetensors"
 README = Path(__file__).parent.parent / "README.md"
@@ -800,3 +801,17 @@ def test_files_of_a_size(pico, a_job, converted, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {file.name for file in files}
+
+
+@pytest.mark.parametrize("stratify", [True, False])
+def test_calibration_text_is_stratified_unless_the_recipe_says_no(stratify, pico, text):
+    folder = pico("llama")
+    few = {"tokens": 1024, "sequence_length": 64, "calibration": str(text), "stratify": stratify}
+    job = prepare(build(None, {"model": str(folder), **few}, []))
+    found = calibration_tokens(job, lambda *_: None)
+    shape = {"num_tokens": 1024, "length": 64, "seed": 0}
+    known = [
+        data.load(load_tokenizer(folder), str(text), stratify=flag, **shape).sha256
+        for flag in (stratify, not stratify)
+    ]
+    assert found.sha256 == known[0] != known[1]
