@@ -54,12 +54,12 @@ def load(
 
     The documents (see `documents`) are rid of exact duplicates, shuffled, tokenised and joined
     with the end-of-text token between them. With `stratify` they come in such an order that each
-    kind of text has its share however few are used (see `kinds.spread`). Every sequence starts with
-    the beginning-of-text token if the tokenizer puts one before a text. No document gives more than
-    4 * `length` tokens unless the others have run out. The held-out sequences, a share of `heldout`
-    but at least one, are the last ones, and start at a document of their own if the text has enough
-    of them. A text with fewer tokens than asked for gives fewer sequences and a note. `vocab_size`
-    is the number of embedding rows of the model, if that is to be checked.
+    kind of text has about its share however few are used (`kinds.spread`). Every sequence starts
+    with the beginning-of-text token if the tokenizer puts one before a text. No document gives more
+    than 4 * `length` tokens unless the others have run out. The held-out sequences, a share of
+    `heldout` but at least one, are the last ones, and start at a document of their own if the text
+    has enough of them. A text with fewer tokens than asked for gives fewer sequences and a note.
+    `vocab_size` is the number of embedding rows of the model, if that is to be checked.
 
     Raises:
         MoefyError: code 2 for a request of fewer than 8 sequences; code 3 for a text that gives

@@ -23,8 +23,9 @@ MOST_CHARACTERS = 2**28
 STREAM_CHARACTERS_PER_TOKEN = 64
 """What is read of a streamed data set per token wanted: enough to shuffle, little to fetch."""
 
-KIND_CHARACTERS_PER_TOKEN = 256
-"""Of the shuffled text per token wanted, whose kinds are told apart: enough to have all shares."""
+KIND_CHARACTERS_PER_TOKEN, KIND_CHARACTERS = 256, 2**23
+"""Of the shuffled text per token wanted, and at most, whose kinds are told apart: enough to have
+all shares, and read in seconds."""
 
 CHARACTERS_PER_TOKEN = 4
 """About what a token stands for."""
@@ -100,14 +101,14 @@ def shuffled(
 
 
 def stratified(texts: list[str], num_tokens: int, *, share: int) -> list[str]:
-    """Give `texts` in an order in which each kind of them has its share in any number of tokens.
+    """Give `texts` in an order in which each kind of them has about its share of any beginning.
 
     A document counts up to `share` tokens. Texts far behind what gives `num_tokens` stay there.
     """
-    ends = accumulate(len(text) for text in texts)
-    num = sum(end <= KIND_CHARACTERS_PER_TOKEN * num_tokens for end in ends)
-    order = spread(texts[:num], CHARACTERS_PER_TOKEN * share)
-    return [texts[index] for index in order] + texts[num:]
+    most = CHARACTERS_PER_TOKEN * share
+    enough = min(KIND_CHARACTERS_PER_TOKEN * num_tokens, KIND_CHARACTERS)
+    num = sum(end <= enough for end in accumulate(min(len(text), most) for text in texts))
+    return [texts[index] for index in spread(texts[:num], most)] + texts[num:]
 
 
 def id_rows(source: str, field: str) -> Iterator[list[int]]:

@@ -1,4 +1,4 @@
-"""An order of documents in which every beginning holds the kinds of text in the whole's shares."""
+"""An order of documents in which every beginning holds each kind of text in about its share."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ SAMPLE = 4096
 
 
 def spread(texts: list[str], most: int) -> list[int]:
-    """Give the order of `texts` of which every beginning has each kind's share of the characters.
+    """Give the order of `texts` of which every beginning has about each kind's share of all.
 
     A kind is a cluster (k-means) of documents by their groups of three characters, which asks for
     neither a tokenizer nor spaces between words. Likest kinds are joined, up to two sides that are
     least alike, say prose and code. At each fork the side goes next that leaves both nearer to
-    their shares, so that no kind and no kinds joined are off by more than about a document. Within
-    a kind the order is that of `texts`. Of a document, the first `most` characters count.
+    their shares, so that kinds, and kinds joined, stay within a few documents of theirs. Within a
+    kind the order is that of `texts`. Shares are of characters, of which the first `most` of a
+    document count.
 
     Source: stratified sampling with proportional allocation, the strata nested.
     """
@@ -44,15 +45,15 @@ def spread(texts: list[str], most: int) -> list[int]:
     for one, other in forks:
         whole.append(whole[one] + whole[other])
         count.append(count[one] + count[other])
-    share = [size / max(1, num) for size, num in zip(whole, count, strict=True)]
+    mean = [size / max(1, num) for size, num in zip(whole, count, strict=True)]
     done = [0] * len(whole)
 
     def off(fork: int, side: int) -> float:
         """How far `side` would be from its share of what the fork has given, if it went next."""
         if not count[side]:
             return float("inf")
-        given = done[fork] + share[side]
-        return abs(done[side] + share[side] - given * whole[side] / whole[fork])
+        given = done[fork] + mean[side]
+        return abs(done[side] + mean[side] - given * whole[side] / max(1, whole[fork]))
 
     order: list[int] = []
     while len(order) < len(texts):
@@ -68,7 +69,7 @@ def spread(texts: list[str], most: int) -> list[int]:
 
 
 def _kinds(texts: list[str]) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The kind of each text, and which two kinds or earlier forks each fork joins."""
+    """The kind of each text (N,), and which two kinds or earlier forks each fork joins."""
     read: Any = HashingVectorizer(
         analyzer="char", ngram_range=(3, 3), n_features=FEATURES, alternate_sign=False, norm="l1"
     )
@@ -80,6 +81,7 @@ def _kinds(texts: list[str]) -> tuple[np.ndarray, list[tuple[int, int]]]:
         KINDS,
         max_iter=20,
         max_no_improvement=None,  # pyright: ignore[reportArgumentType]
+        compute_labels=False,
         random_state=0,
     ).fit(root_NV[:: max(1, -(-len(texts) // SAMPLE))])
     joined = linkage(found.cluster_centers_, "ward")[:, :2].astype(int).tolist()

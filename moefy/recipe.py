@@ -46,7 +46,7 @@ class Recipe:
     tokens: int = 16384
     sequence_length: int = 512
     stratify: bool = True
-    """Draw documents so that each kind of text has its share, however few are drawn."""
+    """Draw documents so that each kind of text has about its share, however few are drawn."""
     seed: int = 0
     dtype: str = "as-stored"
     max_shard_size: str = "5GB"

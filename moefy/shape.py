@@ -85,18 +85,13 @@ def solve(
 def fine(num_neurons: int, active: float, fits: Callable[[Shape], bool]) -> Shape | None:
     """The shape of least loss: many experts beside about a third of the FFN that is shared.
 
-    Of as many of `FINE` as leave them `FINE_WIDTH`, their width a multiple of 8 where there is one
-    and of 16 where that costs less than a twelfth of the FFN. None where none `fits`. SmolLM2-135M
-    at 0.75, three layers dense, loses 0.29 and 0.14 with 32 experts of 32 neurons beside 512 on
-    prose and code, where it loses 0.33 and 0.16 with 16 of them beside 1,024; at 0.5, 64 of 16 lose
-    a twentieth less than 32 of 32 (recipes/README.md).
+    Of the first of `FINE` that divides the FFN into experts of `FINE_WIDTH` or more (of the last
+    whatever their width): of widths that are multiples of 8, if there are any, and of those of 16
+    if what is shared then lies at most a sixteenth of the FFN further from a third. None where none
+    `fits`. SmolLM2-135M at 0.75, three layers dense, loses 0.29 and 0.14 with 32 experts of 32
+    neurons beside 512 on prose and code, where it loses 0.33 and 0.16 with 16 of them beside 1,024;
+    at 0.5, 64 of 16 lose 4 % less than 32 of 32 (recipes/README.md).
     """
-
-    def rank(shape: Shape) -> tuple[float, ...]:
-        off, even = abs(shape.num_shared / num_neurons - FINE_SHARED), alignment(shape.expert_width)
-        miss = abs(shape.active_fraction - active)
-        return (-min(even, 8), round(12 * off), -min(even, 16), off, miss)
-
     for count in FINE:
         fitting = [
             shape
@@ -107,8 +102,22 @@ def fine(num_neurons: int, active: float, fits: Callable[[Shape], bool]) -> Shap
             and (shape.expert_width >= FINE_WIDTH or count == FINE[-1])
         ]
         if fitting:
-            return min(fitting, key=rank)
+            even = max(min(alignment(shape.expert_width), 8) for shape in fitting)
+            fitting = [shape for shape in fitting if shape.expert_width % even == 0]
+            least = min(map(_off, fitting))
+            return min(fitting, key=lambda shape: _fine_rank(shape, active, least))
     return None
+
+
+def _off(shape: Shape) -> float:
+    """How far what is shared lies from `FINE_SHARED` of the FFN."""
+    return abs(shape.num_shared / shape.num_neurons - FINE_SHARED)
+
+
+def _fine_rank(shape: Shape, active: float, least: float) -> tuple[float, ...]:
+    far = _off(shape) - least > 1 / 16
+    uneven = shape.expert_width % 16 > 0
+    return (far, uneven, _off(shape), abs(shape.active_fraction - active))
 
 
 def any_shared(shape: Shape) -> bool:

@@ -471,3 +471,24 @@ def test_stratified_text_has_the_shares_of_the_whole(save):
     assert any(abs(share(seed, stratify=False) - whole) > 0.05 for seed in range(6))
     loaded = [load(save(texts), tokenizer, stratify=flag) for flag in (True, False, True)]
     assert loaded[0].sha256 == loaded[2].sha256 != loaded[1].sha256
+
+
+def test_of_long_documents_only_what_counts_decides_how_many_are_looked_at():
+    digits, prose = (
+        [str(3**n) for n in range(2000, 2020)],
+        [words(*range(n, 900)) for n in range(80)],
+    )
+    texts = [text * 64 for text in prose + digits]  # three of these are more than is looked at
+    order = documents.stratified(texts, 2048, share=256)
+    assert sum(" " not in text for text in order[:20]) in (3, 4, 5)
+    assert sum(" " not in text for text in texts[:20]) == 0
+
+
+def test_texts_behind_what_gives_enough_stay_there():
+    texts = [str(3**n) if n % 5 else words(*range(n, 300)) for n in range(100, 300)]
+    ends = [sum(len(text) for text in texts[: n + 1]) for n in range(len(texts))]
+    num = sum(end <= documents.KIND_CHARACTERS_PER_TOKEN * 64 for end in ends)
+    order = documents.stratified(texts, 64, share=10**6)
+    assert 2 * 16 <= num < len(texts)
+    assert order[num:] == texts[num:] and order[:num] != texts[:num]
+    assert sorted(order) == sorted(texts)

@@ -75,7 +75,7 @@ def test_alike_and_short_documents_are_no_fault(texts):
 
 
 def test_threads_change_nothing():
-    texts = [text for _, text in corpus(least=1, most=3000)] * 3
+    texts = [text[:60] for seed in range(16) for _, text in corpus(seed)]
     orders = []
     for threads in (1, 2, 4):
         with threadpool_limits(threads):
@@ -84,6 +84,20 @@ def test_threads_change_nothing():
 
 
 def test_kinds_are_found_from_a_sample(monkeypatch):
-    monkeypatch.setattr(kinds, "SAMPLE", 50)
+    fitted = []
+
+    class Fit(kinds.MiniBatchKMeans):
+        def fit(self, rows):
+            fitted.append(rows.shape[0])
+            return super().fit(rows)
+
+    monkeypatch.setattr(kinds, "MiniBatchKMeans", Fit)
+    monkeypatch.setattr(kinds, "SAMPLE", 60)
     found = corpus()
-    assert worst(spread([text for _, text in found], 10_000), found) < 1.5
+    assert worst(spread([text for _, text in found], 10_000), found) < 2
+    assert fitted == [50]  # every fourth of 200
+
+
+def test_text_without_weight_is_no_fault():
+    assert sorted(spread([""] * 40, 100)) == list(range(40))
+    assert sorted(spread(["some words"] * 40, 0)) == list(range(40))

@@ -232,9 +232,10 @@ def test_too_little_to_overlap_is_refused():
         (1536, 0.3500, (192, 56, 24, 14)),  # 512 shared ones would leave next to nothing routed
         (2048, 0.3600, (512, 64, 24, 9)),
         (2048, 0.6484, (512, 64, 24, 34)),  # rather than 1024 and experts of 16
-        (2048, 0.3077, (256, 56, 32, 12)),  # nor 64 of 28, nor 512 and five of 24
+        (2048, 0.3077, (256, 56, 32, 12)),  # not 512 and five of 24
+        (5632, 0.5000, (1536, 64, 64, 20)),  # rather than 2048 and experts of 56
         (768, 0.4375, (256, 32, 16, 5)),  # not 64 of 8
-        (11008, 0.4500, (3840, 64, 112, 10)),  # not 3584 and experts of 116
+        (11008, 0.4500, (3840, 64, 112, 10)),
         (1536, 0.1200, None),
     ],
 )
