@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from moefy import data
-from moefy import gradients as whole
+from moefy.gradients import ffn_gradients
 from moefy.job import Job, Watch
 from moefy.memory import require
 from moefy.tokenizer import load_tokenizer, vocabulary_notes
@@ -58,6 +58,6 @@ def gradients(job: Job, tokens: data.Tokens, watch: Watch) -> dict[int, Tensor]:
     weights = sum(entry.num_elements for entry in job.checkpoint.entries.values())
     kept = len(job.layers) * ids_BT.numel() * job.size("hidden_size")
     require(4 * weights + 2 * kept, "a model that gives gradients", "use another --partition")
-    return whole.gradients(
+    return ffn_gradients(
         job.checkpoint, job.family, job.layers, ids_BT, job.device, partial(watch, "gradients")
     )

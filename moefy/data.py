@@ -65,15 +65,15 @@ def load(
         MoefyError: code 2 for a request of fewer than 8 sequences; code 3 for a text that gives
             fewer, for a bad source, and for a tokenizer with ids beyond `vocab_size`.
     """
-    num_sequences = _num_sequences(num_tokens, length)
+    num_sequences, share = _num_sequences(num_tokens, length), 4 * length
     texts, notes = shuffled(source, num_tokens, seed, text_field=text_field)
     if stratify:
-        texts = stratified(texts, num_tokens, share=4 * length)
+        texts = stratified(texts, num_tokens, share=share)
     bos = first_ids(tokenizer)
     room = length - len(bos)
     # More than is used, so that the held-out part can skip to the start of a document.
-    wanted = num_sequences * room + 4 * length
-    parts = _gather(tokenizer, texts, share=4 * length, wanted=wanted)
+    wanted = num_sequences * room + share
+    parts = _gather(tokenizer, texts, share=share, wanted=wanted)
     usable, fewer = _usable(source, parts, room, num_sequences, num_tokens)
     num_heldout = _num_heldout(usable, heldout)
     ids_BN, num_documents, shared = _pack(parts, room, usable - num_heldout, num_heldout)

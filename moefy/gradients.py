@@ -15,7 +15,7 @@ from moefy.errors import MoefyError
 from moefy.families.family import Family
 
 
-def gradients(
+def ffn_gradients(
     checkpoint: Checkpoint,
     family: Family,
     layers: list[int],

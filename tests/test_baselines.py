@@ -17,9 +17,10 @@ from sklearn.cluster import KMeans
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from moefy import families, gradients
+from moefy import families
 from moefy.cluster import balanced_kmeans, marks, token_centroids
 from moefy.errors import MoefyError
+from moefy.gradients import ffn_gradients
 from moefy.layout import FFN, Partition, Profile, Shape
 from moefy.partition.gradient import importance
 from moefy.partition.static import fluctuation
@@ -292,7 +293,7 @@ FAMILIES = ["llama", "gpt2", "gemma2", "granite", "gpt_neox", "lfm2", "opt"]
 def test_gradients_are_finite_differences_of_the_loss(family, pico):
     folder = pico(family)
     ids_BT = torch.randint(1, 128, (3, 24), generator=seeded(0))
-    found = gradients.gradients(
+    found = ffn_gradients(
         open_checkpoint(folder), families.load(family), [0, 1], ids_BT, torch.device("cpu")
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()

@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from moefy import __version__, data, families, layers, walk
-from moefy.convert import calibration_tokens, convert
+from moefy.calibration import calibration_tokens
+from moefy.convert import convert
 from moefy.errors import MoefyError
 from moefy.evaluate.controls import AS_WRITTEN, changed, control_jobs, controls
 from moefy.evaluate.run import evaluate
