@@ -35,6 +35,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "static": {},
     "cross-entropy": {"kl": 0.0, "ce": 1.0},
     "both": {"kl": 1.0, "ce": 1.0},
+    "static-both": {"kl": 1.0, "ce": 1.0},
     "dense-trained": {"kl": 0.0, "ce": 1.0, "router_z": 0.0},
 }
 """What is trained, and how its settings differ. The dense model is trained at a tenth of the
@@ -65,7 +66,7 @@ def main(
             if name == "dense-trained":
                 tune_dense(run, out / name, built, watch)
             else:
-                source = static if name == "static" else run
+                source = static if name.startswith("static") else run
                 resume = (out / f".{name}.moefy-finetune").is_dir()
                 finetune(source, out / name, built, resume=resume, watch=watch)
     if score:
@@ -166,7 +167,7 @@ def markdown(out: Path, num_tokens: int) -> str:
                 cells.append("")
                 continue
             cell = f"{row['perplexity']:.2f}, dNLL {row['dnll']:.3f}, KL {row['kl']:.3f}"
-            start = "static, before" if model == "static" else "ours, before"
+            start = "static, before" if model.startswith("static") else "ours, before"
             before = found.get((start, text))
             if before and model in CHANGES and model != "dense-trained":
                 cell += f"; **{1 - row['dnll'] / before['dnll']:.0%}** recovered"
