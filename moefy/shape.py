@@ -51,7 +51,7 @@ def solve(
     _check(num_neurons, active, experts, experts_per_token, shared, total)
     fits = fits or any_shared
 
-    def wanted(shape: Shape) -> bool:
+    def answers(shape: Shape) -> bool:
         return (
             fits(shape)
             and abs(shape.active_fraction - active) <= TOLERANCE
@@ -60,11 +60,11 @@ def solve(
 
     if total > 1:
         k = experts_per_token or 1
-        if found := _overlapping(num_neurons, active, total, experts, k, wanted):
+        if found := _overlapping(num_neurons, active, total, experts, k, answers):
             return found
     else:
         possible = _disjoint(num_neurons, active, experts, experts_per_token)
-        if fitting := list(filter(wanted, possible)):
+        if fitting := list(filter(answers, possible)):
             return min(fitting, key=lambda shape: _rank(shape, active))
     asked = {
         "experts": experts,
