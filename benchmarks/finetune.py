@@ -9,6 +9,7 @@ done again; a training that was stopped goes on from its last checkpoint.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -138,7 +139,10 @@ def remembered(folder: Path, file: Path, windows: list[torch.Tensor]) -> Callabl
         dense = load_teacher(folder, Settings())
         with torch.inference_mode():
             kept = [dense(w[None], use_cache=False).logits[0, :-1].clone() for w in windows]
-        torch.save(kept, file)
+        # Whole or not at all: others may work in the same folder.
+        part = file.with_name(f".{file.name}.{os.getpid()}")
+        torch.save(kept, part)
+        part.replace(file)
     logits = dict(zip(map(id, windows), torch.load(file, mmap=True), strict=True))
 
     def log_probabilities(ids_T: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import statistics
 import time
@@ -164,7 +165,10 @@ def remembered(folder: Path, file: Path, windows: list[torch.Tensor]):
         dense = load_model(folder)
         with torch.inference_mode():
             kept = [dense(w[None], use_cache=False).logits[0, :-1].clone() for w in windows]
-        torch.save(kept, file)
+        # Whole or not at all: others may work in the same folder.
+        part = file.with_name(f".{file.name}.{os.getpid()}")
+        torch.save(kept, part)
+        part.replace(file)
     logits = dict(zip(map(id, windows), torch.load(file, mmap=True), strict=True))
 
     def log_probabilities(ids_T: torch.Tensor) -> torch.Tensor:
