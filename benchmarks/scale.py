@@ -200,6 +200,8 @@ def one(wanted: str, out: Path, memory: str = "") -> None:
         for stage, counts in operations(job).items()
     }
     result = {"plan": plan, "floor": floor, "rates": rates, "wall": seconds}
+    if job.device.type == "cuda":
+        result["gpu_bytes"] = torch.cuda.max_memory_allocated()
     json.dump({**result, "summary": summary, "threads": torch.get_num_threads()}, sys.stdout)
 
 
@@ -207,7 +209,7 @@ def products(job: Job, most: int = 4096) -> dict[str, float]:
     """Operations per second of a product, a factorisation and a triangular solve, of up to `most`
     neurons of the FFN."""
     hidden, neurons, rows = job.size("hidden_size"), min(job.shape.num_neurons, most), 2048
-    x_TD, w_FD = torch.rand(rows, hidden), torch.rand(neurons, hidden)
+    x_TD, w_FD = (torch.rand(n, hidden, device=job.device) for n in (rows, neurons))
     product = timed(lambda: x_TD @ w_FD.T)
     gram_FF = w_FD @ w_FD.T
     gram_FF.diagonal().add_(float(gram_FF.trace()))
@@ -223,9 +225,13 @@ def products(job: Job, most: int = 4096) -> dict[str, float]:
 
 def timed(work: Callable[[], object]) -> float:
     """Seconds of a call, the first of which warms up."""
-    work()
-    start = time.perf_counter()
-    work()
+    for _ in range(2):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -260,6 +266,8 @@ def table(name: str, result: dict[str, Any]) -> list[str]:
         f"files {peaks['RssFile'] / 1e9:.2f}), planned {plan['memory_bytes'] / 1e9:.2f} for "
         f"{plan['memory_stage']}: {plan['memory_bytes'] / peaks['VmHWM']:.2f} of it"
     )
+    if "gpu_bytes" in result:
+        lines.append(f"peak memory of the GPU {result['gpu_bytes'] / 1e9:.2f} GB")
     if plan["file_bytes"]:
         lines.append(f"states in files of {plan['file_bytes'] / 1e9:.2f} GB")
     if name in SIZES:

@@ -6,6 +6,8 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 
+import torch
+
 
 class Clock:
     """Adds up seconds by stage, on top of those of `earlier` attempts."""
@@ -18,9 +20,11 @@ class Clock:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the seconds that the block takes."""
+        """Count the seconds that the block takes, those of a GPU included."""
+        _settle()
         self._running, self._since = name, time.perf_counter()
         yield
+        _settle()
         self._table, self._running = self._so_far(), None
 
     def seconds(self) -> dict[str, float]:
@@ -33,3 +37,9 @@ class Clock:
             earlier = table.get(self._running, 0.0)
             table[self._running] = earlier + time.perf_counter() - self._since
         return table
+
+
+def _settle() -> None:
+    """Wait for what a GPU has been given to do, or it would count for what comes next."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -187,7 +187,7 @@ def _convert(
     value: dict[str, Any] = {"layer": layer, **block.figures}
     seconds = {name: round(spent, 3) for name, spent in clock.seconds().items() if name != "total"}
     value["stage_seconds"] = {**seconds, **value["stage_seconds"]}
-    return {} if norm_EN is None else {"norm": norm_EN}, names, value
+    return {} if norm_EN is None else {"norm": norm_EN.cpu()}, names, value
 
 
 def _pass(

@@ -28,7 +28,7 @@ class NeuronGate(nn.Module):
                 both = nn.functional.linear(hidden, experts.gate_up_proj[number])
                 gate, up = both.chunk(2, dim=-1)
                 h_TN = experts.act_fn(gate) * up
-            scores.append(h_TN.float().square() @ norm_N)
+            scores.append(h_TN.float().square() @ norm_N.to(h_TN.device))
         score_TE = torch.stack(scores, 1)
         # What the stock router gives experts between which it has no preference.
         weight_1K = self.router[0](torch.zeros_like(hidden[:1]), *rest)[1]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,6 +170,20 @@ def test_a_resume_that_loses_the_experts_is_seen(once, run, text, tmp_path, monk
     tuned(run, tmp_path / "out", text, **again, resume=True)
     new, old = weights(tmp_path / "out"), weights(once[1])
     assert not all(torch.equal(new[name], old[name]) for name in old)
+
+
+def test_a_teacher_is_asked_where_it_lies():
+    """Rows are read on the CPU, and a teacher may be on a GPU."""
+
+    def elsewhere(input_ids, use_cache):
+        assert input_ids.device == elsewhere.device
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 7))
+
+    elsewhere.device = torch.device("meta")
+    ids_BTP, log_p_BTP = teacher.live(elsewhere, teacher.Keep())(
+        torch.arange(2), torch.zeros(2, 3, dtype=torch.long)
+    )
+    assert ids_BTP.shape == log_p_BTP.shape == (2, 3, 7)
 
 
 def test_cached_teacher_is_the_live_one(once, run, text, tmp_path):

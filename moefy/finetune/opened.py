@@ -14,7 +14,7 @@ from moefy import data, families, runs
 from moefy.errors import MoefyError
 from moefy.finetune.routing import layers
 from moefy.finetune.settings import Settings
-from moefy.finetune.tune import Text, num_steps, tokens_per_step
+from moefy.finetune.tune import Text, device, num_steps, tokens_per_step
 from moefy.headers import read_config, read_entries
 from moefy.job import Watch
 from moefy.publish import sha256
@@ -145,14 +145,6 @@ def load_teacher(folder: Path, settings: Settings) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     model.requires_grad_(False)
     return model.eval().to(device(settings))
-
-
-def device(settings: Settings) -> torch.device:
-    """Where models are put."""
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def read_text(opened: Opened, settings: Settings, world: int, watch: Watch) -> tuple[Text, Any]:

@@ -23,7 +23,6 @@ from moefy.finetune import teacher
 from moefy.finetune.checkpoints import steps
 from moefy.finetune.opened import (
     Opened,
-    device,
     load_student,
     load_teacher,
     open_run,
@@ -32,7 +31,7 @@ from moefy.finetune.opened import (
 )
 from moefy.finetune.settings import TABLE, Settings
 from moefy.finetune.trainer import Targets
-from moefy.finetune.tune import Text, Tuned, Watchers, tune
+from moefy.finetune.tune import Text, Tuned, Watchers, device, tune
 from moefy.finetune.write import check_checkpoint, save, write_checkpoint
 from moefy.job import Watch
 from moefy.publish import check_free, publishing, sha256, write_json, write_text

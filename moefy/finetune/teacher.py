@@ -50,7 +50,7 @@ def live(model: Any, keep: Keep) -> Callable[[Tensor, Tensor], tuple[Tensor, Ten
 
     def targets(row_B: Tensor, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         with torch.inference_mode():
-            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+            logits_BTV = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
             ids, log_p = likeliest(logits_BTV.flatten(0, 1), keep)
         shape = (*ids_BT.shape, -1)
         return ids.view(shape).clone(), log_p.view(shape).clone()

@@ -211,7 +211,8 @@ class Finetuner(Checkpointed, Trainer):
         count = max(1, self.sums.get("count", 1))
         loss = self.sums.get("loss", 0.0) / count
         if self.args.world_size > 1:
-            loss = float(self._all(torch.tensor(loss))) / self.args.world_size
+            loss = float(self._all(torch.tensor(loss, device=self.args.device)))
+            loss /= self.args.world_size
         self.guard.saw(self.state.global_step, loss, self.loads)
         if self.settings.balance == "bias":
             for layer, load_E in zip(self.routing.layers, self.loads, strict=True):
@@ -224,7 +225,7 @@ class Finetuner(Checkpointed, Trainer):
         """What is told of a step."""
         made = {name: value / count for name, value in self.sums.items() if name != "count"}
         if self.args.world_size > 1:
-            values = torch.tensor(list(made.values()))
+            values = torch.tensor(list(made.values()), device=self.args.device)
             means = self._all(values) / self.args.world_size
             made = dict(zip(made, means.tolist(), strict=True))
         began, first = self.began

@@ -75,6 +75,14 @@ class Watchers:
     watch: Callable[[str, int, int], None] = lambda *_: None
 
 
+def device(settings: Settings) -> torch.device:
+    """Where models are put."""
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
 def num_steps(settings: Settings, world: int) -> int:
     """Optimizer steps that make up the tokens asked for."""
     return math.ceil(settings.tokens / tokens_per_step(settings, world))
@@ -112,6 +120,8 @@ def tune(
     while True:
         checkpoint = last_good(home, identity, until)
         model = load()
+        if not settings.fsdp:  # then transformers has put each part where it belongs
+            model = model.to(device(settings))
         if settings.train == "lora":
             model = adapted(model, settings.lora_rank)
         explore = Explore(
