@@ -9,21 +9,20 @@ done again; a training that was stopped goes on from its last checkpoint.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
+from remembered import remembered
 from transformers import AutoModelForCausalLM
 
 from moefy.evaluate.controls import load_model
 from moefy.evaluate.text import compare, standard_error
 from moefy.evaluate.windows import text_windows
-from moefy.finetune.opened import load_teacher, open_run, read_text, teacher_folder
+from moefy.finetune.opened import open_run, read_text, teacher_folder
 from moefy.finetune.run import finetune
 from moefy.finetune.settings import Settings, build
 from moefy.finetune.tune import Watchers, tune
@@ -131,24 +130,6 @@ def score_all(
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
-
-
-def remembered(folder: Path, file: Path, windows: list[torch.Tensor]) -> Callable[..., Any]:
-    """A function from a window to the dense model's log-probabilities; its logits are in `file`."""
-    if not file.exists():
-        dense = load_teacher(folder, Settings())
-        with torch.inference_mode():
-            kept = [dense(w[None], use_cache=False).logits[0, :-1].clone() for w in windows]
-        # Whole or not at all: others may work in the same folder.
-        part = file.with_name(f".{file.name}.{os.getpid()}")
-        torch.save(kept, part)
-        part.replace(file)
-    logits = dict(zip(map(id, windows), torch.load(file, mmap=True), strict=True))
-
-    def log_probabilities(ids_T: torch.Tensor) -> torch.Tensor:
-        return logits[id(ids_T)].float().log_softmax(-1)
-
-    return log_probabilities
 
 
 def rows(log: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import statistics
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 import typer
+from remembered import remembered
 
 from moefy.convert import calibration_tokens, convert
 from moefy.evaluate.controls import load_model
@@ -154,27 +154,6 @@ def measure(
         "scores": scores,
         "layers": summary["layers"],
     }
-
-
-def remembered(folder: Path, file: Path, windows: list[torch.Tensor]):
-    """A function from a window to the dense model's log-probabilities on it.
-
-    The dense model's logits are kept in `file`, in the dtype it computes them in.
-    """
-    if not file.exists():
-        dense = load_model(folder)
-        with torch.inference_mode():
-            kept = [dense(w[None], use_cache=False).logits[0, :-1].clone() for w in windows]
-        # Whole or not at all: others may work in the same folder.
-        part = file.with_name(f".{file.name}.{os.getpid()}")
-        torch.save(kept, part)
-        part.replace(file)
-    logits = dict(zip(map(id, windows), torch.load(file, mmap=True), strict=True))
-
-    def log_probabilities(ids_T: torch.Tensor) -> torch.Tensor:
-        return logits[id(ids_T)].float().log_softmax(-1)
-
-    return log_probabilities
 
 
 def rows(log: Path) -> list[dict]:
