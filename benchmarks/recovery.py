@@ -4,7 +4,7 @@
 
 RUN is trained as `moefy finetune` trains it, and scored before, behind the last step, and at
 halves, quarters and so on of the tokens. Every score is a line of FILE. What lies between is of one
-schedule that has not ended yet: a training of only so many tokens would end lower.
+schedule that has not ended yet: a training of only so many tokens may end lower.
 """
 
 from __future__ import annotations
