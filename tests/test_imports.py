@@ -13,7 +13,7 @@ ROWS = [
     "__init__",  # may import nothing of moefy, and all may import it: for the version
     "errors",
     "parallel",
-    "layout modeling coverage clock environment store",
+    "layout modeling coverage clock environment store compute",
     "profile shape headers lock",
     "publish",
     "assign solve kinds recipe shards source families pack",

@@ -1,0 +1,141 @@
+"""The dtype to compute in: the stored one where the machine has it, else float32.
+
+What is stored never changes. A processor without instructions for bfloat16 or float16 computes in
+them all the same, through conversions that take several to several hundred times as long.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moefy.errors import MoefyError
+
+AUTO = "auto"
+CHOICES = (AUTO, "float32", "bfloat16", "float16")
+"""What `--compute-dtype` takes."""
+
+INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx10_2"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "avx10_1", "avx10_2"),
+}
+"""Instructions that multiply in a dtype, one of which an x86 processor must have."""
+
+SLOW = 1.5
+"""A product that takes this many times as long as in float32 is not native, whatever is listed.
+Measured: .4 with instructions (AVX512-BF16), 2.4 to 200 without."""
+
+ROWS, WIDTH = 128, 512
+"""Sizes of the product that is timed: a chunk of tokens, a small model's layer."""
+
+
+@dataclass(frozen=True)
+class ComputeDtype:
+    """The dtype to load a model in, and why if it is not the stored one."""
+
+    dtype: torch.dtype
+    note: str = ""
+    """One line for the user; empty where there is nothing to say."""
+
+    @property
+    def name(self) -> str:
+        """As `--compute-dtype` spells it."""
+        return name_of(self.dtype)
+
+
+def compute_dtype(
+    asked: str,
+    stored: torch.dtype,
+    device: torch.device,
+    *,
+    float32_bytes: int,
+    room: int,
+) -> ComputeDtype:
+    """The dtype to compute in for weights that are stored as `stored`.
+
+    `asked` is one of `CHOICES`. `auto` takes the stored dtype where `device` has it, else float32
+    if the `float32_bytes` that this takes fit in `room` bytes, else the stored dtype all the same.
+
+    Raises:
+        MoefyError: code 2 for an unknown name; 5 where what was asked for does not fit.
+    """
+    if asked not in CHOICES:
+        expected = ", ".join(CHOICES)
+        raise MoefyError(f"--compute-dtype is {asked!r}; expected one of {expected}", code=2)
+    short = f"float32 takes {float32_bytes / 1e9:.1f} GB, there are {room / 1e9:.1f} GB"
+    if asked != AUTO:
+        chosen: torch.dtype = getattr(torch, asked)
+        if chosen == torch.float32 != stored and float32_bytes > room:
+            raise MoefyError(f"--compute-dtype float32: {short}; leave it out", code=5)
+        same = chosen == stored
+        return ComputeDtype(chosen, "" if same else f"computes in {asked}, as asked for")
+    if native(stored, device):
+        return ComputeDtype(stored)
+    name, slower = name_of(stored), slowness(stored, device)
+    if float32_bytes > room:
+        return ComputeDtype(
+            stored,
+            f"computes in {name}, as stored, {slower:.1f} times slower than in float32 on this "
+            f"machine: {short}",
+        )
+    return ComputeDtype(
+        torch.float32,
+        f"computes in float32, not in {name} as stored: this machine is {slower:.1f} times slower "
+        "in that",
+    )
+
+
+def native(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `device` computes in `dtype` about as fast as in float32, or faster.
+
+    The instruction set is asked first. Then a small product is timed, once a process, for a library
+    may convert although the instructions are there.
+    """
+    if dtype not in INSTRUCTIONS:
+        return True
+    return _listed(dtype, device) and slowness(dtype, device) < SLOW
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the machine lists instructions for `dtype`; what lists none is not ruled out."""
+    if device.type == "cuda":
+        if dtype == torch.float16:
+            return True
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    listed = torch.cpu.get_capabilities()
+    if listed.get("architecture") not in ("x86_64", "AMD64"):
+        return True
+    return any(listed.get(name, False) for name in INSTRUCTIONS[dtype])
+
+
+def slowness(dtype: torch.dtype, device: torch.device) -> float:
+    """How many times as long as in float32 a small product takes in `dtype`."""
+    if device.type != "cpu":
+        return 1.0
+    return _seconds(dtype) / _seconds(torch.float32)
+
+
+@functools.cache
+def _seconds(dtype: torch.dtype) -> float:
+    """Seconds of one product: the least of a few, for other programs may run beside."""
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(ROWS, WIDTH, generator=generator).to(dtype)
+    weight_FD = torch.randn(WIDTH, WIDTH, generator=generator).to(dtype)
+    with torch.inference_mode():
+        _timed(x_TD, weight_FD)  # the first one also builds the kernel
+        return min(_timed(x_TD, weight_FD) for _ in range(5))
+
+
+def _timed(x_TD: Tensor, weight_FD: Tensor) -> float:
+    start = time.perf_counter()
+    torch.nn.functional.linear(x_TD, weight_FD)
+    return time.perf_counter() - start
