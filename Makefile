@@ -8,11 +8,14 @@ DEMO_MODEL := .venv/.demo-model
 LLAMA_CPP := .venv/.llama-cpp
 VLLM := 0.32.0
 VLLM_INSTALLED := .venv-vllm/.installed-$(VLLM)
+# Two workers of one thread each (tests/conftest.py). Each takes half of the tests in the files'
+# order, which makes most of what they share once; the first one done takes from the other's half.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-engines check format bench bench-speed bench-quality
+.PHONY: help demo test test-all test-engines check format bench bench-speed bench-quality
 
 help: ## list the targets (the default)
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -21,8 +24,11 @@ demo: $(DEMO_MODEL) ## convert a real 135M model on the CPU and print the report
 	$(BIN)/moefy convert demo build/demo --tokens 6144 --sequence-length 256 --force --device cpu
 	$(BIN)/moefy report build/demo --tokens 2048 --no-robustness --no-speed
 
-test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest -q
+test: $(INSTALLED) ## run the tests, but for the slow ones
+	$(PYTEST) -m "not slow"
+
+test-all: $(INSTALLED) ## run all tests, as CI does
+	$(PYTEST)
 
 test-engines: $(LLAMA_CPP) $(VLLM_INSTALLED) ## run models in llama.cpp and vLLM (installs 3.5 GB)
 	MOEFY_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -q -m engines
