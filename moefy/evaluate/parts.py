@@ -251,6 +251,11 @@ def speed(bench: Bench, report: dict[str, Any], settings: Settings) -> None:
             ),
         )
         report["speed"]["transformers"] = {"ideal_ratio": ideal, **found}
+        bench.notes.extend(
+            f"speed of {label}: {way} was left out, which cannot compute this model ({reason})"
+            for label, reasons in found.get("left_out", {}).items()
+            for way, reason in reasons.items()
+        )
     wanted = settings.wants(settings.engines)
     if not wanted or (reason := llama_cpp.available()) is not None:
         if wanted and settings.engines:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moefy import routing
 from moefy.errors import MoefyError
+from moefy.walk import runnable
 
 PROBE = 32
 """Tokens of which the cache is measured: fewer than any sliding window."""
@@ -120,7 +121,7 @@ def _main(folder: str) -> None:
 
     before = _resident("VmRSS")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    model.eval()
+    model = runnable(model.eval())
     ids_1T = torch.arange(PREFILL)[None] % model.get_input_embeddings().weight.shape[0]
     with torch.inference_mode():
         out = model(ids_1T, use_cache=True, logits_to_keep=1)

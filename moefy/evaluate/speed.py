@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.errors import MoefyError
+
 IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 """How transformers may compute experts; the fastest one is used for each piece of work."""
 
@@ -55,7 +57,10 @@ def measure(
 ) -> dict[str, Any]:
     """Speed of `models`, the first of which is dense, on stretches of the text `ids_T`."""
     start, spent = time.perf_counter(), time.process_time()
-    ways = {label: implementations(model, ids_T, grid, clock) for label, model in models.items()}
+    ways: dict[str, dict[tuple[str, int], str | None]] = {}
+    left_out: dict[str, dict[str, str]] = {}
+    for label, model in models.items():
+        ways[label], left_out[label] = implementations(model, ids_T, grid, clock)
     seconds: dict[tuple[str, int, int], dict[str, list[float]]] = {}
     total = dict.fromkeys(grid.work, 0.0)
     steps = schedule(grid.work, grid.rounds)
@@ -80,6 +85,7 @@ def measure(
         "implementation": {
             label: _told(found) for label, found in ways.items() if any(found.values())
         },
+        "left_out": {label: reasons for label, reasons in left_out.items() if reasons},
         "threads": torch.get_num_threads(),
         "cores": cores(start, spent),
         "dtype": {
@@ -168,11 +174,16 @@ def stretches(ids_T: Tensor, batch: int, length: int, turn: int) -> Tensor:
 
 def implementations(
     model: Any, ids_T: Tensor, grid: Grid, clock: Clock
-) -> dict[tuple[str, int], str | None]:
-    """The fastest way to compute the experts, by phase and batch size; none for other models."""
+) -> tuple[dict[tuple[str, int], str | None], dict[str, str]]:
+    """The fastest way to compute the experts, by phase and batch size; none for other models.
+
+    With it, why ways were left out that cannot compute this model: each has its own demands on the
+    widths (grouped_mm takes rows of multiples of 16 bytes).
+    """
     if not getattr(model, "_can_set_experts_implementation", bool)():
-        return {}
+        return {}, {}
     best: dict[tuple[str, int], str | None] = {}
+    left_out: dict[str, str] = {}
     hopeful: dict[str, list[str]] = {
         "prefill": list(IMPLEMENTATIONS),
         "decode": list(IMPLEMENTATIONS),
@@ -184,17 +195,24 @@ def implementations(
             # One that is only tried for decoding reads by the way that was best before.
             read = way if way in hopeful["prefill"] else best[("prefill", 1)]
             ways = {("prefill", batch): read, ("decode", batch): way}
-            if not best:  # the first time is slower whatever the way
-                one_round(model, ids_T, batch, TRIAL, trial, 0, ways, clock)
-            values = one_round(model, ids_T, batch, TRIAL, trial, 1, ways, clock)
+            try:
+                if not best:  # the first time is slower whatever the way
+                    one_round(model, ids_T, batch, TRIAL, trial, 0, ways, clock)
+                values = one_round(model, ids_T, batch, TRIAL, trial, 1, ways, clock)
+            except Exception as error:  # a library's own, of a kind that it does not name
+                left_out[way] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                continue
             for phase, seconds in zip(took, values, strict=True):
                 if way in hopeful[phase]:
                     took[phase][way] = seconds
+        if not all(took.values()):
+            reasons = "; ".join(f"{way}: {reason}" for way, reason in left_out.items())
+            raise MoefyError(f"no way to compute the experts is left ({reasons})", code=6)
         for phase, found in took.items():
             least = min(found.values())
             best[phase, batch] = min(found, key=found.__getitem__)
             hopeful[phase] = [way for way in found if found[way] <= HOPELESS * least]
-    return best
+    return best, left_out
 
 
 def use(model: Any, way: str | None) -> None:
