@@ -14,6 +14,11 @@ FINE, FINE_WIDTH, FINE_SHARED, FINE_ROUTED = (64, 56, 48, 32), 16, 1 / 3, 0.2
 """Experts of the shape of least loss, fewer where none of so many has the width, the share of the
 FFN that is always on beside them, and the share of the active neurons that are routed at least."""
 
+LEAST_PART = 0.1
+"""Neurons that are routed at least, as a share of those that run or of those that do not, whichever
+are fewer, and that are shared at least where any are, as a share of those that run. With less
+routed there is next to nothing to choose; less shared is a matrix product too small to pay."""
+
 ALIGNMENTS = (128, 64, 32, 16, 8)
 """Widths that kernels and quantised formats like, best first; 8 is the least that all run."""
 
@@ -39,11 +44,13 @@ def solve(
 ) -> Shape:
     """The best legal shape for an FFN of `num_neurons` under the options that were given.
 
-    What is not given is chosen: expert widths that are multiples of 32 where there are any, 8
-    experts if they fit, else the next preferred count, two experts per token, else the next
-    higher number, and then the widest alignment. `fits` tells which shapes the class to be written
-    can hold; a shared expert of any width, if not given. With a `total` above one experts overlap:
-    8 that are one per token, or more where it has room for more of them, as wide as it allows.
+    What is not given is chosen: neither almost all nor almost none of the active neurons shared
+    (`LEAST_PART`), expert widths that are multiples of 32 where there are any, 8 experts if they
+    fit, else the next preferred count, two experts per token, else the next higher number, and then
+    the widest alignment. All experts are on where all neurons are to be. `fits` tells which shapes
+    the class to be written can hold; a shared expert of any width, if not given. With a `total`
+    above one experts overlap: 8 that are one per token, or more where it has room for more of them,
+    as wide as it allows.
 
     Raises:
         MoefyError: code 2, naming the nearest legal values, when nothing fits.
@@ -162,7 +169,7 @@ def _disjoint(
     return [
         shape
         for count in ((experts,) if experts else PREFERRED_EXPERTS)
-        for k in (_routing(count) if per_token is None else (per_token,))
+        for k in (_routing(count, active) if per_token is None else (per_token,))
         for shape in _near(num_neurons, count, k, active)
     ]
 
@@ -235,19 +242,29 @@ def alignment(width: int) -> int:
     return next((unit for unit in ALIGNMENTS if width % unit == 0), 1)
 
 
-def _routing(num_experts: int) -> range:
-    """Experts per token that leave a choice."""
-    return range(1, num_experts)
+def _routing(num_experts: int, active: float) -> range:
+    """Experts per token that may answer: all of them alone where all neurons are to run."""
+    return range(num_experts if active >= 1 else 1, num_experts + 1)
 
 
 def _rank(shape: Shape, active: float) -> tuple[float, ...]:
-    """Widths that quantised formats take, then the preferred count, then two experts per token."""
+    """A choice to make, widths that quantised formats take, the preferred count, two per token."""
+    every = shape.experts_per_token == shape.num_experts
     unit = alignment(shape.expert_width)
     count = shape.num_experts
     place = PREFERRED_EXPERTS.index(count) if count in PREFERRED_EXPERTS else count
     chosen = shape.experts_per_token
     off = round(abs(shape.active_fraction - active), 4)
-    return (-min(unit, 32), place, chosen if chosen >= 2 else 99, -unit, off, shape.num_shared)
+    order = (-min(unit, 32), place, chosen if chosen >= 2 else 99, -unit, off, shape.num_shared)
+    return (every, _lopsided(shape), *order)
+
+
+def _lopsided(shape: Shape) -> bool:
+    """Whether next to nothing is routed, or shared where any is (`LEAST_PART`)."""
+    active, idle = shape.num_active, shape.num_neurons - shape.num_active
+    routed = active - shape.num_shared
+    few = LEAST_PART * active
+    return routed < LEAST_PART * min(active, idle) or 0 < shape.num_shared < few
 
 
 def _check(

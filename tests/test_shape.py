@@ -123,6 +123,79 @@ def test_all_experts_active_is_the_dense_layer(num_neurons):
     assert shape.num_active == num_neurons
 
 
+@pytest.mark.parametrize("fits", ALLOWED)
+@pytest.mark.parametrize("more", [{}, {"experts": 6}, {"experts": 6, "experts_per_token": 6}])
+def test_all_neurons_alone_ask_for_all_experts(more, fits):
+    for num_neurons in (96, 256, 1536, 11008, 27648):
+        if not any(legal(num_neurons, more.get("experts", count), fits) for count in (8, 4, 7, 6)):
+            continue
+        shape = solve(num_neurons, active=1.0, fits=fits, **more)
+        assert_sound(shape, num_neurons, 1.0, fits)
+        assert shape.experts_per_token == shape.num_experts
+        assert more.get("experts") in (None, shape.num_experts)
+
+
+def test_all_neurons_with_a_share_that_is_always_on():
+    assert solve(256, active=1.0, experts=6, shared=0.25) == Shape(256, 64, 6, 32, 6)
+    assert solve(1536, active=1.0) == Shape(1536, 512, 8, 128, 8)
+
+
+def test_all_experts_are_on_below_one_only_where_nothing_else_answers():
+    assert solve(1536, active=0.99).experts_per_token < solve(1536, active=0.99).num_experts
+    assert solve(256, active=0.995, experts=6, shared=0.25) == Shape(256, 64, 6, 32, 6)
+
+
+@pytest.mark.parametrize("num_neurons", [96, 256, 1536])
+def test_nothing_is_refused_that_a_legal_shape_answers(num_neurons):
+    """So what a refusal calls nearest is never what was asked for."""
+    shapes = {n: legal(num_neurons, n, any_shared) for n in (2, 6, 8)}
+    for active, experts, k, shared in itertools.product(
+        [0.3, 0.5, 0.75, 0.97, 0.995, 1.0], shapes, [None, 1, 2, 6], [None, 0.0, 0.25, 0.5]
+    ):
+        if k and k > experts:
+            continue
+        answers = [
+            shape
+            for shape in shapes[experts]
+            if abs(shape.active_fraction - active) <= 0.01
+            and k in (None, shape.experts_per_token)
+            and (shared is None or abs(shape.num_shared / num_neurons - shared) <= 0.01)
+        ]
+        options = {"experts": experts, "experts_per_token": k, "shared": shared}
+        if answers:
+            assert solve(num_neurons, active=active, **options) in answers
+        else:
+            refusal(num_neurons, active=active, **options)
+
+
+@pytest.mark.parametrize(
+    ("num_neurons", "active", "fits", "wanted"),
+    [
+        (7681, 0.25, any_shared, (1025, 8, 832, 1)),  # not 1 neuron beside 8 of 960
+        (28672, 0.25, any_shared, (4096, 8, 3072, 1)),  # as 14,336 has it, not 256 shared
+        (8192, 0.5, shared_multiple, (1024, 7, 1024, 3)),  # not 1 of 64 experts: 0.8 % routed
+        (16384, 0.5, shared_multiple, (2048, 7, 2048, 3)),
+        (10752, 0.25, shared_multiple, (1344, 7, 1344, 1)),
+        (1536, 0.5, any_shared, (512, 8, 128, 2)),
+        (1536, 0.75, any_shared, (1024, 8, 64, 2)),
+        (1536, 0.25, any_shared, (192, 7, 192, 1)),
+        (11008, 0.25, any_shared, (1536, 8, 1184, 1)),
+    ],
+)
+def test_enough_is_routed_and_enough_is_shared(num_neurons, active, fits, wanted):
+    assert solve(num_neurons, active=active, fits=fits) == Shape(num_neurons, *wanted)
+
+
+@pytest.mark.parametrize("fits", [any_shared, shared_multiple])
+@pytest.mark.parametrize("active", FRACTIONS)
+def test_widths_that_models_have_are_never_split_lopsided(active, fits):
+    for num_neurons in range(1536, 28673, 1792):
+        shape = solve(num_neurons, active=active, fits=fits)
+        running, routed = shape.num_active, shape.num_active - shape.num_shared
+        assert shape.num_shared >= 0.1 * running, shape
+        assert routed >= 0.1 * min(running, num_neurons - running), shape
+
+
 def test_a_small_layer_has_widths_of_any_size():
     assert {shape.expert_width for shape in legal(96, 8, any_shared)} == set(range(1, 12))
     assert {shape.expert_width for shape in legal(256, 8, any_shared)} == {8, 16, 24}
