@@ -18,6 +18,7 @@ from typing import Any
 from moefy.errors import MoefyError
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 MAX_CONFIG, MAX_INDEX, MAX_DEPTH = 1_000_000, 32_000_000, 50
 MAX_HEADER = 100_000_000
 BYTES = {
@@ -72,6 +73,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         MoefyError: code 3 when there is none, or none that can be read.
     """
+    if not os.path.lexists(folder / CONFIG) and folder.is_dir() and (what := _other(folder)):
+        raise MoefyError(f"{folder} holds no {CONFIG}, but {what}")
     return read_json(regular_file(folder, CONFIG), MAX_CONFIG)
 
 
@@ -82,9 +85,8 @@ def read_entries(folder: Path, *, ignore_index: bool = False) -> dict[str, Entry
     """
     found = [name for name in (SINGLE, INDEX) if os.path.lexists(folder / name)]
     if not found:
-        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth"))
-        only = f", only pickles ({some(pickles)}), never opened: convert with save_pretrained()"
-        raise MoefyError(f"{folder} holds no {SINGLE} and no {INDEX}{only if pickles else ''}")
+        what = _other(folder)
+        raise MoefyError(f"{folder} holds no {SINGLE} and no {INDEX}{f', but {what}' * bool(what)}")
     if len(found) == 2:
         raise MoefyError(f"{folder} holds {SINGLE} and {INDEX}: ambiguous; remove the stale one")
     if found == [SINGLE]:
@@ -106,6 +108,33 @@ def read_entries(folder: Path, *, ignore_index: bool = False) -> dict[str, Entry
             "(hf download), or go by the shards (--set ignore_index=true)"
         )
     return entries
+
+
+def _other(folder: Path) -> str:
+    """What a folder holds in the place of a model, and what to do; nothing if that is unknown."""
+    if any(os.path.lexists(folder / name) for name in (SINGLE, INDEX)):
+        return ""
+    if os.path.lexists(folder / ADAPTER):
+        return (
+            f"an adapter ({ADAPTER}), which is no model by itself; merge it into its base model "
+            "(PEFT's merge_and_unload) and save that with save_pretrained()"
+        )
+    names = sorted(file.name for file in folder.iterdir())
+    if tensors := [name for name in names if name.endswith(".safetensors")]:
+        formats = f"transformers' own format is a {SINGLE} or an {INDEX}"
+        return f"other safetensors ({some(tensors)}); {formats}: fetch that, or rename the file"
+    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
+        return f"pickles ({some(pickles)}), never opened: convert with save_pretrained()"
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        return f"GGUF files ({some(gguf)}); expected the checkpoint that they were made from"
+    return ""
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that the weights are in, by the index if there is one."""
+    if not os.path.lexists(folder / INDEX):
+        return [SINGLE]
+    return sorted(set(_weight_map(regular_file(folder, INDEX)).values()))
 
 
 def _weight_map(path: Path) -> dict[str, str]:

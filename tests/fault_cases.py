@@ -346,7 +346,36 @@ CASES = [
         (),
         0,
     ),
-    model("17 no config", d.remove(CONFIG), (CONFIG,)),
+    *[
+        model(f"16 {name} only", d.moved(SINGLE, name), (INDEX, name, "transformers' own format"))
+        for name in ("consolidated.safetensors", "model.fp16.safetensors", SHARDS[0])
+    ],
+    model(
+        "16 adapter only",
+        d.then(
+            d.remove(CONFIG),
+            d.moved(SINGLE, "adapter_model.safetensors"),
+            d.write("adapter_config.json", '{"peft_type": "LORA"}'),
+        ),
+        ("adapter", "no model by itself", "merge_and_unload"),
+    ),
+    model(
+        "16 GGUF only",
+        d.then(d.remove(CONFIG), d.moved(SINGLE, "model.gguf")),
+        ("model.gguf", "made from"),
+    ),
+    model(
+        "16 other files beside the shards",
+        d.sharded(
+            *(d.write(name, "no model's") for name in ("consolidated.safetensors", "lora.bin")),
+            *(d.write(name, "{}") for name in ("model.safetensors.index.fp16.json", "params.json")),
+            d.write("model.fp16-00001-of-00002.safetensors", "not ours to read"),
+            d.write("adapter_model.safetensors", "not ours to read"),
+        ),
+        (),
+        0,
+    ),
+    model("17 no config", d.remove(CONFIG), (CONFIG, "fetch it again")),
     model("17 empty", d.write(CONFIG, ""), (CONFIG,)),
     model("17 cut", d.cut(CONFIG, 100), (CONFIG,)),
     model("17 list", d.write(CONFIG, '[{"model_type": "llama"}]'), (CONFIG, "object")),
@@ -534,6 +563,7 @@ CASES += [
         ["--experts", "4", "--experts-per-token", "5"],
         ("at most 4",),
     ),
+    usage("25 revision of a folder", ["--revision", "v1"], ("--revision v1", "is a folder")),
     usage("25 all shared", ["--experts", "8", "--shared", "0.99"], ("nearest",)),
     usage("25 shared above all", ["--shared", "1.5"], ("--shared is 1.5",)),
     usage(

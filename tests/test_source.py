@@ -68,18 +68,65 @@ def test_a_path_is_never_sent_to_the_hub(tmp_path, monkeypatch, asked, name):
 def test_other_names_are_hub_ids(tmp_path, monkeypatch, asked, name):
     monkeypatch.chdir(tmp_path)
     assert source.resolve(name, revision="v1") == Path("/cache/snapshot")
-    ((model, options),) = asked
-    assert model == name and options["revision"] == "v1"
+    assert [model for model, _ in asked] == [name, name]
+    # The weights are those of the commit whose settings were read, whatever v1 is by then.
+    assert [options["revision"] for _, options in asked] == ["v1", "snapshot"]
 
 
-def test_only_weights_and_settings_at_the_top_are_fetched(asked):
+WANTED = ["config.json", "tokenizer.model", "merges.txt", "chat.jinja", "LICENSE.txt"]
+OTHERS = ["pytorch_model.bin", "modeling.py", "onnx/config.json", "original/a.safetensors"]
+OTHERS += ["consolidated.safetensors", "model.fp16.safetensors", "adapter_model.safetensors"]
+OTHERS += ["model.fp16-00001-of-00002.safetensors"]
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("weights", "more", "fetched"),
+    [
+        (SHARDS, [INDEX], SHARDS),
+        (SHARDS, [INDEX, "model.safetensors"], SHARDS),  # both would be ambiguous
+        (["model.safetensors"], [], ["model.safetensors"]),
+        (["model.safetensors"], ["adapter_config.json"], []),  # it will be refused
+        ([], ["adapter_config.json"], []),
+    ],
+)
+def test_of_a_repository_the_weights_that_its_index_names_are_fetched(
+    tmp_path, monkeypatch, weights, more, fetched
+):
     from huggingface_hub.utils import filter_repo_objects
 
-    source.resolve("owner/name")
-    patterns = {key: asked[0][1][key] for key in ("allow_patterns", "ignore_patterns")}
-    wanted = ["config.json", "model-1.safetensors", "tokenizer.model", "merges.txt", "chat.jinja"]
-    others = ["pytorch_model.bin", "modeling.py", "onnx/config.json", "original/a.safetensors"]
-    assert list(filter_repo_objects(wanted + others, **patterns)) == wanted
+    cached = tmp_path / "0123456789"
+
+    def snapshot_download(model, *, revision=None, **patterns):
+        cached.mkdir(exist_ok=True)
+        for name in filter_repo_objects([*WANTED, *OTHERS, *weights, *more], **patterns):
+            index = {"weight_map": {str(n): shard for n, shard in enumerate(SHARDS)}}
+            (cached / name).write_text(json.dumps(index) if name == INDEX else "")
+        return str(cached)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert source.resolve("owner/name") == cached
+    small = [name for name in more if name.endswith(".json")]
+    assert sorted(os.listdir(cached)) == sorted([*WANTED, *small, *fetched])
+
+
+def test_an_index_that_names_files_elsewhere_fetches_nothing(tmp_path, monkeypatch):
+    def snapshot_download(model, **options):
+        assert options.get("ignore_patterns"), "no weights are asked for"
+        (tmp_path / INDEX).write_text('{"weight_map": {"a": "../a.safetensors"}}')
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    refusal(lambda: source.resolve("owner/name"), INDEX, "for security")
+
+
+def test_a_revision_of_what_has_none_is_refused(tmp_path, asked):
+    for name, what in ((str(tmp_path), "is a folder"), ("demo", "is the demo model")):
+        refusal(
+            lambda name=name: source.resolve(name, revision="v1"), "--revision v1", what, code=2
+        )
+    assert asked == []
 
 
 def test_a_file_and_an_empty_name_are_refused(tmp_path):

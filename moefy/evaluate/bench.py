@@ -100,7 +100,8 @@ def prepare(
     recipe = read_recipe(run)
     folders = [Path(name) for name in settings.against if _is_folder(name)]
     methods = {name: changed(recipe, name) for name in settings.against if not _is_folder(name)}
-    source = resolve(settings.dense or recipe.model, revision=recipe.revision)
+    revision = None if settings.dense else recipe.revision
+    source = resolve(settings.dense or recipe.model, revision=revision)
     check_folder(source)
     dense = dense_stage(source)
     own, missing = run_stages(run)

@@ -111,7 +111,8 @@ def teacher_folder(opened: Opened, settings: Settings) -> tuple[Path, dict[str, 
     """
     recipe = opened.recipe
     given = settings.teacher is not None
-    folder = resolve(settings.teacher or recipe.model, revision=recipe.revision)
+    revision = None if settings.teacher else recipe.revision
+    folder = resolve(settings.teacher or recipe.model, revision=revision)
     config = read_config(folder)
     files = sorted({entry.file for entry in read_entries(folder).values()})
     digests = {file.name: sha256(file) for file in files}
