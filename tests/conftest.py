@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored, here and in children
+# nohup, or a shell's `&`, would have them ignored, here and in children.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PICO = {
     "hidden_size": 32,

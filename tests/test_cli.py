@@ -264,6 +264,7 @@ def test_a_conversion_and_its_report(moefy, pico, text, tmp_path):
     convert = ["convert", pico("llama"), out, *FEW, "--calibration", text]
     report = ["report", out, "--text", text, "--tokens", "300", "--sequence-length", "100"]
     report += ["--no-speed", "--no-robustness"]
+    scores = [*report, "--quick"]  # no processes whose peak memory is measured
     spoken = moefy(*convert)
     assert spoken.code == 0
     assert "Qwen2MoeForCausalLM" in spoken.out and str(out) in spoken.out
@@ -273,7 +274,7 @@ def test_a_conversion_and_its_report(moefy, pico, text, tmp_path):
     assert all(name in told.out for name in ("dense", "converted", "static", "oracle"))
     assert not ESCAPE.search(spoken.out + spoken.err + told.out + told.err)
     assert moefy(*convert, "--quiet", "--force") == Done(0, "", "")
-    assert moefy(*report, "--quiet", "--no-controls") == Done(0, "", "")
+    assert moefy(*scores, "--quiet", "--no-controls") == Done(0, "", "")
     assert set(json.loads((out / "moefy" / "report.json").read_text())["texts"]) == {"text"}
 
     done = moefy(*convert, "--json", "--force")
@@ -281,7 +282,7 @@ def test_a_conversion_and_its_report(moefy, pico, text, tmp_path):
     assert json.loads(done.out, parse_constant=pytest.fail) == json.loads(
         (out / "moefy" / "conversion.json").read_text()
     )
-    done = moefy(*report, "--json", "--no-controls")
+    done = moefy(*scores, "--json", "--no-controls")
     assert done.code == 0
     assert json.loads(done.out, parse_constant=pytest.fail) == json.loads(
         (out / "moefy" / "report.json").read_text()
@@ -435,6 +436,7 @@ def test_an_interrupted_process_leaves_nothing(pico, tmp_path):
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.wait()
     assert process.returncode == 130, err
     assert out == ""
     assert err.splitlines()[-1] == "moefy: interrupted; nothing was written"
