@@ -168,6 +168,20 @@ def build_model(folder: Path, model_type: str, overrides: dict) -> None:
     model.save_pretrained(folder)
 
 
+@pytest.fixture
+def never_hangs():
+    """Interrupt what does not return, even from within a system call."""
+
+    def late(*_):
+        raise TimeoutError("still running after a minute")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 @pytest.fixture(scope="session")
 def pico(tmp_path_factory) -> Callable[..., Path]:
     """`pico(model_type, **overrides)`: the folder of a tiny model, to be read only."""

@@ -5,7 +5,6 @@ The cases are in `fault_cases`; a table of what happens is printed by `faults_ta
 
 import random
 import shutil
-import signal
 import struct
 from pathlib import Path
 
@@ -37,19 +36,7 @@ def run(folder: Path) -> tuple[str, ...]:
     return (*tensors_of(checkpoint), *scan(checkpoint).notes)
 
 
-@pytest.fixture(autouse=True)
-def never_hangs():
-    """Interrupt what does not return, even from within a system call."""
-
-    def late(*_):
-        raise TimeoutError("still running after a minute")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
+pytestmark = pytest.mark.usefixtures("never_hangs")
 
 CASES = [*MODELS, *RUNS]
 HERE = [case for case in CASES if not case.elsewhere]
