@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moefy.documents import id_rows, shuffled, stratified
+from moefy.documents import MOST_IDS, TEXT, id_rows, shuffled, stratified
 from moefy.errors import MoefyError
 from moefy.tokenizer import encode, first_ids, require_rows
 
@@ -45,7 +45,7 @@ def load(
     num_tokens: int,
     length: int,
     seed: int,
-    text_field: str = "text",
+    text_field: str = TEXT,
     heldout: float = 1 / 8,
     vocab_size: int | None = None,
     stratify: bool = False,
@@ -66,7 +66,7 @@ def load(
             fewer, for a bad source, and for a tokenizer with ids beyond `vocab_size`.
     """
     num_sequences, share = _num_sequences(num_tokens, length), 4 * length
-    texts, notes = shuffled(source, num_tokens, seed, text_field=text_field)
+    texts, notes = shuffled(source, num_tokens, seed, text_field=text_field, tokenizer=tokenizer)
     if stratify:
         texts = stratified(texts, num_tokens, share=share)
     bos = first_ids(tokenizer)
@@ -100,14 +100,28 @@ def load_ids(
         MoefyError: as `load`.
     """
     num_sequences = _num_sequences(num_tokens, length)
-    rows = list(id_rows(source, IDS))
+    rows, num_read, notes = [], 0, []
+    for row in id_rows(source, IDS):
+        if num_read >= MOST_IDS:
+            notes.append(f"only the first {num_read:,} ids were read")
+            break
+        rows.append(row)
+        num_read += len(row)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    parts = [rows[index] for index in order]
-    usable, notes = _usable(source, parts, length, num_sequences, num_tokens)
+    # As many as are used; one more, so that the held-out part can skip to the start of a row.
+    enough = num_sequences * length + max(map(len, rows))
+    ends = accumulate(len(rows[index]) for index in order)
+    parts = [
+        rows[index]
+        for index, end in zip(order, ends, strict=True)
+        if end - len(rows[index]) < enough
+    ]
+    usable, fewer = _usable(source, parts, length, num_sequences, num_tokens)
     num_heldout = _num_heldout(usable, heldout)
     ids_BT, num_documents, shared = _pack(parts, length, usable - num_heldout, num_heldout)
     require_rows(ids_BT, vocab_size)
-    return Tokens(ids_BT, num_heldout, source, _digest(ids_BT), num_documents, (*notes, *shared))
+    notes += [*fewer, *shared]
+    return Tokens(ids_BT, num_heldout, source, _digest(ids_BT), num_documents, tuple(notes))
 
 
 def sample(

@@ -1,11 +1,10 @@
-"""Documents out of text files, folders, JSONL and data sets of the hub."""
+"""Documents out of text files, folders, rows and data sets of the hub."""
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import importlib.util
-import json
+from array import array
 from collections.abc import Iterator
 from itertools import accumulate, chain
 from pathlib import Path
@@ -13,11 +12,16 @@ from typing import Any
 
 import torch
 
+from moefy import chat
 from moefy.errors import MoefyError
 from moefy.kinds import spread
+from moefy.rows import SUFFIXES, TABLES, lines, rows, start, suffix
 from moefy.source import looks_like_path
 
-MOST_CHARACTERS = 2**28
+TEXT = "text"
+"""The field that holds the text of a row, if no other is named."""
+
+MOST_CHARACTERS, MOST_IDS = 2**28, 2**26
 """What is read of a file or folder at most, so that a text larger than memory still works."""
 
 STREAM_CHARACTERS_PER_TOKEN = 64
@@ -30,34 +34,34 @@ all shares, and read in seconds."""
 CHARACTERS_PER_TOKEN = 4
 """About what a token stands for."""
 
-SUFFIXES = (".txt", ".md", ".jsonl")
-"""The files that are read out of a folder."""
+BOM = "\ufeff"
 
 
-def documents(source: str, *, text_field: str = "text") -> Iterator[str]:
+def documents(source: str, *, text_field: str = TEXT, tokenizer: Any = None) -> Iterator[str]:
     """Yield the documents of `source`, none of them blank, in the order in which they are stored.
 
     `source` is one of
 
-    - a text file, its documents separated by two blank lines (without these it is one document);
-    - a `.jsonl` file of objects that hold the text in `text_field`;
-    - a folder: every `.txt`, `.md` and `.jsonl` file below it, sorted by path;
+    - a file of running text, its documents separated by two blank lines (without these it is one
+      document);
+    - a file of JSON or parquet rows (see `rows`) that hold the text in `text_field`, or turns of a
+      conversation, which the chat template of `tokenizer` makes text of: there, or, where the
+      field is not named, in `messages` or `conversations`;
+    - a folder: every file below it whose name ends as `SUFFIXES` have it, sorted by path;
     - a data set of the hub, streamed: `name`, `name:split` or `name:configuration:split`, where
       the split is `train` if not given. Needs the `datasets` package.
 
     Raises:
-        MoefyError: code 3 for a source that is missing, empty, not UTF-8 text or not valid JSONL.
+        MoefyError: code 3 for a source that is missing, empty, neither UTF-8 text nor rows, and for
+            rows without text.
     """
     path = locate(source)
     if path is None:
-        texts = _streamed(source, text_field)
+        texts = (_row_text(row, text_field, source, tokenizer) for row in _streamed(source))
     elif path.is_dir():
-        files = sorted(
-            file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()
-        )
-        texts = chain.from_iterable(_stored(file, text_field) for file in files)
+        texts = chain.from_iterable(_stored(file, text_field, tokenizer) for file in _below(path))
     else:
-        texts = _stored(path, text_field)
+        texts = _stored(path, text_field, tokenizer)
     num_read = num_found = 0
     for text in texts:
         num_read += 1
@@ -71,8 +75,37 @@ def documents(source: str, *, text_field: str = "text") -> Iterator[str]:
         )
 
 
+def beginning(path: Path, num_characters: int, tokenizer: Any, *, text_field: str = TEXT) -> str:
+    """Give the first characters of a file as one text to evaluate on.
+
+    Running text stays as it is. Of rows, the end-of-text token of `tokenizer` stands between one
+    document and the next, as it does in calibration.
+
+    Raises:
+        MoefyError: as `documents`.
+    """
+    path = path.expanduser()
+    stored = rows(path)
+    if stored is None:
+        return start(path, num_characters)
+    end = tokenizer.eos_token or tokenizer.sep_token or "\n\n\n"
+    parts: list[str] = []
+    length = 0
+    for text in documents(str(path), text_field=text_field, tokenizer=tokenizer):
+        parts.append(text)
+        length += len(text) + len(end)
+        if length >= num_characters:
+            break
+    return end.join(parts)[:num_characters]
+
+
 def shuffled(
-    source: str, num_tokens: int, seed: int, *, text_field: str = "text"
+    source: str,
+    num_tokens: int,
+    seed: int,
+    *,
+    text_field: str = TEXT,
+    tokenizer: Any = None,
 ) -> tuple[list[str], list[str]]:
     """Give the distinct documents of `source` in random order, and notes.
 
@@ -83,7 +116,7 @@ def shuffled(
     texts: dict[bytes, str] = {}
     notes = []
     num_read = num_characters = 0
-    for text in documents(source, text_field=text_field):
+    for text in documents(source, text_field=text_field, tokenizer=tokenizer):
         if num_characters >= most:
             notes.append(f"only the first {num_characters:,} characters were read")
             break
@@ -111,30 +144,28 @@ def stratified(texts: list[str], num_tokens: int, *, share: int) -> list[str]:
     return [texts[index] for index in spread(texts[:num], most)] + texts[num:]
 
 
-def id_rows(source: str, field: str) -> Iterator[list[int]]:
-    """Yield the rows of token ids, none of them empty, of a JSONL file or a folder of such files.
+def id_rows(source: str, field: str) -> Iterator[array[int]]:
+    """Yield the token ids of the rows of a file or folder, leaving out rows that have none.
 
     Raises:
-        MoefyError: code 3 for a source that is missing, not valid JSONL, or holds no ids.
+        MoefyError: code 3 for a source that is missing, is no file of rows, or holds no ids.
     """
     path = locate(source)
-    files = [] if path is None else [path]
-    if path is not None and path.is_dir():
-        files = sorted(file for file in path.rglob("*.jsonl") if file.is_file())
+    files = [] if path is None else _below(path) if path.is_dir() else [path]
     num_found = 0
-    for file in files:
-        require_utf8(file)
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{file}, line {number}"
-                ids = _value(_row(line, where), field, where) if line.strip() else []
-                if not isinstance(ids, list) or any(type(n) is not int or n < 0 for n in ids):
-                    raise MoefyError(f"{where}: {field!r} holds no list of token ids; expected one")
-                num_found += bool(ids)
-                if ids:
-                    yield ids
+    for where, row in chain.from_iterable(rows(file) or () for file in files):
+        ids = _value(row, field, where)
+        whole = isinstance(ids, list) and all(type(n) is int and 0 <= n < 2**31 for n in ids)
+        if not whole:
+            raise MoefyError(f"{where}: {field!r} holds no list of token ids; expected one")
+        num_found += bool(ids)
+        if ids:
+            yield array("i", ids)
     if not num_found:
-        raise MoefyError(f"{source}: no token ids; expected JSONL rows with them in {field!r}")
+        raise MoefyError(
+            f"{source}: no token ids; expected a file of JSON or parquet rows with them in "
+            f"{field!r}"
+        )
 
 
 def locate(source: str) -> Path | None:
@@ -144,7 +175,7 @@ def locate(source: str) -> Path | None:
         return path
     if path.exists():
         raise MoefyError(f"{source}: neither a file nor a folder; expected one of these")
-    if looks_like_path(source) or path.suffix in SUFFIXES:
+    if looks_like_path(source) or suffix(path) in (*SUFFIXES, *TABLES):
         raise MoefyError(f"{source}: no such file or folder; check the path")
     if importlib.util.find_spec("datasets") is None:
         raise MoefyError(
@@ -154,17 +185,19 @@ def locate(source: str) -> Path | None:
     return None
 
 
-def _stored(path: Path, text_field: str) -> Iterator[str]:
+def _below(folder: Path) -> list[Path]:
+    """The files of text and rows in a folder and below."""
+    return sorted(file for file in folder.rglob("*") if suffix(file) in SUFFIXES and file.is_file())
+
+
+def _stored(path: Path, text_field: str, tokenizer: Any) -> Iterator[str]:
     """Yield the documents of one file, blank ones included."""
-    require_utf8(path)
-    with path.open(encoding="utf-8-sig") as lines:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield _text(_row(line, where), text_field, where)
-        else:
-            yield from _separated(lines)
+    stored = rows(path)
+    if stored is None:
+        yield from _separated(lines(path))
+    else:
+        for where, row in stored:
+            yield _row_text(row, text_field, where, tokenizer)
 
 
 def _separated(lines: Iterator[str]) -> Iterator[str]:
@@ -180,43 +213,37 @@ def _separated(lines: Iterator[str]) -> Iterator[str]:
     yield "".join(document).strip("\n")
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
-    """The object that is one line of JSON."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise MoefyError(f"{where}: not valid JSON ({reason}); expected an object") from error
-    if not isinstance(row, dict):
-        raise MoefyError(f"{where}: {type(row).__name__} found; expected an object with the text")
-    return row
-
-
 def _value(row: dict[str, Any], field: str, where: str) -> Any:
     """What a row holds in a field."""
     if field not in row:
-        fields = ", ".join(map(repr, row)) or "none"
+        fields = ", ".join(repr(key[:40]) for key in list(row)[:8]) or "none"
         raise MoefyError(
-            f"{where}: no field {field!r}; the fields are {fields}; name one as the text field"
+            f"{where}: no field {field!r}; the fields are {fields}{' ...' * (len(row) > 8)}; name "
+            "one as the text field: --text-field"
         )
     return row[field]
 
 
-def _text(row: dict[str, Any], text_field: str, where: str) -> str:
-    """Take the text out of a row; null is an empty text."""
-    text = _value(row, text_field, where)
+def _row_text(row: dict[str, Any], text_field: str, where: str, tokenizer: Any) -> str:
+    """The text of a row, its turns written as one; null is an empty text."""
+    text = row.get(text_field)
+    if text is None and text_field == TEXT:
+        text = chat.conversation(row)
+    text = _value(row, text_field, where) if text is None else text
+    if isinstance(text, list) and all(isinstance(turn, dict) for turn in text):
+        text = chat.written(tokenizer, chat.turns(text, where), where)
     text = "" if text is None else text
     if not isinstance(text, str):
         raise MoefyError(
-            f"{where}: field {text_field!r} holds {type(text).__name__}; expected a string; name "
-            "another text field"
+            f"{where}: field {text_field!r} holds {type(text).__name__}; expected a string or the "
+            "turns of a conversation; name another: --text-field"
         )
     # JSON can spell half of a surrogate pair, which is not a character and has no UTF-8.
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return text.removeprefix(BOM).encode("utf-8", "replace").decode("utf-8")
 
 
-def _streamed(source: str, text_field: str) -> Iterator[str]:
-    """Yield the texts of a data set of the hub."""
+def _streamed(source: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a data set of the hub."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -227,34 +254,10 @@ def _streamed(source: str, text_field: str) -> Iterator[str]:
     configuration = rest[0] if len(rest) > 1 else None
     split = rest[-1] if rest else "train"
     try:
-        rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
-        for row in rows:
-            yield _text(row, text_field, source)
+        yield from datasets.load_dataset(name, configuration, split=split, streaming=True)
     except (DatasetsError, HTTPError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MoefyError(
             f"{source}: no such file or folder, and not to be had as a data set ({reason}); "
             "check the name, or give a text file"
         ) from error
-
-
-def require_utf8(path: Path, most_bytes: int | None = None) -> None:
-    """Look through the first `most_bytes` of a file, or all of it, for what is not UTF-8 text."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    expected = "expected UTF-8 text; convert the file or give another"
-    offset = 0
-    with path.open("rb") as file:
-        while most_bytes is None or offset < most_bytes:
-            block = file.read(2**20)
-            if (zero := block.find(b"\0")) >= 0:
-                raise MoefyError(f"{path}: binary (byte {offset + zero} is zero); {expected}")
-            # The decoder holds back the start of a character that the last block cut in two.
-            num_held = len(decoder.getstate()[0])
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                at = offset - num_held + error.start
-                raise MoefyError(f"{path}: not UTF-8 at byte {at}; {expected}") from error
-            if not block:
-                return
-            offset += len(block)

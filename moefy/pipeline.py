@@ -26,6 +26,7 @@ REPORT = "report"
 
 KEYS = {
     "text": (list, "texts"),
+    "text_field": (str, "text_field"),
     "dense": (str, "dense"),
     "against": (list, "against"),
     "effort": (str, "effort"),

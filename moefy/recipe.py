@@ -41,7 +41,7 @@ class Recipe:
     engines: str = ""
     """Engines that must run the result, comma-separated; they narrow `target`."""
     calibration: str = "self"
-    """Text file, folder, JSONL, `datasets` id, or `self`: text sampled from the model itself."""
+    """File of text, rows or chats, folder, `datasets` id, or `self`: text of the model itself."""
     text_field: str = "text"
     tokens: int = 16384
     sequence_length: int = 512

@@ -263,8 +263,8 @@ def test_the_worst_tenth_is_flagged_if_it_is_worse():
     ("content", "says"),
     [
         ("", "no prompts in it"),
-        ("hello", "line 1: no JSON"),
-        ('{"prompt": "a"}\n["b"]', "line 2: no prompt"),
+        ("hello", "line 1: not valid JSON"),
+        ('{"prompt": "a"}\n["b"]', "line 2: list found; expected an object"),
         ('{"prompt": "a", "answer": ""}', "an empty answer"),
         ('{"prompt": 3}', "no prompt"),
     ],
@@ -272,9 +272,9 @@ def test_the_worst_tenth_is_flagged_if_it_is_worse():
 def test_prompts_that_cannot_be_read(content, says, tmp_path):
     (tmp_path / "p.jsonl").write_text(content)
     with pytest.raises(MoefyError, match=says):
-        prompts.read_prompts(tmp_path / "p.jsonl")
+        prompts.read_prompts(tmp_path / "p.jsonl", None)
     with pytest.raises(MoefyError, match="no readable"):
-        prompts.read_prompts(tmp_path / "none.jsonl")
+        prompts.read_prompts(tmp_path / "none.jsonl", None)
 
 
 # Speed

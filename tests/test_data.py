@@ -168,8 +168,8 @@ def assert_refused(act, *fragments, code=3):
         ("far.txt", b"a" * (2**20 - 1) + b"\xc3\xff", [f"not UTF-8 at byte {2**20 - 1};"]),
         ("utf16.txt", "text".encode("utf-16"), ["binary"]),
         ("broken.jsonl", b'{"text": "a"}\n\n{"text": ', ["line 3: not valid JSON"]),
-        ("deep.jsonl", b"[" * 10**5, ["line 1: not valid JSON"]),
-        ("list.jsonl", b'["a"]', ["line 1", "list found; expected an object"]),
+        ("deep.jsonl", b"[" * 10**5, ["row 1: not valid JSON"]),
+        ("list.jsonl", b'["a"]', ["row 1", "str found; expected an object"]),
         ("other.jsonl", b'{"body": "a", "id": 1}', ["'text'", "the fields are 'body', 'id'"]),
         ("number.jsonl", b'{"text": 1}', ["holds int; expected a string"]),
         ("nothing.jsonl", b'{"text": ""}\n{"text": null}', ["2 documents or rows and no text"]),
@@ -187,7 +187,7 @@ def test_a_path_that_is_not_there_is_no_data_set(source):
 
 
 def test_an_empty_folder_names_the_files_it_looks_for(tmp_path):
-    assert_refused(lambda: load(str(tmp_path)), ".txt, .md, .jsonl")
+    assert_refused(lambda: load(str(tmp_path)), ".txt, .md, .json, .jsonl, .ndjson, .parquet")
 
 
 def test_a_character_cut_by_the_block_is_text(tmp_path):

@@ -20,9 +20,12 @@ def finetune(
     ),
     data: Annotated[
         str | None,
-        typer.Option(help="Text file, folder, JSONL, data set id, or `self`. (default: self)"),
+        typer.Option(
+            help="File of text, JSON or parquet rows, or chats; folder; data set id; or `self`. "
+            "(default: self)"
+        ),
     ] = None,
-    text_field: Annotated[str | None, typer.Option(help="JSONL field. (default: text)")] = None,
+    text_field: Annotated[str | None, typer.Option(help="Field of rows. (default: text)")] = None,
     tokens: Annotated[
         int | None, typer.Option(help="Tokens to train on. (default: 1,000,000)")
     ] = None,

@@ -22,9 +22,11 @@ def report(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Text file to evaluate on; may be repeated. (default: Python's own manual)"
+            help="File of text, JSON or parquet rows, or chats to evaluate on; may be repeated. "
+            "(default: Python's own manual)"
         ),
     ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of the rows of --text.")] = "text",
     dense: Annotated[
         str | None, typer.Option(help="Dense model to compare with. (default: the run's)")
     ] = None,
@@ -62,7 +64,10 @@ def report(
     limit: Annotated[int | None, typer.Option(help="Samples per task at most.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="JSONL file of prompts, with answers or without, to find regressions."),
+        typer.Option(
+            help="File of rows with a `prompt`, and an `answer` or none, or of chats, to find "
+            "regressions."
+        ),
     ] = None,
     robustness: Annotated[
         bool | None,
@@ -113,6 +118,7 @@ def report(
 
     settings = Settings(
         texts=tuple(text or ()),
+        text_field=text_field,
         dense=dense,
         against=tuple(against or ()),
         effort="quick" if quick else "full" if full else "usual",

@@ -22,6 +22,7 @@ from moefy.evaluate.controls import (
     control_stages,
     controls,
 )
+from moefy.evaluate.prompts import read_prompts
 from moefy.evaluate.reading import Readers
 from moefy.evaluate.settings import Settings
 from moefy.evaluate.stages import Stage, check_tokenizer, dense_stage, run_stages
@@ -47,6 +48,7 @@ class Bench:
     """The label of the run's last stage."""
     tokenizer: Any
     texts: dict[str, Path]
+    prompts: list[dict[str, Any]]
     windows: dict[str, list[Tensor]]
     tokens: data.Tokens
     store: Store
@@ -113,6 +115,7 @@ def prepare(
     tokenizer = load_tokenizer(source)
     for stage in stages[1:]:
         check_tokenizer(tokenizer, stage)
+    prompts = read_prompts(settings.prompts, tokenizer) if settings.prompts else []
     tokens = calibration_tokens(run, summary)
     wanted = controls(recipe) if settings.controls else {}
     if settings.controls is None and settings.effort != "quick":
@@ -125,7 +128,13 @@ def prepare(
     stems = [path.stem for path in paths]
     texts = {path.stem if stems.count(path.stem) == 1 else str(path): path for path in paths}
     windows = {
-        name: text_windows(tokenizer, path, num_tokens=settings.tokens, length=settings.length)
+        name: text_windows(
+            tokenizer,
+            path,
+            num_tokens=settings.tokens,
+            length=settings.length,
+            text_field=settings.text_field,
+        )
         for name, path in texts.items()
     }
     by_label = {stage.label: stage for stage in (*stages, *others)}
@@ -138,6 +147,7 @@ def prepare(
         own[-1].label,
         tokenizer,
         texts,
+        prompts,
         windows,
         tokens,
         Store(run / "moefy" / "measured"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moefy.documents import beginning
 from moefy.errors import MoefyError
 from moefy.evaluate import benchmarks as bench_tasks
 from moefy.evaluate import llama_cpp, prompts, tables
@@ -112,7 +113,9 @@ def robustness(
     made, lacking = conditions.conditions(
         bench.tokens,
         {
-            name: path.read_text("utf-8")[: 32 * settings.tokens]
+            name: beginning(
+                path, 32 * settings.tokens, bench.tokenizer, text_field=settings.text_field
+            )
             for name, path in bench.texts.items()
         },
         bench.tokenizer,
@@ -184,17 +187,18 @@ def regression(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> list[dict[str
             reason = "the dense model writes nothing after it, and no answer was given"
             bench.not_run.append({"what": f"prompt {number}", "reason": reason})
             continue
-        scores = {s.label: _likelihood(bench, s, row["prompt"], answer) for s in bench.stages}
+        scores = {s.label: _likelihood(bench, s, row, answer) for s in bench.stages}
         scored.append({"prompt": row["prompt"], "answer": answer, "scores": scores})
     return prompts.regressions(scored, bench.main) if scored else []
 
 
-def _likelihood(bench: Bench, stage: Stage, prompt: str, answer: str) -> float:
-    key = {"model": stage.digest, "prompt": prompt, "answer": answer, **VERSIONS}
+def _likelihood(bench: Bench, stage: Stage, row: Mapping[str, Any], answer: str) -> float:
+    asked = {"prompt": row["prompt"], "answer": answer, "chat": row["chat"]}
+    key = {"model": stage.digest, **asked, **VERSIONS}
     return bench.store.once(
         "answer",
         key,
-        lambda: prompts.likelihood(bench.opened(stage.label), bench.tokenizer, prompt, answer),
+        lambda: prompts.likelihood(bench.opened(stage.label), bench.tokenizer, **asked),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,14 @@ from typing import Any
 
 import torch
 
+from moefy import chat
 from moefy.errors import MoefyError
+from moefy.rows import rows
+
+EXPECTED = (
+    'expected rows such as {"prompt": "...", "answer": "..."}, or {"messages": [{"role": "user", '
+    '"content": "..."}]}'
+)
 
 PROMPTS = (
     "The main reason why the sea is salty is that",
@@ -47,42 +53,49 @@ def written(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_TOKEN
     return tokenizer.decode(out[0, ids_1T.shape[1] :], skip_special_tokens=True)
 
 
-def read_prompts(path: Path) -> list[dict[str, str | None]]:
-    """The prompts of a JSONL file; an answer may be missing.
+def read_prompts(path: Path, tokenizer: Any) -> list[dict[str, Any]]:
+    """The prompts of a file of rows; an answer may be missing, and is None then.
+
+    A row holds a `prompt`, which is asked as it is, or the turns of a conversation (see `chat`):
+    the chat template of `tokenizer` makes the prompt of them, up to the last turn if that is the
+    assistant's, which is the answer then. `chat` tells which of both.
 
     Raises:
-        MoefyError: code 3, naming the line, for a file or a line that is something else.
+        MoefyError: code 3, naming the row, for a file or a row that is something else.
     """
-    expected = 'expected lines such as {"prompt": "...", "answer": "..."}'
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise MoefyError(f"{path}: no readable UTF-8 file; {expected}") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise MoefyError(f"{path}, line {number}: no JSON; {expected}") from None
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        answer = row.get("answer") if isinstance(row, dict) else None
-        wrong = not isinstance(prompt, str) or not prompt.strip()
-        if wrong or not (answer is None or isinstance(answer, str) and answer.strip()):
-            raise MoefyError(f"{path}, line {number}: no prompt, or an empty answer; {expected}")
-        found.append({"prompt": prompt, "answer": answer})
+    if not (file := path.expanduser()).is_file():
+        raise MoefyError(f"{path}: no readable file; {EXPECTED}")
+    if (stored := rows(file)) is None:
+        raise MoefyError(f"{path}: running text; {EXPECTED}")
+    found = [_prompt(row, where, tokenizer) for where, row in stored]
     if not found:
-        raise MoefyError(f"{path}: no prompts in it; {expected}")
+        raise MoefyError(f"{path}: no prompts in it; {EXPECTED}")
     return found
 
 
-def likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
+def _prompt(row: Mapping[str, Any], where: str, tokenizer: Any) -> dict[str, Any]:
+    prompt, answer = row.get("prompt"), row.get("answer")
+    is_chat = prompt is None and bool(chat.conversation(row))
+    if is_chat:
+        turns = chat.turns(chat.conversation(row) or [], where)
+        if turns[-1]["role"] == "assistant":
+            answer = turns.pop()["content"].strip()
+        prompt = chat.written(tokenizer, turns, where, reply=True)
+    wrong = not isinstance(prompt, str) or not prompt.strip()
+    if wrong or not (answer is None or isinstance(answer, str) and answer.strip()):
+        raise MoefyError(f"{where}: no prompt, or an empty answer; {EXPECTED}")
+    return {"prompt": prompt, "answer": answer, "chat": is_chat}
+
+
+def likelihood(
+    model: Any, tokenizer: Any, prompt: str, answer: str, *, chat: bool = False
+) -> float:
     """Mean log-likelihood of the tokens of `answer` after `prompt`, nats per token.
 
-    Answers are tokenised apart from their prompts, a space before them where neither has one.
+    Answers are tokenised apart from their prompts, a space before them where neither has one; in a
+    `chat` the template has written what stands between.
     """
-    glue = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
+    glue = "" if chat or prompt[-1:].isspace() or answer[:1].isspace() else " "
     head = tokenizer(prompt)["input_ids"]
     tail = tokenizer(glue + answer, add_special_tokens=False)["input_ids"]
     ids_1T = torch.tensor([head + tail])

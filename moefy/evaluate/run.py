@@ -11,7 +11,6 @@ from moefy import __version__, families
 from moefy.errors import MoefyError
 from moefy.evaluate import advice, benchmarks, gate, parts
 from moefy.evaluate.bench import Bench, prepare
-from moefy.evaluate.prompts import read_prompts
 from moefy.evaluate.settings import Settings
 from moefy.evaluate.stages import finetuning
 from moefy.evaluate.windows import overlap
@@ -48,11 +47,10 @@ def evaluate(
             "compared here; what each layer lost is in moefy/conversion.md",
             code=4,
         )
-    prompts = read_prompts(settings.prompts) if settings.prompts else []
     manager = benchmarks.check_tasks(settings.tasks, settings.include) if settings.tasks else None
     with tempfile.TemporaryDirectory(prefix=".moefy-report-", dir=run.resolve().parent) as place:
         bench = prepare(run, summary, settings, Path(place), watch)
-        report = _measured(bench, settings, prompts, manager)
+        report = _measured(bench, settings, manager)
     if not report["texts"]:
         raise MoefyError(f"no text was scored: {bench.not_run[0]['reason']}", code=5)
     report["advice"] = advice.advice(report, bench.main)
@@ -64,9 +62,7 @@ def evaluate(
     return report
 
 
-def _measured(
-    bench: Bench, settings: Settings, prompts: list[dict[str, Any]], manager: Any
-) -> dict[str, Any]:
+def _measured(bench: Bench, settings: Settings, manager: Any) -> dict[str, Any]:
     """All parts, each of which may fail without the others."""
     report: dict[str, Any] = {
         "moefy": __version__,
@@ -107,9 +103,9 @@ def _measured(
             report["robustness"] = parts.robustness(bench, report["models"], settings)
     with bench.part("generation"):
         report["generation"] = parts.generation(bench)
-    if prompts:
+    if bench.prompts:
         with bench.part("prompts"):
-            report["prompts"] = parts.regression(bench, prompts)
+            report["prompts"] = parts.regression(bench, bench.prompts)
     for task in settings.tasks:
         with bench.part(f"benchmark {task}"):
             report["benchmarks"][task] = parts.benchmark(bench, task, manager, settings.limit)

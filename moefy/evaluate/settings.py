@@ -29,6 +29,8 @@ class Settings:
 
     texts: tuple[Path, ...] = ()
     """The standard library's own manual and sources, if none are given."""
+    text_field: str = "text"
+    """Of rows."""
     dense: str | None = None
     against: tuple[str, ...] = ()
     """Other runs' folders, and methods as `key=value` (see `changed`)."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.documents import require_utf8
+from moefy.documents import TEXT, beginning
 from moefy.errors import MoefyError
 from moefy.tokenizer import encode, first_ids, require_rows
 
@@ -22,24 +22,24 @@ def text_windows(
     *,
     num_tokens: int,
     length: int,
+    text_field: str = TEXT,
     vocab_size: int | None = None,
 ) -> list[Tensor]:
-    """Cut the start of a text file into consecutive evaluation windows, int64, one-dimensional.
+    """Cut the start of a file into consecutive evaluation windows, int64, one-dimensional.
 
-    All have `length` tokens, beginning-of-text token included if the tokenizer puts one before a
-    text; the last may be shorter, but is dropped below 64 tokens. At most `num_tokens` tokens of
-    text are used, and 8 * `num_tokens` characters read: real text has fewer per token.
+    The file holds running text or rows (see `beginning`). All windows have `length` tokens,
+    beginning-of-text token included if the tokenizer puts one before a text; the last may be
+    shorter, but is dropped below 64 tokens. At most `num_tokens` tokens of text are used, and
+    8 * `num_tokens` characters read: real text has fewer per token.
 
     Raises:
-        MoefyError: code 3 for a file that is missing, not UTF-8 text or shorter than one window,
-            and for a tokenizer with ids beyond `vocab_size`.
+        MoefyError: code 3 for a file that is missing, neither UTF-8 text nor rows, or shorter
+            than one window, and for a tokenizer with ids beyond `vocab_size`.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise MoefyError(f"{path}: no such file; expected a text file to evaluate on")
-    require_utf8(file, most_bytes=4 * 8 * num_tokens)
-    with file.open(encoding="utf-8") as lines:
-        text = lines.read(8 * num_tokens)
+    text = beginning(file, 8 * num_tokens, tokenizer, text_field=text_field)
     ids = encode(tokenizer, text)[:num_tokens]
     bos = first_ids(tokenizer)
     room = length - len(bos)

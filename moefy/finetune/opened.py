@@ -168,6 +168,8 @@ def read_text(opened: Opened, settings: Settings, world: int, watch: Watch) -> t
             watch("write text", done, of)
 
         tokens = data.sample(writer, tokenizer, progress=tick, **shape)
+    elif settings.text_field == data.IDS:
+        tokens = data.load_ids(settings.data, vocab_size=opened.vocab_size, **shape)
     else:
         watch("read text", 0, 1)
         tokens = data.load(

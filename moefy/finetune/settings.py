@@ -27,7 +27,7 @@ class Settings:
     """What decides the weights of a fine-tune, but for versions and the number of processes."""
 
     data: str = "self"
-    """Text file, folder, JSONL, `datasets` id, or `self`: text sampled from the dense model."""
+    """File of text, rows or chats, folder, `datasets` id, or `self`: text of the dense model."""
     text_field: str = "text"
     tokens: int = 1_000_000
     """Tokens trained on, repeated ones included."""
