@@ -21,8 +21,7 @@ def finetune(
     data: Annotated[
         str | None,
         typer.Option(
-            help="File of text, JSON or parquet rows, or chats; folder; data set id; or `self`. "
-            "(default: self)"
+            help="File or folder of text, rows or chats; data set id; or `self`. (default: self)"
         ),
     ] = None,
     text_field: Annotated[str | None, typer.Option(help="Field of rows. (default: text)")] = None,
