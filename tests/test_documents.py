@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import sys
 import types
 from datetime import datetime
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import BOS, EOS, assert_refused, word_tokenizer, words
 
-from moefy import chat, data, documents, rows
+from moefy import chat, cli, data, documents, rows
 from moefy.errors import MoefyError
 from moefy.evaluate.prompts import likelihood, read_prompts
 from moefy.evaluate.windows import text_windows
@@ -604,3 +605,128 @@ def test_answers_in_a_chat_follow_without_a_space(pico):
         true = [log_p[len(head) + n - 1, token].item() for n, token in enumerate(tail)]
         found = likelihood(model, tokenizer, prompt, answer, chat=is_chat)
         assert found == pytest.approx(sum(true) / len(true), abs=1e-5)
+
+
+# Commands
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STONES = [
+    [
+        {"role": "user", "content": f"What of the {n} stones?"},
+        {"role": "assistant", "content": f"The {n} old stones near the river are quiet today."},
+    ]
+    for n in range(40)
+]
+CHATML_TEXTS = [
+    "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+    for turns in STONES
+]
+
+
+@pytest.fixture
+def chat_model(own_pico):
+    """A tiny model whose tokenizer has a chat template."""
+    folder = own_pico("llama")
+    (folder / "chat_template.jinja").write_text(CHATML)
+    return folder
+
+
+def written_files(tmp_path):
+    """The same conversations as text, in rows and in two containers, one with a BOM."""
+    texts = [{"text": text} for text in CHATML_TEXTS]
+    folders = [tmp_path / name for name in ("texts", "chats", "sharegpt")]
+    for folder in folders:
+        folder.mkdir()
+    return (
+        stored(folders[0], "a.jsonl", texts),
+        stored(folders[1], "mark.json", [FORMS["messages"](turns) for turns in STONES]),
+        stored(folders[2], "a.jsonl.gz", [FORMS["sharegpt"](turns) for turns in STONES]),
+    )
+
+
+def test_every_command_reads_conversations_alike(chat_model, converted, tmp_path):
+    from moefy import runs
+    from moefy.calibration import calibration_tokens
+    from moefy.evaluate import bench
+    from moefy.evaluate.settings import Settings as ReportSettings
+    from moefy.finetune import opened
+    from moefy.finetune.settings import Settings
+    from moefy.job import prepare
+    from moefy.recipe import build
+
+    files = written_files(tmp_path)
+    shape = {"tokens": 512, "sequence_length": 64}
+    recipes = [{"model": str(chat_model), "calibration": str(file), **shape} for file in files]
+    jobs = [prepare(build(None, recipe, [])) for recipe in recipes]
+    read = [calibration_tokens(job, lambda *_: None).ids_BT.tolist() for job in jobs]
+    assert read[0] == read[1] == read[2]
+    run = converted(chat_model)
+
+    shape = {"sequence_length": 32, "batch_size": 1, "tokens": 640, "validation_tokens": 64}
+    read = [
+        opened.read_text(
+            opened.open_run(run), Settings(data=str(file), **shape), 1, lambda *_: None
+        )[1].ids_BT.tolist()
+        for file in files
+    ]
+    assert read[0] == read[1] == read[2]
+
+    def windows(file, **more):
+        """What a report scores, and what it asks."""
+        asked = ReportSettings(texts=(file,), length=64, num_tokens=256, controls=False, **more)
+        prepared = bench.prepare(run, runs.open_run(run), asked, tmp_path, lambda *_: None)
+        return [ids_T.tolist() for ids_T in prepared.windows[file.stem]], prepared.prompts
+
+    scores = [windows(file)[0] for file in files]
+    assert scores[0] == scores[1] == scores[2]
+    _, asked = windows(files[0], prompts=files[1])
+    assert asked == windows(files[0], prompts=files[2])[1]
+    assert asked[3]["prompt"] == (
+        "<|im_start|>user\nWhat of the 3 stones?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert asked[3]["answer"] == STONES[3][1]["content"]
+
+
+def test_every_command_names_the_field_of_rows(
+    chat_model, converted, tmp_path, monkeypatch, capsys
+):
+    run = converted(chat_model)
+    file = stored(tmp_path, "array.json", [{"body": text} for text in CHATML_TEXTS])
+    few = ["--tokens", "512", "--sequence-length", "64", "--quiet"]
+
+    def refusal(*command):
+        monkeypatch.setattr(sys, "argv", ["moefy", *map(str, command), *few])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 3
+        return line
+
+    for command in (
+        ["convert", chat_model, tmp_path / "out", "--calibration", file],
+        ["finetune", run, "--out", tmp_path / "out", "--data", file],
+        ["report", run, "--text", file],
+    ):
+        assert "array.json, row 1: no field 'text'; the fields are 'body'" in refusal(*command)
+        assert "row 1: no field 'none'" in refusal(*command, "--text-field", "none")
+    assert "row 1: no prompt" in refusal("report", run, "--prompts", file)
+    assert not (tmp_path / "out").exists()
+
+
+def test_finetune_takes_rows_of_ids(converted, pico, tmp_path):
+    from moefy.finetune import opened
+    from moefy.finetune.settings import Settings
+
+    run = converted(pico("llama"))
+    held = [{"input_ids": [(7 * row + 3 * n) % 128 for n in range(80)]} for row in range(20)]
+    file = str(stored(tmp_path, "array.json", held))
+    shape = {"sequence_length": 32, "batch_size": 1, "tokens": 640, "validation_tokens": 64}
+    asked = Settings(data=file, text_field="input_ids", **shape)
+    text, tokens = opened.read_text(opened.open_run(run), asked, 1, lambda *_: None)
+    expected = data.load_ids(file, num_tokens=704, length=32, seed=0, heldout=64 / 704)
+    assert tokens.ids_BT.tolist() == expected.ids_BT.tolist() == text.ids_BT.tolist()
