@@ -101,7 +101,7 @@ def dense(folder: Path) -> None:
 READ = "finetune report"
 COMPARED = "verify push"
 ROUTER = "model.layers.0.mlp.gate.weight"
-CASES = [
+FOLDERS = [
     *damaged(
         instead("gone", lambda folder: None),
         {f"{READ} {COMPARED}": (3, "not a whole run"), "export": (3, "out", "config.json")},
@@ -115,10 +115,34 @@ CASES = [
         {f"{READ} {COMPARED}": (3, "not a whole run"), "export": (3, "out", "config.json")},
     ),
     *damaged(instead("dense", dense), {f"{READ} {COMPARED}": (3, "not a whole run")}),
-    *damaged(d.remove(REPORT), {f"{READ} {COMPARED}": (3, "not a whole run", REPORT)}),
-    *damaged(d.cut(REPORT, 100), {f"{READ} {COMPARED}": (3, "not a whole run", REPORT)}),
-    *damaged(d.write(REPORT, "[]"), {f"{READ} {COMPARED}": (3, "not a whole run", "object")}),
-    *damaged(d.config(REPORT, outputs=3), {f"{READ} {COMPARED}": (3, "no outputs")}),
+    *damaged(
+        d.remove(TUNED),
+        {COMPARED: (3, "not as the run wrote it", SINGLE)},
+        "out-finetuned",
+    ),
+]
+FILES = [
+    *[
+        row
+        for damage, *says in (
+            (d.remove(REPORT), REPORT, "cannot be found"),
+            (d.cut(REPORT, 100), REPORT, "cannot be used"),
+            (d.write(REPORT, "[]"), REPORT, "object"),
+            (d.write(REPORT, "{}"), "conversion.json"),
+            (d.write(REPORT, '{"a": ' * 10_000), REPORT),
+            (d.write(REPORT, b"\xff"), REPORT),
+            (d.pipe(REPORT), REPORT, "not a regular file"),
+            (d.config(REPORT, family=...), "family"),
+            (d.config(REPORT, family=["llama"]), "family"),
+            (d.config(REPORT, family="../llama"), "'../llama'"),
+            (d.config(REPORT, shape=None), "shape"),
+            (d.config(REPORT, shape={}), "shape.num_neurons"),
+            (d.config(REPORT, layers="many"), "layers"),
+            (d.config(REPORT, calibration=3), "calibration"),
+            (d.config(REPORT, outputs=3), "outputs"),
+        )
+        for row in damaged(damage, {f"{READ} {COMPARED}": (3, "not a whole run", *says)})
+    ],
     *damaged(
         d.remove(CONFIG),
         {f"{READ} export": (3, CONFIG, "cannot be found"), COMPARED: (3, "lacks config.json")},
@@ -148,6 +172,26 @@ CASES = [
             "run": (2, RECIPE, "not TOML"),
         },
     ),
+    *[
+        row
+        for damage, *says in (
+            (d.write(RECIPE, "active = 'half'\n"), "not a whole run"),
+            (d.write(RECIPE, "colour = 3\n"), "not a whole run"),
+            (d.write(RECIPE, ""), "not a whole run"),
+            (d.pipe(RECIPE), "not a whole run", RECIPE, "not a regular file"),
+            (d.write(SINGLE, b""), SINGLE, "0 bytes"),
+            (d.pipe(SINGLE), SINGLE, "not a regular file"),
+            (d.pipe("tokenizer.json"), "tokenizer.json", "not a regular file"),
+            (d.write(TOKENS, b"{}"), TOKENS, "2 bytes"),
+            (d.pipe(TOKENS), TOKENS, "not a regular file"),
+        )
+        for row in damaged(damage, {READ: (3, *says)})
+    ],
+    *[
+        row
+        for damage in (d.write(CONFIG, "[]"), d.pipe(CONFIG))
+        for row in damaged(damage, {f"{READ} export": (3, CONFIG)})
+    ],
     *damaged(d.remove(SINGLE), {READ: (3, f"holds no {SINGLE}"), COMPARED: (3, f"lacks {SINGLE}")}),
     *damaged(
         d.cut(SINGLE, 50_000),
@@ -190,12 +234,22 @@ CASES = [
             COMPARED: (3, "not as the run wrote it", TOKENS),
         },
     ),
-    *damaged(
-        d.remove(TUNED),
-        {COMPARED: (3, "not as the run wrote it", SINGLE)},
-        "out-finetuned",
-    ),
 ]
+
+ODD = [
+    d.config(model_type=7),
+    d.config(model_type="no-such-type"),
+    d.config(num_hidden_layers=10**6),
+    d.config(num_hidden_layers="two"),
+    d.config(hidden_size=-1),
+    d.config(num_experts=10**9),
+    d.config(num_experts=None),
+    d.config(moe_intermediate_size="wide"),
+]
+"""Values that a command may do without, and that no command ends in a traceback over."""
+BROKEN = list({case.damage.words: case.damage for case in FILES if case.damage}.values())
+"""Each damage of a run's files once."""
+CASES = [*FOLDERS, *FILES]
 
 
 # --- texts ---------------------------------------------------------------------------------------
@@ -213,6 +267,7 @@ CASES += [
             "--data body.jsonl": ("body.jsonl, line 1: no field 'text'", "'body'"),
             "--data empty": ("empty", "no text"),
             "--data pipe": ("pipe: neither a file nor a folder",),
+            "--batch-size 1000000": ("a step takes 1000000", "lower --batch-size"),
             "--teacher none": ("none: no such folder", "HF_HUB_OFFLINE"),
             "--teacher text.txt": ("text.txt is a file", "config.json"),
             "--teacher empty": ("empty/config.json cannot be found",),
@@ -255,6 +310,7 @@ CASES += [
             "--sequence-length 4": ("--sequence-length is 4; expected at least 8",),
             "--steps 0": ("--steps is 0; expected at least 1",),
             "--kl 0": ("nothing to learn from",),
+            "--set top_p=2": ("--top-p is 2", "at most 1"),
             "--set sede=3": ("unknown recipe key 'sede'", "did you mean seed"),
             "--set seed": ("no `=`", "key=value"),
             "--set tokens=many": ("tokens is 'many'", "int"),
@@ -287,6 +343,7 @@ CASES += [
             "push out ../x": ("'../x' is no name",),
             "push out": ("repo",),
             "verify": ("run",),
+            "report": ("run",),
             "export gguf out new.gguf --quantize q8": ("--quantize is 'q8'", "did you mean q8_0"),
             "export onnx out": ("onnx",),
             "run none.toml out": ("none.toml: No such file",),

@@ -1,7 +1,7 @@
 """Whatever lies in a model's or a run's folder, every command ends with a code and one line.
 
-`moefy convert` has tests of its own (`test_faults`); here are the commands that read what others
-wrote: `inspect`, `report`, `export gguf` and a plan.
+What `moefy convert` refuses is in `test_faults`, and what the others refuse in `test_refusals`.
+Here are `inspect` and a plan, and what a report and an export may do without.
 """
 
 import json
@@ -9,13 +9,11 @@ import shutil
 
 import damage as d
 import pytest
-from damage import CONFIG, SINGLE
 from fault_cases import CASES, Place
+from refusal_cases import BROKEN, ODD
 from test_cli import assert_refused, listing
 from test_cli import moefy as moefy  # a fixture
 
-REPORT, RECIPE = "moefy/conversion.json", "moefy/recipe.toml"
-TOKENS = "moefy/calibration.safetensors"
 DAMAGED = [case for case in CASES if case.code and case.row <= 24]
 
 
@@ -50,64 +48,6 @@ def test_a_broken_model_is_planned(case, moefy, pico, tmp_path):
         assert_refused(done, case.code)
 
 
-@pytest.mark.parametrize("case", DAMAGED[::9], ids=lambda case: case.name)
-def test_a_broken_model_is_no_run(case, moefy, pico, tmp_path):
-    shutil.copytree(pico("llama"), tmp_path / "model")
-    case.arrange(Place(tmp_path, moefy))
-    before = listing(tmp_path)
-    assert_refused(moefy("report", tmp_path / "model"), 3, "not a whole run")
-    assert listing(tmp_path) == before
-
-
-BROKEN = [
-    d.remove(CONFIG),
-    d.cut(CONFIG, 40),
-    d.write(CONFIG, "[]"),
-    d.config(model_type=7),
-    d.config(model_type="no-such-type"),
-    d.config(num_hidden_layers=10**6),
-    d.config(num_hidden_layers="two"),
-    d.config(hidden_size=-1),
-    d.config(num_experts=10**9),
-    d.config(num_experts=None),
-    d.config(moe_intermediate_size="wide"),
-    d.config(auto_map={"AutoModelForCausalLM": "model.Model"}),
-    d.remove(SINGLE),
-    d.cut(SINGLE, 50_000),
-    d.write(SINGLE, b""),
-    d.append(SINGLE, b"more"),
-    d.pipe(SINGLE),
-    d.pipe(CONFIG),
-    d.pipe("tokenizer.json"),
-    d.remove("tokenizer.json", "tokenizer_config.json"),
-    d.cut("tokenizer.json", 100),
-    d.remove(REPORT),
-    d.cut(REPORT, 100),
-    d.write(REPORT, "[]"),
-    d.write(REPORT, "{}"),
-    d.write(REPORT, '{"a": ' * 10_000),
-    d.write(REPORT, b"\xff"),
-    d.pipe(REPORT),
-    d.config(REPORT, family=...),
-    d.config(REPORT, family=["llama"]),
-    d.config(REPORT, family="../llama"),
-    d.config(REPORT, shape=None),
-    d.config(REPORT, shape={}),
-    d.config(REPORT, layers="many"),
-    d.config(REPORT, calibration=3),
-    d.remove(RECIPE),
-    d.cut(RECIPE, 30),
-    d.write(RECIPE, "active = 'half'\n"),
-    d.write(RECIPE, "colour = 3\n"),
-    d.write(RECIPE, ""),
-    d.pipe(RECIPE),
-    d.remove(TOKENS),
-    d.cut(TOKENS, 300),
-    d.write(TOKENS, b"{}"),
-    d.pipe(TOKENS),
-]
-
-
 @pytest.fixture
 def broken(pico, converted, tmp_path):
     """`broken(damage)`: a copy of a run, damaged."""
@@ -121,15 +61,15 @@ def broken(pico, converted, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.words)
+@pytest.mark.parametrize("damage", [*BROKEN, *ODD], ids=lambda damage: damage.words)
 def test_a_broken_run_is_inspected(damage, moefy, broken):
     done = moefy("inspect", broken(damage))
     if done.code:
         told(done)
 
 
-@pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.words)
-def test_a_broken_run_is_reported_on(damage, moefy, broken, text):
+@pytest.mark.parametrize("damage", ODD, ids=lambda damage: damage.words)
+def test_an_odd_run_is_reported_on(damage, moefy, broken, text):
     run = broken(damage)
     before = listing(run)
     few = ("--tokens", "128", "--sequence-length", "64", "--no-controls", "--quick", "--text", text)
@@ -140,7 +80,7 @@ def test_a_broken_run_is_reported_on(damage, moefy, broken, text):
         assert {name for name, _ in new if not name.startswith("moefy/measured")} == set()
 
 
-@pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.words)
+@pytest.mark.parametrize("damage", [*BROKEN, *ODD], ids=lambda damage: damage.words)
 def test_a_broken_run_is_exported(damage, moefy, broken, monkeypatch):
     """The converter is another program, of which only the exit code is ours."""
     from moefy import export

@@ -209,21 +209,6 @@ def test_places_that_cannot_be(moefy, own_pico, pico, tmp_path):
     assert listing(tmp_path) == before
 
 
-def test_reports_of_what_is_no_run(moefy, pico, converted, text, tmp_path):
-    assert_refused(moefy("report", tmp_path), 3, "not a whole run")
-    assert_refused(moefy("report", tmp_path / "none"), 3, "not a whole run")
-    assert_refused(moefy("report", pico("llama")), 3, "not a whole run")
-    assert_refused(moefy("report"), 2, "run")
-    run = converted(pico("llama"))
-    before = listing(run.parent)
-    done = moefy("report", run, "--text", tmp_path / "none.txt", "--quiet")
-    assert_refused(done, 3, "none.txt")
-    (tmp_path / "short.txt").write_text("A river.")
-    done = moefy("report", run, "--text", tmp_path / "short.txt", "--quiet")
-    assert_refused(done, 3, "short.txt", "expected at least 64")
-    assert listing(run.parent) == before
-
-
 # --- what is said --------------------------------------------------------------------------------
 
 
@@ -304,25 +289,6 @@ def test_a_method_that_a_run_cannot_be_held_against(name, moefy, pico, converted
     run = converted(pico("llama"))
     before = listing(run)
     assert_refused(moefy("report", run, "--text", text, "--against", changes), 2, *says)
-    assert listing(run) == before
-
-
-REPORTS = {
-    "quick and full": (["--quick", "--full"], "expected one of them"),
-    "no tokens": (["--tokens", "0"], "expected 1 or more"),
-    "no condition": (["--fail-if", "dnll=0"], "cannot be understood"),
-    "no metric": (["--fail-if", "dnl>0"], "did you mean dnll"),
-    "no run and no method": (["--against", "nowhere"], "no folder of a run and no method"),
-    "no folder of tasks": (["--tasks", "a", "--include-path", "nowhere"], "is no folder"),
-}
-
-
-@pytest.mark.parametrize("name", REPORTS)
-def test_a_report_that_cannot_be(name, moefy, pico, converted, text):
-    flags, *says = REPORTS[name]
-    run = converted(pico("llama"))
-    before = listing(run)
-    assert_refused(moefy("report", run, "--text", text, *flags), 2, *says)
     assert listing(run) == before
 
 
