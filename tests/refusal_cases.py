@@ -284,7 +284,7 @@ CASES += [
             "--text latin.txt": ("latin.txt: not UTF-8 at byte 1",),
             "--text pipe": ("pipe: no such file",),
             "--prompts none.jsonl": ("none.jsonl",),
-            "--prompts empty.txt": ("empty.txt: no prompts",),
+            "--prompts empty.txt": ("empty.txt", "expected rows such as"),
             "--prompts prompts.jsonl": ("prompts.jsonl, line 1: no prompt",),
             "--against empty": ("empty is not a whole run",),
             "--dense none": ("none: no such folder",),

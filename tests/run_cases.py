@@ -109,6 +109,11 @@ def others_in_place(place: Place) -> None:
     (place.out / "thesis.tex").write_text("mine")
 
 
+def run_in_place(place: Place) -> None:
+    (place.out / "moefy").mkdir(parents=True)
+    (place.out / "moefy" / "conversion.json").write_text("{}")
+
+
 def link_in_place(place: Place) -> None:
     (place.root / "elsewhere").mkdir()
     place.out.symlink_to(place.root / "elsewhere")
@@ -163,6 +168,29 @@ def read_only(place: Place) -> Done:
 KEPT = (".out.moefy-part",)
 CASES = [
     case("33 OUT is a file", "a file named OUT", ("OUT", "file"), 2, plain, file_in_place),
+    case(
+        "33 OUT is a file, with --force",
+        "a file named OUT; --force",
+        ("OUT", "file"),
+        2,
+        lambda place: place.convert("--force"),
+        file_in_place,
+    ),
+    case("33 OUT is a run", "a run in OUT", ("exists already", "--force"), 2, plain, run_in_place),
+    case(
+        "33 MODEL is a file",
+        "a file named as MODEL",
+        ("text.txt is a file",),
+        3,
+        lambda place: place.run("convert", place.text, place.out, "--quiet"),
+    ),
+    case(
+        "33 MODEL is not there",
+        "no such MODEL",
+        ("no such folder",),
+        3,
+        lambda place: place.run("convert", place.root / "none", place.out, "--quiet"),
+    ),
     case(
         "33 OUT is full", "files in OUT", ("exists already", "--force"), 2, plain, others_in_place
     ),

@@ -94,12 +94,6 @@ USAGE = {
     "no such layer": (["MODEL", "OUT", "--layers", "2:"], "0 to 1"),
     "nothing active": (["MODEL", "OUT", "--active", "0"], "--active is 0"),
     "not a number": (["MODEL", "OUT", "--active", "nan"], "--active is nan"),
-    "one expert": (["MODEL", "OUT", "--experts", "1"], "--experts is 1"),
-    "more chosen than there are": (
-        ["MODEL", "OUT", "--experts", "4", "--experts-per-token", "5"],
-        "at most 4",
-    ),
-    "no such shape": (["MODEL", "OUT", "--experts", "8", "--shared", "0.99"], "nearest"),
     "few tokens": (["MODEL", "OUT", "--tokens", "100"], "--tokens"),
     "short sequences": (["MODEL", "OUT", "--sequence-length", "4"], "--sequence-length"),
     "negative seed": (["MODEL", "OUT", "--seed", "-1"], "--seed"),
@@ -162,50 +156,6 @@ def test_models_that_write_their_own_text(name, moefy, own_pico, tmp_path):
     case.arrange(place)
     before = listing(tmp_path)
     assert_refused(place.convert("--calibration", "self"), case.code)
-    assert listing(tmp_path) == before
-
-
-def occupied_by_file(out: Path) -> None:
-    out.write_text("mine")
-
-
-def occupied_by_others(out: Path) -> None:
-    out.mkdir()
-    (out / "thesis.tex").write_text("mine")
-
-
-def occupied_by_a_run(out: Path) -> None:
-    (out / "moefy").mkdir(parents=True)
-    (out / "moefy" / "conversion.json").write_text("{}")
-
-
-@pytest.mark.parametrize(
-    ("occupy", "flags", "says"),
-    [
-        (occupied_by_file, [], "file"),
-        (occupied_by_file, ["--force"], "file"),
-        (occupied_by_others, [], "--force"),
-        (occupied_by_others, ["--force"], "did not write"),
-        (occupied_by_a_run, [], "--force"),
-    ],
-)
-def test_an_occupied_place(occupy, flags, says, moefy, pico, tmp_path):
-    occupy(tmp_path / "out")
-    before = listing(tmp_path)
-    assert_refused(moefy("convert", pico("llama"), tmp_path / "out", *flags), 2, says)
-    assert listing(tmp_path) == before
-
-
-def test_places_that_cannot_be(moefy, own_pico, pico, tmp_path):
-    model = own_pico("llama")
-    (tmp_path / "file").write_text("x")
-    before = listing(tmp_path)
-    assert_refused(moefy("convert", model, model / "out", "--quiet"), 2, "MODEL")
-    below = tmp_path / "file" / "out"
-    assert_refused(moefy("convert", model, below, "--quiet"), 5, "cannot write")
-    assert_refused(moefy("convert", model, tmp_path / ("x" * 300), "--quiet"), 5, "too long")
-    assert_refused(moefy("convert", tmp_path / "file", tmp_path / "out"), 3, "is a file")
-    assert_refused(moefy("convert", tmp_path / "none", tmp_path / "out"), 3, "no such folder")
     assert listing(tmp_path) == before
 
 

@@ -5,13 +5,12 @@ The cases are in `fault_cases`; a table of what happens is printed by `faults_ta
 
 import random
 import shutil
-import struct
 from pathlib import Path
 
 import damage as d
 import pytest
 import torch
-from damage import CONFIG, EMBEDDING, HEAD, INDEX, QUERY, SHARDS, SINGLE, UP
+from damage import CONFIG, EMBEDDING, HEAD, QUERY, SINGLE, UP
 from fault_cases import CASES as MODELS
 from fault_cases import Place
 from run_cases import CASES as RUNS
@@ -104,26 +103,23 @@ def test_tied_embeddings(pico, own_pico):
     assert "lm_head.weight differs" in note
 
 
-def test_damaged_bytes_never_escape(own_pico):
-    """Whatever one byte of a header, an index or a configuration is, the answer is a MoefyError."""
+def test_damaged_bytes_of_a_configuration_never_escape(own_pico):
+    """Whatever one byte of it is; those of headers and indexes are changed in `test_fuzz`."""
     folder = own_pico("llama")
-    d.split(folder)
+    whole = (folder / CONFIG).read_bytes()
     dice = random.Random(0)
     refused = 0
-    for name in (SHARDS[0], INDEX, CONFIG):
-        whole = (folder / name).read_bytes()
-        length = len(whole) if name != SHARDS[0] else 8 + struct.unpack("<Q", whole[:8])[0]
-        for _ in range(300):
-            place = dice.randrange(length)
-            byte = bytes([dice.choice(b'0123456789"{}[],:\\/-.en\x00\xff')])
-            (folder / name).write_bytes(whole[:place] + byte + whole[place + 1 :])
-            try:
-                tensors_of(open_checkpoint(folder))
-            except MoefyError as error:
-                assert str(error).isprintable(), str(error)
-                refused += 1
-        (folder / name).write_bytes(whole)
-    assert refused > 500
+    for _ in range(300):
+        place = dice.randrange(len(whole))
+        byte = bytes([dice.choice(b'0123456789"{}[],:\\/-.en\x00\xff')])
+        (folder / CONFIG).write_bytes(whole[:place] + byte + whole[place + 1 :])
+        try:
+            tensors_of(open_checkpoint(folder))
+        except MoefyError as error:
+            assert str(error).isprintable(), str(error)
+            refused += 1
+    assert refused > 150
+    (folder / CONFIG).write_bytes(whole)
     run(folder)
 
 
