@@ -20,6 +20,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moefy.documents import beginning
 from moefy.evaluate.llama_cpp import serve, timings
 from moefy.export import export
 
@@ -125,7 +126,7 @@ def speed_row(folder: Path, kind: str, file: Path, own: dict, dense: dict) -> st
 def cut(folder: Path, text: Path, places: int, context: int) -> tuple[list[list[int]], list[int]]:
     """Evenly spread stretches of a text of up to `context` tokens, and the token after each."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(text.read_text("utf-8")[: 200 * places + 20 * context])["input_ids"]
+    ids = tokenizer(beginning(text, 200 * places + 20 * context, tokenizer))["input_ids"]
     ends = torch.linspace(8, len(ids) - 1, places).long().tolist()
     return [ids[max(0, end - context) : end] for end in ends], [ids[end] for end in ends]
 

@@ -96,7 +96,7 @@ def read_toml(file: Path) -> dict[str, Any]:
         MoefyError: code 2, for a file that cannot be read or is no TOML.
     """
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise MoefyError(f"cannot read recipe {file}: {error.strerror}", code=2) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

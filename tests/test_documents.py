@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import BOS, EOS, assert_refused, word_tokenizer, words
 
-from moefy import chat, cli, data, documents, rows
+from moefy import chat, cli, data, documents, pipeline, rows
 from moefy.errors import MoefyError
 from moefy.evaluate.prompts import likelihood, read_prompts
 from moefy.evaluate.windows import text_windows
+from moefy.recipe import read_toml
 
 ROWS = [{"text": words(*range(n, n + 20)), "id": n} for n in range(0, 800, 20)]
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -143,6 +144,24 @@ def test_only_the_rows_of_ids_that_are_used_are_packed(tmp_path):
         ids_BT, num_documents, _ = data._pack(parts, 20, num_fit, tokens.num_heldout)
         assert tokens.ids_BT.tolist() == ids_BT.tolist()
         assert tokens.num_documents == num_documents
+
+
+def test_rows_of_ids_beyond_the_limit_are_not_read_and_noted(tmp_path, monkeypatch):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(json_lines([{"input_ids": [n] * 20} for n in range(60)]) + b"no JSON")
+    shape = {"num_tokens": 160, "length": 16, "seed": 0}
+    assert_refused(lambda: data.load_ids(str(file), **shape), "line 61: not valid JSON")
+    monkeypatch.setattr(data, "MOST_IDS", 400)
+    tokens = data.load_ids(str(file), **shape)
+    assert tokens.notes == ("only the first 400 ids were read",)
+    assert int(tokens.ids_BT.max()) < 20
+
+
+@pytest.mark.parametrize("ids", ["1", [1.0], [-1], [True], [2**31], [[1]], None, {}])
+def test_what_are_no_ids_is_refused(tmp_path, ids):
+    file = stored(tmp_path, "a.ndjson", [{"input_ids": [1] * 200}, {"input_ids": ids}])
+    read = lambda: data.load_ids(str(file), num_tokens=128, length=16, seed=0)  # noqa: E731
+    assert_refused(read, "line 2: 'input_ids' holds no list of token ids")
 
 
 def test_a_folder_is_read_in_every_container(tmp_path):
@@ -391,6 +410,9 @@ def test_a_byte_order_mark_is_no_token_for_any_reader(tmp_path):
     marked.write_bytes(json_lines(rows_with_mark))
     plain.write_bytes(json_lines(ROWS))
     assert (calibrated(marked), scored(marked)) == (calibrated(plain), scored(plain))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_bytes(BYTE_ORDER_MARK + b'model = "demo"')
+    assert read_toml(recipe) == {"model": "demo"}
     # The negative control: it is a token to the tokenizer, and within a text stays one.
     within = tmp_path / "within.txt"
     within.write_bytes(text[:2] + BYTE_ORDER_MARK + text[2:])
@@ -490,11 +512,15 @@ def test_special_tokens_stand_once(tmp_path, adds_bos):
         # One before every window, or else one before every text, as the template has it.
         num_texts = sum(b == EOS and a == 0 for a, b in zip(ids, ids[1:], strict=False))
         assert ids.count(BOS) == 1 if adds_bos else ids.count(BOS) >= num_texts // 2 - 1
-    whole = tokenizer.apply_chat_template(TALKS[0], tokenize=False)
-    assert (
-        scored(file, tokenizer)[0][:14]
-        == tokenizer(whole, add_special_tokens=False)["input_ids"][:14]
-    )
+    whole = tokenizer.apply_chat_template(TALKS[0], return_dict=False)
+    assert scored(file, tokenizer)[0][: len(whole)] == whole and len(whole) == 19
+
+
+def test_a_report_of_a_recipe_may_name_the_field():
+    assert pipeline.report_settings({"text": "a.json", "text_field": "body"}).text_field == "body"
+    assert pipeline.report_settings({}).text_field == documents.TEXT
+    with pytest.raises(MoefyError, match="text_field is 3; expected str"):
+        pipeline.report_settings({"text_field": 3})
 
 
 def test_a_text_field_comes_before_a_conversation(tmp_path):

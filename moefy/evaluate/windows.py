@@ -38,7 +38,8 @@ def text_windows(
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise MoefyError(f"{path}: no such file; expected a text file to evaluate on")
+        what = "a folder" if file.is_dir() else "no such file"
+        raise MoefyError(f"{path}: {what}; expected a file of text or rows to evaluate on")
     text = beginning(file, 8 * num_tokens, tokenizer, text_field=text_field)
     ids = encode(tokenizer, text)[:num_tokens]
     bos = first_ids(tokenizer)
