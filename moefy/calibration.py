@@ -11,41 +11,78 @@ from torch import Tensor
 from moefy import data
 from moefy.gradients import ffn_gradients
 from moefy.job import Job, Watch
-from moefy.memory import require
+from moefy.memory import ADVICE, available, require, writing
+from moefy.self_text import sample
 from moefy.tokenizer import load_tokenizer, vocabulary_notes
+from moefy.validate import beside
+
+SELF = "self"
+"""The `--calibration` that asks for text of the model itself."""
+
+TOKENIZER = ("tokenizer", "vocab")
+"""How the name of a file begins that a tokenizer is read from."""
+
+NO_TOKENIZER = (
+    "the model has no tokenizer: it wrote its calibration text from random tokens on; give its "
+    "tokenizer, or rows of token ids, for text of more kinds"
+)
 
 
-def calibration_tokens(job: Job, watch: Watch) -> data.Tokens:
-    """The calibration tokens, from text or from the model itself.
+def calibration_tokens(job: Job, watch: Watch, *, memory: int | None = None) -> data.Tokens:
+    """The calibration tokens, from text or from the model itself, which then keeps to `memory`.
 
     Raises:
         MoefyError: code 5 where the model must write but does not fit in memory whole.
     """
-    from transformers import AutoModelForCausalLM
-
     recipe, folder = job.recipe, job.checkpoint.folder
     size = job.size("vocab_size")
     shape = {"num_tokens": recipe.tokens, "length": recipe.sequence_length, "seed": recipe.seed}
-    if recipe.calibration != "self" and recipe.text_field == data.IDS:
+    if recipe.calibration == SELF:
+        return _self_written(job, watch, min(memory or available(), available()))
+    if recipe.text_field == data.IDS:
         return data.load_ids(recipe.calibration, vocab_size=size, **shape)
     tokenizer = load_tokenizer(folder)
+    tokens = data.load(
+        tokenizer,
+        recipe.calibration,
+        text_field=recipe.text_field,
+        vocab_size=size,
+        stratify=recipe.stratify,
+        **shape,
+    )
     notes = vocabulary_notes(tokenizer, size)
-    if recipe.calibration != "self":
-        tokens = data.load(
-            tokenizer,
-            recipe.calibration,
-            text_field=recipe.text_field,
-            vocab_size=size,
-            stratify=recipe.stratify,
-            **shape,
-        )
-        return dataclasses.replace(tokens, notes=(*notes, *tokens.notes))
-    weights = sum(entry.stop - entry.start for entry in job.checkpoint.entries.values())
-    require(weights, "a model that writes its own calibration text", "give a --calibration FILE")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    model = model.to(job.device).eval()
-    tokens = data.sample(model, tokenizer, progress=partial(watch, "calibration text"), **shape)
-    return dataclasses.replace(tokens, notes=tuple(notes))
+    return dataclasses.replace(tokens, notes=(*notes, *tokens.notes))
+
+
+def _self_written(job: Job, watch: Watch, memory: int) -> data.Tokens:
+    """Text that the model writes itself, for which it needs no tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    recipe, folder = job.recipe, job.checkpoint.folder
+    way = writing(job, memory)
+    require(way.num_bytes, "a model that writes its own calibration text", ADVICE["calibration"])
+    notes = [f"calibration text: {way.compute.note}"] if way.compute.note else []
+    tokenizer = None
+    if any(file.name.startswith(TOKENIZER) for file in beside(folder)):
+        tokenizer = load_tokenizer(folder)
+        notes += vocabulary_notes(tokenizer, job.size("vocab_size"))
+    else:
+        notes.append(NO_TOKENIZER)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=way.compute.dtype, local_files_only=True
+    )
+    tokens = sample(
+        model.to(job.device).eval(),
+        tokenizer,
+        num_tokens=recipe.tokens,
+        length=recipe.sequence_length,
+        seed=recipe.seed,
+        batch_size=way.batch_size,
+        progress=partial(watch, "calibration text"),
+    )
+    return dataclasses.replace(
+        tokens, notes=(*notes, *tokens.notes), compute_dtype=way.compute.name
+    )
 
 
 def gradients(job: Job, tokens: data.Tokens, watch: Watch) -> dict[int, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from moefy import budget, data, environment, output
-from moefy.calibration import calibration_tokens, gradients
+from moefy.calibration import SELF, calibration_tokens, gradients
 from moefy.clock import Clock
 from moefy.coverage import gaps
 from moefy.errors import MoefyError
@@ -80,7 +80,7 @@ def convert(
             scanned = check_weights(job, watch)
         state.claim({"inputs": scanned.digests})
         with clock.stage("calibration text"):
-            tokens = tokens or _tokens(job, state, watch)
+            tokens = tokens or _tokens(job, state, watch, memory)
         state.claim({"calibration": tokens.sha256})
         loss_L: list[float] = []
         asked = job.recipe.active
@@ -229,14 +229,14 @@ def _facts(job: Job, group: Group) -> dict[str, Any]:
     }
 
 
-def _tokens(job: Job, state: State, watch: Watch) -> data.Tokens:
+def _tokens(job: Job, state: State, watch: Watch, memory: int | None) -> data.Tokens:
     """The calibration tokens; those that the model writes itself, which takes long, are kept."""
-    if job.recipe.calibration != "self":
+    if job.recipe.calibration != SELF:
         return calibration_tokens(job, watch)
     if found := state.load_tensors("tokens"):
         tensors, told = found
         return data.Tokens(tensors["ids"], **{**told, "notes": tuple(told["notes"])})
-    tokens = calibration_tokens(job, watch)
+    tokens = calibration_tokens(job, watch, memory=memory)
     told = {key: value for key, value in vars(tokens).items() if key != "ids_BT"}
     state.save_tensors("tokens", {"ids": tokens.ids_BT}, told)
     return tokens

@@ -1,11 +1,11 @@
-"""Token batches to fit on: from text, or sampled from the model itself."""
+"""Token batches to fit on, from text; `self_text` makes those that the model writes itself."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class Tokens:
     """Packed sequences of token ids, the last `num_heldout` of them for validation.
 
     `ids_BT` is int64, num_sequences x length; `sha256` is the digest of its bytes; `num_documents`
-    counts the documents that its tokens come from; `notes` are one-line warnings.
+    counts the documents that its tokens come from; `notes` are one-line warnings. `compute_dtype`
+    names the dtype that the model computed in where it wrote them itself.
     """
 
     ids_BT: Tensor
@@ -36,6 +37,7 @@ class Tokens:
     sha256: str
     num_documents: int
     notes: tuple[str, ...]
+    compute_dtype: str | None = None
 
 
 def load(
@@ -65,7 +67,7 @@ def load(
         MoefyError: code 2 for a request of fewer than 8 sequences; code 3 for a text that gives
             fewer, for a bad source, and for a tokenizer with ids beyond `vocab_size`.
     """
-    num_sequences, share = _num_sequences(num_tokens, length), 4 * length
+    num_sequences, share = count_sequences(num_tokens, length), 4 * length
     texts, notes = shuffled(source, num_tokens, seed, text_field=text_field, tokenizer=tokenizer)
     if stratify:
         texts = stratified(texts, num_tokens, share=share)
@@ -75,12 +77,12 @@ def load(
     wanted = num_sequences * room + share
     parts = _gather(tokenizer, texts, share=share, wanted=wanted)
     usable, fewer = _usable(source, parts, room, num_sequences, num_tokens)
-    num_heldout = _num_heldout(usable, heldout)
-    ids_BN, num_documents, shared = _pack(parts, room, usable - num_heldout, num_heldout)
+    num_heldout = count_heldout(usable, heldout)
+    ids_BN, num_documents, shared = pack(parts, room, usable - num_heldout, num_heldout)
     require_rows(ids_BN, vocab_size)
     ids_BT = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(usable, -1), ids_BN], 1)
     notes += [*fewer, *shared]
-    return Tokens(ids_BT, num_heldout, source, _digest(ids_BT), num_documents, tuple(notes))
+    return Tokens(ids_BT, num_heldout, source, digest(ids_BT), num_documents, tuple(notes))
 
 
 def load_ids(
@@ -99,7 +101,7 @@ def load_ids(
     Raises:
         MoefyError: as `load`.
     """
-    num_sequences = _num_sequences(num_tokens, length)
+    num_sequences = count_sequences(num_tokens, length)
     rows, num_read, notes = [], 0, []
     for row in id_rows(source, IDS):
         if num_read >= MOST_IDS:
@@ -117,57 +119,14 @@ def load_ids(
         if end - len(rows[index]) < enough
     ]
     usable, fewer = _usable(source, parts, length, num_sequences, num_tokens)
-    num_heldout = _num_heldout(usable, heldout)
-    ids_BT, num_documents, shared = _pack(parts, length, usable - num_heldout, num_heldout)
+    num_heldout = count_heldout(usable, heldout)
+    ids_BT, num_documents, shared = pack(parts, length, usable - num_heldout, num_heldout)
     require_rows(ids_BT, vocab_size)
     notes += [*fewer, *shared]
-    return Tokens(ids_BT, num_heldout, source, _digest(ids_BT), num_documents, tuple(notes))
+    return Tokens(ids_BT, num_heldout, source, digest(ids_BT), num_documents, tuple(notes))
 
 
-def sample(
-    model: Any,
-    tokenizer: Any,
-    *,
-    num_tokens: int,
-    length: int,
-    seed: int,
-    batch_size: int = 32,
-    heldout: float = 1 / 8,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tokens:
-    """Let the model write its own text: `num_tokens // length` sequences of `length` tokens.
-
-    Each starts with the beginning-of-text token, for want of it the end-of-text token, for want of
-    that a random one, and goes on with draws from the model's whole distribution at temperature 1.
-    An end-of-text token is drawn like any other and ends nothing: what follows is the next
-    document. The result depends on `seed` and `batch_size`; global random state is neither read
-    nor changed. `progress` is called with the tokens done and the tokens in all. In the result,
-    every sequence counts as one document.
-
-    Source: self-generated calibration text as in LLM-QAT (Liu et al., 2023, arXiv:2305.17888),
-    without its greedy first tokens.
-
-    Raises:
-        MoefyError: code 2 for a request of fewer than 8 sequences, 6 if logits are not finite.
-    """
-    num_sequences = _num_sequences(num_tokens, length)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    batches = []
-    for first in range(0, num_sequences, batch_size):
-        size = min(batch_size, num_sequences - first)
-        start_B1 = _starts(model, tokenizer, size, generator)
-        steps = []
-        for token_B1 in islice(_written(model, start_B1, generator), length):
-            steps.append(token_B1)
-            if progress:
-                progress(first * length + len(steps) * size, num_sequences * length)
-        batches.append(torch.cat(steps, 1).cpu())
-    ids_BT = torch.cat(batches)
-    num_heldout = _num_heldout(num_sequences, heldout)
-    return Tokens(ids_BT, num_heldout, "self", _digest(ids_BT), num_sequences, ())
-
-
-def _num_sequences(num_tokens: int, length: int) -> int:
+def count_sequences(num_tokens: int, length: int) -> int:
     """Give how many sequences a request makes."""
     if length < 2 or num_tokens // length < LEAST_SEQUENCES:
         raise MoefyError(
@@ -194,7 +153,7 @@ def _usable(
     return usable, [few] if usable < num_sequences else []
 
 
-def _num_heldout(num_sequences: int, heldout: float) -> int:
+def count_heldout(num_sequences: int, heldout: float) -> int:
     """Give how many of the sequences are held out: at least one, and never all."""
     return min(max(1, round(heldout * num_sequences)), num_sequences - 1)
 
@@ -241,7 +200,7 @@ def _shares(tokenizer: Any, text: str, share: int) -> Iterator[list[int]]:
         yield ids
 
 
-def _pack(
+def pack(
     parts: list[list[int]], room: int, num_fit: int, num_heldout: int
 ) -> tuple[Tensor, int, list[str]]:
     """Cut documents in a row into sequences of `room` ids; the held-out ones come last.
@@ -260,38 +219,6 @@ def _pack(
     return ids_BN, int((starts < end).sum()), [] if begin in starts.tolist() else [shared]
 
 
-def _starts(model: Any, tokenizer: Any, num: int, generator: torch.Generator) -> Tensor:
-    """Give the first token of `num` sequences, shape (num, 1)."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return torch.full((num, 1), token, device=model.device)
-    return torch.randint(
-        model.config.vocab_size, (num, 1), generator=generator, device=model.device
-    )
-
-
-def _written(model: Any, token_B1: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield the given tokens, then draw after draw from the model, each of shape (B, 1).
-
-    `model.generate` would need the end-of-text token banned to reach a length, would apply the
-    sampling settings of the checkpoint, and draws from global random state.
-    """
-    cache = None
-    while True:
-        yield token_B1
-        with torch.no_grad():
-            output = model(input_ids=token_B1, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        chance_BV = output.logits[:, -1].float().softmax(-1)
-        if not chance_BV.isfinite().all():
-            raise MoefyError(
-                "the model's logits are not finite while it writes calibration text; its dtype "
-                "overflows; give a text as --calibration",
-                code=6,
-            )
-        token_B1 = torch.multinomial(chance_BV, 1, generator=generator)
-
-
-def _digest(ids_BT: Tensor) -> str:
+def digest(ids_BT: Tensor) -> str:
     """Give the SHA-256 of the ids as little-endian 64-bit integers."""
     return hashlib.sha256(ids_BT.numpy().astype("<i8").tobytes()).hexdigest()

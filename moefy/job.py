@@ -88,6 +88,11 @@ class Job:
         that holds them all."""
         if self.recipe.dtype != "as-stored":
             return getattr(torch, self.recipe.dtype)
+        return self.stored_dtype
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """That of the FFNs that are converted, and of several the one that holds them all."""
         return reduce(torch.promote_types, [DTYPES[code] for code in self.stored_dtypes])
 
     @property

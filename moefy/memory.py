@@ -14,10 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from moefy.compute import ComputeDtype, compute_dtype
 from moefy.errors import MoefyError
 from moefy.job import Job
 from moefy.profile import CHUNK, GAINS
 from moefy.reopen import fitting_layers
+from moefy.self_text import BATCHES, DOCUMENT
 from moefy.shards import Slot
 
 LIBRARIES = 600_000_000
@@ -53,6 +55,17 @@ class Plan:
     """Of the files that the states lie in; zero where they lie in memory."""
     refusal: str = ""
     """What to say where it does not fit."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How the dense model is to write text of its own."""
+
+    compute: ComputeDtype
+    batch_size: int
+    """Documents at a time."""
+    num_bytes: int
+    """What that takes."""
 
 
 def available() -> int:
@@ -100,7 +113,7 @@ def fit(job: Job, slots: Mapping[str, Slot], limit: int | None = None) -> Plan:
     most = min(limit or available(), available())
     # A GPU's states lie in its own memory.
     for in_files in (False, True) if job.device.type == "cpu" else (False,):
-        stages = predicted(job, slots, in_files=in_files)
+        stages = predicted(job, slots, in_files=in_files, most=most)
         stage = max(stages, key=stages.__getitem__)
         plan = Plan(stages[stage], stage, state_arrays(job) if in_files else 0)
         if plan.peak_bytes <= most:
@@ -127,18 +140,26 @@ def state_arrays(job: Job) -> int:
     return 4 * tokens * (arrays * hidden + job.shape.num_neurons)
 
 
-def predicted(job: Job, slots: Mapping[str, Slot], *, in_files: bool = False) -> dict[str, int]:
-    """Resident bytes at most of every stage. Pages of mapped files that the system can take back
-    whenever it needs them count only where they are read in whole (see `reopen`)."""
-    tokenizer = job.checkpoint.folder / "tokenizer.json"
-    base = LIBRARIES + (TEXT * tokenizer.stat().st_size if tokenizer.is_file() else 0)
+def predicted(
+    job: Job, slots: Mapping[str, Slot], *, in_files: bool = False, most: int | None = None
+) -> dict[str, int]:
+    """Resident bytes at most of every stage, where there are `most`. Pages of mapped files that the
+    system can take back whenever it needs them count only where they are read in whole (see
+    `reopen`)."""
+    base = _base(job)
     states = 0 if in_files else state_arrays(job)
     slopes = 2 * len(job.layers) * job.recipe.tokens * job.size("hidden_size")
     kept = base + states + (slopes if job.method.gradient else 0)
     stages = {stage: kept + held for stage, held in _layer(job).items()}
-    stages |= {stage: base + held for stage, held in _whole(job).items()}
+    stages |= {stage: base + held for stage, held in _whole(job, most).items()}
     stages["reopen"] = base + _reopened(job, slots)
     return stages
+
+
+def _base(job: Job) -> int:
+    """What is held all the time."""
+    tokenizer = job.checkpoint.folder / "tokenizer.json"
+    return LIBRARIES + (TEXT * tokenizer.stat().st_size if tokenizer.is_file() else 0)
 
 
 def _layer(job: Job) -> dict[str, int]:
@@ -187,12 +208,43 @@ def _attention(job: Job) -> int:
     return weights + 8 * rows * job.size("hidden_size")
 
 
-def _whole(job: Job) -> dict[str, int]:
+def writing(job: Job, most: int | None = None) -> Writing:
+    """How the dense model is to write its own text where there are `most` bytes: in a dtype that
+    the machine has, and as many documents at a time as fit.
+
+    Raises:
+        MoefyError: code 5 where a dtype that was asked for does not fit.
+    """
+    room = (most or available()) - _base(job)
+    entries, config = job.checkpoint.entries.values(), job.dense.config
+    stored, count = sum(e.num_bytes for e in entries), sum(e.num_elements for e in entries)
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    cached = 2 * job.num_layers * int(heads) * job.dense.head_dim
+
+    def needed(itemsize: int, batch_size: int) -> int:
+        """Bytes of the files, the weights, the keys and values, and the chances of all ids."""
+        document = DOCUMENT * cached * itemsize + 16 * job.size("vocab_size")
+        return stored + itemsize * count + batch_size * document
+
+    compute = compute_dtype(
+        job.recipe.compute_dtype,
+        job.stored_dtype,
+        job.device,
+        float32_bytes=needed(4, BATCHES[-1]),
+        room=room,
+    )
+    size = compute.dtype.itemsize
+    fitting = (number for number in BATCHES if needed(size, number) <= room)
+    batch_size = next(fitting, BATCHES[-1])
+    return Writing(compute, batch_size, needed(size, batch_size))
+
+
+def _whole(job: Job, most: int | None) -> dict[str, int]:
     """What stages hold for which the dense model must be in memory whole."""
     entries, recipe = job.checkpoint.entries.values(), job.recipe
     stages = {}
     if recipe.calibration == "self":
-        stages["calibration"] = 2 * sum(entry.num_bytes for entry in entries)
+        stages["calibration"] = writing(job, most).num_bytes
     if job.method.gradient:
         hidden, length = job.size("hidden_size"), recipe.sequence_length
         way_back = 4 * length * job.num_layers * (16 * hidden + 4 * job.shape.num_neurons)

@@ -49,6 +49,9 @@ class Recipe:
     """Draw documents so that each kind of text has about its share, however few are drawn."""
     seed: int = 0
     dtype: str = "as-stored"
+    compute_dtype: str = "auto"
+    """Dtype in which the dense model writes text of its own; `auto` is the stored one where the
+    machine has it, else float32."""
     max_shard_size: str = "5GB"
     """Bytes in a file of the result at most, as `save_pretrained` takes them: `5GB`, `200MiB`."""
     ignore_index: bool = False
@@ -59,6 +62,7 @@ class Recipe:
 
 
 DTYPES = ("as-stored", "float32", "bfloat16", "float16")
+COMPUTE_DTYPES = ("auto", *DTYPES[1:])
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
 TABLES = ("partition_options", "router_options")
 ADDED = ("made", "inputs", "finetune", "report")
@@ -221,8 +225,12 @@ def check_type(key: str, value: Any, fields: Mapping[str, dataclasses.Field]) ->
 
 
 def _check_ranges(recipe: Recipe) -> None:
-    if recipe.dtype not in DTYPES:
-        raise MoefyError(f"--dtype {recipe.dtype!r}: {nearest(recipe.dtype, list(DTYPES))}", code=2)
+    for flag, value, known in (
+        ("--dtype", recipe.dtype, DTYPES),
+        ("--compute-dtype", recipe.compute_dtype, COMPUTE_DTYPES),
+    ):
+        if value not in known:
+            raise MoefyError(f"{flag} {value!r}: {nearest(value, list(known))}", code=2)
     for name, value, least in (
         ("--sequence-length", recipe.sequence_length, 8),
         ("--tokens", recipe.tokens, 8 * recipe.sequence_length),

@@ -56,6 +56,7 @@ def summarise(
             "sequences": len(tokens.ids_BT),
             "heldout_sequences": tokens.num_heldout,
             "sequence_length": tokens.ids_BT.shape[1],
+            "compute_dtype": tokens.compute_dtype,
             "notes": list(tokens.notes),
         },
         "reopened": checked,

@@ -287,7 +287,7 @@ class Clocked:
 
     def __init__(self, clock: list[float], per_token: float) -> None:
         self.clock, self.per_token, self.calls = clock, per_token, []
-        self.past_key_values = self
+        self.cache = self
 
     def __call__(self, ids_BT, **options):
         self.calls.append(tuple(ids_BT.shape))

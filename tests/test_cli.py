@@ -141,7 +141,6 @@ WRITES = {
         "11 FFN of zeros",
         "19 code",
         "22 config",
-        "27 no tokenizer",
         "27 broken tokenizer",
         "32 overflow",
     )

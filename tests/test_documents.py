@@ -141,7 +141,7 @@ def test_only_the_rows_of_ids_that_are_used_are_packed(tmp_path):
         order = data.torch.randperm(600, generator=data.torch.Generator().manual_seed(3)).tolist()
         parts = [held[index]["input_ids"] for index in order]
         num_fit = 16 - tokens.num_heldout
-        ids_BT, num_documents, _ = data._pack(parts, 20, num_fit, tokens.num_heldout)
+        ids_BT, num_documents, _ = data.pack(parts, 20, num_fit, tokens.num_heldout)
         assert tokens.ids_BT.tolist() == ids_BT.tolist()
         assert tokens.num_documents == num_documents
 

@@ -21,7 +21,7 @@ ROWS = [
     "targets cluster balance",
     "partition route refit documents",
     "data",
-    "walk block oracle routing gradients",
+    "walk block oracle routing gradients self_text",
     "validate reopen scan method",
     "job runs",
     "memory",

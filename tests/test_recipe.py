@@ -33,6 +33,7 @@ EVERYTHING = Recipe(
     stratify=False,
     seed=2**32 - 1,
     dtype="bfloat16",
+    compute_dtype="float32",
     device="cpu",
     partition_options={"rounds": 6, "sample": 4096},
     router_options={"strength": 2.5e-05, "steps": 0, "on": True, "names": ["a", 'b"', 1, 0.5]},

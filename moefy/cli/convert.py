@@ -77,6 +77,12 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="as-stored, float32, bfloat16, float16. (default: as-stored)")
     ] = None,
+    compute_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of self-written text: auto, float32, bfloat16, float16. (default: auto)"
+        ),
+    ] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(help="Bytes in a file of OUT at most. (default: 5GB)")
     ] = None,

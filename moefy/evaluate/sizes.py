@@ -38,7 +38,7 @@ def sizes(model: Any) -> dict[str, Any]:
     vocabulary = model.get_input_embeddings().weight
     ids_1T = torch.arange(PROBE)[None] % vocabulary.shape[0]
     with torch.inference_mode(), routing.recorded(model) as seen:
-        cache = model(ids_1T, use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(ids_1T, use_cache=True, logits_to_keep=1).cache
     idle, expected = 0, {}
     for layer, experts in routing.experts(model).items():
         count, chosen = routing.num_experts(routing.routers(model)[layer]), seen[layer][0].shape[1]
@@ -127,7 +127,7 @@ def _main(folder: str) -> None:
         out = model(ids_1T, use_cache=True, logits_to_keep=1)
         for _ in range(DECODE):
             token_11 = out.logits[:, -1:].argmax(-1)
-            out = model(token_11, past_key_values=out.past_key_values, use_cache=True)
+            out = model(token_11, cache=out.cache, use_cache=True)
     print(json.dumps({"peak": _resident("VmHWM") - before}))
 
 

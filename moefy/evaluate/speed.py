@@ -155,12 +155,12 @@ def one_round(
     with torch.inference_mode():
         use(model, ways.get(("prefill", batch)))
         start = clock()
-        cache = model(ids_BT[:, :context], use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(ids_BT[:, :context], use_cache=True, logits_to_keep=1).cache
         prefill = clock() - start
         use(model, ways.get(("decode", batch)))
         start = clock()
         for step in range(context, ids_BT.shape[1]):
-            model(ids_BT[:, step : step + 1], past_key_values=cache, use_cache=True)
+            model(ids_BT[:, step : step + 1], cache=cache, use_cache=True)
         return prefill, clock() - start
 
 

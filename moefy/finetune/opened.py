@@ -19,6 +19,7 @@ from moefy.headers import read_config, read_entries
 from moefy.job import Watch
 from moefy.publish import sha256
 from moefy.recipe import Recipe
+from moefy.self_text import sample
 from moefy.source import resolve
 from moefy.tokenizer import load_tokenizer
 
@@ -167,7 +168,7 @@ def read_text(opened: Opened, settings: Settings, world: int, watch: Watch) -> t
         def tick(done: int, of: int) -> None:
             watch("write text", done, of)
 
-        tokens = data.sample(writer, tokenizer, progress=tick, **shape)
+        tokens = sample(writer, tokenizer, progress=tick, **shape)
     elif settings.text_field == data.IDS:
         tokens = data.load_ids(settings.data, vocab_size=opened.vocab_size, **shape)
     else:
