@@ -104,6 +104,7 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     if isinstance(role := turn.get("role"), str):
         # What else templates read: names, calls of tools. Parquet has a null where JSON has none.
         more = {key: value for key, value in turn.items() if value is not None}
+        role = SPEAKERS[role] if role in ("human", "gpt") else role
         return more | {"role": role, "content": _content(turn.get("content"), where)}
     if not isinstance(speaker := turn.get("from"), str):
         fields = ", ".join(str(key)[:40] for key in list(turn)[:8]) or "none"

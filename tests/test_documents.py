@@ -170,8 +170,8 @@ def test_a_folder_is_read_in_every_container(tmp_path):
     (tmp_path / "left.csv").write_text("text\nw0")
     (tmp_path / "left.py").write_text("w0 = 1")
     names = [name for name in sorted(CONTAINERS) if name != "noname"]
-    found = list(documents.documents(str(tmp_path)))
-    assert found == [f"w{sorted(CONTAINERS).index(name)}" for name in names]
+    result = list(documents.documents(str(tmp_path)))
+    assert result == [f"w{sorted(CONTAINERS).index(name)}" for name in names]
 
 
 JSON_VALUES = st.recursive(
@@ -199,8 +199,8 @@ def test_json_cut_into_blocks_is_what_it_is_whole(tmp_path_factory, values, bloc
                 content.encode()
             except UnicodeEncodeError:
                 continue
-            found = [row for _, row in rows.rows(folder / name)]
-            assert repr(found) == repr(json.loads(f"[{','.join(text)}]"))
+            result = [row for _, row in rows.rows(folder / name)]
+            assert repr(result) == repr(json.loads(f"[{','.join(text)}]"))
 
 
 def test_a_long_value_is_tried_a_few_times_only(tmp_path, monkeypatch):
@@ -377,8 +377,8 @@ def test_a_file_that_is_not_there_is_no_data_set(name):
 
 def test_parquet_without_pyarrow_names_what_to_install(tmp_path, monkeypatch):
     file = stored(tmp_path, "a.parquet", ROWS)
-    found = types.SimpleNamespace(util=types.SimpleNamespace(find_spec=lambda _: None))
-    monkeypatch.setattr(rows, "importlib", found)
+    result = types.SimpleNamespace(util=types.SimpleNamespace(find_spec=lambda _: None))
+    monkeypatch.setattr(rows, "importlib", result)
     for read in readers(file):
         assert_refused(read, "a.parquet", "pip install pyarrow", code=5)
 
@@ -481,9 +481,9 @@ def expected_text(turns):
 def test_conversations_are_written_by_the_chat_template(tmp_path, form, name):
     held = [FORMS[form](turns) for turns in TALKS]
     file, tokenizer = stored(tmp_path, name, held), chat_tokenizer()
-    found = list(documents.documents(str(file), tokenizer=tokenizer))
-    assert found == [expected_text(turns) for turns in TALKS]
-    plain = stored(tmp_path, "a.ndjson", [{"text": text} for text in found])
+    result = list(documents.documents(str(file), tokenizer=tokenizer))
+    assert result == [expected_text(turns) for turns in TALKS]
+    plain = stored(tmp_path, "a.ndjson", [{"text": text} for text in result])
     assert calibrated(file, tokenizer) == calibrated(plain, tokenizer)
     assert scored(file, tokenizer) == scored(plain, tokenizer)
     field = next(key for key, value in held[0].items() if value)
@@ -491,15 +491,15 @@ def test_conversations_are_written_by_the_chat_template(tmp_path, form, name):
     # The negative control: what is said, by someone else.
     others = [FORMS[form]([{**t, "role": "tool"} for t in turns]) for turns in TALKS]
     changed = stored(tmp_path, name, others)
-    assert list(documents.documents(str(changed), tokenizer=tokenizer)) != found
+    assert list(documents.documents(str(changed), tokenizer=tokenizer)) != result
 
 
 def test_streamed_conversations_are_written_too(monkeypatch):
     datasets = pytest.importorskip("datasets")
     held = [FORMS["sharegpt"](turns) for turns in TALKS]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter(held))
-    found = list(documents.documents("owner/name", tokenizer=chat_tokenizer()))
-    assert found == [expected_text(turns) for turns in TALKS]
+    result = list(documents.documents("owner/name", tokenizer=chat_tokenizer()))
+    assert result == [expected_text(turns) for turns in TALKS]
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
@@ -527,8 +527,8 @@ def test_a_text_field_comes_before_a_conversation(tmp_path):
     held = [{"text": "w1", **FORMS["messages"](talk(2))}]
     file = str(stored(tmp_path, "a.jsonl", held))
     assert list(documents.documents(file, tokenizer=chat_tokenizer())) == ["w1"]
-    found = documents.documents(file, text_field="messages", tokenizer=chat_tokenizer())
-    assert list(found) == [expected_text(talk(2))]
+    result = documents.documents(file, text_field="messages", tokenizer=chat_tokenizer())
+    assert list(result) == [expected_text(talk(2))]
     assert_refused(lambda: list(documents.documents(file, text_field="body")), "no field 'body'")
 
 
@@ -590,6 +590,8 @@ def test_what_speakers_and_turns_become():
         {"from": "system", "value": "a"},
         {"from": "Human", "value": "b", "weight": 0},
         {"from": "function_call", "value": "c"},
+        {"role": "gpt", "content": "c"},
+        {"role": "ipython", "content": "c"},
         {"from": "observation", "value": "d"},
         {"role": "assistant", "content": None, "tool_calls": [{"x": 1}], "name": None},
         {"role": "tool", "content": ["e", {"type": "output_text", "text": "f"}, {"text": "g"}]},
@@ -598,6 +600,8 @@ def test_what_speakers_and_turns_become():
         {"role": "system", "content": "a"},
         {"role": "user", "content": "b"},
         {"role": "assistant", "content": "c"},
+        {"role": "assistant", "content": "c"},
+        {"role": "ipython", "content": "c"},
         {"role": "tool", "content": "d"},
         {"role": "assistant", "content": "", "tool_calls": [{"x": 1}]},
         {"role": "tool", "content": "efg"},
@@ -629,8 +633,8 @@ def test_answers_in_a_chat_follow_without_a_space(pico):
         ids = data.torch.tensor([head + tail])
         log_p = model(ids).logits[0].log_softmax(-1)
         true = [log_p[len(head) + n - 1, token].item() for n, token in enumerate(tail)]
-        found = likelihood(model, tokenizer, prompt, answer, chat=is_chat)
-        assert found == pytest.approx(sum(true) / len(true), abs=1e-5)
+        result = likelihood(model, tokenizer, prompt, answer, chat=is_chat)
+        assert result == pytest.approx(sum(true) / len(true), abs=1e-5)
 
 
 # Commands

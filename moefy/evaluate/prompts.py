@@ -67,10 +67,10 @@ def read_prompts(path: Path, tokenizer: Any) -> list[dict[str, Any]]:
         raise MoefyError(f"{path}: no readable file; {EXPECTED}")
     if (stored := rows(file)) is None:
         raise MoefyError(f"{path}: running text; {EXPECTED}")
-    found = [_prompt(row, where, tokenizer) for where, row in stored]
-    if not found:
+    prompts = [_prompt(row, where, tokenizer) for where, row in stored]
+    if not prompts:
         raise MoefyError(f"{path}: no prompts in it; {EXPECTED}")
-    return found
+    return prompts
 
 
 def _prompt(row: Mapping[str, Any], where: str, tokenizer: Any) -> dict[str, Any]:
