@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,16 @@ def machine(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def code() -> str:
-    """Version of moefy, with a digest of its sources: a version in the making has many."""
+def code(without: Collection[str] = (), folder: Path = Path(__file__).parent) -> str:
+    """Version of moefy, with a digest of its sources: a version in the making has many.
+
+    `without` are names in the package's folder that do not count.
+    """
     digest = hashlib.sha256()
-    folder = Path(__file__).parent
     for path in sorted(folder.rglob("*.py")):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+        name = path.relative_to(folder)
+        if name.parts[0] not in without:
+            digest.update(str(name).encode() + b"\0" + path.read_bytes())
     return f"{__version__} ({digest.hexdigest()[:12]})"
 
 

@@ -75,7 +75,7 @@ def export(
     start = time.perf_counter()
     config = read_config(run)
     stored = STORED.get(str(config.get("dtype") or config.get("torch_dtype")), "f16")
-    kind = stored if kind is None else kind
+    kind = stored if kind is None else kind.lower()  # llama.cpp's own names have capitals
     if kind not in TYPES:
         raise MoefyError(f"--quantize is {kind!r}; {nearest(kind, TYPES)}", code=2)
     out = _free(out or run / f"{run.resolve().name}-{kind}.gguf", force=force)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ from typing import Any
 
 from moefy.errors import MoefyError
 from moefy.evaluate.settings import Settings as ReportSettings
+from moefy.evaluate.settings import check
 from moefy.finetune.settings import TABLE as FINETUNE
 from moefy.finetune.settings import Settings as FinetuneSettings
 from moefy.finetune.settings import build as build_finetune
 from moefy.job import Watch
-from moefy.recipe import Recipe, build, nearest, read, read_toml
+from moefy.recipe import Recipe, build, located, nearest, read_toml
+from moefy.runs import RECIPE, dense_model, read_recipe, read_report, read_tuning
+from moefy.runs import REPORT as REPORTED
 
 REPORT = "report"
 """The table of a recipe that says what to measure."""
@@ -46,6 +50,13 @@ KEYS = {
 
 PATHS = ("text", "include_path", "prompts")
 EFFORTS = ("quick", "usual", "full")
+ANEW = "give another OUT, or --force to do all stages anew"
+
+NOT_OF_RESULT = ("device", "ignore_index")
+"""Keys of a recipe that may differ from those that a conversion was done with."""
+
+NOT_OF_SELF = ("text_field", "stratify")
+"""Keys that say how a text is read, which a model that writes its own has none of."""
 
 NOT_OF_WEIGHTS = ("device", "log_every", "log_to", "save_every", "teacher_cache")
 """Settings of a fine-tune that may differ from those that it was done with."""
@@ -108,10 +119,7 @@ def report_settings(table: Mapping[str, Any]) -> ReportSettings:
             values[name] = Path(str(words)) if key in PATHS else words
     if (effort := values.get("effort", EFFORTS[0])) not in EFFORTS:
         raise MoefyError(f"[report] effort is {effort!r}; {nearest(effort, [*EFFORTS])}", code=2)
-    for name in ("num_tokens", "length", "limit"):
-        if values.get(name, 1) < 1:
-            raise MoefyError(f"[report] {name} is {values[name]}; expected 1 or more", code=2)
-    return ReportSettings(**values)
+    return check(ReportSettings(**values))
 
 
 def stages(declared: Stages, out: Path, *, force: bool = False) -> list[Stage]:
@@ -162,12 +170,24 @@ def run(
 
 
 def _converted(out: Path, recipe: Recipe) -> bool:
-    file = out / "moefy" / "recipe.toml"
-    if not (out / "moefy" / "conversion.json").is_file() or not file.is_file():
+    folder = out / "moefy"
+    if not (folder / REPORTED).is_file() or not (folder / RECIPE).is_file():
         return False
-    found = {**dataclasses.asdict(Recipe(recipe.model)), **read(file)}
-    _check_same(out, "converted", found, dataclasses.asdict(recipe))
+    _check_same(out, "converted", _deciding(read_recipe(out)), _deciding(recipe))
+    if os.path.isdir(recipe.model):  # else a hub id, whose revision is in the recipe
+        summary = read_report(out)
+        if not dense_model(out, summary, recipe, recipe.model, "MODEL").made(summary):
+            raise MoefyError(
+                f"{out} was converted from other weights than {recipe.model} holds now; {ANEW}",
+                code=2,
+            )
     return True
+
+
+def _deciding(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe that decide what a conversion is."""
+    idle = NOT_OF_RESULT + (NOT_OF_SELF if recipe.calibration == "self" else ())
+    return {key: value for key, value in dataclasses.asdict(recipe).items() if key not in idle}
 
 
 def _convert(out: Path, recipe: Recipe, force: bool, watch: Watch) -> dict[str, Any]:
@@ -180,21 +200,19 @@ def _convert(out: Path, recipe: Recipe, force: bool, watch: Watch) -> dict[str, 
 
 
 def _finetuned(run: Path, out: Path, settings: FinetuneSettings) -> bool:
-    told = _read(out / "moefy" / "finetune.json")
-    if told is None:
+    if (tuning := read_tuning(out)) is None:
         return False
-    wanted = dataclasses.asdict(settings)
-    same = [key for key in wanted if key not in NOT_OF_WEIGHTS]
-    found = told.get("settings", {})
-    _check_same(
-        out, "fine-tuned", {key: found.get(key) for key in same}, {key: wanted[key] for key in same}
-    )
-    base = (_read(run / "moefy" / "conversion.json") or {}).get("outputs", {})
-    started = (told.get("parent") or {}).get("files", {})
+    idle = NOT_OF_WEIGHTS + (NOT_OF_SELF if settings.data == "self" else ())
+    wanted = {k: v for k, v in dataclasses.asdict(settings).items() if k not in idle}
+    # What an older moefy had no setting for, it did as the default does.
+    known = dataclasses.asdict(FinetuneSettings()) | tuning["settings"]
+    _check_same(out, "fine-tuned", located(known, "data", "teacher"), wanted)
+    base = read_report(run)["outputs"] if (run / "moefy" / REPORTED).is_file() else {}
+    started = tuning["parent"]["files"]
     if changed := [name for name, digest in started.items() if base.get(name) != digest]:
         raise MoefyError(
-            f"{out} was fine-tuned from another conversion than {run} ({changed[0]} differs); give "
-            "another OUT, or --force to do all stages anew",
+            f"{out} was fine-tuned from another conversion than {run} ({changed[0]} differs); "
+            f"{ANEW}",
             code=2,
         )
     return True
@@ -230,9 +248,7 @@ def _check_same(out: Path, done: str, found: Mapping[str, Any], wanted: Mapping[
     ]
     if differs:
         raise MoefyError(
-            f"{out} was {done} by another recipe: {'; '.join(differs)}; give another OUT, or "
-            "--force to do all stages anew",
-            code=2,
+            f"{out} was {done} by another recipe: {'; '.join(differs)}; {ANEW}", code=2
         )
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from moefy.errors import MoefyError
@@ -50,6 +50,12 @@ def replace_text(path: Path, text: str) -> None:
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     return hexdigest(path, 0, path.stat().st_size)
+
+
+def file_digests(folder: Path, without: Collection[str] = ()) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by its name from there, but for those of `without`."""
+    files = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+    return {name: sha256(files[name]) for name in sorted(files.keys() - {*without})}
 
 
 def hexdigest(path: Path, start: int, stop: int) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from moefy.errors import MoefyError
 from moefy.job import Watch
-from moefy.report import model_card
+from moefy.report import filled, model_card, read_report, readable
+from moefy.runs import read_tuning
 from moefy.verify import check_files
 
 CARD = "README.md"
@@ -57,6 +57,7 @@ def push(
     """
     summary = check_files(run, watch)
     _check_name(repo)
+    card = _card(run, summary, repo)
     files = chosen(run, calibration=calibration)
     sent = {name: (run / name).stat().st_size for name in files}
     everything = {str(f.relative_to(run)) for f in run.rglob("*") if f.is_file()}
@@ -71,7 +72,6 @@ def push(
     }
     if dry:
         return told
-    card = model_card(summary, _report(run), repo)
     return told | {"url": _upload(run, repo, files, card, private, revision, watch)}
 
 
@@ -163,17 +163,13 @@ def _check_name(repo: str) -> None:
         ) from error
 
 
-def _report(run: Path) -> dict[str, Any] | None:
-    """The report of a run, if it has one that the card can be drawn from."""
-    from moefy.report import FORMAT, filled
+def _card(run: Path, summary: dict[str, Any], repo: str) -> str:
+    """The card of a run, with the numbers of its report if it has one.
 
-    report = _read(run / "moefy" / "report.json")
-    return filled(report) if report and report.get("format") == FORMAT else None
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    Raises:
+        MoefyError: code 7 for a report that is broken or of another format.
+    """
+    measured = (run / "moefy" / "report.json").is_file()
+    with readable(run):
+        report = filled(read_report(run)) if measured else None
+        return model_card(summary, report, repo, read_tuning(run))

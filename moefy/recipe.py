@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -83,9 +84,22 @@ def build(file: Path | None, flags: Mapping[str, Any], settings: list[str]) -> R
         raise MoefyError("no MODEL given; expected a folder, a hub id or `demo`", code=2)
     for key, value in values.items():
         check_type(key, value, FIELDS)
-    recipe = Recipe(**values)
+    recipe = Recipe(**located(values, "model", "calibration"))
     _check_ranges(recipe)
     return recipe
+
+
+def located(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """`values`, of which those of `names` that lead to a file or folder are absolute paths.
+
+    So they mean the same from every working directory. Hub ids and the word `self` stay.
+    """
+    found = dict(values)
+    for name in names:
+        path = os.path.expanduser(values.get(name) or "self")
+        if path != "self" and os.path.exists(path):
+            found[name] = os.path.abspath(path)
+    return found
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -171,11 +185,24 @@ def num_bytes(text: str, flag: str = "--max-shard-size") -> int:
     return size
 
 
+MANY = 100
+"""So many names are too many for one line."""
+
+
 def nearest(word: str, known: list[str]) -> str:
-    """`expected a, b, c`, and the likeliest of them when `word` looks like a typo."""
-    close = difflib.get_close_matches(word, known, 1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return f"expected one of {', '.join(known)}{hint}"
+    """`expected a, b, c`, and the likeliest of them when `word` looks like a typo.
+
+    Of more than `MANY` names only the likeliest are named.
+
+    >>> nearest("kat", ["cat", "dog"])
+    'expected one of cat, dog; did you mean cat?'
+    >>> nearest("n7x", [f"n{number}" for number in range(2000)])
+    'expected one of 2,000 names; did you mean n7, n97, n87?'
+    """
+    many = len(known) > MANY
+    close = difflib.get_close_matches(word, known, 3 if many else 1)
+    hint = f"; did you mean {', '.join(close)}?" if close else ""
+    return f"expected one of {f'{len(known):,} names' if many else ', '.join(known)}{hint}"
 
 
 def _set(values: dict[str, Any], setting: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from moefy import __version__, data, report
 from moefy.environment import machine, versions
 from moefy.job import Job
-from moefy.publish import sha256, write_json, write_text
+from moefy.publish import file_digests, write_json, write_text
 from moefy.recipe import render
 from moefy.shards import save
 from moefy.source import DEMO
@@ -78,10 +78,9 @@ def write_report(job: Job, part: Path, summary: dict[str, Any], tensors: dict[st
     made = {"moefy": summary["moefy"], **summary["versions"]}
     text = render(job.recipe, made=made, inputs=summary["inputs"])
     write_text(folder / "recipe.toml", text)
-    # These tell of the others, or are for people to go on writing.
-    told = {folder / "conversion.json", folder / "conversion.md", part / "README.md"}
-    files = {path for path in part.rglob("*") if path.is_file()} - told
-    summary["outputs"] = {str(file.relative_to(part)): sha256(file) for file in sorted(files)}
+    # These tell of the others, or are for people to write on; a stopped run may have left some.
+    told = ("README.md", "moefy/conversion.json", "moefy/conversion.md")
+    summary["outputs"] = file_digests(part, without=told)
     write_text(folder / "conversion.md", report.conversion_page(summary))
     write_text(part / "README.md", report.model_card(summary))
     write_json(folder / "conversion.json", summary)

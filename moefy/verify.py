@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ from moefy.job import Watch
 from moefy.oracle import attach
 from moefy.publish import sha256
 from moefy.reopen import reopen
-from moefy.runs import read_report
+from moefy.runs import FINETUNED, REPORT, read_report, read_tuning, written
 from moefy.scan import check_finite
 from moefy.shards import read
 from moefy.summary import END
 
-FINETUNED = "finetune.json"
-"""In `moefy/`, the report of a fine-tune: the weights are no longer those that `convert` wrote."""
+WITHOUT_DIGEST = ("README.md", *(f"moefy/{name}" for name in (REPORT, "conversion.md", FINETUNED)))
+"""Files of a run that hold the digests, are drawn from those, or are for people to write on."""
+
+ADDED = ("moefy/report.*", "moefy/measured/*")
+"""What `moefy report` adds."""
 
 SLACK = 1e-3
 """By how much the error of the hidden states may differ from the report's: other versions and other
@@ -35,11 +38,12 @@ def verify(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
     that are not what was written, 6 for other numbers.
 
     Raises:
-        MoefyError: code 3, when the folder holds no report of a run.
+        MoefyError: code 3, when the folder holds no report of a run, or a broken one.
     """
     summary = read_report(run)
+    digests = written(run, summary)
     checks: dict[str, Callable[[], str]] = {
-        "digests": lambda: _digests(run, _outputs(run, summary), watch),
+        "digests": lambda: _digests(run, digests, watch),
         "headers": lambda: _headers(run),
         "values": lambda: _values(run, watch),
         "forward pass": lambda: _forward(run, summary),
@@ -65,29 +69,35 @@ def check_files(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
         MoefyError: code 3, for what is missing or has changed.
     """
     summary = read_report(run)
-    _digests(run, _outputs(run, summary), watch)
+    _digests(run, written(run, summary), watch)
     return summary
 
 
-def _outputs(run: Path, summary: dict[str, Any]) -> dict[str, str]:
-    """The digests of the folder's files, by the report of what wrote it last."""
-    file = run / "moefy" / FINETUNED
-    return (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else summary)["outputs"]
-
-
-def _digests(run: Path, outputs: dict[str, str], watch: Watch) -> str:
-    if missing := [name for name in outputs if not (run / name).is_file()]:
+def _digests(run: Path, digests: Mapping[str, str], watch: Watch) -> str:
+    if missing := [name for name in digests if not (run / name).is_file()]:
         raise MoefyError(f"{run} lacks {some(missing)}, which the run wrote")
-    if added := sorted({file.name for file in run.glob("*.safetensors")} - outputs.keys()):
+    if added := sorted({file.name for file in run.glob("*.safetensors")} - digests.keys()):
         raise MoefyError(f"{run} holds {some(added)}, which the run did not write")
     changed = []
-    for done, (name, digest) in enumerate(outputs.items(), 1):
+    for done, (name, digest) in enumerate(digests.items(), 1):
         if sha256(run / name) != digest:
             changed.append(name)
-        watch("verify digests", done, len(outputs))
+        watch("verify digests", done, len(digests))
     if changed:
         raise MoefyError(f"{run}: not as the run wrote it: {some(changed)}")
-    return f"{len(outputs)} files are as they were written"
+    others = _others(run, digests)
+    more = f"; not looked at, for the run has no digest of them: {some(others)}" if others else ""
+    return f"{len(digests)} files are as they were written{more}"
+
+
+def _others(run: Path, digests: Mapping[str, str]) -> list[str]:
+    """Files that the run has no digest of: it did not write them, or it was an older moefy's."""
+    files = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
+    return sorted(
+        name
+        for name in files - digests.keys() - {*WITHOUT_DIGEST}
+        if not any(fnmatch(name, pattern) for pattern in ADDED)
+    )
 
 
 def _headers(run: Path) -> str:
@@ -110,7 +120,7 @@ def _forward(run: Path, summary: dict[str, Any]) -> str:
     tensors = {name: read(name, entry) for name, entry in entries.items()}
     norms = {int(n[5:]): norm_EN for n, norm_EN in tensors.items() if n.startswith("norm.")}
     told = summary["reopened"]
-    tuned = (run / "moefy" / FINETUNED).is_file()
+    tuned = read_tuning(run) is not None
     end_TD = None if tuned else tensors.get(END)
     try:
         found = reopen(

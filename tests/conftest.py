@@ -8,6 +8,7 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 if "MOEFY_TEST_GPU" not in os.environ:  # tests fork, and compare bytes: both go wrong on a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import hashlib
 import json
 import random
 import shutil
@@ -219,6 +220,37 @@ def write_text(file: Path) -> None:
 
     documents = [" ".join(sentence() for _ in range(10)) for _ in range(40)]
     file.write_text("\n\n\n".join(documents) + "\n", encoding="utf-8")
+
+
+def sha256_of(folder: Path, *patterns: str) -> dict[str, str]:
+    """The digests of the files below a folder, by their names from there."""
+    files = [file for pattern in patterns for file in folder.rglob(pattern) if file.is_file()]
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
+
+
+def write_tuning(run: Path, parent: Path | None = None, **more: object) -> dict:
+    """Make a run of ours one that `moefy finetune` wrote from `parent`, and give its report."""
+    checks = {"before": {"loss": 3.0, "kl": 0.5}, "after": {"loss": 2.5, "kl": 0.2}}
+    started = sha256_of(parent, "model*.safetensors") if parent else {}
+    report = {
+        "format": 1,
+        "parent": {"folder": str(parent or "nowhere"), "files": started},
+        "teacher": {"model": "teacher", "files": {}},
+        "train": {"source": "train.txt"},
+        "settings": {},
+        "tokens": 1000,
+        "steps": 2,
+        "seconds": 1.0,
+        "validation": checks,
+        "routing": {},
+        "guard": [],
+        "outputs": {k: v for k, v in sha256_of(run, "*").items() if k != "README.md"},
+    } | more
+    (run / "moefy" / "finetune.json").write_text(json.dumps(report))
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -104,17 +104,20 @@ ROUTER = "model.layers.0.mlp.gate.weight"
 FOLDERS = [
     *damaged(
         instead("gone", lambda folder: None),
-        {f"{READ} {COMPARED}": (3, "not a whole run"), "export": (3, "out", "config.json")},
+        {f"{READ} {COMPARED} export": (3, "not a whole run", "no such folder")},
     ),
     *damaged(
         instead("a file", lambda folder: folder.write_text("mine")),
-        {f"{READ} {COMPARED}": (3, "not a whole run"), "export": (3, "out", "config.json")},
+        {f"{READ} {COMPARED} export": (3, "not a whole run", "a file")},
     ),
     *damaged(
         instead("empty", Path.mkdir),
-        {f"{READ} {COMPARED}": (3, "not a whole run"), "export": (3, "out", "config.json")},
+        {f"{READ} {COMPARED} export": (3, "not a whole run", "an empty folder")},
     ),
-    *damaged(instead("dense", dense), {f"{READ} {COMPARED}": (3, "not a whole run")}),
+    *damaged(
+        instead("dense", dense),
+        {f"{READ} {COMPARED} export": (3, "a dense model: convert it first")},
+    ),
     *damaged(
         d.remove(TUNED),
         {COMPARED: (3, "not as the run wrote it", SINGLE)},
@@ -169,7 +172,7 @@ FILES = [
         {
             READ: (3, RECIPE, "not TOML"),
             COMPARED: (3, "not as the run wrote it", RECIPE),
-            "run": (2, RECIPE, "not TOML"),
+            "run": (3, RECIPE, "not TOML"),
         },
     ),
     *[
@@ -334,6 +337,8 @@ CASES += [
             "--full": ("--quick and --full", "one of them"),
             "--limit 0": ("--limit is 0", "1 or more"),
             "--tokens 0": ("--tokens is 0", "1 or more"),
+            "--sequence-length 0": ("--sequence-length is 0", "8 or more"),
+            "--sequence-length 1": ("--sequence-length is 1", "8 or more"),
         },
     ),
     *lines(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_tuning
 from safetensors.torch import load_file, save_file
 from stock import some_active
 
@@ -165,11 +166,8 @@ def finetuned(parent: Path, out: Path, **more) -> Path:
     file = out / "model.safetensors"
     tensors = {name: tensor * 1.01 for name, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
-    told = {"format": 1, "parent": {"folder": str(parent)}, "tokens": 1000, **more}
-    checks = {"before": {"loss": 3.0, "kl": 0.5}, "after": {"loss": 2.5, "kl": 0.2}}
-    told |= {"train": {"source": "train.txt"}, "teacher": {"model": "teacher"}, "steps": 2}
-    told |= {"validation": checks, "routing": {}, "guard": [], "seconds": 1.0, "settings": {}}
-    (out / "moefy" / "finetune.json").write_text(json.dumps(told))
+    (out / "moefy" / "finetune.json").unlink(missing_ok=True)
+    write_tuning(out, parent, **more)
     (out / "moefy" / "finetune.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     return out
 
@@ -193,6 +191,12 @@ def test_every_stage_of_a_run_and_other_runs_stand_side_by_side(run, text, tmp_p
     found = evaluate(moved / "tuned", scores(text))
     assert list(found["texts"]["text"]) == ["dense", "finetuned"]
     assert "fine-tuned from is not there" in found["not_run"][0]["reason"]
+    # The negative control of being there: one of that name, of other weights.
+    shutil.copytree(moved / "tuned", moved / "run")
+    (moved / "run" / "moefy" / "finetune.json").unlink()
+    found = evaluate(moved / "tuned", scores(text))
+    assert list(found["texts"]["text"]) == ["dense", "finetuned"]
+    assert "fine-tuned from has other weights now" in found["not_run"][0]["reason"]
 
 
 def test_another_tokenizer_is_refused(run, text, tmp_path):

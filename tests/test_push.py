@@ -1,6 +1,5 @@
 """What is sent to the Hub, by an interface of it that records instead of sending."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +7,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from conftest import write_tuning
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -115,8 +115,7 @@ def broken(run: Path) -> None:
 
 def tuned(run: Path) -> None:
     """Say that the weights are those of a fine-tune, which they are not."""
-    outputs = {"model.safetensors": "0" * 64}
-    (run / "moefy" / "finetune.json").write_text(json.dumps({"outputs": outputs}))
+    write_tuning(run, outputs={"model.safetensors": "0" * 64})
 
 
 @pytest.mark.parametrize(

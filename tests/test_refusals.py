@@ -102,7 +102,6 @@ RANGES = [
     for command, line in COMMANDS.items()
     for name, kind in get_type_hints(command).items()
     for number in NUMBERS.get(next(iter(get_args(kind)), kind), ())
-    if (command, name) != (cli.report, "sequence_length")
 ]
 
 

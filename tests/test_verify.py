@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import sha256_of, write_tuning
 from safetensors.torch import load_file, save_file
 
 from moefy import environment
@@ -194,12 +195,48 @@ def test_weights_that_were_tuned(run):
     tensors(lambda t: t["model.layers.0.mlp.experts.1.up_proj.weight"].mul_(2))(run)
     admitted(run)
     outputs = json.loads((run / "moefy" / "conversion.json").read_text())["outputs"]
-    (run / "moefy" / "finetune.json").write_text(json.dumps({"outputs": outputs}))
+    write_tuning(run, outputs=outputs)
     rewritten(run, lambda told: told.update(outputs={SINGLE: "of the conversion"}))
     found = verify(run)
     assert found["passed"] and "fine-tuned" in found["checks"][-1]["found"]
     flip(SINGLE)(run)
     assert verify(run)["code"] == 3
+
+
+WRITTEN = [SINGLE, "tokenizer.json", "generation_config.json", "moefy/recipe.toml"]
+WRITTEN += ["moefy/conversion.json", "moefy/conversion.md", "moefy/calibration.safetensors"]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_every_file_that_a_fine_tune_wrote_has_a_digest(name, run):
+    write_tuning(run)
+    (check, *_) = verify(run)["checks"]
+    assert check["passed"] and f"{len(sha256_of(run, '*')) - 2} files are as" in check["found"]
+    with (run / name).open("ab") as file:
+        file.write(b" ")
+    found = verify(run)
+    assert found["code"] == 3 and f"not as the run wrote it: {name}" in found["checks"][0]["found"]
+
+
+def test_a_fine_tune_of_before_noted_its_weights_alone(run):
+    """What it took over of the conversion has digests there; of its recipe there is none."""
+    write_tuning(run, outputs=sha256_of(run, SINGLE, "config.json"))
+    (run / "moefy" / "recipe.toml").write_text("model = 'elsewhere'\n")
+    (check, *_) = verify(run)["checks"]
+    assert check["passed"] and "no digest of them: moefy/recipe.toml" in check["found"]
+    flip("tokenizer.json")(run)
+    found = verify(run)
+    assert found["code"] == 3 and "tokenizer.json" in found["checks"][0]["found"]
+
+
+def test_what_a_run_did_not_write_is_named_and_not_refused(run):
+    """Reports and what they keep are no strange files, nor is a card that people write on."""
+    for name in ("README.md", "notes.txt", "moefy/report.md", "moefy/measured/reading-1.json"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("more")
+    found = verify(run)
+    assert found["passed"]
+    assert found["checks"][0]["found"].endswith("the run has no digest of them: notes.txt")
 
 
 def test_the_command(run, monkeypatch, capsys):

@@ -30,7 +30,9 @@ def gguf(
     from moefy.export import export
     from moefy.progress import watching
     from moefy.report import terminal
+    from moefy.runs import read_report
 
+    read_report(run)  # `export` itself takes any model: reports measure the dense one by it
     with watching(quiet=quiet) as watch:
         made = export(run, out, quantize, force=force, watch=watch)
     show(made, terminal.show_export, as_json, quiet)

@@ -108,9 +108,6 @@ def report(
         return
     if quick and full:
         raise MoefyError("--quick and --full are given; expected one of them", code=2)
-    for name, number in {"--tokens": tokens, "--limit": limit}.items():
-        if number is not None and number < 1:
-            raise MoefyError(f"{name} is {number}; expected 1 or more", code=2)
     quiet_libraries()
     from moefy.evaluate.run import evaluate
     from moefy.evaluate.settings import Settings

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,7 @@ from moefy.evaluate.store import Store
 from moefy.evaluate.texts import own_texts
 from moefy.evaluate.windows import text_windows
 from moefy.job import Watch
-from moefy.runs import check_folder, read_recipe
-from moefy.source import resolve
+from moefy.runs import DenseModel, check_folder, dense_model, read_recipe
 from moefy.tokenizer import load_tokenizer
 
 
@@ -99,28 +99,41 @@ def prepare(
         MoefyError: code 2 for methods that cannot be, 3 for runs that are not whole, tokenizers
             that differ, and texts that are too short.
     """
-    recipe = read_recipe(run)
     folders = [Path(name) for name in settings.against if _is_folder(name)]
+    recipe = read_recipe(run)
+    model = dense_model(run, summary, recipe, settings.dense, "--dense")
+    # What is made anew is made from there, and here, wherever the run was made.
+    recipe = dataclasses.replace(recipe, model=str(model.folder), revision=None, device="auto")
     methods = {name: changed(recipe, name) for name in settings.against if not _is_folder(name)}
-    revision = None if settings.dense else recipe.revision
-    source = resolve(settings.dense or recipe.model, revision=revision)
-    check_folder(source)
-    dense = dense_stage(source)
+    check_folder(model.folder)
+    converted = model.made(summary)
+    dense = dense_stage(model, converted=converted)
     own, missing = run_stages(run)
     stages, names = [dense, *own], [folder.resolve().name for folder in folders]
     for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
         unique = names.count(name) == 1 and name not in ("dense", "converted", "finetuned")
         found, more = run_stages(folder, name if unique else f"{name} ({number + 1})")
         stages, missing = [*stages, *found], [*missing, *more]
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(model.folder)
     for stage in stages[1:]:
         check_tokenizer(tokenizer, stage)
     prompts = read_prompts(settings.prompts, tokenizer) if settings.prompts else []
+    notes = _other_weights(model, stages[1:], given=settings.dense is not None)
     tokens = calibration_tokens(run, summary)
     wanted = controls(recipe) if settings.controls else {}
     if settings.controls is None and settings.effort != "quick":
         wanted = {"static": controls(recipe)["static"]}
     wanted = {name: other for name, other in wanted.items() if name in SHOWN} | methods
+    if wanted and not converted:
+        if methods or settings.controls:
+            raise MoefyError(
+                f"{model.folder} is not the model that {run} was converted from, from which "
+                "controls and methods of --against are made; give that one by --dense, or "
+                "--no-controls",
+                code=2,
+            )
+        missing.append(f"controls are made from the model that was converted, not {model.folder}")
+        wanted = {}
     others = control_stages(recipe, wanted, dense, tokens, place, watch)
     if settings.wants(settings.controls) and summary["shape"]["num_experts"]:
         others += as_written(own[-1])
@@ -155,7 +168,30 @@ def prepare(
         place,
         watch,
         [{"what": "a stage of the run", "reason": reason} for reason in missing],
+        notes,
     )
+
+
+def _other_weights(model: DenseModel, stages: Sequence[Stage], *, given: bool) -> list[str]:
+    """What is to be said of runs that were converted from other weights than those of `model`.
+
+    Raises:
+        MoefyError: code 3, where there are some and the model was not given.
+    """
+    notes = []
+    for stage in stages:
+        if stage.summary is None or model.made(stage.summary):
+            continue
+        if not given:
+            raise MoefyError(
+                f"{stage.folder} was not converted from {model.folder}: its weights differ; "
+                "expected runs of one model, or give the one to compare all with by --dense"
+            )
+        notes.append(
+            f"{stage.label} was not converted from {model.folder}, which --dense names: its loss "
+            "against dense is that against another model"
+        )
+    return notes
 
 
 def _is_folder(name: str) -> bool:

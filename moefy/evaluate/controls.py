@@ -105,6 +105,8 @@ def changed(recipe: Recipe, changes: str) -> Recipe:
 
 def control_jobs(recipe: Recipe, others: Mapping[str, Recipe]) -> dict[str, Job]:
     """The conversions by other recipes, with as many active neurons as that by `recipe` has."""
+    if not others:
+        return {}
     shape = _as_active(prepare(recipe, control=True))
     jobs = {}
     for name, other in others.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -204,8 +205,6 @@ def _likelihood(bench: Bench, stage: Stage, row: Mapping[str, Any], answer: str)
 
 def benchmark(bench: Bench, task: str, manager: Any, limit: int | None) -> dict[str, Any]:
     """One task by every stage; one that fails is told in its place."""
-    from importlib.metadata import version
-
     found: dict[str, Any] = {}
     rows: dict[str, Any] = {}
     content = bench_tasks.content(task, manager)
@@ -268,7 +267,7 @@ def speed(bench: Bench, report: dict[str, Any], settings: Settings) -> None:
     with bench.part("speed in llama.cpp"):
         found = bench.store.once(
             "speed-llama-cpp",
-            key,
+            key | {"xllamacpp": version("xllamacpp")},
             lambda: llama_cpp.measure(
                 {stage.label: stage.folder for stage in bench.stages if stage.folder},
                 bench.place,

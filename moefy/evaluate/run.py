@@ -11,7 +11,7 @@ from moefy import __version__, families
 from moefy.errors import MoefyError
 from moefy.evaluate import advice, benchmarks, gate, parts
 from moefy.evaluate.bench import Bench, prepare
-from moefy.evaluate.settings import Settings
+from moefy.evaluate.settings import Settings, check
 from moefy.evaluate.stages import finetuning
 from moefy.evaluate.windows import overlap
 from moefy.job import Watch
@@ -39,6 +39,7 @@ def evaluate(
             has another tokenizer than dense, or a text is too short, code 4 for a family that has
             no next-token perplexity, code 5 when a program that was asked for is missing.
     """
+    check(settings)
     conditions = [gate.parse(text) for text in settings.conditions]
     summary = open_run(run)
     if "ForCausalLM" not in families.load(summary["family"]).tasks:

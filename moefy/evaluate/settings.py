@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moefy.errors import MoefyError
 from moefy.evaluate.speed import Grid
 
 GRIDS = {
@@ -21,6 +22,10 @@ GRIDS = {
 }
 TOKENS = {"quick": 2048, "usual": 4096, "full": 20480}
 """Scored on each text, by effort."""
+
+LEAST = {"num_tokens": ("--tokens", 1), "length": ("--sequence-length", 8), "limit": ("--limit", 1)}
+"""The flags of whole numbers, and what they are at least: a window of a few tokens tells nothing of
+a model, and one of a single token predicts none."""
 
 
 @dataclass(frozen=True)
@@ -69,3 +74,16 @@ class Settings:
     def told(self) -> dict[str, Any]:
         """As `report.json` holds them, by which `moefy run` knows what has been measured."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def check(settings: Settings) -> Settings:
+    """The settings, whose numbers are in range.
+
+    Raises:
+        MoefyError: code 2.
+    """
+    for name, (flag, least) in LEAST.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise MoefyError(f"{flag} is {value}; expected {least} or more", code=2)
+    return settings

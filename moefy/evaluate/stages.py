@@ -11,7 +11,8 @@ from typing import Any
 
 from moefy.errors import MoefyError
 from moefy.evaluate.store import folder_digest
-from moefy.runs import open_run
+from moefy.publish import sha256
+from moefy.runs import REPORT, DenseModel, open_run, read_tuning
 from moefy.tokenizer import load_tokenizer
 
 PROBE = "The 3 quick brown foxes cost $12.50;\n\tdef f(x):\n    return x**2  # naïve, 東京"
@@ -38,10 +39,11 @@ class Stage:
     """Share of the FFN's neurons that are active."""
 
 
-def dense_stage(folder: Path) -> Stage:
-    """The dense model."""
-    meaning = "the model that was converted"
-    digest = folder_digest(folder)
+def dense_stage(dense: DenseModel, *, converted: bool) -> Stage:
+    """The dense model, which was `converted` or else given in the place of the one that was."""
+    folder = dense.folder
+    meaning = "the model that was converted" if converted else "a model that --dense names"
+    digest = folder_digest(folder, dense.digests)
     return Stage("dense", "dense", meaning, digest, opener(folder), folder, active=1.0)
 
 
@@ -59,7 +61,7 @@ def run_stages(run: Path, name: str | None = None) -> tuple[list[Stage], list[st
     folder: Path | None = run
     while folder is not None:
         summary = open_run(folder)
-        tuned = _read_json(folder / "moefy" / "finetune.json")
+        tuned = read_tuning(folder)
         kind = "converted" if tuned is None else "finetuned"
         meaning = (
             "the experts as `moefy convert` wrote them"
@@ -94,7 +96,7 @@ def finetuning(stage: Stage) -> dict[str, Any] | None:
             curve.append(json.loads(line))
         except ValueError:  # the last line of a run that was cut short
             break
-    return {"summary": _read_json(folder / "moefy" / "finetune.json"), "curve": curve}
+    return {"summary": read_tuning(folder), "curve": curve}
 
 
 def check_tokenizer(dense: Any, stage: Stage) -> None:
@@ -139,26 +141,25 @@ def _labelled(found: list[Stage], name: str | None) -> list[Stage]:
 
 
 def _parent(folder: Path, tuned: dict[str, Any], missing: list[str]) -> Path | None:
-    """The folder that a fine-tuning started from, if it is there."""
-    parent = tuned.get("parent") or ""
-    told = str(parent.get("folder", "") if isinstance(parent, dict) else parent)
-    for place in _places(folder, told):
-        if (place / "moefy" / "conversion.json").is_file():
+    """The folder that a fine-tuning started from, if it is there and has the same weights still."""
+    parent = tuned["parent"]
+    reason = "is not there"
+    for place in _places(folder, parent["folder"]):
+        if not (place / "moefy" / REPORT).is_file():
+            continue
+        files = {name: place / name for name in parent["files"]}
+        if all(file.is_file() for file in files.values()) and parent["files"] == {
+            name: sha256(file) for name, file in files.items()
+        }:
             return place
-    missing.append(f"{told or 'the run'} that {folder.name} was fine-tuned from is not there")
+        reason = "has other weights now"
+    name = parent["folder"] or "the run"
+    missing.append(f"{name} that {folder.name} was fine-tuned from {reason}")
     return None
 
 
-def _places(folder: Path, told: str) -> Iterator[Path]:
-    if told:
-        yield Path(told)
-        yield folder / told
-        yield folder.parent / Path(told).name  # both may have been moved together
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+def _places(folder: Path, parent: str) -> Iterator[Path]:
+    if parent:
+        yield Path(parent)
+        yield folder / parent
+        yield folder.parent / Path(parent).name  # both may have been moved together

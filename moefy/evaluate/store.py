@@ -64,10 +64,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def folder_digest(folder: Path) -> str:
-    """SHA-256 of a checkpoint: its configuration, weights, and the norms of an oracle's routers."""
+def folder_digest(folder: Path, known: Mapping[str, str] | None = None) -> str:
+    """SHA-256 of a checkpoint: its configuration, weights, and the norms of an oracle's routers.
+
+    `known` are digests of files that were read already, by name.
+    """
+    known = known or {}
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return digest({file.name: sha256(file) for file in files if file.is_file()})
+    return digest({f.name: known.get(f.name) or sha256(f) for f in files if f.is_file()})
 
 
 def tensors_digest(tensors: list[Tensor]) -> str:

@@ -20,7 +20,6 @@ from moefy.job import Watch
 from moefy.publish import sha256
 from moefy.recipe import Recipe
 from moefy.self_text import sample
-from moefy.source import resolve
 from moefy.tokenizer import load_tokenizer
 
 
@@ -56,11 +55,6 @@ def open_run(folder: Path) -> Opened:
         MoefyError: code 3, when it is no whole run of ours; 4, for a model that predicts no next
             token.
     """
-    if (folder / "config.json").is_file() and not (folder / "moefy").is_dir():
-        raise MoefyError(
-            f"{folder} is not a whole run of moefy (a dense model: convert it first); expected a "
-            "folder that `moefy convert` wrote"
-        )
     summary = runs.open_run(folder)
     family, target = summary["family"], summary["target"]
     config = read_config(folder)
@@ -112,17 +106,9 @@ def teacher_folder(opened: Opened, settings: Settings) -> tuple[Path, dict[str, 
     """
     recipe = opened.recipe
     given = settings.teacher is not None
-    revision = None if settings.teacher else recipe.revision
-    folder = resolve(settings.teacher or recipe.model, revision=revision)
+    dense = runs.dense_model(opened.folder, opened.summary, recipe, settings.teacher, "--teacher")
+    folder = dense.folder
     config = read_config(folder)
-    files = sorted({entry.file for entry in read_entries(folder).values()})
-    digests = {file.name: sha256(file) for file in files}
-    known = {name: digest for name, digest in opened.summary["inputs"].items() if name in digests}
-    if not given and known != digests:
-        raise MoefyError(
-            f"{folder} is not the model that was converted: its weights differ; expected that, or "
-            "another teacher by --teacher"
-        )
     size = int(config.get("vocab_size", opened.vocab_size))
     if size != opened.vocab_size:
         raise MoefyError(
@@ -134,7 +120,7 @@ def teacher_folder(opened: Opened, settings: Settings) -> tuple[Path, dict[str, 
             f"the tokenizer of the teacher {folder} is not that of {opened.folder}; expected a "
             "teacher of the same vocabulary"
         )
-    return folder, digests
+    return folder, dense.digests
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:

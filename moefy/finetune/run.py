@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import platform
 import shutil
 import time
@@ -34,7 +35,7 @@ from moefy.finetune.trainer import Targets
 from moefy.finetune.tune import Text, Tuned, Watchers, device, tune
 from moefy.finetune.write import check_checkpoint, save, write_checkpoint
 from moefy.job import Watch
-from moefy.publish import check_free, publishing, sha256, write_json, write_text
+from moefy.publish import check_free, file_digests, publishing, write_json, write_text
 from moefy.recipe import render_table
 from moefy.report import model_card
 
@@ -186,7 +187,7 @@ def _summary(
         "moefy": __version__,
         "format": 1,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "parent": {"folder": str(opened.folder), "files": opened.digests},
+        "parent": {"folder": os.path.abspath(opened.folder), "files": opened.digests},
         "teacher": {"model": settings.teacher or opened.recipe.model, "files": taught},
         "train": {
             "source": tokens.source,
@@ -221,8 +222,7 @@ def _write_reports(
     recipe = (opened.folder / "moefy" / "recipe.toml").read_text("utf-8").split(f"\n[{TABLE}]")[0]
     write_text(folder / "recipe.toml", recipe + render_table(TABLE, dataclasses.asdict(settings)))
     write_text(part / "README.md", model_card(opened.summary, trained=summary))
-    files = [*sorted(part.glob("*.safetensors")), part / "config.json"]
-    summary["outputs"] = {file.name: sha256(file) for file in files}
+    summary["outputs"] = file_digests(part, without=("README.md",))
     write_json(folder / "finetune.json", summary)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.errors import MoefyError
-from moefy.recipe import check_type, nearest, parse_setting, read_toml
+from moefy.recipe import check_type, located, nearest, parse_setting, read_toml
 
 TABLE = "finetune"
 """The table of a recipe that these are."""
@@ -131,7 +131,7 @@ def build(file: Path | None, flags: Mapping[str, Any], settings: list[str]) -> S
         values[key.replace("-", "_")] = value
     for key, value in values.items():
         check_type(key, value, FIELDS)
-    found = Settings(**values)
+    found = Settings(**located(values, "data", "teacher"))
     _check(found)
     return found
 

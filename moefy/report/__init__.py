@@ -1,7 +1,7 @@
 """Pages drawn from the JSON that a run writes, and from nothing else."""
 
 from moefy.report.card import model_card
-from moefy.report.draw import FORMAT, HTML, draw, filled, redraw, write
+from moefy.report.draw import FORMAT, HTML, draw, filled, read_report, readable, redraw, write
 from moefy.report.pages import conversion_page, report_page
 from moefy.report.quality import seen_warnings
 from moefy.report.wording import shape_text
@@ -13,6 +13,8 @@ __all__ = [
     "draw",
     "filled",
     "model_card",
+    "read_report",
+    "readable",
     "redraw",
     "report_page",
     "seen_warnings",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,8 @@ def draw(report: Mapping[str, Any]) -> dict[str, str]:
     """The pages of a report, by their paths in the run folder.
 
     Raises:
-        MoefyError: code 7 for a report of another format.
+        MoefyError: as `filled`.
     """
-    found = report.get("format", 1)
-    if found != FORMAT:
-        raise MoefyError(
-            f"report.json is of format {found}; expected {FORMAT}; measure again: moefy report RUN",
-            code=7,
-        )
     report = filled(report)
     return {
         "moefy/report.md": report_page(report),
@@ -47,7 +42,17 @@ def draw(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def filled(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A report with every part, those empty that it lacks."""
+    """A report with every part, those empty that it lacks.
+
+    Raises:
+        MoefyError: code 7 for a report of another format.
+    """
+    found = report.get("format", 1)
+    if found != FORMAT:
+        raise MoefyError(
+            f"report.json is of format {found}; expected {FORMAT}; measure again: moefy report RUN",
+            code=7,
+        )
     absent = {key: [] for key in LISTS} | {key: {} for key in TABLES}
     return {**absent, **report}
 
@@ -58,11 +63,11 @@ def write(run: Path, report: Mapping[str, Any]) -> None:
         write_text(run / name, text)
 
 
-def redraw(run: Path) -> dict[str, Any]:
-    """Draw the pages of a run anew from its `report.json`, and give what that holds.
+def read_report(run: Path) -> dict[str, Any]:
+    """What the `report.json` of a run holds.
 
     Raises:
-        MoefyError: code 3 where there is none, 7 where it is broken or of another format.
+        MoefyError: code 3 where there is none, 7 where it is no JSON.
     """
     file = run / "moefy" / "report.json"
     try:
@@ -73,12 +78,29 @@ def redraw(run: Path) -> dict[str, Any]:
         ) from None
     except ValueError:
         raise MoefyError(f"{file} is not JSON; measure again: moefy report {run}", code=7) from None
+    return report
+
+
+@contextlib.contextmanager
+def readable(run: Path) -> Iterator[None]:
+    """Refuse, with code 7, a `report.json` that a page cannot be drawn from in the block."""
     try:
-        write(run, report)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise MoefyError(
-            f"{file} is not as moefy writes it ({type(error).__name__}: {error}); measure again: "
-            f"moefy report {run}",
+            f"{run / 'moefy' / 'report.json'} is not as moefy writes it ({type(error).__name__}: "
+            f"{error}); measure again: moefy report {run}",
             code=7,
         ) from error
+
+
+def redraw(run: Path) -> dict[str, Any]:
+    """Draw the pages of a run anew from its `report.json`, and give what that holds.
+
+    Raises:
+        MoefyError: code 3 where there is none, 7 where it is broken or of another format.
+    """
+    report = read_report(run)
+    with readable(run):
+        write(run, report)
     return report
