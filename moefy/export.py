@@ -182,7 +182,8 @@ def _widths(config: Mapping[str, Any]) -> list[int]:
     """How long the rows of its matrices are, as far as sizes of FFNs decide."""
     expert = config.get("moe_intermediate_size") or config.get("intermediate_size")
     shared = config.get("shared_expert_intermediate_size")
-    return [width for width in (config.get("hidden_size"), expert, shared) if width]
+    widths = (config.get("hidden_size"), expert, shared)
+    return [width for width in widths if width and isinstance(width, int)]
 
 
 def _too_narrow(config: Mapping[str, Any], kind: str) -> str | None:

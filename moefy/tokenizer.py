@@ -13,6 +13,9 @@ FEW_PIECES = 0.8
 """A tokenizer with fewer pieces than this share of the embeddings is told of: tables are padded,
 but by less."""
 
+OTHERS = ("tokenizer.model", "tekken.json")
+"""What transformers reads in place of the files of a tokenizer's class."""
+
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint folder, from local files only.
@@ -23,12 +26,23 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise MoefyError(
-            f"{folder} has no tokenizer that loads ({reason}); copy the model's files there"
-        ) from None
+        raise _none(folder, reason) from None
+    # Some classes start empty where there is no file for them, and then give no token for a text.
+    names = tokenizer.vocab_files_names.values()
+    if names and not any((folder / name).exists() for name in (*names, *OTHERS)):
+        raise _none(folder, f"none of {', '.join(sorted({*names}))} is there")
+    return tokenizer
+
+
+def _none(folder: Path, reason: str) -> MoefyError:
+    return MoefyError(
+        f"{folder} has no tokenizer that loads ({reason}); copy the model's files there"
+    )
 
 
 def vocabulary_notes(tokenizer: Any, num_rows: int) -> list[str]:

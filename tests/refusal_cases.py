@@ -217,7 +217,10 @@ FILES = [
     ),
     *damaged(
         d.remove("tokenizer.json", "tokenizer_config.json"),
-        {COMPARED: (3, "lacks tokenizer.json, tokenizer_config.json")},
+        {
+            READ: (3, "no tokenizer that loads", "copy"),
+            COMPARED: (3, "lacks tokenizer.json, tokenizer_config.json"),
+        },
     ),
     *damaged(
         d.cut("tokenizer.json", 100),

@@ -22,6 +22,7 @@ from moefy import families
 from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
 from moefy.scan import scan
+from moefy.tokenizer import load_tokenizer
 from moefy.validate import check_tensors, open_checkpoint
 
 
@@ -75,6 +76,17 @@ def test_names_are_not_repeated():
 @pytest.mark.parametrize("model_type", families.names())
 def test_an_unharmed_model_passes(model_type, pico):
     assert run(pico(model_type)) == ()
+
+
+@pytest.mark.parametrize("model_type", families.names())
+def test_a_model_without_a_tokenizer_has_none(model_type, own_pico):
+    """Although transformers makes an empty one of some classes, which gives no token for a text."""
+    folder = own_pico(model_type)
+    assert load_tokenizer(folder)("a river")["input_ids"]
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(MoefyError, match="has no tokenizer that loads"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(
