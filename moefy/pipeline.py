@@ -56,7 +56,10 @@ NOT_OF_RESULT = ("device", "ignore_index")
 """Keys of a recipe that may differ from those that a conversion was done with."""
 
 NOT_OF_SELF = ("text_field", "stratify")
-"""Keys that say how a text is read, which a model that writes its own has none of."""
+"""Keys that say how a text is read, which matters only where the model writes none of its own."""
+
+NOT_OF_TEXT = ("compute_dtype",)
+"""The key that says how the model writes its own text."""
 
 NOT_OF_WEIGHTS = ("device", "log_every", "log_to", "save_every", "teacher_cache")
 """Settings of a fine-tune that may differ from those that it was done with."""
@@ -186,7 +189,7 @@ def _converted(out: Path, recipe: Recipe) -> bool:
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe that decide what a conversion is."""
-    idle = NOT_OF_RESULT + (NOT_OF_SELF if recipe.calibration == "self" else ())
+    idle = NOT_OF_RESULT + (NOT_OF_SELF if recipe.calibration == "self" else NOT_OF_TEXT)
     return {key: value for key, value in dataclasses.asdict(recipe).items() if key not in idle}
 
 

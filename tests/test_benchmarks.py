@@ -60,6 +60,15 @@ def task_folder(tmp_path_factory, text):
     return folder
 
 
+@pytest.mark.slow  # lm-eval reads all of its own tasks first
+def test_a_mistyped_task_is_answered_in_a_short_line():
+    """There are some 13,000 tasks; the nearest are named."""
+    with pytest.raises(MoefyError, match="unknown task 'piqaa' of --tasks") as caught:
+        check_tasks(["piqaa"], None)
+    assert caught.value.code == 2
+    assert len(str(caught.value)) < 200 and "did you mean piqa" in str(caught.value)
+
+
 def test_perplexity_is_lm_evals_on_the_same_windows(model, tokenizer, text):
     """Its rolling likelihood of texts that fit one window, each after the end-of-text token."""
     documents = [document[:130] for document in text.read_text().split("\n\n\n")[:4]]

@@ -280,6 +280,9 @@ def test_k_quants_are_left_to_the_program_of_llama_cpp(pico, converter, run, tmp
     made = export(run, kind="q4_k_m")
     assert (run / "run-q4_k_m.gguf").read_text() == "q4_k_m\n"
     assert "256" in made["notes"][0]
+    # llama.cpp's own way to write it; and the negative control.
+    assert export(run, run / "capitals.gguf", "Q4_K_M")["type"] == "q4_k_m"
+    assert "'q4_k_x'" in refused(2, run, kind="Q4_K_X")
     program.write_text("#!/bin/sh\necho no such type; exit 1\n")
     assert "no such type" in refused(3, run, kind="q4_k_m", force=True)
     assert (run / "run-q4_k_m.gguf").read_text() == "q4_k_m\n"

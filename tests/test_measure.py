@@ -11,6 +11,7 @@ from conftest import write_tuning
 from safetensors.torch import load_file, save_file
 from stock import some_active
 
+from moefy.environment import code
 from moefy.errors import MoefyError
 from moefy.evaluate import parts, reading, sizes
 from moefy.evaluate.run import evaluate
@@ -118,6 +119,31 @@ def test_a_report_that_was_cut_short_goes_on(run, text, monkeypatch):
         (run / "moefy" / "measured" / name).write_text('{"value"')
     with pytest.raises(KeyboardInterrupt):
         evaluate(run, scores(text))
+
+
+def test_other_code_measures_again(run, text, monkeypatch):
+    def never(*_, **__):
+        raise RuntimeError("measured again")
+
+    evaluate(run, scores(text))
+    monkeypatch.setattr(reading, "read", never)
+    assert evaluate(run, scores(text))["not_run"] == []
+    monkeypatch.setitem(reading.VERSIONS, "moefy", "of other sources")
+    with pytest.raises(MoefyError, match="measured again"):
+        evaluate(run, scores(text))
+
+
+def test_the_code_that_measures_is_told_from_that_which_draws(tmp_path):
+    package = Path(shutil.copytree(Path(reading.__file__).parent.parent, tmp_path / "moefy"))
+    before = [code(folder=package), code(reading.NOT_MEASURING, package)]
+    assert before == [code(), reading.VERSIONS["moefy"]]
+    for name, alike in (("report/chart.py", True), ("evaluate/text.py", False)):
+        file = package / name
+        whole = file.read_text()
+        file.write_text(whole + "# changed\n")
+        assert code(folder=package) != before[0]
+        assert (code(reading.NOT_MEASURING, package) == before[1]) is alike
+        file.write_text(whole)
 
 
 def test_a_part_that_fails_takes_no_other_with_it(run, text, monkeypatch):

@@ -73,6 +73,18 @@ def test_what_is_sent(run, hub):
     assert 'from_pretrained("PATH"' in (run / "README.md").read_text()  # which stays as it was
 
 
+def test_the_card_of_a_fine_tune_says_that_it_was_trained(run, hub):
+    """With no report, from which it could be known; a conversion's says that it was not."""
+    push(run, "owner/name")
+    assert "without training" in hub.calls[-1][1]["path_or_fileobj"].decode()
+    write_tuning(run)
+    push(run, "owner/name")
+    card = hub.calls[-1][1]["path_or_fileobj"].decode()
+    assert "without training" not in card
+    assert "and fine-tuned on 1,000 tokens" in card
+    assert "Then fine-tuned on 1,000 tokens of `train.txt`" in card and "3.000 to 2.500" in card
+
+
 def test_what_the_patterns_mean_to_the_hub(run):
     """The library, given the names as patterns, takes these files and no others."""
     from huggingface_hub.utils import filter_repo_objects

@@ -134,6 +134,14 @@ def test_a_key_like_no_other_gets_no_suggestion():
     assert nearest("zzzz", ["linear", "random"]) == "expected one of linear, random"
 
 
+def test_of_many_names_the_nearest_are_named():
+    """lm-eval has some 13,000 tasks."""
+    known = [f"task_{number}" for number in range(12_999)] + ["piqa"]
+    assert nearest("piqaa", known) == "expected one of 13,000 names; did you mean piqa?"
+    assert nearest("zzzz", known) == "expected one of 13,000 names"
+    assert "piqa" in nearest("zzzz", known[-20:])  # the negative control: few are all named
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [

@@ -143,6 +143,58 @@ def test_another_recipe_is_refused(before, after, says, copied):
     assert bytes_of(out.parent) == kept
 
 
+@pytest.mark.parametrize("line", ['device = "cpu"', "ignore_index = true"])
+def test_what_decides_nothing_may_differ(line, copied):
+    file, out = copied
+    file.write_text(f"{line}\n{file.read_text()}")
+    assert go(file, out) == {"convert": False, "finetune": False, "report": False}
+
+
+def test_what_says_how_text_is_read_matters_to_text_alone(tmp_path):
+    of_text = {"model": "demo", "calibration": "text.txt"}
+    for key, value in (("text_field", "content"), ("stratify", False)):
+        same, other = ({"model": "demo"}, {"model": "demo", key: value})
+        assert pipeline._deciding(Recipe(**same)) == pipeline._deciding(Recipe(**other))
+        assert pipeline._deciding(Recipe(**of_text)) != pipeline._deciding(
+            Recipe(**of_text, **{key: value})
+        )
+    ways = [
+        [pipeline._deciding(Recipe(**told, compute_dtype=name)) for name in ("auto", "float32")]
+        for told in (of_text, {"model": "demo"})
+    ]
+    assert [first == second for first, second in ways] == [True, False]
+
+
+def test_a_run_is_known_by_relative_paths_too(finished, monkeypatch):
+    """The recipe of a run holds absolute paths, whatever was typed."""
+    file, out, _ = finished
+    text = Path(pipeline.declared(file).recipe.calibration)
+    monkeypatch.chdir(text.parent)
+    near = out.parent / "near.toml"
+    near.write_text(file.read_text().replace(f'"{text}"', f'"{text.name}"'))
+    try:
+        done = {stage.name: stage.done() for stage in pipeline.stages(pipeline.declared(near), out)}
+    finally:
+        near.unlink()
+    assert done["convert"] and done["finetune"]
+
+
+def test_a_model_that_was_trained_further_is_converted_anew(copied, own_pico):
+    file, out = copied
+    model = own_pico("llama")
+    file.write_text(file.read_text().replace(pipeline.declared(file).recipe.model, str(model)))
+    for folder in (out, out.with_name("out-finetuned")):
+        recipe = folder / "moefy" / "recipe.toml"
+        recipe.write_text(recipe.read_text().replace(read(recipe)["model"], str(model)))
+    assert go(file, out) == {"convert": False, "finetune": False, "report": False}
+    with (model / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"\x01")
+    with pytest.raises(MoefyError, match="was converted from other weights than .* --force") as no:
+        go(file, out)
+    assert no.value.code == 2
+
+
 def test_a_fine_tune_of_another_conversion_is_refused(copied):
     file, out = copied
     told = out / "moefy" / "conversion.json"
