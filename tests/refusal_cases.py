@@ -118,11 +118,21 @@ FOLDERS = [
         instead("dense", dense),
         {f"{READ} {COMPARED} export": (3, "a dense model: convert it first")},
     ),
-    *damaged(
-        d.remove(TUNED),
-        {COMPARED: (3, "not as the run wrote it", SINGLE)},
-        "out-finetuned",
-    ),
+    *damaged(d.remove(TUNED), {COMPARED: (3, "not as the run wrote it", SINGLE)}, "out-finetuned"),
+    *[
+        row
+        for damage, *says in (
+            (d.cut(TUNED, 100), TUNED, "cannot be used"),
+            (d.write(TUNED, "[]"), TUNED, "object"),
+            (d.write(TUNED, "{}"), "finetune.json"),
+            (d.pipe(TUNED), TUNED, "not a regular file"),
+            (d.config(TUNED, outputs=[]), "finetune.json", "outputs"),
+            (d.config(TUNED, tokens="many"), "finetune.json", "tokens"),
+        )
+        for row in damaged(
+            damage, {f"report {COMPARED}": (3, "not a whole run", *says)}, "out-finetuned"
+        )
+    ],
 ]
 FILES = [
     *[
