@@ -114,7 +114,7 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
             checkpoint, 5 for a device that is not there.
     """
     method = stages(recipe, control=control)
-    _check_device(recipe.device)
+    check_device(recipe.device)
     folder = resolve(recipe.model, revision=recipe.revision)
     checkpoint = open_checkpoint(folder, ignore_index=recipe.ignore_index)
     beside(folder)
@@ -273,7 +273,12 @@ def _dtype_notes(checkpoint: Checkpoint, dtype: str) -> list[str]:
     return [f"of {found} tensors each keeps its dtype; what is made of FFNs is {dtype}"]
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Refuse a `--device` that is none, or that this machine does not have.
+
+    Raises:
+        MoefyError: code 2 for a name that is none, 5 for a device that is not there.
+    """
     kind, _, number = name.partition(":")
     if name in ("auto", "cpu"):
         return

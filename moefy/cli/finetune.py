@@ -126,12 +126,12 @@ NO_MEMORY = ("allocate memory", "out of memory")
 
 
 def _of_steps(built: Any, steps: int) -> Any:
-    """The settings with the tokens that so many steps take."""
+    """The settings with the tokens that so many steps take, of all processes together."""
     import dataclasses
 
     if steps < 1:
         raise MoefyError(f"--steps is {steps}; expected at least 1", code=2)
-    rows = built.batch_size * built.accumulate
+    rows = built.batch_size * built.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
     return dataclasses.replace(built, tokens=steps * rows * built.sequence_length)
 
 

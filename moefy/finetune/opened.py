@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from moefy.finetune.routing import layers
 from moefy.finetune.settings import Settings
 from moefy.finetune.tune import Text, device, num_steps, tokens_per_step
 from moefy.headers import read_config, read_entries
-from moefy.job import Watch
+from moefy.job import Watch, check_device
 from moefy.publish import sha256
 from moefy.recipe import Recipe
 from moefy.self_text import sample
@@ -46,6 +48,37 @@ class Opened:
         """Embedding rows."""
         inner = self.config.get("dense", self.config)
         return int(inner["vocab_size"])
+
+
+LOGGERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+"""Packages, one of which a value of `log_to` needs."""
+
+
+def check_machine(settings: Settings) -> None:
+    """Refuse what this machine, its packages or the number of processes cannot do.
+
+    Raises:
+        MoefyError: code 2 for what was asked wrongly, 5 for what is not there.
+    """
+    check_device(settings.device)
+    if ":" in settings.device:
+        _, _, number = settings.device.partition(":")
+        raise MoefyError(
+            f"--device is {settings.device!r}; expected auto, cpu or cuda, and the GPU by "
+            f"CUDA_VISIBLE_DEVICES={number}",
+            code=2,
+        )
+    packages = LOGGERS.get(settings.log_to, ())
+    if packages and not any(map(importlib.util.find_spec, packages)):
+        named = packages[0]
+        raise MoefyError(f"--log-to {named}: no such package; pip install {named}", code=5)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.fsdp not in (0, world):
+        raise MoefyError(
+            f"fsdp is {settings.fsdp}, and {world} processes run; start as many: torchrun "
+            f"--nproc-per-node={settings.fsdp} -m moefy finetune ...",
+            code=2,
+        )
 
 
 def open_run(folder: Path) -> Opened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -9,7 +10,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from moefy.finetune import teacher
 from moefy.finetune.checkpoints import steps
 from moefy.finetune.opened import (
     Opened,
+    check_machine,
     load_student,
     load_teacher,
     open_run,
@@ -63,8 +65,9 @@ def finetune(
 
     Raises:
         MoefyError: code 2 for places that are taken, 3 for a run, text or teacher that will not
-            do, 6 when training goes wrong, 7 for checkpoints of another run.
+            do, 5 for a device or package that is not there, 6 when training goes wrong, 7 for checkpoints of another run.
     """
+    check_machine(settings)
     process = PartialState(cpu=device(settings).type == "cpu")
     watch = watch if process.is_main_process else lambda *_: None
     out = check_free(out or run.with_name(f"{run.resolve().name}-finetuned"), force=force)
@@ -75,9 +78,9 @@ def finetune(
     text, tokens = read_text(opened, settings, process.num_processes, watch)
     targets, states, taught = _teacher(opened, settings, text, process, watch)
     identity = {
-        "run": sorted(opened.digests.values())[0],
+        "run": opened.digests,
         "text": text.sha256,
-        "teacher": sorted(taught.values()),
+        "teacher": taught,
         "processes": process.num_processes,
         "torch": torch.__version__,
         "transformers": _version("transformers"),
@@ -172,11 +175,16 @@ def _append(log: Path, row: dict[str, Any]) -> None:
 
 def _rewind(log: Path, step: int) -> None:
     """Drop what was logged after `step`; what the guard did stays."""
-    rows = (
-        [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
-    )
-    kept = [row for row in rows if row["step"] <= step or "guard" in row]
-    write_text(log, "".join(json.dumps(row) + "\n" for row in kept))
+    rows = [row for row in _rows(log) if row["step"] <= step or "guard" in row]
+    write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _rows(log: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a log; a line that a kill or a crash has torn is passed over."""
+    text = log.read_text("utf-8", errors="replace") if log.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
 
 
 def _summary(

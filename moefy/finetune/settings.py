@@ -110,6 +110,9 @@ class Settings:
     """Processes of these that share the experts instead of their weights."""
 
 
+MOST = {"int": 10**12, "float": 1e30}
+"""The most of what is counted or weighed: far beyond use, and no overflow."""
+
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Settings)}
 
 
@@ -164,13 +167,18 @@ def _check(settings: Settings) -> None:
         ("save_every", 1, None),
         ("guard_steps", 1, None),
         ("guard_loss", 1, None),
+        ("dead_below", 0, 1),
+        ("lora_rank", 1, 2**16),
+        ("seed", 0, 2**32 - 1),
         *((name, 0, None) for name in FIELDS if FIELDS[name].type in ("float", "int")),
     ):
         value = getattr(settings, name)
-        if not (least <= value and (most is None or value <= most)):
-            upto = "" if most is None else f" and at most {most:g}"
+        most = most or MOST[str(FIELDS[name].type)]
+        if not least <= value <= most:  # nor is NaN
             raise MoefyError(
-                f"{_flag(name)} is {value:g}; expected at least {least:g}{upto}", code=2
+                f"{_flag(name)} is {_number(value)}; expected at least {_number(least)} and at "
+                f"most {_number(most)}",
+                code=2,
             )
     if not (settings.kl or settings.ce or settings.hidden or settings.router_ce):
         raise MoefyError("all of kl, ce, hidden and router_ce are 0: nothing to learn from", code=2)
@@ -189,6 +197,10 @@ def _check(settings: Settings) -> None:
             "hidden needs the teacher's states, which a --teacher-cache does not hold; drop one",
             code=2,
         )
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _flag(name: str) -> str:

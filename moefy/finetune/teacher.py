@@ -111,7 +111,7 @@ def _write(file: Path, targets: Any, ids_BT: Tensor, batch: int, tick: Tick) -> 
         used_BTP = log_p_BTP.isfinite()
         ids.append(ids_BTP[used_BTP].int().cpu())
         log_p.append(log_p_BTP[used_BTP].cpu())
-        count.append(used_BTP.sum(-1).to(torch.int16).cpu())
+        count.append(used_BTP.sum(-1).int().cpu())
         tick(first + len(part), len(ids_BT))
     if not all(part.all() for part in count):
         raise MoefyError("the teacher's logits are not finite", code=6)
