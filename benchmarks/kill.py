@@ -12,7 +12,7 @@ JSON, what is measured (seconds, memory) is not compared, and Markdown drawn fro
 The command is run in this process first, which then has imported all that it takes, and every
 attempt is forked from there: no kill is wasted on the seconds that imports take. A fine-tune takes
 
-    --state '.out.moefy-finetune/checkpoint-*' --again --resume -- finetune RUN --out OUT ...
+    --state '.out.moefy-finetune/checkpoint-*' -- finetune RUN --out OUT ...
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def convert(
     *,
     force: bool = False,
     strict: bool = False,
-    fresh: bool = False,
+    restart: bool = False,
     keep: bool = True,
     memory: int | None = None,
     tokens: data.Tokens | None = None,
@@ -46,10 +46,11 @@ def convert(
 ) -> dict[str, Any]:
     """Run a prepared conversion and publish the folder `out` whole; return its report.
 
-    A conversion that was stopped goes on behind the last layer that it finished, unless `fresh`,
-    and ends with the bytes it would have had. With `keep` false, nothing is kept for that. Where
-    the states of all tokens do not fit in `memory` bytes, or in what there is, they lie in files
-    beside OUT (see `store`), and the bytes of the result are the same.
+    A conversion that was stopped goes on behind the last layer that it finished, unless `restart`,
+    and ends with the bytes it would have had; one of other settings is discarded with `force`,
+    which also replaces `out`. With `keep` false, nothing is kept for that. Where the states of all
+    tokens do not fit in `memory` bytes, or in what there is, they lie in files beside OUT (see
+    `store`), and the bytes of the result are the same.
     `tokens` are used instead of those that the recipe names, when given. With `strict` it fails at
     the first layer of which an expert or a neuron has seen too little text (see `coverage`).
     The processes of `group` share the calibration tokens; the first one does all else, and writes.
@@ -71,17 +72,17 @@ def convert(
     if group.rank:
         return _help(job, out, plan, strict, group)
     _check_places(job, out, keep, plan.file_bytes)
-    with publishing(out, force=force, resume=keep, fresh=fresh) as part:
+    with publishing(out, force=force, resume=keep, restart=restart) as part:
         store = Store(part.parent if plan.file_bytes else None)
         state = State(part.with_name(STATE) if keep else None)
-        state.claim(_facts(job, group))
+        state.claim(_facts(job, group), force=force)
         clock = Clock(state.load("seconds") or {})
         with clock.stage("check weights"):
             scanned = check_weights(job, watch)
-        state.claim({"inputs": scanned.digests})
+        state.claim({"inputs": scanned.digests}, force=force)
         with clock.stage("calibration text"):
             tokens = tokens or _tokens(job, state, watch, memory)
-        state.claim({"calibration": tokens.sha256})
+        state.claim({"calibration": tokens.sha256}, force=force)
         loss_L: list[float] = []
         asked = job.recipe.active
         if job.recipe.layers == budget.AUTO:

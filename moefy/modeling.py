@@ -1,8 +1,8 @@
 """A dense model of any family whose FFNs are experts: for families that no stock MoE class holds.
 
 `MoefyForCausalLM` is transformers' own dense class, each converted FFN replaced by a `MoeBlock`; so
-are the classes for other tasks. `import moefy` makes them known to the Auto classes; a checkpoint
-never brings code of its own. They run in transformers only.
+are the classes for other tasks. Importing this module makes them known to the Auto classes of
+transformers; a checkpoint never brings code of its own. They run in transformers only.
 """
 
 from __future__ import annotations
@@ -166,6 +166,7 @@ class MoefyModel(PreTrainedModel):
 
     config_class = MoefyConfig
     base_model_prefix = "dense"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True

@@ -20,6 +20,7 @@ from moefy.evaluate.settings import check
 from moefy.finetune.settings import TABLE as FINETUNE
 from moefy.finetune.settings import Settings as FinetuneSettings
 from moefy.finetune.settings import build as build_finetune
+from moefy.finetune.settings import renamed
 from moefy.job import Watch
 from moefy.recipe import Recipe, build, located, nearest, read_toml
 from moefy.runs import RECIPE, dense_model, read_recipe, read_report, read_tuning
@@ -208,7 +209,7 @@ def _finetuned(run: Path, out: Path, settings: FinetuneSettings) -> bool:
     idle = NOT_OF_WEIGHTS + (NOT_OF_SELF if settings.data == "self" else ())
     wanted = {k: v for k, v in dataclasses.asdict(settings).items() if k not in idle}
     # What an older moefy had no setting for, it did as the default does.
-    known = dataclasses.asdict(FinetuneSettings()) | tuning["settings"]
+    known = dataclasses.asdict(FinetuneSettings()) | renamed(tuning["settings"])
     _check_same(out, "fine-tuned", located(known, "data", "teacher"), wanted)
     base = read_report(run)["outputs"] if (run / "moefy" / REPORTED).is_file() else {}
     started = tuning["parent"]["files"]
@@ -224,10 +225,9 @@ def _finetuned(run: Path, out: Path, settings: FinetuneSettings) -> bool:
 def _finetune(
     run: Path, out: Path, settings: FinetuneSettings, force: bool, watch: Watch
 ) -> dict[str, Any]:
-    from moefy.finetune.run import finetune, home_of
+    from moefy.finetune.run import finetune
 
-    resume = not force and home_of(out).is_dir()
-    return finetune(run, out, settings, force=force, resume=resume, watch=watch)
+    return finetune(run, out, settings, force=force, watch=watch)
 
 
 def _reported(out: Path, table: Mapping[str, Any]) -> bool:

@@ -94,7 +94,7 @@ def place_of(out: Path) -> Path:
 
 @contextlib.contextmanager
 def publishing(
-    out: Path, *, force: bool = False, resume: bool = False, fresh: bool = False
+    out: Path, *, force: bool = False, resume: bool = False, restart: bool = False
 ) -> Iterator[Path]:
     """Give a folder to fill that becomes `out` when the block ends well.
 
@@ -104,7 +104,7 @@ def publishing(
     The folder lies in the hidden one of `place_of`, beside a folder `state` that is the caller's.
     When the block fails or is interrupted, all of it is removed, and `out` is as it was; unless
     there is a state, which a rerun with `resume` finds again, together with the folder. What no
-    rerun would get past (a MoefyError of code 3, 4 or 6) leaves no state. `fresh` removes one.
+    rerun would get past (a MoefyError of code 3, 4 or 6) leaves no state. `restart` removes one.
 
     Raises:
         MoefyError: code 2 when `out` exists without `force`; 5 when its parent cannot be written,
@@ -118,8 +118,8 @@ def publishing(
         try:
             _recover(place, out)
             check_free(out, force=force)
-            if fresh or not has_state(place):
-                _clear(place)
+            if restart or not has_state(place):
+                clear(place)
             elif not resume:
                 raise MoefyError(
                     f"{place} holds an unfinished run; finish it with the command that began it, "
@@ -192,7 +192,8 @@ def _recover(place: Path, out: Path) -> None:
             old.rename(out)
 
 
-def _clear(place: Path) -> None:
+def clear(place: Path) -> None:
+    """Remove what an unfinished run has left in the hidden folder."""
     for name in (STATE, PART):
         if (place / name).exists():
             shutil.rmtree(place / name)

@@ -23,7 +23,7 @@ def reproduce(
     *,
     model: str | None = None,
     force: bool = False,
-    fresh: bool = False,
+    restart: bool = False,
     memory: int | None = None,
     watch: Watch = lambda *_: None,
 ) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def reproduce(
         raise MoefyError(
             f"{folder} is not the model that was converted: {some(other)} differ; name it as MODEL"
         )
-    made = convert(job, out, force=force, fresh=fresh, memory=memory, watch=watch)
+    made = convert(job, out, force=force, restart=restart, memory=memory, watch=watch)
     names = told["outputs"].keys() | made["outputs"].keys()
     differ = [n for n in sorted(names) if told["outputs"].get(n) != made["outputs"].get(n)]
     # It names the libraries and the folder of the model, which may have other ones.

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from moefy.environment import differences
 from moefy.errors import MoefyError
-from moefy.headers import read_header
-from moefy.publish import STATE, has_state, place_of, replace_text, sync
+from moefy.headers import read_header, some
+from moefy.publish import PART, STATE, clear, has_state, place_of, replace_text, sync
 from moefy.shards import ShardWriter, read, save, sha256
 from moefy.store import MEMORY, Store
 
 FORMAT = 1
 FACTS = "facts"
-FRESH = "start over with --fresh"
+RESTART = "start over with --restart"
 
 
 Kept = tuple[dict[str, Tensor], Any]
@@ -41,22 +41,29 @@ class State:
         self.folder = folder
         self._stored: dict[str, Any] = self.load(FACTS) or {}
         self._facts = dict(self._stored)
+        self._claimed: dict[str, Any] = {}
 
-    def claim(self, facts: Mapping[str, Any]) -> None:
-        """Note what the run is, or compare with what was noted.
+    def claim(self, facts: Mapping[str, Any], *, force: bool = False) -> None:
+        """Note what the run is, or compare with what was noted: with `force` another run's records
+        are removed, and what it has written.
 
         Raises:
             MoefyError: code 7, naming what differs.
         """
         now = json.loads(json.dumps(facts))
         known = {key: self._stored[key] for key in now if key in self._stored}
-        if found := differences(known, {key: now[key] for key in known}):
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        lines = differences(known, {key: now[key] for key in known})
+        if lines and not force:
             raise MoefyError(
-                f"{self.folder} is of another run: {'; '.join(found[:3])}{more}; give the command "
-                f"that began it, or {FRESH}",
+                f"{self.folder} is of another run: {some(lines)}; give the command that began it, "
+                "or --force to start over",
                 code=7,
             )
+        if lines and self.folder:
+            clear(self.folder.parent)
+            (self.folder.parent / PART).mkdir()
+            self._stored, self._facts = {}, dict(self._claimed)
+        self._claimed |= now
         self._facts |= now
 
     def save(self, name: str, value: Any) -> None:
@@ -84,12 +91,12 @@ class State:
             form, text = sealed["format"], sealed["value"]
             whole = sealed["sha256"] == _sha256(text)
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise MoefyError(f"{file} is damaged; {FRESH}", code=7) from None
+            raise MoefyError(f"{file} is damaged; {RESTART}", code=7) from None
         if form != FORMAT:
             found = f"{file} has format {form}, of another moefy; expected {FORMAT}"
-            raise MoefyError(f"{found}; use that moefy, or {FRESH}", code=7)
+            raise MoefyError(f"{found}; use that moefy, or {RESTART}", code=7)
         if not whole:
-            raise MoefyError(f"{file} is damaged; {FRESH}", code=7)
+            raise MoefyError(f"{file} is damaged; {RESTART}", code=7)
         return json.loads(text)
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], value: Any = None) -> None:
@@ -122,7 +129,7 @@ class State:
         except (OSError, MoefyError):
             digests = {}
         if digests != record["digests"]:
-            raise MoefyError(f"{file} is damaged; {FRESH}", code=7)
+            raise MoefyError(f"{file} is damaged; {RESTART}", code=7)
         return tensors, record["value"]
 
     def save_layer(
@@ -167,14 +174,14 @@ class State:
             tensors, record = self.load_tensors(f"layer-{layer}") or ({}, {})
             if not writer.keep(record["written"]):
                 found = f"what layer {layer} has in {writer.folder} was changed"
-                raise MoefyError(f"{found}; {FRESH}", code=7)
+                raise MoefyError(f"{found}; {RESTART}", code=7)
             kept.append((tensors, record["value"]))
         if not count:
             return None, []
         states = self.load_tensors(f"states-{(count - 1) % 2}", store)
         if states is None or states[1] != count - 1:
             found = f"{self.folder} lacks the states behind layer {count - 1}"
-            raise MoefyError(f"{found}; {FRESH}", code=7)
+            raise MoefyError(f"{found}; {RESTART}", code=7)
         return states[0]["states"], kept
 
 

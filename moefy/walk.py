@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
+import moefy.modeling  # noqa: F401 - makes the class of `--target moefy` known to transformers
 from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
 from moefy.families.family import Family

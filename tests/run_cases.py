@@ -562,7 +562,7 @@ CASES += [
     case(
         "43 truncated state",
         "killed at layer 1; its facts.json cut after 100 bytes",
-        ("--fresh",),
+        ("--restart",),
         7,
         plain,
         stopped_and_cut,

@@ -734,7 +734,7 @@ def test_the_model_card_says_what_the_class_is(pico, converted):
     stock = (converted(pico("llama"), **quick) / "README.md").read_text()
     assert "stock `Qwen2MoeForCausalLM`" in stock and "import moefy" not in stock
     own = (converted(pico("gemma3_text"), target="moefy", **quick) / "README.md").read_text()
-    assert "stock" not in own and "import moefy" in own and "transformers only" in own
+    assert "stock" not in own and "import moefy.modeling" in own and "transformers only" in own
     static = (converted(pico("llama"), partition="static", refit=False) / "README.md").read_text()
     assert "statically pruned" in static and "Mixture of Experts" not in static
 

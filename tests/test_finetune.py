@@ -23,9 +23,9 @@ SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch
 FAST = {"learning_rate": 3e-3, "rest_learning_rate": 3e-3, "router_learning_rate": 1e-2}
 
 
-def tuned(run, out, text, *, resume=False, force=False, **settings):
+def tuned(run, out, text, *, restart=False, force=False, **settings):
     built = build(None, {"data": str(text), **SMALL, **settings}, [])
-    return finetune(run, out, built, resume=resume, force=force)
+    return finetune(run, out, built, restart=restart, force=force)
 
 
 def weights(folder):
@@ -111,14 +111,15 @@ def test_resumed_after_a_kill_ends_in_the_same_bytes(once, run, text, tmp_path, 
     home = tmp_path / ".out.moefy-finetune"
     assert not (tmp_path / "out").exists()
     assert sorted(f.name for f in home.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-5"]
-    with pytest.raises(MoefyError, match="--resume"):
-        tuned(run, tmp_path / "out", text, **again)
-    with pytest.raises(MoefyError, match=r"of another run: learning_rate was") as caught:
-        tuned(run, tmp_path / "out", text, **{**again, "learning_rate": 1e-3}, resume=True)
+    with pytest.raises(MoefyError, match=r"learning_rate was 0.003, is 0.001; .*--force") as caught:
+        tuned(run, tmp_path / "out", text, **{**again, "learning_rate": 1e-3})
     assert caught.value.code == 7
     # A file that is not whole any more: the one before is taken.
     (home / "checkpoint-10" / "optimizer.pt").write_bytes(b"cut")
-    summary = tuned(run, tmp_path / "out", text, **again, resume=True)
+    # Nor is the last line of the log.
+    with (home / "finetune.jsonl").open("a") as log:
+        log.write('{"step": 14, "lo')
+    summary = tuned(run, tmp_path / "out", text, **again)
     new, old = weights(tmp_path / "out"), weights(out)
     assert all(torch.equal(new[name], old[name]) for name in old)
     rows = (tmp_path / "out" / "moefy" / "finetune.jsonl").read_text().splitlines()
@@ -137,7 +138,7 @@ def test_stopped_behind_its_last_step_it_goes_on(run, text, tmp_path, monkeypatc
         planted.setattr("moefy.finetune.run.write_checkpoint", stop)
         with pytest.raises(KeyboardInterrupt):
             tuned(run, tmp_path / "out", text, **more)
-    resumed = tuned(run, tmp_path / "out", text, **more, resume=True)
+    resumed = tuned(run, tmp_path / "out", text, **more)
     assert all(resumed[key] == whole[key] for key in ("steps", "tokens", "validation", "routing"))
     new, old = weights(tmp_path / "out"), weights(tmp_path / "whole")
     assert all(torch.equal(new[name], old[name]) for name in old)
@@ -167,7 +168,7 @@ def test_a_resume_that_loses_the_experts_is_seen(once, run, text, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         tuned(run, tmp_path / "out", text, **again)
     monkeypatch.setattr(Finetuner, "step_done", step_done)
-    tuned(run, tmp_path / "out", text, **again, resume=True)
+    tuned(run, tmp_path / "out", text, **again)
     new, old = weights(tmp_path / "out"), weights(once[1])
     assert not all(torch.equal(new[name], old[name]) for name in old)
 
@@ -341,8 +342,6 @@ def test_what_is_no_run_is_refused(pico, run, text, tmp_path):
         tuned(pico("llama"), tmp_path / "out", text)
     with pytest.raises(MoefyError, match="not a whole run"):
         tuned(tmp_path, tmp_path / "out", text)
-    with pytest.raises(MoefyError, match="nothing to resume"):
-        tuned(run, tmp_path / "out", text, resume=True)
     own = shutil.copytree(run, tmp_path / "own")
     with pytest.raises(MoefyError, match="is the run itself"):
         tuned(own, own, text, force=True)

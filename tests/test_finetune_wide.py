@@ -205,9 +205,8 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(pico, converted, text, t
     home, out = tmp_path / ".out.moefy-finetune", tmp_path / "out"
     dice = random.Random(0)
     for attempt in range(3):
-        resume = ["--resume"] if home.exists() else []
         process = subprocess.Popen(
-            [sys.executable, *command(run, out, text, *resume, **more)],
+            [sys.executable, *command(run, out, text, **more)],
             env=environment(),
             stderr=subprocess.PIPE,
         )

@@ -409,7 +409,7 @@ def test_a_card_names_no_folder_of_its_maker(report):
 
 def test_a_card_of_our_own_class_says_what_it_needs(report):
     run = {**report["run"], "target": "moefy", "engines": ["transformers"]}
-    assert "import moefy\n" in model_card(run) and "It needs moefy" in model_card(run)
+    assert "import moefy.modeling\n" in model_card(run) and "It needs moefy" in model_card(run)
     static = {**report["run"], "shape": {**report["run"]["shape"], "num_experts": 0}}
     assert ModelCard(model_card(static)).data.tags == ["moefy"]
     assert "statically pruned" in model_card(static)

@@ -315,15 +315,15 @@ def stopped(a_job, out) -> Path:
     return place_of(out) / STATE
 
 
-def refused(job: Job, out: Path, *says: str) -> None:
+def refused(job: Job, out: Path, *says: str, option: str) -> None:
     """Refused with code 7, and nothing touched; started over only if that is asked for."""
     before = listing(out.parent)
     with pytest.raises(MoefyError) as caught:
         convert(job, out)
     assert caught.value.code == 7
-    assert [part for part in (*says, "--fresh") if part not in str(caught.value)] == []
+    assert [part for part in (*says, f"--{option}") if part not in str(caught.value)] == []
     assert listing(out.parent) == before
-    seen = stages_of(job, out, fresh=True)
+    seen = stages_of(job, out, **{option: True})
     assert any(now.startswith("layer 0") for now in seen)
     assert os.listdir(out.parent) == [out.name]
 
@@ -351,20 +351,34 @@ FOREIGN: dict[str, tuple[dict[str, Any], Callable[[Job], object], str]] = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_state_of_another_run(name, stopped, a_job, out):
+def test_a_state_of_another_run(name, stopped, a_job, out, tmp_path):
     recipe, change, says = FOREIGN[name]
     job = a_job(**recipe)
     change(job)
     try:
-        refused(job, out, says)
+        refused(job, out, says, option="force")
+        convert(job, tmp_path / "again")
     finally:
         torch.set_num_threads(1)
+    assert_same(out, tmp_path / "again")  # nothing of the other run is in it
+
+
+def test_the_same_run_goes_on_with_force_and_starts_over_by_restart(stopped, a_job, out, whole):
+    kept = shutil.copytree(stopped.parent, out.parent.parent / "kept")
+    seen = stages_of(a_job(), out, force=True)
+    assert [now for now in seen if now.startswith("layer ")] == []
+    assert_same(out, whole)
+    shutil.rmtree(out)
+    shutil.copytree(kept, stopped.parent)
+    seen = stages_of(a_job(), out, restart=True)
+    assert any(now.startswith("layer 0") for now in seen)
+    assert_same(out, whole)
 
 
 def test_a_state_of_other_versions(stopped, a_job, out, monkeypatch):
     now = environment.versions() | {"torch": "2.99"}
     monkeypatch.setattr("moefy.environment.versions", lambda: now)
-    refused(a_job(), out, "versions.torch was", "is 2.99")
+    refused(a_job(), out, "versions.torch was", "is 2.99", option="force")
 
 
 def cut(name: str, length: int) -> Callable[[Path], object]:
@@ -407,7 +421,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_state_that_is_damaged(name, stopped, a_job, out):
     change, says = BAD[name]
     change(stopped)
-    refused(a_job(), out, says)
+    refused(a_job(), out, says, option="restart")
 
 
 TORN: dict[str, Callable[[Path], object]] = {
@@ -452,7 +466,7 @@ def test_a_change_in_the_model_below_the_last_layer(stopped, a_job, out):
     file = stopped.parent / PART / "model.safetensors"
     entry = read_header(file)["model.layers.0.mlp.experts.0.gate_proj.weight"]
     flip(file.name, entry.start)(file.parent)
-    refused(a_job(), out, "what layer 0 has in", "was changed")
+    refused(a_job(), out, "what layer 0 has in", "was changed", option="restart")
 
 
 def test_what_resumes_nothing_leaves_a_state_alone(stopped, a_job, out):
@@ -625,7 +639,7 @@ def test_two_at_once(a_job, out, whole):
         convert(job, out, watch=wait)
     os.read(ear, 1)
     before = listing(out.parent)
-    for options in ({}, {"fresh": True}, {"keep": False}):
+    for options in ({}, {"restart": True}, {"keep": False}):
         with pytest.raises(MoefyError, match=f"process {child} on ") as caught:
             convert(job, out, **options)
         assert caught.value.code == 5

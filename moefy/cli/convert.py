@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.cli.shared import Json, Quiet, quiet_libraries, show
+from moefy.cli.shared import Force, Json, Quiet, Restart, note, quiet_libraries, show
 from moefy.cli.signals import INTERRUPTED
 from moefy.errors import MoefyError
 
-NO_RECIPE = "memory recipe reproduce settings plan force strict fresh as_json quiet out".split()
+NO_RECIPE = "memory recipe reproduce settings plan force strict restart fresh".split()
+NO_RECIPE += "as_json quiet out".split()
 """Options that are no keys of a recipe."""
 
 
@@ -102,13 +103,12 @@ def convert(
         typer.Option("--set", help="key=value, e.g. partition.rounds=6; may be repeated."),
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    force: Force = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where an expert sees too little text.")
     ] = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over where a stopped run could go on.")
-    ] = False,
+    restart: Restart = False,
+    fresh: Annotated[bool, typer.Option("--fresh", hidden=True)] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -117,12 +117,15 @@ def convert(
     If it is stopped, the same command goes on where it was.
     """
     flags = {key: value for key, value in locals().items() if key not in NO_RECIPE}
+    if fresh:
+        note("--fresh is called --restart now")
+        restart = True
     if reproduce:
         given = [key for key, value in flags.items() if value is not None and key != "model"]
         if recipe or settings or plan or strict or given or not model:
             raise MoefyError("--reproduce RECIPE takes OUT, or MODEL OUT, and no settings", code=2)
         place, where = (out, model) if out else (Path(model), None)
-        _reproduce(reproduce, place, where, _bytes(memory), force, fresh, as_json, quiet)
+        _reproduce(reproduce, place, where, _bytes(memory), force, restart, as_json, quiet)
         return
     from moefy.recipe import build
     from moefy.source import resolve
@@ -156,7 +159,7 @@ def convert(
             out,
             force=force,
             strict=strict,
-            fresh=fresh,
+            restart=restart,
             memory=limit,
             group=group,
             watch=watch,
@@ -176,7 +179,7 @@ def _reproduce(
     model: str | None,
     memory: int | None,
     force: bool,
-    fresh: bool,
+    restart: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -186,7 +189,7 @@ def _reproduce(
 
     with _resumable(out, force), watching(quiet=quiet) as watch:
         made = reproduce(
-            recipe, out, model=model, force=force, fresh=fresh, memory=memory, watch=watch
+            recipe, out, model=model, force=force, restart=restart, memory=memory, watch=watch
         )
     show(made, lambda made: _made(made, out), as_json, quiet)
     found = made["reproduced"]

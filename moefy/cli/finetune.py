@@ -8,9 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.cli.shared import Json, Quiet, quiet_libraries, show
+from moefy.cli.shared import Force, Json, Quiet, Restart, note, quiet_libraries, show
 from moefy.cli.signals import INTERRUPTED
 from moefy.errors import MoefyError
+
+NO_SETTINGS = "run out steps recipe settings force restart resume as_json quiet".split()
+"""Options that are no settings of a fine-tune."""
 
 
 def finetune(
@@ -69,45 +72,50 @@ def finetune(
         bool | None, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random draw. (default: 0)")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="as-stored, float32, bfloat16. (default: as-stored)")
+    compute_dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16, float16. (default: auto)")
     ] = None,
+    dtype: Annotated[str | None, typer.Option(hidden=True)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda. (default: auto)")] = None,
     log_to: Annotated[str | None, typer.Option(help="tensorboard or wandb.")] = None,
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints. (default: 100)")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML file with a [finetune] table.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML file with a table \\[finetune].")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="key=value, e.g. router_ce=0.1; may be repeated."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = (
-        False
-    ),
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    force: Force = False,
+    restart: Restart = False,
+    resume: Annotated[bool, typer.Option("--resume", hidden=True)] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune the converted model RUN: distil from its dense model, keep its experts balanced."""
-    own = ("run", "out", "steps", "recipe", "settings", "resume", "force", "as_json", "quiet")
-    flags = {key: value for key, value in locals().items() if key not in (*own, "own")}
+    """Fine-tune the converted model RUN: distil from its dense model, keep its experts balanced.
+
+    If it is stopped, the same command goes on from its last checkpoint.
+    """
+    flags = {key: value for key, value in locals().items() if key not in NO_SETTINGS}
     from moefy.finetune.settings import build
 
-    built = build(recipe, flags, settings or [])
+    if resume:
+        note("--resume is what happens without it now; --restart starts over")
+    built = build(recipe, flags, settings or [], note)
     if steps is not None:
         built = _of_steps(built, steps)
     quiet_libraries()
     from moefy.finetune.run import finetune as tune
     from moefy.progress import watching
 
+    place = out or run.with_name(f"{run.resolve().name}-finetuned")
     try:
         with watching(quiet=quiet or os.environ.get("RANK", "0") != "0") as watch:
-            summary = tune(run, out, built, force=force, resume=resume, watch=watch)
+            summary = tune(run, place, built, force=force, restart=restart, watch=watch)
     except KeyboardInterrupt:
-        raise MoefyError(
-            "interrupted; --resume goes on from the last checkpoint", code=INTERRUPTED
-        ) from None
+        raise MoefyError(_stopped(place), code=INTERRUPTED) from None
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(w in str(error) for w in NO_MEMORY):
             raise
@@ -118,11 +126,19 @@ def finetune(
         ) from None
     if os.environ.get("RANK", "0") != "0":  # one of several processes tells
         return
-    place = out or run.with_name(f"{run.resolve().name}-finetuned")
     show(summary, lambda made: _tuned(made, place), as_json, quiet)
 
 
 NO_MEMORY = ("allocate memory", "out of memory")
+
+
+def _stopped(out: Path) -> str:
+    """What to say to whoever has interrupted a fine-tune."""
+    from moefy.finetune.run import last_step
+
+    if (step := last_step(out)) is None:
+        return "interrupted; nothing was written"
+    return f"interrupted; step {step} is kept: run the same command again to go on from there"
 
 
 def _of_steps(built: Any, steps: int) -> Any:

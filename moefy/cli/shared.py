@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace OUT, and another run that was stopped there."),
+]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Start over where a stopped run could go on.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")]
 
 
@@ -20,6 +28,11 @@ def show(
         print(json.dumps(value, indent=2, ensure_ascii=False))
     elif not quiet:
         text(value)
+
+
+def note(line: str) -> None:
+    """Tell the user something that stops nothing, on standard error."""
+    print(f"moefy: {line}", file=sys.stderr)
 
 
 def quiet_libraries() -> None:

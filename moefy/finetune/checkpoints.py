@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moefy.environment import differences
 from moefy.errors import MoefyError
+from moefy.headers import some
 from moefy.publish import sha256, sync, write_json
 
 WHOLE = "whole.json"
@@ -112,27 +114,38 @@ def last_good(home: Path, identity: Mapping[str, Any], until: int | None = None)
     """The last whole checkpoint, of a step not after `until`; None if there is none.
 
     Raises:
-        MoefyError: code 7, when it is of another run: which field differs is told.
+        MoefyError: code 7, when it is of another one, with what differs.
     """
     for step in reversed(steps(home)):
         folder = home / f"{PREFIX}{step}"
-        if (until is not None and step > until) or not _whole(folder, identity):
-            continue
-        return folder
+        if (until is None or step <= until) and _whole(folder, identity):
+            return folder
     return None
 
 
-def _whole(folder: Path, identity: Mapping[str, Any]) -> bool:
+def foreign(home: Path, identity: Mapping[str, Any]) -> list[str]:
+    """What differs between the fine-tune that the checkpoints in `home` are of and this one, a line
+    each."""
+    for step in reversed(steps(home)):
+        sealed = _sealed(home / f"{PREFIX}{step}")
+        if sealed and (lines := differences(sealed["identity"], identity)):
+            return lines
+    return []
+
+
+def _sealed(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """What `seal` wrote; None where it did not, or not whole."""
     try:
-        told = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
-        files, found = dict(told["files"]), dict(told["identity"])
+        value = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
+        return {key: dict(value[key]) for key in ("identity", "files")}
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _whole(folder: Path, identity: Mapping[str, Any]) -> bool:
+    if (sealed := _sealed(folder)) is None:
         return False
-    if differ := sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k)):
-        key = differ[0]
-        raise MoefyError(
-            f"{folder.parent} is of another run: {key} was {found.get(key)!r} and is "
-            f"{identity.get(key)!r}; delete that folder to start anew",
-            code=7,
-        )
+    if lines := differences(sealed["identity"], identity):
+        raise MoefyError(f"{folder.parent} is of another fine-tune: {some(lines)}", code=7)
+    files = sealed["files"]
     return all((folder / n).is_file() and sha256(folder / n) == d for n, d in files.items())

@@ -22,11 +22,11 @@ def adapted(model: Any, rank: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     linear, stacked = [], []
-    for name in parts(model)["experts"]:
+    for name, parameter in parts(model)["experts"].items():
         home = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(home, nn.Linear):
+        if isinstance(home, nn.Linear) and parameter.ndim == 2:
             linear.append(name.removesuffix(".weight"))
-        else:
+        elif parameter.ndim == 3:  # the others are biases
             stacked.append(name)
     config = LoraConfig(
         r=rank,

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from moefy import data, families, runs
+from moefy.compute import ComputeDtype, compute_dtype, name_of
 from moefy.errors import MoefyError
 from moefy.finetune.routing import layers
 from moefy.finetune.settings import Settings
 from moefy.finetune.tune import Text, device, num_steps, tokens_per_step
 from moefy.headers import read_config, read_entries
-from moefy.job import Watch, check_device
+from moefy.job import Watch
+from moefy.memory import available
 from moefy.publish import sha256
 from moefy.recipe import Recipe
 from moefy.self_text import sample
+from moefy.shards import DTYPES
 from moefy.tokenizer import load_tokenizer
 
 
@@ -40,45 +44,18 @@ class Opened:
     @property
     def layer(self) -> str:
         """What the names of a layer's tensors begin with."""
-        prefix = "dense." if self.summary["target"] == "moefy" else ""
-        return prefix + families.load(self.summary["family"]).layer
+        return self.prefix + families.load(self.summary["family"]).layer
+
+    @property
+    def prefix(self) -> str:
+        """What the names of all tensors begin with, before the dense model's."""
+        return "dense." if self.summary["target"] == "moefy" else ""
 
     @property
     def vocab_size(self) -> int:
         """Embedding rows."""
         inner = self.config.get("dense", self.config)
         return int(inner["vocab_size"])
-
-
-LOGGERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
-"""Packages, one of which a value of `log_to` needs."""
-
-
-def check_machine(settings: Settings) -> None:
-    """Refuse what this machine, its packages or the number of processes cannot do.
-
-    Raises:
-        MoefyError: code 2 for what was asked wrongly, 5 for what is not there.
-    """
-    check_device(settings.device)
-    if ":" in settings.device:
-        _, _, number = settings.device.partition(":")
-        raise MoefyError(
-            f"--device is {settings.device!r}; expected auto, cpu or cuda, and the GPU by "
-            f"CUDA_VISIBLE_DEVICES={number}",
-            code=2,
-        )
-    packages = LOGGERS.get(settings.log_to, ())
-    if packages and not any(map(importlib.util.find_spec, packages)):
-        named = packages[0]
-        raise MoefyError(f"--log-to {named}: no such package; pip install {named}", code=5)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.fsdp not in (0, world):
-        raise MoefyError(
-            f"fsdp is {settings.fsdp}, and {world} processes run; start as many: torchrun "
-            f"--nproc-per-node={settings.fsdp} -m moefy finetune ...",
-            code=2,
-        )
 
 
 def open_run(folder: Path) -> Opened:
@@ -102,14 +79,78 @@ def open_run(folder: Path) -> Opened:
     return Opened(folder, summary, runs.read_recipe(folder), config, digests)
 
 
-def load_student(opened: Opened, settings: Settings) -> Any:
-    """The model of the run, ready to be trained.
+@dataclass(frozen=True)
+class Computing:
+    """The dtypes that student and teacher are opened in."""
+
+    student: ComputeDtype
+    teacher: ComputeDtype
+    stored: torch.dtype
+    """Of the run's weights."""
+
+    def summary(self) -> dict[str, Any]:
+        """What the report holds of it."""
+        notes = dict.fromkeys(note for note in (self.student.note, self.teacher.note) if note)
+        return {
+            "student": self.student.name,
+            "teacher": self.teacher.name,
+            "stored": name_of(self.stored),
+            "notes": list(notes),
+        }
+
+
+def computing(opened: Opened, teacher: Path | None, settings: Settings) -> Computing:
+    """The dtypes to compute in on this machine; `teacher` is its folder, None where there is none.
+
+    Raises:
+        MoefyError: code 5, where what was asked for takes more memory than there is.
+    """
+    place = device(settings)
+    trained = settings.train not in ("router", "lora")
+    # In float32: a weight, and of one that is trained its gradient and two averages of those.
+    needed = _num_weights(opened.folder) * (16 if trained else 4)
+    needed += _num_weights(teacher) * 4 if teacher else 0
+    copies = 1 if settings.fsdp else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    room = available() // copies
+    if place.type == "cuda":
+        room = torch.cuda.get_device_properties(place).total_memory
+
+    def chosen(stored: torch.dtype) -> ComputeDtype:
+        asked = settings.compute_dtype
+        return compute_dtype(asked, stored, place, float32_bytes=needed, room=room)
+
+    stored = stored_dtype(opened.folder)
+    student = chosen(stored)
+    return Computing(student, chosen(stored_dtype(teacher)) if teacher else student, stored)
+
+
+def _num_weights(folder: Path) -> int:
+    return sum(entry.num_elements for entry in read_entries(folder).values())
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that transformers opens a folder in of itself: its configuration's, or the one that
+    holds all its weights."""
+    config = read_config(folder)
+    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    if isinstance(named, torch.dtype):
+        return named
+    found = (DTYPES[entry.dtype] for entry in read_entries(folder).values())
+    return reduce(torch.promote_types, (dtype for dtype in found if dtype.is_floating_point))
+
+
+def one_dtype(folder: Path) -> bool:
+    """Whether all weights in a folder have the same dtype."""
+    return len({entry.dtype for entry in read_entries(folder).values()}) == 1
+
+
+def load_student(opened: Opened, settings: Settings, dtype: torch.dtype) -> Any:
+    """The model of the run in `dtype`, ready to be trained.
 
     Raises:
         MoefyError: code 3, when keys are missing or left over; 6, when not all of its routers are
             where they are looked for.
     """
-    dtype = "auto" if settings.dtype == "as-stored" else getattr(torch, settings.dtype)
     shared = {}
     if settings.fsdp:
         shared["distributed_config"] = DistributedConfig(
@@ -153,23 +194,36 @@ def teacher_folder(opened: Opened, settings: Settings) -> tuple[Path, dict[str, 
             f"the tokenizer of the teacher {folder} is not that of {opened.folder}; expected a "
             "teacher of the same vocabulary"
         )
+    if given and settings.hidden and (sizes := _sizes(folder)) != _sizes(opened.folder):
+        raise MoefyError(
+            f"hidden is not 0, and the teacher {folder} has {sizes[0]} layers of {sizes[1]}; "
+            "expected one of the run's sizes, or --set hidden=0"
+        )
     return folder, dense.digests
+
+
+def _sizes(folder: Path) -> tuple[int, int]:
+    """Number of layers and hidden size."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    return config.num_hidden_layers, config.hidden_size
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:
     return load_tokenizer(folder).get_vocab()
 
 
-def load_teacher(folder: Path, settings: Settings) -> Any:
-    """The dense model, to be asked only."""
-    dtype = "auto" if settings.dtype == "as-stored" else getattr(torch, settings.dtype)
+def load_teacher(folder: Path, settings: Settings, dtype: torch.dtype) -> Any:
+    """The dense model in `dtype`, to be asked only."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     model.requires_grad_(False)
     return model.eval().to(device(settings))
 
 
-def read_text(opened: Opened, settings: Settings, world: int, watch: Watch) -> tuple[Text, Any]:
-    """The tokens to train and to measure on, and what is known of them.
+def read_text(
+    opened: Opened, settings: Settings, world: int, writer: Callable[[], Any], watch: Watch
+) -> tuple[Text, Any]:
+    """The tokens to train and to measure on, and what is known of them. `writer` gives the model
+    that writes them, if it must.
 
     Raises:
         MoefyError: code 3, for a text that is too short, or a tokenizer that does not match.
@@ -181,13 +235,11 @@ def read_text(opened: Opened, settings: Settings, world: int, watch: Watch) -> t
     tokenizer = load_tokenizer(opened.folder)
     shape = {"num_tokens": total, "length": length, "seed": settings.seed, "heldout": share}
     if settings.data == "self":
-        folder, _ = teacher_folder(opened, settings)
-        writer = load_teacher(folder, settings)
 
         def tick(done: int, of: int) -> None:
             watch("write text", done, of)
 
-        tokens = sample(writer, tokenizer, progress=tick, **shape)
+        tokens = sample(writer(), tokenizer, progress=tick, **shape)
     elif settings.text_field == data.IDS:
         tokens = data.load_ids(settings.data, vocab_size=opened.vocab_size, **shape)
     else:

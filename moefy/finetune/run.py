@@ -22,12 +22,14 @@ from torch import Tensor
 from moefy import __version__
 from moefy.errors import MoefyError
 from moefy.finetune import teacher
-from moefy.finetune.checkpoints import steps
+from moefy.finetune.checkpoints import foreign, steps
+from moefy.finetune.checks import check_machine, check_run
 from moefy.finetune.opened import (
     Opened,
-    check_machine,
+    computing,
     load_student,
     load_teacher,
+    one_dtype,
     open_run,
     read_text,
     teacher_folder,
@@ -36,12 +38,16 @@ from moefy.finetune.settings import TABLE, Settings
 from moefy.finetune.trainer import Targets
 from moefy.finetune.tune import Text, Tuned, Watchers, device, tune
 from moefy.finetune.write import check_checkpoint, save, write_checkpoint
+from moefy.headers import some
 from moefy.job import Watch
-from moefy.publish import check_free, file_digests, publishing, write_json, write_text
+from moefy.lock import locked
+from moefy.publish import FINAL, check_free, file_digests, publishing, write_json, write_text
 from moefy.recipe import render_table
 from moefy.report import model_card
 
 LOG = "finetune.jsonl"
+LOCK, SAVED = "lock", "saved"
+"""In the folder of the checkpoints: who works on it, and the weights at the end of the training."""
 
 NOT_OF_A_RUN = (
     "log_every", "log_to", "save_every", "teacher_cache", "device", "data", "teacher",
@@ -56,16 +62,19 @@ def finetune(
     settings: Settings,
     *,
     force: bool = False,
-    resume: bool = False,
+    restart: bool = False,
     watch: Watch = lambda *_: None,
 ) -> dict[str, Any]:
     """Fine-tune the run in `run` and publish the folder `out` whole; return its report.
 
-    `out` is `run` with `-finetuned` behind it, if not given. Until then checkpoints lie beside it.
+    `out` is `run` with `-finetuned` behind it, if not given. Until then checkpoints lie beside it,
+    from the last of which a fine-tune that was stopped goes on, unless `restart`. Those of another
+    one are removed with `force`, which also replaces `out`.
 
     Raises:
-        MoefyError: code 2 for places that are taken, 3 for a run, text or teacher that will not
-            do, 5 for a device or package that is not there, 6 when training goes wrong, 7 for checkpoints of another run.
+        MoefyError: code 2 for places that are taken and for what cannot be done with this run, 3
+            for a run, text or teacher that will not do, 5 for what the machine does not have, 6
+            when training goes wrong, 7 for checkpoints of another fine-tune.
     """
     check_machine(settings)
     process = PartialState(cpu=device(settings).type == "cpu")
@@ -73,51 +82,71 @@ def finetune(
     out = check_free(out or run.with_name(f"{run.resolve().name}-finetuned"), force=force)
     if out == run.resolve():
         raise MoefyError(f"OUT {out} is the run itself; give another name", code=2)
-    home = _home(out, resume=resume, force=force)
     opened = open_run(run)
-    text, tokens = read_text(opened, settings, process.num_processes, watch)
-    targets, states, taught = _teacher(opened, settings, text, process, watch)
+    check_run(opened, settings)
+    taught = settings.kl or settings.hidden
+    asked = taught or settings.data == "self"
+    folder, digests = teacher_folder(opened, settings) if asked else (run, {})
+    computed = computing(opened, folder if asked else None, settings)
+    load = partial(load_teacher, folder, settings, computed.teacher.dtype)
+    text, tokens = read_text(opened, settings, process.num_processes, load, watch)
     identity = {
         "run": opened.digests,
         "text": text.sha256,
-        "teacher": taught,
+        "teacher": digests if taught else {},
         "processes": process.num_processes,
         "torch": torch.__version__,
         "transformers": _version("transformers"),
         **{k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_OF_A_RUN},
+        "compute_dtype": {"student": computed.student.name, "teacher": computed.teacher.name},
     }
-    home.mkdir(parents=True, exist_ok=True)
-    log = home / LOG
-    if not steps(home):
-        log.unlink(missing_ok=True)
-    tuned = tune(
-        partial(load_student, opened, settings),
-        text,
-        settings,
-        home,
-        targets=targets,
-        states=states,
-        identity=identity,
-        watchers=(
-            Watchers(partial(_append, log), partial(_rewind, log), watch)
-            if process.is_main_process  # one of several processes writes the log
-            else Watchers()
-        ),
-    )
-    summary = _summary(opened, settings, tuned, tokens, taught)
-    saved = home / "saved"
-    save(tuned.model, saved)
-    process.wait_for_everyone()
-    if process.is_main_process:
-        with publishing(out, force=force) as part:
-            watch("write", 0, 1)
-            write_checkpoint(saved, opened, part)
-            # Of a model that is shared among processes, none has all: then what they have saved.
-            model = load_teacher(saved, settings) if settings.fsdp else tuned.model
-            summary["reopened"] = check_checkpoint(model, opened, part, text.ids_BT[-1])
-            _write_reports(opened, settings, summary, log, part)
-        _remove(home)
-    process.wait_for_everyone()
+    home = home_of(out)
+    with _begun(home, out, process):
+        if process.is_main_process:
+            _claim(home, identity, force=force, restart=restart)
+        process.wait_for_everyone()
+        keep = teacher.Keep(
+            settings.top_p, min(settings.top_tokens, opened.vocab_size), settings.temperature
+        )
+        name = teacher.key(digests, text.sha256, keep, computed.teacher.name)
+        targets, states = _teacher(load, settings, text, keep, name, process, watch)
+        log = home / LOG
+        if not steps(home):
+            log.unlink(missing_ok=True)
+        tuned = tune(
+            partial(load_student, opened, settings, computed.student.dtype),
+            text,
+            settings,
+            home,
+            targets=targets,
+            states=states,
+            identity=identity,
+            stored=computed.stored if one_dtype(opened.folder) else None,
+            watchers=(
+                Watchers(partial(_append, log), partial(_rewind, log), watch)
+                if process.is_main_process  # one of several processes writes the log
+                else Watchers()
+            ),
+        )
+        summary = _summary(opened, settings, tuned, tokens, digests if taught else {})
+        summary["compute"] = computed.summary()
+        saved = home / SAVED
+        save(tuned.model, saved)
+        process.wait_for_everyone()
+        if process.is_main_process:
+            with publishing(out, force=force) as part:
+                watch("write", 0, 1)
+                write_checkpoint(saved, opened, part)
+                # Of a model that is shared among processes, none has all: then what they saved.
+                model = (
+                    load_teacher(saved, settings, computed.student.dtype)
+                    if settings.fsdp
+                    else tuned.model
+                )
+                summary["reopened"] = check_checkpoint(model, opened, part, text.ids_BT[-1])
+                _write_reports(opened, settings, summary, log, part)
+            _remove(home)
+        process.wait_for_everyone()
     return summary
 
 
@@ -126,20 +155,46 @@ def home_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.moefy-finetune")
 
 
-def _home(out: Path, *, resume: bool, force: bool) -> Path:
-    """The folder of the checkpoints."""
-    home = home_of(out)
-    if resume and not home.is_dir():
-        raise MoefyError(f"nothing to resume: no {home}; start without --resume", code=7)
-    if not resume and steps(home):
-        if not force:
-            raise MoefyError(
-                f"an unfinished fine-tune lies in {home}; --resume goes on with it, --force starts "
-                "anew",
-                code=2,
-            )
-        _remove(home)
-    return home
+def last_step(out: Path) -> int | None:
+    """The step that an unfinished fine-tune to `out` would go on from; None where there is none."""
+    return max(steps(home_of(Path(os.path.abspath(out)))), default=None)
+
+
+@contextlib.contextmanager
+def _begun(home: Path, out: Path, process: PartialState) -> Iterator[None]:
+    """Hold the folder of the checkpoints, which stays only if a rerun can go on from it."""
+    if not process.is_main_process:
+        yield
+        return
+    with locked(home / LOCK, out):
+        final = False
+        try:
+            yield
+        except MoefyError as error:
+            final = error.code in FINAL and not (home / SAVED).exists()
+            raise
+        finally:
+            if final or not steps(home):
+                _remove(home)
+
+
+def _claim(home: Path, identity: dict[str, Any], *, force: bool, restart: bool) -> None:
+    """See that the checkpoints are of this fine-tune, or start over where that is asked for.
+
+    Raises:
+        MoefyError: code 7, when they are of another one.
+    """
+    other = foreign(home, identity)
+    if other and not (force or restart):
+        raise MoefyError(
+            f"{home} is of another fine-tune: {some(other)}; give the command that began it, or "
+            "--force to start over",
+            code=7,
+        )
+    if other or restart:
+        for file in home.iterdir():
+            if file.name != LOCK:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def _remove(home: Path) -> None:
@@ -147,25 +202,26 @@ def _remove(home: Path) -> None:
 
 
 def _teacher(
-    opened: Opened, settings: Settings, text: Text, process: PartialState, watch: Watch
-) -> tuple[Targets | None, Callable[[Tensor], list[Tensor]] | None, dict[str, str]]:
-    """What gives the teacher's expectations and its hidden states, and its files' digests."""
+    load: Callable[[], Any],
+    settings: Settings,
+    text: Text,
+    keep: teacher.Keep,
+    name: str,
+    process: PartialState,
+    watch: Watch,
+) -> tuple[Targets | None, Callable[[Tensor], list[Tensor]] | None]:
+    """What gives the teacher's expectations and its hidden states; `name` is that of a cache."""
     if not settings.kl and not settings.hidden:
-        return None, None, {}
-    folder, digests = teacher_folder(opened, settings)
-    keep = teacher.Keep(settings.top_p, settings.top_tokens, settings.temperature)
-    load = partial(load_teacher, folder, settings)
+        return None, None
     if settings.teacher_cache:
-        name = teacher.key(digests, text.sha256, keep, settings.dtype)
         file = Path(settings.teacher_cache).expanduser() / name
         with process.main_process_first():
-            found = teacher.cached(
-                file, load, text.ids_BT, keep, settings.batch_size, partial(watch, "teacher")
-            )
-        return found if settings.kl else None, None, digests
+            tick = partial(watch, "teacher")
+            found = teacher.cached(file, load, text.ids_BT, keep, settings.batch_size, tick)
+        return found, None
     model = load()
     states = teacher.states(model) if settings.hidden else None
-    return teacher.live(model, keep) if settings.kl else None, states, digests
+    return teacher.live(model, keep) if settings.kl else None, states
 
 
 def _append(log: Path, row: dict[str, Any]) -> None:

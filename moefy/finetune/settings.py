@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ TABLE = "finetune"
 TRAIN = ("all", "router+experts", "experts", "router", "lora")
 BALANCE = ("switch", "variation", "bias", "none")
 SOFT = ("all", "chosen", "none")
-DTYPES = ("as-stored", "float32", "bfloat16")
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "linear", "constant")
 LOGS = ("", "tensorboard", "wandb")
 
@@ -87,8 +87,10 @@ class Settings:
     lora_rank: int = 16
     gradient_checkpointing: bool = False
     seed: int = 0
-    dtype: str = "as-stored"
-    """Weights and arithmetic; copies in float32 are kept where it is less."""
+    compute_dtype: str = "auto"
+    """Of student and teacher: `auto` (the stored one where the machine has it, else float32),
+    `float32`, `bfloat16`, `float16`. Where it is less than float32, the optimizer keeps copies in
+    float32. What is written has the stored dtypes."""
     device: str = "auto"
     log_every: int = 1
     log_to: str = ""
@@ -116,8 +118,15 @@ MOST = {"int": 10**12, "float": 1e30}
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Settings)}
 
 
-def build(file: Path | None, flags: Mapping[str, Any], settings: list[str]) -> Settings:
+def build(
+    file: Path | None,
+    flags: Mapping[str, Any],
+    settings: list[str],
+    note: Callable[[str], None] = lambda line: None,
+) -> Settings:
     """Checked settings from a file's `[finetune]` table, flags that are not None, `key=value`.
+
+    A key's former name is taken as well, and `note` gets a line about it.
 
     Raises:
         MoefyError: code 2 for an unknown key, a value of the wrong type or out of range.
@@ -127,11 +136,12 @@ def build(file: Path | None, flags: Mapping[str, Any], settings: list[str]) -> S
         table = read_toml(file).get(TABLE)
         if not isinstance(table, dict):
             raise MoefyError(f"recipe {file} has no table [{TABLE}]", code=2)
-        values.update({key: value for key, value in table.items() if key not in ("parent", "made")})
-    values.update({key: value for key, value in flags.items() if value is not None})
+        table = {key: value for key, value in table.items() if key not in ("parent", "made")}
+        values |= renamed(table, note)
+    values |= renamed({key: value for key, value in flags.items() if value is not None}, note)
     for setting in settings:
         key, value = parse_setting(setting)
-        values[key.replace("-", "_")] = value
+        values |= renamed({key.replace("-", "_"): value}, note)
     for key, value in values.items():
         check_type(key, value, FIELDS)
     found = Settings(**located(values, "data", "teacher"))
@@ -139,24 +149,37 @@ def build(file: Path | None, flags: Mapping[str, Any], settings: list[str]) -> S
     return found
 
 
+def renamed(
+    values: Mapping[str, Any], note: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """The values under today's names: `compute_dtype` was `dtype`, and its `auto` "as-stored"."""
+    result = dict(values)
+    if "dtype" in result:
+        value = result.pop("dtype")
+        result.setdefault("compute_dtype", "auto" if value == "as-stored" else value)
+        note(f"dtype={value} is called compute_dtype={result['compute_dtype']} now")
+    return result
+
+
 def _check(settings: Settings) -> None:
     for name, known in (
         ("train", TRAIN),
         ("balance", BALANCE),
         ("soft", SOFT),
-        ("dtype", DTYPES),
+        ("compute_dtype", COMPUTE_DTYPES),
         ("schedule", SCHEDULES),
         ("log_to", LOGS),
     ):
         if (value := getattr(settings, name)) not in known:
-            raise MoefyError(f"{_flag(name)} is {value!r}; {nearest(value, [*known])}", code=2)
+            expected = nearest(value, [word for word in known if word])
+            raise MoefyError(f"{_flag(name)} is {value!r}; {expected}", code=2)
     for name, least, most in (
         ("tokens", settings.sequence_length, None),
         ("sequence_length", 8, None),
         ("batch_size", 1, None),
         ("accumulate", 1, None),
         ("validation_tokens", settings.sequence_length, None),
-        ("temperature", 1e-3, None),
+        ("temperature", 1e-3, 1e3),
         ("top_p", 1e-3, 1),
         ("top_tokens", 1, None),
         ("warmup", 0, 1),
@@ -168,6 +191,7 @@ def _check(settings: Settings) -> None:
         ("guard_steps", 1, None),
         ("guard_loss", 1, None),
         ("dead_below", 0, 1),
+        ("capacity", 0, 1e6),
         ("lora_rank", 1, 2**16),
         ("seed", 0, 2**32 - 1),
         *((name, 0, None) for name in FIELDS if FIELDS[name].type in ("float", "int")),
@@ -184,6 +208,12 @@ def _check(settings: Settings) -> None:
         raise MoefyError("all of kl, ce, hidden and router_ce are 0: nothing to learn from", code=2)
     if settings.expert_parallel and not settings.fsdp:
         raise MoefyError("expert_parallel without fsdp; expected --set fsdp=PROCESSES", code=2)
+    if settings.expert_parallel and settings.fsdp % settings.expert_parallel:
+        raise MoefyError(
+            f"expert_parallel is {settings.expert_parallel}, and fsdp {settings.fsdp}; expected a "
+            "number that divides it",
+            code=2,
+        )
     if settings.expert_parallel and (settings.soft == "all" or settings.router_ce):
         raise MoefyError(
             "expert_parallel: no process has all experts, which soft=all and router_ce ask; "

@@ -103,9 +103,13 @@ def tune(
     targets: Targets | None = None,
     states: Callable[[Tensor], list[Tensor]] | None = None,
     identity: Mapping[str, Any] | None = None,
+    stored: torch.dtype | None = None,
     watchers: Watchers = Watchers(),  # noqa: B008 - frozen
 ) -> Tuned:
     """Train what `load` gives, from the last checkpoint in `home` if there is one.
+
+    `stored` is the dtype that the weights will be written in, to which they are rounded before they
+    are measured.
 
     Where the guard stops the training, it goes back to the last good checkpoint, at most
     `guard_restarts` times, with stronger balancing or lower rates.
@@ -165,6 +169,8 @@ def tune(
         watchers.row({"step": guard.trip.step, "guard": told[-1]})
         watchers.watch(f"guard: {guard.trip.reason}; {action}", 0, 1)
     model = merged(model)
+    if stored is not None:
+        _round(model, stored)
     after = measure(model, routing, text, targets, settings)
     done = trainer.state.global_step
     return Tuned(
@@ -177,6 +183,14 @@ def tune(
         {"before": before[1], "after": after[1]},
         told,
     )
+
+
+@torch.no_grad()
+def _round(model: Any, dtype: torch.dtype) -> None:
+    """Round the weights to a dtype, in their own."""
+    for parameter in model.parameters():
+        if parameter.dtype != dtype:
+            parameter.copy_(parameter.to(dtype))
 
 
 def _stronger(trip: Trip, settings: Settings, weight: float) -> tuple[Settings, float, str]:

@@ -41,10 +41,14 @@ def write_checkpoint(place: Path, opened: Opened, part: Path) -> None:
         raise MoefyError(f"the trained model has lost {some(missing)}", code=6)
     writer = ShardWriter(part, {name: Slot(e.dtype, e.shape) for name, e in entries.items()})
     for name, entry in entries.items():
-        tensor = read(name, saved[name]).to(DTYPES[entry.dtype])
+        trained = read(name, saved[name]).reshape(entry.shape)
+        if torch.equal(trained, read(name, entry).to(trained.dtype)):
+            writer.copy(name, entry)  # what training has left alone keeps its bytes
+            continue
+        tensor = trained.to(DTYPES[entry.dtype])
         if not torch.isfinite(tensor).all():
             raise MoefyError(f"{name} is not finite after training; nothing written", code=6)
-        writer.write(name, tensor.reshape(entry.shape))
+        writer.write(name, tensor)
     writer.finish()
     folder = opened.folder
     for file in [*beside(folder), Path(CONFIG)]:

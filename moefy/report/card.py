@@ -106,7 +106,7 @@ def _usage(run: Mapping[str, Any], place: str) -> str:
         f"## How to use it\n\n{told}`{run['reopened']['class']}`, no `trust_remote_code`.{others}"
         "\n\n"
         "```python\n"
-        + ("import moefy\n" if own else "")
+        + ("import moefy.modeling\n" if own else "")
         + f"from transformers import {auto}, AutoTokenizer\n\n"
         f'model = {auto}.from_pretrained("{place}", dtype="auto")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n```'

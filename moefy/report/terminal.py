@@ -285,6 +285,8 @@ def show_finetune(summary: Mapping[str, Any], out: Path) -> None:
         if key in before
     ]
     show_table(["on text kept apart", "before", "after"], rows)
+    for line in (summary.get("compute") or {}).get("notes", ()):
+        console.print(f"Note: {line}", markup=False)
     for event in summary["guard"]:
         console.print(
             f"Guard, step {event['step']}: {event['reason']}; {event['action']}", markup=False

@@ -1,6 +1,6 @@
 """The dense class itself with experts in place of its FFNs: for what no stock class holds.
 
-Needs moefy to be imported, runs in transformers only (see `moefy.modeling`). Gates are exactly one,
+Needs `moefy.modeling` to be imported, runs in transformers only. Gates are exactly one,
 whatever the number of experts per token, and every expert is a bare slice of the dense FFN.
 """
 

@@ -1,0 +1,87 @@
+"""What a fine-tune refuses before it opens a model: what fits not this machine, or not this run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from moefy import families
+from moefy.errors import MoefyError
+from moefy.finetune.opened import Opened
+from moefy.finetune.settings import Settings
+from moefy.headers import read_entries
+from moefy.job import check_device
+
+LOGGERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+"""Packages, one of which a value of `log_to` needs."""
+
+
+def check_machine(settings: Settings) -> None:
+    """Refuse what this machine, its packages or the number of processes cannot do.
+
+    Raises:
+        MoefyError: code 2 for what was asked wrongly, 5 for what is not there.
+    """
+    check_device(settings.device)
+    if ":" in settings.device:
+        _, _, number = settings.device.partition(":")
+        raise MoefyError(
+            f"--device is {settings.device!r}; expected auto, cpu or cuda, and the GPU by "
+            f"CUDA_VISIBLE_DEVICES={number}",
+            code=2,
+        )
+    packages = LOGGERS.get(settings.log_to, ())
+    if packages and not any(map(importlib.util.find_spec, packages)):
+        name = packages[0]
+        raise MoefyError(f"--log-to {name} needs a package: pip install {name}", code=5)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.fsdp not in (0, world):
+        raise MoefyError(
+            f"fsdp is {settings.fsdp}, and there is {world} process; start as many by torchrun "
+            f"--nproc-per-node={settings.fsdp} -m moefy finetune"
+            if world == 1
+            else f"fsdp is {settings.fsdp}, and there are {world} processes; expected as many",
+            code=2,
+        )
+    if settings.teacher_cache:
+        try:
+            Path(settings.teacher_cache).expanduser().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MoefyError(
+                f"--teacher-cache {settings.teacher_cache}: {error.strerror}; expected a folder",
+                code=5,
+            ) from None
+
+
+def check_run(opened: Opened, settings: Settings) -> None:
+    """Refuse what cannot be done with this run.
+
+    Raises:
+        MoefyError: code 2.
+    """
+    experts = opened.summary["shape"]["num_experts"]
+    if not experts and settings.train == "router":
+        raise MoefyError(
+            "--train router: a static run has no routers; expected all, experts or lora", code=2
+        )
+    if not experts and not (settings.kl or settings.ce or settings.hidden):
+        raise MoefyError(
+            "router_ce alone: a static run has no routers; give kl, ce or hidden a weight", code=2
+        )
+    if settings.expert_parallel and experts % settings.expert_parallel:
+        raise MoefyError(
+            f"expert_parallel is {settings.expert_parallel}, and there are {experts} experts; "
+            "expected a number that divides them",
+            code=2,
+        )
+    family = families.load(opened.summary["family"])
+    table = opened.prefix + (family.positions or "")
+    if (entry := read_entries(opened.folder).get(table)) is not None:
+        positions = entry.shape[0] - family.first_position
+        if settings.sequence_length > positions:
+            raise MoefyError(
+                f"sequences of {settings.sequence_length} tokens, but the model has positions for "
+                f"{positions}; lower --sequence-length",
+                code=2,
+            )
