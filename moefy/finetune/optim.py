@@ -111,3 +111,11 @@ class MasterAdamW(torch.optim.AdamW):
 
 def _copy(weight: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(weight.detach().to(torch.float32, copy=True))
+
+
+@torch.no_grad()
+def round_weights(model: Any, dtype: torch.dtype) -> None:
+    """Round the weights to a dtype, in their own."""
+    for parameter in model.parameters():
+        if parameter.dtype != dtype:
+            parameter.copy_(parameter.to(dtype))

@@ -21,6 +21,7 @@ from moefy.finetune.checkpoints import last_good
 from moefy.finetune.explore import Explore
 from moefy.finetune.guard import Guard, Trip
 from moefy.finetune.lora import adapted, merged
+from moefy.finetune.optim import round_weights
 from moefy.finetune.routing import Routing, figures
 from moefy.finetune.settings import Settings
 from moefy.finetune.trainer import Finetuner, Rows, Targets
@@ -170,7 +171,7 @@ def tune(
         watchers.watch(f"guard: {guard.trip.reason}; {action}", 0, 1)
     model = merged(model)
     if stored is not None:
-        _round(model, stored)
+        round_weights(model, stored)
     after = measure(model, routing, text, targets, settings)
     done = trainer.state.global_step
     return Tuned(
@@ -183,14 +184,6 @@ def tune(
         {"before": before[1], "after": after[1]},
         told,
     )
-
-
-@torch.no_grad()
-def _round(model: Any, dtype: torch.dtype) -> None:
-    """Round the weights to a dtype, in their own."""
-    for parameter in model.parameters():
-        if parameter.dtype != dtype:
-            parameter.copy_(parameter.to(dtype))
 
 
 def _stronger(trip: Trip, settings: Settings, weight: float) -> tuple[Settings, float, str]:
