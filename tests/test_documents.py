@@ -326,6 +326,7 @@ def readers(file):
         ("a.csv", b"id,text\n1,words", "a table (.csv)"),
         ("A.TSV", b"id\ttext\n1\twords", "a table (.tsv)"),
         ("a.csv.gz", gzip.compress(b"id,text\n1,words"), "a table (.csv)"),
+        ("a.jsonl", b"\x7fELF\0\0words", "binary (byte 4 is zero)"),
         ("a.parquet", b"words", "no parquet file"),
         ("a.parquet", b"PAR1words", "damaged parquet"),
     ],
