@@ -345,7 +345,8 @@ def test_windows_refuse_what_is_no_text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"w1 " * 90 + b"\xff")
     options = {"num_tokens": 100, "length": 100}
-    for file, fragment in [(path, "byte 270;"), (tmp_path / "no", "no such file")]:
+    faults = [(path, "byte 270;"), (tmp_path / "no", "no such file"), (tmp_path, "a folder")]
+    for file, fragment in faults:
         assert_refused(lambda file=file: text_windows(None, file, **options), fragment)
 
 
