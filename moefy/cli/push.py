@@ -30,7 +30,8 @@ def push(
     """Upload the run RUN to the Hugging Face Hub as REPO.
 
     Sent are the model, its card, and under moefy/ the recipe and the reports, which hold the
-    prompts that were measured. Left out are caches, exports and the calibration tokens.
+    prompts that were measured and the paths of your folders. Left out are caches, exports and the
+    calibration tokens.
     """
     quiet_libraries()
     from moefy.progress import watching

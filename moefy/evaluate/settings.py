@@ -10,6 +10,7 @@ from typing import Any
 
 from moefy.errors import MoefyError
 from moefy.evaluate.speed import Grid
+from moefy.evaluate.windows import SHORTEST_WINDOW
 
 GRIDS = {
     "quick": Grid(((1, 128),), rounds=3),
@@ -23,9 +24,8 @@ GRIDS = {
 TOKENS = {"quick": 2048, "usual": 4096, "full": 20480}
 """Scored on each text, by effort."""
 
-LEAST = {"num_tokens": ("--tokens", 1), "length": ("--sequence-length", 8), "limit": ("--limit", 1)}
-"""The flags of whole numbers, and what they are at least: a window of a few tokens tells nothing of
-a model, and one of a single token predicts none."""
+SHORTEST = 8
+"""Tokens of a window at least: fewer tell nothing of a model, and a single one predicts none."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,11 @@ def check(settings: Settings) -> Settings:
     Raises:
         MoefyError: code 2.
     """
-    for name, (flag, least) in LEAST.items():
-        value = getattr(settings, name)
+    for flag, value, least in (
+        ("--sequence-length", settings.length, SHORTEST),
+        ("--tokens", settings.num_tokens, min(SHORTEST_WINDOW, settings.length)),
+        ("--limit", settings.limit, 1),
+    ):
         if value is not None and value < least:
             raise MoefyError(f"{flag} is {value}; expected {least} or more", code=2)
     return settings
