@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from moefy.gradients import ffn_gradients
 from moefy.job import Job, Watch
 from moefy.memory import ADVICE, available, require, writing
 from moefy.self_text import sample
+from moefy.stock import open_model
 from moefy.tokenizer import load_tokenizer, vocabulary_notes
 from moefy.validate import beside
 
@@ -56,8 +56,6 @@ def calibration_tokens(job: Job, watch: Watch, *, memory: int | None = None) -> 
 
 def _self_written(job: Job, watch: Watch, memory: int) -> data.Tokens:
     """Text that the model writes itself, for which it needs no tokenizer."""
-    from transformers import AutoModelForCausalLM
-
     recipe, folder = job.recipe, job.checkpoint.folder
     way = writing(job, memory)
     require(way.num_bytes, "a model that writes its own calibration text", ADVICE["calibration"])
@@ -68,9 +66,7 @@ def _self_written(job: Job, watch: Watch, memory: int) -> data.Tokens:
         notes += vocabulary_notes(tokenizer, job.size("vocab_size"))
     else:
         notes.append(NO_TOKENIZER)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=way.compute.dtype, local_files_only=True
-    )
+    model, _ = open_model(folder, dtype=way.compute.dtype)
     tokens = sample(
         model.to(job.device).eval(),
         tokenizer,

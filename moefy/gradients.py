@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
 from moefy.families.family import Family
+from moefy.stock import open_model
 
 
 def ffn_gradients(
@@ -34,9 +34,7 @@ def ffn_gradients(
     Raises:
         MoefyError: code 6, when a loss is not finite.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=torch.float32, local_files_only=True
-    )
+    model, _ = open_model(checkpoint.folder, dtype=torch.float32)
     model = model.to(device).eval().requires_grad_(False)
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     # The weights need no gradient, so the embeddings are what starts the graph.

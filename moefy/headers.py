@@ -67,6 +67,11 @@ def damaged(message: str) -> MoefyError:
     return MoefyError(f"{message}; fetch it again (hf download)")
 
 
+def contradiction(message: str) -> MoefyError:
+    """An error of code 3 for a configuration that cannot be, or does not fit the tensors."""
+    return MoefyError(f"{message}; correct {CONFIG}, or fetch the model again (hf download)")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of a checkpoint folder.
 

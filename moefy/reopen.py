@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from moefy.errors import MoefyError
 from moefy.headers import Entry, read_header
 from moefy.shards import Slot
-from moefy.walk import auto_class, runnable, some_layers, states_of
+from moefy.stock import open_model, plain_config
+from moefy.walk import runnable, some_layers, states_of
 
 TOLERANCE = 0.1
 """Greatest mean relative error of a token's last hidden state. Router gates deviate from one by
@@ -44,7 +44,7 @@ def reopen(
     Raises:
         MoefyError: code 6, for missing, unexpected or mismatched keys, or other hidden states.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = plain_config(folder)
     entries = {
         name: entry
         for file in folder.glob("*.safetensors")
@@ -54,15 +54,14 @@ def reopen(
     whole = layers == len(ends)
     if not whole:
         config = some_layers(config, 0, layers)
-    opened: Any = auto_class(task).from_pretrained(
+    model, info = open_model(
         folder,
+        task=task,
         config=config,
+        code=6,
         dtype=torch.float32 if whole else "auto",
-        output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are told, and refused, below
-        local_files_only=True,
     )
-    model, info = opened
     later = tuple(layer.format(layer=number) for number in range(layers, len(ends)))
     wrong = {
         kind: [str(key) for key in keys if not later or not str(key).startswith(later)]

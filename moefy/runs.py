@@ -11,6 +11,7 @@ from typing import Any
 from moefy import families
 from moefy.errors import MoefyError
 from moefy.headers import (
+    ADAPTER,
     CONFIG,
     MAX_INDEX,
     read_config,
@@ -22,7 +23,7 @@ from moefy.headers import (
 from moefy.publish import sha256
 from moefy.recipe import Recipe, build, read
 from moefy.source import DEMO, resolve
-from moefy.validate import ADAPTER, beside
+from moefy.validate import beside, check_plain
 
 REPORT, RECIPE, TOKENS = "conversion.json", "recipe.toml", "calibration.safetensors"
 FINETUNED = "finetune.json"
@@ -152,7 +153,8 @@ def dense_model(
     One that is given may be any model: who names it knows which.
 
     Raises:
-        MoefyError: code 3, when the run's is not there any more, or has other weights now.
+        MoefyError: code 3, when the run's is not there any more, or has other weights now; and what
+            `check_plain` raises.
     """
     gone = not (summary["hub_id"] or recipe.model == DEMO or os.path.isdir(recipe.model))
     if given is None and gone:
@@ -162,8 +164,7 @@ def dense_model(
         )
     recorded = given in (None, recipe.model) and summary["hub_id"]
     folder = resolve(given or recipe.model, revision=recipe.revision if recorded else None)
-    read_config(folder)
-    entries = read_entries(folder, ignore_index=recipe.ignore_index)
+    entries = check_plain(folder, ignore_index=recipe.ignore_index)
     files = sorted({entry.file for entry in entries.values()})
     dense = DenseModel(folder, {file.name: sha256(file) for file in files})
     if given is None and not dense.made(summary):

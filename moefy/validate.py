@@ -7,8 +7,6 @@ class. Values are looked at by `scan`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,20 +18,27 @@ from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
 from moefy.families.family import Family
 from moefy.headers import (
-    ADAPTER,
     CONFIG,
     MAX_INDEX,
     Entry,
-    damaged,
+    contradiction,
     read_config,
     read_entries,
     read_json,
     regular_file,
     some,
 )
-from moefy.layout import ACTIVATIONS
+from moefy.naming import (
+    INNER,
+    architectures,
+    check_names,
+    class_names,
+    layer_pattern,
+    other_task,
+    place_of_layers,
+)
+from moefy.supported import IMPLEMENTATION, SIZES, not_plain, unsupported, wrong_size
 
-SIZES = "hidden_size num_hidden_layers num_attention_heads vocab_size".split()
 KEEP = (
     "tokenizer",
     "vocab",
@@ -49,17 +54,9 @@ KEEP = (
 """How the names of the files begin that are copied."""
 
 SETTINGS = ("tokenizer_config.json", "generation_config.json")
-MOST_LABELS = 10**6
 Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 FLOATS = ("F64", "F32", "F16", "BF16")
-KINDS = {
-    "already a Mixture of Experts": "expert",
-    "a state-space or recurrent model": "state_size|ssm_|mamba|rwkv|recurrent",
-    "an encoder or an encoder-decoder": "is_encoder_decoder|type_vocab_size|MaskedLM|bert",
-    "several models in one, of which text is a part": "(text|vision|audio)_config",
-}
-"""What an unsupported configuration is, by what its keys, type and architectures contain."""
 
 
 def open_checkpoint(folder: Path, *, ignore_index: bool = False) -> Checkpoint:
@@ -72,54 +69,41 @@ def open_checkpoint(folder: Path, *, ignore_index: bool = False) -> Checkpoint:
             outside the folder; code 4 when they are whole but of a kind that moefy cannot convert.
     """
     path, config = folder / CONFIG, read_config(folder)
-    if reason := _unsupported(path, config):
+    if reason := unsupported(path, config):
         raise MoefyError(f"{path} cannot be converted: {reason}", code=4)
     family = families.load(config["model_type"], config)
+    # How attention is computed changes no number; what is not installed here need not be.
+    config = {key: config[key] for key in config if IMPLEMENTATION not in key}
     config = family.sized(config)
-    if reason := _wrong_size(config):
-        raise damaged(f"{path} is wrong: {reason}")
+    if reason := wrong_size(config):
+        raise contradiction(f"{path} is wrong: {reason}")
     stored = read_entries(folder, ignore_index=ignore_index)
-    entries = {family.named(name): entry for name, entry in stored.items()}
+    check_names(folder, stored)
+    names = class_names(family, stored)
+    entries = {names[name]: entry for name, entry in stored.items()}
     for name, entry in entries.items():
         if entry.dtype not in FLOATS and not re.search(family.unread, name):
             found = f"tensor {name!r} in {entry.file} is stored as {entry.dtype}"
             raise MoefyError(f"{found}, expected floating point; dequantise it first", code=4)
     _check_layers(path, config, entries)
+    if config.get("tie_word_embeddings") is False:  # the default is known to the class alone
+        _check_head(path, config, entries)
     return Checkpoint(folder, config, entries)
 
 
-def _unsupported(path: Path, config: Config) -> str | None:
-    """Why a configuration, whole or not, is of a kind that cannot be converted; None if it can."""
-    if config.get("auto_map"):
-        return f"it brings code of its own (auto_map), which is never run{_stock(config)}"
-    # transformers would fetch and run a kernel from the hub under a name with a slash.
-    if any("/" in str(config[key]) for key in config if "_implementation" in key):
-        return "it needs a kernel of its own (attn_implementation), which is never run"
-    # transformers would open these in the place of the weights that are converted.
-    if config.get("transformers_weights"):
-        return "it names weights of its own (transformers_weights); rename them model.safetensors"
-    if os.path.lexists(path.with_name(ADAPTER)):
-        return f"an adapter lies beside it ({ADAPTER}); merge it first (merge_and_unload)"
-    if config.get("quantization_config") or config.get("quantization"):
-        return "it is quantised (quantization_config); dequantise it first"
-    model_type, known = config.get("model_type"), families.names()
-    if not isinstance(model_type, str):
-        raise damaged(f"{path} has no model_type, expected one that `moefy families` lists")
-    if model_type not in known:
-        marks = f"{model_type} {config.get('architectures')} {[k for k, v in config.items() if v]}"
-        kinds = [kind for kind, pattern in KINDS.items() if re.search(pattern, marks)]
-        near = [] if kinds else difflib.get_close_matches(model_type, known, n=1)
-        found = f"model_type {short(model_type)} is {[*kinds, 'unknown'][0]}"
-        guess = f"; the nearest is {near[0]}" if near else ""
-        return f"{found}; `moefy families` lists the {len(known)} that are supported{guess}"
-    family = families.load(model_type, config)
-    if str(activation := config.get(family.activation, "silu")) not in ACTIVATIONS:
-        found = f"{family.activation} is {short(activation)}"
-        return f"{found}, expected one of {', '.join(ACTIVATIONS)}"
-    both = "ForSeq2SeqLM" in family.tasks
-    if bool(config.get("is_encoder_decoder", both)) != both:
-        return f"is_encoder_decoder is {not both}, which no {model_type} is"
-    return family.refuse(dict(config))
+def check_plain(folder: Path, *, ignore_index: bool = False) -> dict[str, Entry]:
+    """The tensors of a model of any kind, which transformers is to open to predict next tokens.
+
+    Raises:
+        MoefyError: code 3 for files that are damaged or are no model by themselves, code 4 for a
+            model that transformers would open otherwise, or whose head is another.
+    """
+    path, config = folder / CONFIG, read_config(folder)
+    if reason := not_plain(path, config) or other_task(config, ("ForCausalLM",)):
+        raise MoefyError(f"{path} cannot be used: {reason}", code=4)
+    entries = read_entries(folder, ignore_index=ignore_index)
+    check_names(folder, entries)
+    return entries
 
 
 def beside(folder: Path) -> list[Path]:
@@ -140,48 +124,19 @@ def beside(folder: Path) -> list[Path]:
     return files
 
 
-def _stock(config: Config) -> str:
-    """What to do where transformers has a class of that name, and the code may be a copy of it."""
-    if config.get("model_type") not in families.names():
-        return ""
-    return f"; if it is a plain {config['model_type']} all the same, take auto_map out of {CONFIG}"
-
-
-def _wrong_size(config: Config) -> str | None:
-    """Which size in a configuration no model can have, whatever the tensors say."""
-    family = families.load(config["model_type"], config)
-    optional = ["num_key_value_heads", "head_dim", *([family.width] if family.neurons else [])]
-    optional = [key for key in optional if config.get(key) is not None]
-    for key in (*SIZES, *optional, *([] if family.neurons else [family.width])):
-        value = config.get(key)
-        if type(value) is not int or value < 1:
-            return f"{key} is {short(value)}, expected a whole number above 0"
-    try:
-        neurons = family.num_neurons(config)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        return f"the number of FFN neurons ({family.width}) cannot be told: {error!r}"
-    if neurons < 1:
-        return f"the number of FFN neurons ({family.width}) is {short(neurons)}"
-    labels = config.get("num_labels")  # of which transformers makes a table
-    if labels is not None and not (type(labels) is int and 0 <= labels <= MOST_LABELS):
-        return f"num_labels is {short(labels)}, expected a whole number up to {MOST_LABELS}"
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    groups = config.get("num_key_value_heads") or heads
-    if heads > hidden or heads % groups:
-        most = f"at most {short(hidden)} and a multiple of num_key_value_heads, {short(groups)}"
-        return f"num_attention_heads is {short(heads)}, expected {most}"
-    return None
-
-
 def _check_layers(path: Path, config: Config, entries: Mapping[str, Entry]) -> None:
     """Compare the sizes in the configuration with the layers, FFNs and embedding that are there."""
     family = families.load(config["model_type"], config)
     hidden, num_layers, neurons = (*(config[k] for k in SIZES[:2]), family.num_neurons(config))
-    layer = re.compile(re.escape(family.layer).replace(r"\{layer\}", "([0-9]+)"))
+    layer = layer_pattern(family.layer)
     stored = {match[1] for match in map(layer.match, entries) if match}
+    if not stored and (place := place_of_layers(family, entries)):
+        own = family.layer.partition("{layer}")[0]
+        found = f"{path.parent} has layers under {place!r}, which {family.model_type} has under"
+        raise MoefyError(f"{found} {own!r}: something around the model was saved; {INNER}")
     if len(stored) != num_layers:
         found = f"{path}: num_hidden_layers is {short(num_layers)}"
-        raise damaged(f"{found}, but {len(stored)} layers are stored")
+        raise contradiction(f"{found}, but {len(stored)} layers are stored")
     expected = {family.embedding: (config["vocab_size"], config.get("embedding_size") or hidden)}
     shapes = family.shapes(neurons, hidden)
     for number in range(num_layers):
@@ -211,13 +166,29 @@ def _attention(config: Config, prefix: str, entries: Mapping[str, Entry]) -> Sha
     return expected | ({out: (hidden, heads * width)} if out in entries else {})
 
 
+def _check_head(path: Path, config: Config, entries: Mapping[str, Entry]) -> None:
+    """Refuse a language model that lacks its head and does not take the embedding for it."""
+    family = families.load(config["model_type"], config)
+    if "ForCausalLM" not in family.tasks or family.head in entries:
+        return
+    (name, *_) = architectures(config) or [""]
+    base = name.endswith("Model") and not name.endswith("LMHeadModel")
+    found = f"{path.parent} has no head ({family.head}), nor is the embedding the head "
+    raise MoefyError(
+        f"{found}(tie_word_embeddings): {name if base else 'it'} predicts no next token; expected "
+        "a language model",
+        code=4 if base else 3,
+    )
+
+
 def _check_shapes(path: Path, expected: Shapes, entries: Mapping[str, Entry]) -> None:
     if missing := [name for name in expected if name not in entries]:
-        raise damaged(f"{path.parent} lacks tensors that {path.name} implies: {some(missing)}")
+        found = f"{path.parent} lacks tensors that {path.name} implies: {some(missing)}"
+        raise contradiction(found)
     for name, shape in expected.items():
         if entries[name].shape != shape:
             found = f"tensor {name} in {entries[name].file} has shape {list(entries[name].shape)}"
-            raise damaged(f"{found}, but {path.name} implies {list(shape)}")
+            raise contradiction(f"{found}, but {path.name} implies {list(shape)}")
 
 
 def check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[Checkpoint, list[str]]:
@@ -233,11 +204,13 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[Checkpoint, l
 
     folder, entries = checkpoint.folder, checkpoint.entries
     expected, tied = _implied(checkpoint, family)
+    if family.head in expected and family.head not in tied:
+        _check_head(folder / CONFIG, checkpoint.config, entries)
     _check_shapes(folder / CONFIG, _less(expected, tied - entries.keys()), entries)
     extra = [name for name in entries if name not in expected]
     if unknown := [name for name in extra if not re.search(family.unread, name)]:
         found = f"{folder} holds tensors that {family.model_type} does not have: {some(unknown)}"
-        raise MoefyError(f"{found}; merge adapters first, or remove these tensors")
+        raise MoefyError(f"{found}; if they are an adapter's, merge it; else remove them")
     notes = [f"not read by {family.model_type}, not written: {some(extra)}"] if extra else []
     said = checkpoint.config.get("tie_word_embeddings", True)  # T5 ties whatever is said
     if said and family.head in tied and family.head in entries:
@@ -256,7 +229,8 @@ def _implied(checkpoint: Checkpoint, family: Family) -> tuple[Shapes, set[str]]:
     # Here, because these take seconds that `open_checkpoint` need not wait for.
     import torch
 
-    from moefy.walk import auto_class, model_config
+    from moefy.stock import auto_class, library_error
+    from moefy.walk import model_config
 
     task = family.task(checkpoint.config)
     try:
@@ -264,9 +238,8 @@ def _implied(checkpoint: Checkpoint, family: Family) -> tuple[Shapes, set[str]]:
         with torch.device("meta"):
             model = auto_class(task).from_config(config, attn_implementation="eager")
     except Exception as error:  # whatever a value of the configuration makes transformers raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         found = f"transformers can make no model of {checkpoint.folder / CONFIG}"
-        raise damaged(f"{found}: {reason}") from error
+        raise library_error(found, error, advice=f"correct {CONFIG}") from error
     whole = model.base_model_prefix + "."
     prefix = whole if task == "Model" and family.layer.startswith(whole) else ""
     shapes = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

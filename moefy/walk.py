@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 import moefy.modeling  # noqa: F401 - makes the class of `--target moefy` known to transformers
 from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
 from moefy.families.family import Family
 from moefy.layout import FFN
+from moefy.stock import open_model
 from moefy.store import MEMORY, Store
 
 Join = Callable[[Tensor], Tensor] | None
@@ -50,11 +50,6 @@ class _Skip(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2)
         return next(given, torch.zeros(()))  # nothing to add, made of ids or positions
-
-
-def auto_class(task: str) -> Any:
-    """The Auto class of transformers that opens models for a task."""
-    return getattr(transformers, "AutoModel" + task.removeprefix("Model"))
 
 
 def runnable(model: Any) -> Any:
@@ -212,12 +207,8 @@ def ending(
 
     Norm and head are those of transformers' own class, of which one layer is loaded.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder,
-        config=some_layers(config, 0, 1),
-        dtype="auto",
-        local_files_only=True,
-    ).eval()
+    model, _ = open_model(checkpoint.folder, config=some_layers(config, 0, 1), dtype="auto")
+    model.eval()
     given: list[Tensor] = []
     block: Any = model.get_submodule(family.layer.format(layer=0).rstrip("."))
     block.register_forward_hook(lambda module, args, out: given[0])

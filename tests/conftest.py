@@ -151,7 +151,7 @@ def build_model(folder: Path, model_type: str, overrides: dict) -> None:
     from transformers import AutoConfig
 
     from moefy import families
-    from moefy.walk import auto_class
+    from moefy.stock import auto_class
 
     values = PICO | FAMILY.get(model_type, {}) | overrides
     task = values.pop("task", families.load(model_type).tasks[0])

@@ -13,12 +13,12 @@ ROWS = [
     "__init__",  # may import nothing of moefy, and all may import it: for the version
     "errors",
     "parallel",
-    "layout modeling coverage clock environment store compute",
+    "layout modeling coverage clock environment store compute stock",
     "profile shape headers lock",
     "publish",
     "assign solve kinds recipe shards source families pack rows tokenizer",
-    "checkpoint state chat",
-    "targets cluster balance",
+    "checkpoint state chat naming",
+    "targets cluster balance supported",
     "partition route refit documents",
     "data",
     "walk block oracle routing gradients self_text",
@@ -41,9 +41,7 @@ ONLY_IN = {
     "rich": TERMINAL,
     "jinja2": "report",
     "matplotlib": "report",
-    "transformers": (
-        "modeling source tokenizer walk gradients validate reopen calibration finetune evaluate cli"
-    ),
+    "transformers": ("modeling source stock tokenizer walk finetune evaluate cli"),
     "accelerate": "finetune",
     "peft": "finetune",
 }

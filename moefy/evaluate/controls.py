@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from moefy import routing
 from moefy.convert import convert
@@ -22,6 +21,7 @@ from moefy.job import Job, Watch, prepare
 from moefy.layout import Shape
 from moefy.oracle import attach
 from moefy.recipe import Recipe, build, nearest
+from moefy.stock import check_loaded, open_model
 from moefy.walk import runnable
 
 MEANING = {
@@ -183,18 +183,8 @@ def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
     Raises:
         MoefyError: code 3, when transformers cannot, or when keys are missing or left over.
     """
-    try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:  # whatever a damaged configuration makes transformers raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise MoefyError(f"transformers cannot open {folder}: {reason}") from error
-    model, info = found
-    if wrong := {kind: sorted(map(str, keys))[:3] for kind, keys in info.items() if keys}:
-        raise MoefyError(f"{folder} does not load cleanly: {wrong}; fetch or make it again")
+    model, info = open_model(folder, dtype=dtype)
+    check_loaded(folder, info)
     return attach(runnable(model.eval()), dict(_norms(folder)))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moefy import routing
 from moefy.errors import MoefyError
+from moefy.stock import open_model
 from moefy.walk import runnable
 
 PROBE = 32
@@ -117,11 +118,8 @@ def _resident(name: str) -> int:
 
 
 def _main(folder: str) -> None:
-    from transformers import AutoModelForCausalLM
-
     before = _resident("VmRSS")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    model = runnable(model.eval())
+    model = runnable(open_model(Path(folder), dtype="auto")[0].eval())
     ids_1T = torch.arange(PREFILL)[None] % model.get_input_embeddings().weight.shape[0]
     with torch.inference_mode():
         out = model(ids_1T, use_cache=True, logits_to_keep=1)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from moefy import data, families, runs
@@ -26,6 +25,7 @@ from moefy.publish import sha256
 from moefy.recipe import Recipe
 from moefy.self_text import sample
 from moefy.shards import DTYPES
+from moefy.stock import check_loaded, open_model, plain_config
 from moefy.tokenizer import load_tokenizer
 
 
@@ -156,12 +156,8 @@ def load_student(opened: Opened, settings: Settings, dtype: torch.dtype) -> Any:
         shared["distributed_config"] = DistributedConfig(
             fsdp_size=settings.fsdp, ep_size=settings.expert_parallel or None
         )
-    found: Any = AutoModelForCausalLM.from_pretrained(
-        opened.folder, dtype=dtype, local_files_only=True, output_loading_info=True, **shared
-    )
-    model, info = found
-    if wrong := {kind: sorted(map(str, keys))[:3] for kind, keys in info.items() if keys}:
-        raise MoefyError(f"{opened.folder} does not load cleanly: {wrong}")
+    model, info = open_model(opened.folder, dtype=dtype, **shared)
+    check_loaded(opened.folder, info)
     count = len(opened.summary["layers"]) if opened.summary["shape"]["num_experts"] else 0
     if len(found := layers(model)) != count:
         raise MoefyError(
@@ -204,7 +200,7 @@ def teacher_folder(opened: Opened, settings: Settings) -> tuple[Path, dict[str, 
 
 def _sizes(folder: Path) -> tuple[int, int]:
     """Number of layers and hidden size."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    config = plain_config(folder).get_text_config()
     return config.num_hidden_layers, config.hidden_size
 
 
@@ -214,7 +210,8 @@ def _vocabulary(folder: Path) -> dict[str, int]:
 
 def load_teacher(folder: Path, settings: Settings, dtype: torch.dtype) -> Any:
     """The dense model in `dtype`, to be asked only."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model, info = open_model(folder, dtype=dtype)
+    check_loaded(folder, info)
     model.requires_grad_(False)
     return model.eval().to(device(settings))
 

@@ -1,0 +1,79 @@
+"""Models opened with transformers' own classes, whatever their configurations ask for in vain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
+
+from moefy.errors import MoefyError
+
+
+def auto_class(task: str) -> Any:
+    """The Auto class of transformers that opens models for a task."""
+    return getattr(transformers, "AutoModel" + task.removeprefix("Model"))
+
+
+def plain_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a folder, less what changes no number: how attention and experts are
+    computed, which may need what is not installed here, and what is returned beside the result."""
+    config: Any = AutoConfig.from_pretrained(
+        folder,
+        local_files_only=True,
+        attn_implementation=None,
+        experts_implementation=None,
+        output_attentions=False,
+    )
+    config._attn_implementation = config._experts_implementation = None
+    config.output_hidden_states, config.return_dict = False, True
+    return config
+
+
+def open_model(
+    folder: Path,
+    *,
+    task: str = "ForCausalLM",
+    config: PreTrainedConfig | None = None,
+    code: int = 3,
+    **more: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """A model from local files, and what transformers says of its tensors' names by kind of fault.
+
+    Raises:
+        MoefyError: `code` where transformers cannot open it, 5 where it lacks a package for it.
+    """
+    try:
+        return auto_class(task).from_pretrained(
+            folder,
+            config=config or plain_config(folder),
+            local_files_only=True,
+            output_loading_info=True,
+            **more,
+        )
+    except Exception as error:  # whatever a damaged configuration makes transformers raise
+        if isinstance(error, MemoryError) or "out of memory" in str(error):
+            raise
+        raise library_error(f"transformers cannot open {folder}", error, code=code) from error
+
+
+def check_loaded(folder: Path, info: dict[str, Any]) -> None:
+    """Refuse a model whose tensors are not those of its class, some of which are then random.
+
+    Raises:
+        MoefyError: code 3.
+    """
+    if wrong := {kind: sorted(map(str, keys))[:3] for kind, keys in info.items() if keys}:
+        raise MoefyError(
+            f"{folder} does not load cleanly: {wrong}; expected the tensors of the class that its "
+            "configuration names"
+        )
+
+
+def library_error(found: str, error: Exception, *, advice: str = "", code: int = 3) -> MoefyError:
+    """One line on an exception of a library, and what to do."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if isinstance(error, ImportError):
+        return MoefyError(f"{found}: {reason}; install it", code=5)
+    return MoefyError(f"{found}: {reason}{'; ' * bool(advice)}{advice}", code=code)
