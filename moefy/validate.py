@@ -103,6 +103,10 @@ def check_plain(folder: Path, *, ignore_index: bool = False) -> dict[str, Entry]
         raise MoefyError(f"{path} cannot be used: {reason}", code=4)
     entries = read_entries(folder, ignore_index=ignore_index)
     check_names(folder, entries)
+    untied = config.get("tie_word_embeddings") is False
+    if untied and config.get("model_type") in families.names():
+        family = families.load(config["model_type"], config)
+        _check_head(path, config, class_names(family, entries).values())
     return entries
 
 
@@ -166,10 +170,10 @@ def _attention(config: Config, prefix: str, entries: Mapping[str, Entry]) -> Sha
     return expected | ({out: (hidden, heads * width)} if out in entries else {})
 
 
-def _check_head(path: Path, config: Config, entries: Mapping[str, Entry]) -> None:
+def _check_head(path: Path, config: Config, names: Collection[str]) -> None:
     """Refuse a language model that lacks its head and does not take the embedding for it."""
     family = families.load(config["model_type"], config)
-    if "ForCausalLM" not in family.tasks or family.head in entries:
+    if "ForCausalLM" not in family.tasks or family.head in names:
         return
     (name, *_) = architectures(config) or [""]
     base = name.endswith("Model") and not name.endswith("LMHeadModel")

@@ -111,6 +111,25 @@ def tensor(name: str, change: Any = None, words: str = "") -> Damage:
     return Damage(said if name in said else f"{name}: {said}", do)
 
 
+def renamed(words: str, change: Callable[[str], str]) -> Damage:
+    """Give every tensor another name."""
+
+    def do(folder: Path) -> None:
+        stored = load_file(folder / SINGLE)
+        stored = {change(name): value for name, value in stored.items()}
+        save_file(stored, folder / SINGLE, metadata={"format": "pt"})
+
+    return Damage(words, do)
+
+
+def before(prefix: str) -> Damage:
+    """Put something before every tensor's name, as a wrapper does."""
+    return renamed(f"{prefix} before all names", lambda name: prefix + name)
+
+
+bare = renamed("names of the base class", lambda name: name.removeprefix("model."))
+
+
 def header(words: str, change: Callable[[dict], object]) -> Damage:
     """Change the header of the single file, which safetensors' own writer would not write so."""
 

@@ -245,6 +245,64 @@ CASES = [
         ("adapter_config.json", "merge_and_unload"),
         4,
     ),
+    *[
+        model(f"8 {prefix}", d.before(prefix), (prefix.split(".")[0], whose, "save_pretrained"))
+        for prefix, whose in {
+            "_orig_mod.": "torch.compile",
+            "module.": "DataParallel",
+            "module._orig_mod.": "DataParallel",
+            "base_model.model.": "PEFT",
+            "language_model.": "pictures or sound",
+            "student.": "'student.model.layers.'",
+        }.items()
+    ],
+    *[
+        model(f"8 {part} within", d.renamed(f"{part} within names", change), (part, whose, advice))
+        for part, whose, advice, change in (
+            (
+                "base_layer",
+                "PEFT",
+                "merge_and_unload",
+                lambda n: n.replace("proj.", "proj.base_layer."),
+            ),
+            ("_orig_mod", "torch.compile", "inside", lambda n: n.replace("mlp.", "_orig_mod.mlp.")),
+        )
+    ],
+    model(
+        "8 base class without a head",
+        d.then(d.tensor(HEAD), d.bare, d.config(architectures=["LlamaModel"])),
+        (HEAD, "LlamaModel", "predicts no next token"),
+        4,
+    ),
+    model(
+        "8 names of the base class and a head",
+        d.bare,
+        (),
+        0,
+    ),
+    model(
+        "8 names of the base class without a head",
+        d.then(d.tensor(HEAD), d.bare),
+        (HEAD, "tie_word_embeddings", "predicts no next token"),
+    ),
+    *[
+        model(
+            f"20 {name}",
+            d.then(
+                d.config(architectures=[name]),
+                d.renamed("another head", lambda n: n.replace("lm_head", "score")),
+            ),
+            (name, "predicts no next token", "AutoModelForCausalLM"),
+            4,
+        )
+        for name in (
+            "LlamaForSequenceClassification",
+            "LlamaForTokenClassification",
+            "LlamaForQuestionAnswering",
+            "LlamaForRewardModel",
+            "LlamaRewardModel",
+        )
+    ],
     model(
         "8 buffers of old versions",
         d.tensor("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4)),
@@ -425,6 +483,19 @@ CASES = [
         d.config("tokenizer_config.json", auto_map={"AutoTokenizer": ["model.Model", None]}),
         ("tokenizer_config.json", "auto_map"),
         4,
+    ),
+    model(
+        "19 attention that is not installed",
+        d.config(
+            attn_implementation="flash_attention_2",
+            _attn_implementation="flash_attention_2",
+            experts_implementation="none",
+            output_attentions=True,
+            return_dict=False,
+        ),
+        (),
+        0,
+        *("--layers", "1:", "--calibration", "self"),
     ),
     model("19 kernel", d.config(attn_implementation="evil/kernel"), (CONFIG, "kernel"), 4),
     model(

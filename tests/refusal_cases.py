@@ -64,6 +64,38 @@ def lines(code: int, rows: dict[str, tuple[str, ...]]) -> list[Refusal]:
     return [Refusal(f"{line} --quiet", code, says) for line, says in rows.items()]
 
 
+DENSE = {
+    "compiled": d.before("_orig_mod."),
+    "unmerged": d.renamed("base_layer", lambda name: name.replace("proj.", "proj.base_layer.")),
+    "reward": d.config(architectures=["LlamaForSequenceClassification"]),
+    "adapted": d.write("adapter_config.json", "{}"),
+    "adapter": d.then(
+        d.write("adapter_config.json", "{}"),
+        d.moved(SINGLE, "adapter_model.safetensors"),
+        d.remove(CONFIG),
+    ),
+    "headless": d.tensor(d.HEAD),
+}
+"""Dense models that are none to learn from or to compare with."""
+
+
+def no_dense(command: str, flag: str) -> list[Refusal]:
+    """Rows of these models, given to a command."""
+    rows = {
+        "compiled": (3, "_orig_mod", "torch.compile", "inside"),
+        "unmerged": (3, "base_layer", "PEFT", "merge_and_unload"),
+        "reward": (4, "LlamaForSequenceClassification", "no next token"),
+        "adapted": (4, "adapter_config.json", "merge_and_unload"),
+        "adapter": (3, "adapter", "no model by itself"),
+        "headless": (3, "no head (lm_head.weight)", "no next token"),
+    }
+    return [
+        row
+        for folder, (code, *says) in rows.items()
+        for row in given(command, code, {f"{flag} {folder}": tuple(says)})
+    ]
+
+
 def arrange(place: Path) -> None:
     """Lay out what rows name: texts that are none, and places that are taken."""
     (place / "empty.txt").write_bytes(b"")
@@ -79,6 +111,8 @@ def arrange(place: Path) -> None:
         (place / folder).mkdir()
     (place / "full" / "thesis.tex").write_text("mine")
     (place / "link").symlink_to("full")
+    for folder, damage in DENSE.items():
+        damage(Path(shutil.copytree(place / "model", place / folder)))
 
 
 # --- a folder that is no whole run ---------------------------------------------------------------
@@ -309,6 +343,9 @@ CASES += [
         },
     ),
 ]
+
+
+CASES += [*no_dense("finetune", "--teacher"), *no_dense("report", "--dense")]
 
 
 # --- settings ------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from test_cli import moefy as moefy  # a fixture
 
 from moefy import families
 from moefy.checkpoint import Checkpoint
+from moefy.describe import describe
 from moefy.errors import MoefyError
 from moefy.scan import scan
 from moefy.tokenizer import load_tokenizer
@@ -67,6 +68,18 @@ def test_case(case, moefy, pico, text, tmp_path, monkeypatch):
     same = [name for name in same if not name.endswith("/lock")]
     assert [name for name in same if before[name] != after.get(name)] == []
     assert {name.split("/")[0] for name in after.keys() - before.keys()} <= {*case.leaves}
+
+
+@pytest.mark.parametrize("case", [c for c in HERE if c.early], ids=lambda case: case.name)
+def test_inspect_judges_as_convert_does(case, pico, text, tmp_path):
+    shutil.copytree(pico("llama"), tmp_path / "model")
+    shutil.copy(text, tmp_path / "text.txt")
+    case.arrange(Place(tmp_path, lambda *_: None))
+    try:
+        code = describe(str(tmp_path / "model"))["code"]
+    except MoefyError as error:
+        code = error.code
+    assert code == case.code
 
 
 def test_names_are_not_repeated():
