@@ -150,7 +150,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     for name in index.values():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.+ -]+\.safetensors", name):
             allowed = "for security only *.safetensors files beside it are read"
-            raise damaged(f"{path} names the file {short(name)}, but {allowed}")
+            raise MoefyError(f"{path} names the file {short(name)}, but {allowed}")
     return index
 
 
@@ -169,6 +169,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         head = file.read(8)
         if len(head) < 8:
             raise broken(f"it has {size} bytes, a header needs at least 8")
+        if head == b"version ":
+            raise MoefyError(f"{path} is a pointer of Git LFS; fetch the file itself: git lfs pull")
         (length,) = struct.unpack("<Q", head)
         if length > min(MAX_HEADER, size - 8):
             raise broken(f"its header claims {length} bytes of {size}")
@@ -232,7 +234,7 @@ def regular_file(folder: Path, name: str) -> Path:
         raise damaged(f"{path} cannot be found: {error.strerror}") from None
     # Asked before it is opened, for opening a pipe or a device may never return.
     if not real.is_file() or not os.access(real, os.R_OK):
-        raise damaged(f"{path} is not a regular file that can be read")
+        raise MoefyError(f"{path} is not a regular file that can be read; put one in its place")
     roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(real.is_relative_to(root) for root in roots):
         raise MoefyError(f"{path} links to {str(real)!r} outside its folder; copy the file there")

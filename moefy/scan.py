@@ -120,13 +120,17 @@ class _Values:
         if not self.count:
             return []
         if self.bad:
-            raise damaged(f"tensor {name}: {self.bad} of {self.count} values are NaN or infinite")
+            raise MoefyError(
+                f"tensor {name}: {self.bad} of {self.count} values are NaN or infinite; expected "
+                "numbers: take a checkpoint from before its training diverged, or fetch a damaged "
+                "file again"
+            )
         if self.least == self.most and self.count > 1 and matrix:
             found = f"tensor {name} is all {f'{self.most:g}' if self.most else 'zeros'}"
             if ffn:
                 raise MoefyError(
                     f"{found}, so that its FFN has nothing to divide; expected trained weights; "
-                    "fetch the file again, or keep the layer dense (--layers)"
+                    "keep the layer dense (--layers), or fetch a damaged file again"
                 )
             return [f"{found}, as if never trained"]
         peak, usual = max(self.most, -self.least), math.sqrt(self.squares / self.count)

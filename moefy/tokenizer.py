@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from moefy.errors import MoefyError
+from moefy.headers import CONFIG
+from moefy.stock import plain_config
 
 FEW_PIECES = 0.8
 """A tokenizer with fewer pieces than this share of the embeddings is told of: tables are padded,
@@ -26,8 +28,10 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        # Whose class follows from the model's, without settings that mean nothing here.
+        config = plain_config(folder) if (folder / CONFIG).is_file() else None
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            folder, config=config, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]

@@ -165,6 +165,11 @@ def noted(place: Place, *flags: object) -> Done:
 CASES = [
     model("1 truncated", d.cut(SINGLE, 90_000), (SINGLE, "90000")),
     model("1 truncated shard", d.sharded(d.cut(SHARDS[1], 9_000)), (SHARDS[1], "9000")),
+    model(
+        "2 pointer of Git LFS",
+        d.write(SINGLE, "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
+        (SINGLE, "git lfs pull"),
+    ),
     model("2 empty", d.write(SINGLE, b""), (SINGLE, "0 bytes")),
     model("2 random bytes", d.random_bytes, (SINGLE,)),
     model("3 trailing bytes", d.append(SINGLE, b"PK\x03\x04"), (SINGLE, "end")),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.errors import MoefyError
-from moefy.headers import CONFIG, Entry, damaged, read_config, read_entries
+from moefy.headers import CONFIG, Entry, contradiction, read_config, read_entries
 from moefy.source import resolve
 
 Config = Mapping[str, Any]
@@ -86,7 +86,8 @@ def describe(model: str, *, revision: str | None = None) -> dict[str, Any]:
 
 def misread(folder: Path, error: Exception) -> MoefyError:
     """The problem with a configuration in which a value is of a kind that none has there."""
-    return damaged(f"{folder / CONFIG} cannot be understood: {type(error).__name__}: {error}")
+    reason = f"{type(error).__name__}: {error}"
+    return contradiction(f"{folder / CONFIG} cannot be understood: {reason}")
 
 
 def _stored(folder: Path) -> tuple[dict[str, Entry], list[MoefyError]]:
