@@ -7,17 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from moefy import compute
 from moefy.errors import MoefyError
 from moefy.finetune import losses, opened, teacher
+from moefy.finetune.checks import check_machine
 from moefy.finetune.optim import MasterAdamW, parts
 from moefy.finetune.routing import Routing, activations, layers
-from moefy.finetune.run import finetune
+from moefy.finetune.run import finetune, home_of
 from moefy.finetune.settings import build
 from moefy.finetune.trainer import BALANCED
 from moefy.headers import read_entries
+from moefy.lock import locked
 
 SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
 FAST = {"learning_rate": 3e-3, "rest_learning_rate": 3e-3, "router_learning_rate": 1e-2}
@@ -197,6 +200,31 @@ def test_cached_teacher_is_the_live_one(once, run, text, tmp_path):
         assert all(torch.equal(new[name], old[name]) for name in old)
 
 
+def test_a_cache_holds_more_tokens_a_place_than_16_bits_count(tmp_path):
+    """Of a large vocabulary nearly all tokens, as many at every place."""
+    logits_BTV = torch.rand(2, 4, 40_000, generator=torch.Generator().manual_seed(0))
+
+    def model(input_ids, use_cache):
+        return SimpleNamespace(logits=logits_BTV[: len(input_ids)])
+
+    model.device = torch.device("cpu")
+    ids_BT, keep = torch.zeros(2, 4, dtype=torch.long), teacher.Keep(top_p=1.0, most=40_000)
+    file = tmp_path / "cache.safetensors"
+    live = teacher.live(model, keep)(torch.arange(2), ids_BT)
+    kept = teacher.cached(file, lambda: model, ids_BT, keep, 2, lambda *_: None)(
+        torch.arange(2), ids_BT
+    )
+    assert live[1].isfinite().sum(-1).min() > 2**15
+    assert torch.equal(kept[1], live[1])
+
+
+def test_a_cache_is_of_one_dtype_of_the_teacher():
+    names = {
+        teacher.key({"a": "1"}, "text", teacher.Keep(), dtype) for dtype in ("float32", "bfloat16")
+    }
+    assert len(names) == 2
+
+
 def test_a_damaged_cache_is_refused(pico, tmp_path):
     ids = torch.arange(64).view(2, 32)
     load = partial(AutoModelForCausalLM.from_pretrained, pico("llama"))
@@ -334,6 +362,179 @@ def test_bad_input(run, text, tmp_path, pico, change, message, code):
     with pytest.raises(MoefyError, match=message) as caught:
         tuned(run, tmp_path / "out", text, **change)
     assert caught.value.code == code
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def low(pico, converted):
+    """A run in bfloat16."""
+    return converted(pico("llama"), dtype="bfloat16")
+
+
+@pytest.fixture
+def slow_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(compute, "native", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr(compute, "slowness", lambda dtype, device: 30.0)
+
+
+def test_a_machine_without_the_stored_dtype_computes_in_float32(
+    low, text, tmp_path, slow_in_bfloat16, monkeypatch
+):
+    seen = []
+    load = opened.AutoModelForCausalLM.from_pretrained
+
+    def opening(*args, **options):
+        seen.append(options["dtype"])
+        return load(*args, **options)
+
+    monkeypatch.setattr(opened.AutoModelForCausalLM, "from_pretrained", opening)
+    out = tmp_path / "out"
+    summary = tuned(low, out, text, train="router", **FAST)
+    assert seen[:2] == [torch.float32, torch.float32]  # the teacher, the student
+    assert summary["compute"]["stored"] == "bfloat16"
+    assert summary["compute"]["student"] == summary["compute"]["teacher"] == "float32"
+    (note,) = summary["compute"]["notes"]
+    assert "computes in float32, not in bfloat16 as stored: this machine is 30.0 times" in note
+    assert json.loads((out / "moefy" / "finetune.json").read_text())["compute"]["notes"] == [note]
+    # What is written has the stored dtypes, and what was not trained its bytes.
+    new, old = weights(out), weights(low)
+    assert {name: t.dtype for name, t in new.items()} == {n: t.dtype for n, t in old.items()}
+    changed = {name for name in new if not torch.equal(new[name], old[name])}
+    assert changed == {n for n in new if n.endswith("mlp.gate.weight")}
+    # What was measured is what is written.
+    monkeypatch.undo()
+    again = tuned(out, tmp_path / "again", text, train="router", compute_dtype="float32")
+    assert again["validation"]["before"]["kl"] == pytest.approx(
+        summary["validation"]["after"]["kl"], rel=1e-5
+    )
+
+
+def test_a_machine_with_too_little_memory_computes_as_stored(
+    low, text, tmp_path, slow_in_bfloat16, monkeypatch
+):
+    monkeypatch.setattr(opened, "available", lambda: 10**4)
+    summary = tuned(low, tmp_path / "out", text, tokens=1024)
+    assert summary["compute"]["student"] == "bfloat16"
+    assert "30.0 times slower" in summary["compute"]["notes"][0]
+    with pytest.raises(MoefyError, match="--compute-dtype float32: float32 takes") as caught:
+        tuned(low, tmp_path / "other", text, compute_dtype="float32")
+    assert caught.value.code == 5
+
+
+def test_a_float32_that_training_leaves_alone_keeps_its_bytes(low, text, tmp_path):
+    """In a checkpoint of several dtypes, opened in the lower one."""
+    mixed = shutil.copytree(low, tmp_path / "mixed")
+    tensors = weights(mixed)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float() * 1.0001
+    save_file(tensors, mixed / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out"
+    tuned(mixed, out, text, train="router", tokens=1024, compute_dtype="bfloat16")
+    assert torch.equal(weights(out)["model.norm.weight"], tensors["model.norm.weight"])
+
+
+def test_a_settings_former_name_is_taken(tmp_path):
+    lines = []
+    file = tmp_path / "recipe.toml"
+    file.write_text('[finetune]\ndtype = "as-stored"\n')
+    assert build(file, {}, [], lines.append).compute_dtype == "auto"
+    assert build(file, {"dtype": "float32"}, []).compute_dtype == "float32"
+    assert build(file, {"compute_dtype": "bfloat16"}, []).compute_dtype == "bfloat16"
+    assert build(file, {}, ["dtype=float16"]).compute_dtype == "float16"
+    assert lines == ["dtype=as-stored is called compute_dtype=auto now"]
+
+
+def stopped(run, out, text, monkeypatch, **settings):
+    """Leave the checkpoints of a fine-tune that was stopped behind its last step."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as planted:
+        planted.setattr("moefy.finetune.run.write_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tuned(run, out, text, **settings)
+    return home_of(out)
+
+
+def test_another_fine_tune_needs_force(run, text, tmp_path, monkeypatch):
+    few, out = {"tokens": 1024, "save_every": 2}, tmp_path / "out"
+    home = stopped(run, out, text, monkeypatch, **few)
+    before = sorted(home.rglob("*"))
+    with pytest.raises(MoefyError, match="seed was 0, is 1; .* or --force to start") as caught:
+        tuned(run, out, text, **few, seed=1)
+    assert caught.value.code == 7 and sorted(home.rglob("*")) == before
+    forced = tuned(run, out, text, **few, seed=1, force=True)
+    fresh = tuned(run, tmp_path / "fresh", text, **few, seed=1)
+    assert forced["validation"] == fresh["validation"] and not home.exists()
+
+
+def test_the_same_fine_tune_goes_on_with_force_too_and_starts_over_by_restart(
+    run, text, tmp_path, monkeypatch
+):
+    few, out, starts = {"tokens": 1024, "save_every": 2}, tmp_path / "out", []
+    from moefy.finetune.trainer import Finetuner
+
+    train = Finetuner.train
+
+    def training(self, resume_from_checkpoint=None, **options):
+        starts.append(resume_from_checkpoint)
+        return train(self, resume_from_checkpoint=resume_from_checkpoint, **options)
+
+    monkeypatch.setattr(Finetuner, "train", training)
+    for option in ({}, {"force": True}, {"restart": True, "force": True}):
+        stopped(run, out, text, monkeypatch, **few, force=True)
+        tuned(run, out, text, **few, **option)
+        shutil.rmtree(out)
+    assert [str(start).rpartition("-")[2] for start in starts[1::2]] == ["4", "4", "None"]
+
+
+def test_two_at_once_are_refused(run, text, tmp_path):
+    home = home_of(tmp_path / "out")
+    with locked(home / "lock", tmp_path / "out"):
+        with pytest.raises(MoefyError, match="is writing .*out; wait until it is done") as caught:
+            tuned(run, tmp_path / "out", text, tokens=1024)
+    assert caught.value.code == 5 and not (tmp_path / "out").exists()
+
+
+def test_all_shards_of_the_run_are_compared(pico, converted, text, tmp_path, monkeypatch):
+    run = shutil.copytree(converted(pico("llama"), max_shard_size="90KB"), tmp_path / "run")
+    few, out = {"tokens": 1024, "save_every": 2}, tmp_path / "out"
+    stopped(run, out, text, monkeypatch, **few)
+    shards = sorted(run.glob("*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(MoefyError, match=f"fine-tune: run.{shard.name} differs"):
+            tuned(run, out, text, **few)
+        shard.write_bytes(whole)
+
+
+def test_a_logger_that_is_not_installed(run, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("wandb", "tensorboard"):
+        with pytest.raises(MoefyError, match=f"needs a package: pip install {name}") as caught:
+            check_machine(build(None, {"log_to": name}, []))
+        assert caught.value.code == 5
+
+
+def test_what_a_run_cannot_do_is_refused_before_a_model_is_opened(
+    pico, converted, text, tmp_path, monkeypatch
+):
+    static, whole = converted(pico("llama"), partition="static"), converted(pico("llama"))
+    own, other = converted(pico("gpt2"), target="moefy"), str(pico("llama", hidden_size=64))
+    monkeypatch.setattr(opened.AutoModelForCausalLM, "from_pretrained", None)
+    long = {"sequence_length": 256, "tokens": 2048, "batch_size": 1}
+    for folder, settings, says in (
+        (static, {"train": "router"}, "a static run has no routers"),
+        (static, {"kl": 0.0, "router_ce": 1.0}, "a static run has no routers"),
+        (own, long, "256 tokens, but the model has positions for 128"),
+    ):
+        with pytest.raises(MoefyError, match=says) as caught:
+            tuned(folder, tmp_path / "out", text, **settings)
+        assert caught.value.code == 2
+    with pytest.raises(MoefyError, match="2 layers of 64; expected one of the run's sizes"):
+        tuned(whole, tmp_path / "out", text, teacher=other, hidden=1.0)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import moefy
+from moefy.cli.finetune import _of_steps
 from moefy.finetune.explore import Explore
 from moefy.finetune.routing import Routing, even_out
 from moefy.finetune.run import finetune
 from moefy.finetune.settings import build
+from moefy.finetune.tune import num_steps
 
 ROOT = Path(moefy.__file__).parent.parent
 SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
@@ -121,8 +123,9 @@ def test_everything_switched_on(pico, converted, text, tmp_path):
     assert "router_ce = 0.1" in (tmp_path / "out" / "moefy" / "recipe.toml").read_text()
 
 
-def test_gradient_checkpointing_changes_nothing(pico, converted, text, tmp_path):
-    run = converted(pico("llama"))
+@pytest.mark.parametrize(("family", "target"), [("llama", "qwen2_moe"), ("gpt2", "moefy")])
+def test_gradient_checkpointing_changes_nothing(pico, converted, text, tmp_path, family, target):
+    run = converted(pico(family), target=target)
     for name in ("plain", "checkpointed"):
         tuned(run, tmp_path / name, text, gradient_checkpointing=name == "checkpointed")
     new, old = weights(tmp_path / "checkpointed"), weights(tmp_path / "plain")
@@ -142,6 +145,16 @@ def test_adapters_are_merged(pico, converted, text, tmp_path, target):
         if (".mlp." in name or ".block_sparse_moe." in name) and "shared_expert_gate" not in name
     }
     assert summary["validation"]["after"] != summary["validation"]["before"]
+
+
+def test_adapters_leave_biases_alone(pico, converted, text, tmp_path):
+    run = converted(pico("gpt2"), target="moefy")
+    tuned(run, tmp_path / "out", text, train="lora", learning_rate=1e-2, tokens=1024)
+    new, old = weights(tmp_path / "out"), weights(run)
+    changed = {name for name in new if not torch.equal(new[name], old[name])}
+    parts = {name.rpartition(".mlp.")[2] for name in changed}
+    assert {"experts.up_proj", "experts.down_proj"} <= parts
+    assert not any("bias" in part for part in parts)
 
 
 def command(run, out, text, *more, **changes):
@@ -195,6 +208,25 @@ def test_two_processes_match_one(pico, converted, text, tmp_path, how):
     for one, other in zip(*rows, strict=True):
         for key in ("loss", "kl", "aux", "load_cv", "tokens"):
             assert other[key] == pytest.approx(one[key], rel=1e-3)
+
+
+def test_steps_are_those_of_all_processes_together(monkeypatch):
+    settings = build(None, SMALL | {"accumulate": 3}, [])
+    for world in (1, 2, 5):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        assert num_steps(_of_steps(settings, 7), world) == 7
+
+
+@pytest.mark.slow
+def test_two_processes_take_as_many_steps_as_asked_for(pico, converted, text, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two = command(converted(pico("llama")), tmp_path / "out", text, "--steps", "3", batch_size=2)
+    done = subprocess.run(
+        [*launch, *two], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "out" / "moefy" / "finetune.json").read_text())
+    assert summary["steps"] == 3 and summary["tokens"] == 3 * 2 * 2 * 64
 
 
 @pytest.mark.slow
