@@ -19,6 +19,9 @@ import typer
 from remembered import remembered
 from transformers import AutoModelForCausalLM
 
+from moefy.compute import name_of
+from moefy.environment import processor
+from moefy.evaluate.computing import one_dtype
 from moefy.evaluate.controls import load_model
 from moefy.evaluate.text import compare, standard_error
 from moefy.evaluate.windows import text_windows
@@ -27,6 +30,7 @@ from moefy.finetune.run import finetune
 from moefy.finetune.settings import Settings, build
 from moefy.finetune.tune import Watchers, tune
 from moefy.progress import watching
+from moefy.shards import stored_dtype
 from moefy.source import resolve
 from moefy.tokenizer import load_tokenizer
 
@@ -53,6 +57,7 @@ def main(
     eval_tokens: int = 20480,
     train: bool = typer.Option(True, help="Train what is missing."),
     score: bool = typer.Option(True, help="Score what is there."),
+    compute_dtype: str = typer.Option("auto", help="What is scored in; for training, by --set."),
 ) -> None:
     """Train and score what is missing, then print the table."""
     out.mkdir(parents=True, exist_ok=True)
@@ -72,7 +77,8 @@ def main(
     if score:
         folders = {"ours, before": run, "static, before": static}
         folders |= {name: out / name for name in CHANGES if (out / name).is_dir()}
-        score_all(folders, open_run(run).recipe.model, text, out, eval_tokens)
+        source = resolve(open_run(run).recipe.model)
+        score_all(folders, source, text, out, compute_dtype, eval_tokens)
     print(markdown(out, eval_tokens))
 
 
@@ -98,31 +104,40 @@ def tune_dense(run: Path, out: Path, settings: Settings, watch: Callable[..., No
 
 
 def score_all(
-    folders: dict[str, Path], dense: str, texts: list[Path], out: Path, num_tokens: int
+    folders: dict[str, Path], source: Path, texts: list[Path], out: Path, asked: str, tokens: int
 ) -> None:
-    """Score each model on each text, one at a time, and note it down."""
+    """Score each model on each text, one at a time and all in one dtype, and note it down."""
+    compute = one_dtype(asked, [source, source])
+    if compute.note:
+        print(f"Note: {compute.note}")
     log = out / "scores.jsonl"
     (out / "cache").mkdir(exist_ok=True)
-    known = {(r["model"], r["text"], r["asked"]) for r in rows(log)}
-    source = resolve(dense)
+    known = {
+        (row["model"], row["text"], row["asked"])
+        for row in rows(log)
+        if row.get("dtype", name_of(stored_dtype(source))) == compute.name
+    }
     tokenizer = load_tokenizer(source)
     for path in texts:
-        windows = text_windows(tokenizer, path, num_tokens=num_tokens, length=1024)
-        left = {n: f for n, f in folders.items() if (n, path.stem, num_tokens) not in known}
+        windows = text_windows(tokenizer, path, num_tokens=tokens, length=1024)
+        left = {n: f for n, f in folders.items() if (n, path.stem, tokens) not in known}
         for name, folder in left.items():
-            kept = out / "cache" / f"dense-{path.stem}-{num_tokens}.pt"
+            kept = out / "cache" / f"dense-{path.stem}-{tokens}.pt"
             start = time.process_time()
-            found = compare(remembered(source, kept, windows), {name: load_model(folder)}, windows)
-            score, base = found[name], found["dense"]
+            base = remembered(source, kept, windows, compute.dtype)
+            found = compare(base, {name: load_model(folder, compute.dtype)}, windows)
+            score, dense = found[name], found["dense"]
             row = {
                 "model": name,
                 "text": path.stem,
-                "asked": num_tokens,
+                "asked": tokens,
+                "dtype": compute.name,
+                "processor": processor(),
                 "tokens": score.num_tokens,
-                "dense_perplexity": base.perplexity,
+                "dense_perplexity": dense.perplexity,
                 "perplexity": score.perplexity,
-                "dnll": score.nll - base.nll,
-                "dnll_standard_error": standard_error(score, base),
+                "dnll": score.nll - dense.nll,
+                "dnll_standard_error": standard_error(score, dense),
                 "kl": score.kl,
                 "top1": score.agreement,
                 "cpu_seconds": round(time.process_time() - start, 1),

@@ -3,7 +3,8 @@
     python benchmarks/quality.py MODEL --calibration FILE --text FILE --text FILE --out DIR
 
 Every finished (active, seed, method) is one line of DIR/quality.jsonl; a second run continues, and
-several may work on one DIR. Models are evaluated in the dtype they are stored in, dense ones alike.
+several may work on one DIR. All models are evaluated in one dtype, that of `--compute-dtype`: a
+line names it, and a DIR holds lines of one alone.
 """
 
 from __future__ import annotations
@@ -20,12 +21,18 @@ import torch
 import typer
 from remembered import remembered
 
+from moefy.compute import name_of
 from moefy.convert import calibration_tokens, convert
+from moefy.environment import processor
+from moefy.errors import MoefyError
+from moefy.evaluate.computing import one_dtype
 from moefy.evaluate.controls import load_model
 from moefy.evaluate.text import compare, standard_error
 from moefy.evaluate.windows import text_windows
 from moefy.job import prepare
 from moefy.recipe import Recipe, build
+from moefy.shards import stored_dtype
+from moefy.source import resolve
 from moefy.tokenizer import load_tokenizer
 
 STATIC: dict[str, Any] = {"partition": "static", "layers": ":", "total": 1.0}
@@ -72,6 +79,7 @@ def main(
     eval_tokens: int = 20480,
     quick: bool = typer.Option(False, help="One seed, 0.5 and few tokens: minutes."),
     keep: bool = typer.Option(False, help="Keep the converted models in DIR, each in a folder."),
+    compute_dtype: str = "auto",
     table: bool = typer.Option(False, help="Only print the table."),
 ) -> None:
     """Fill in what is missing in the table, then print it."""
@@ -86,13 +94,25 @@ def main(
         for fraction in active.split(",")
         for method in methods.split(",")
     ]
+    source = resolve(model)
+    compute = one_dtype(compute_dtype, [source, source])
+    if compute.note:
+        print(f"Note: {compute.note}")
+    stored = name_of(stored_dtype(source))
+    others = {row.get("dtype", stored) for row in rows(log)} - {compute.name}
+    if others and not table:
+        raise MoefyError(
+            f"{log} holds scores in {', '.join(others)}, these would be in {compute.name}; give "
+            "another --out or that --compute-dtype",
+            code=2,
+        )
     for fraction, seed, method in [] if table else wanted:
         if (fraction, seed, method) in {(r["active"], r["seed"], r["method"]) for r in rows(log)}:
             continue
         recipe = Recipe(
             model, active=fraction, seed=seed, calibration=calibration, tokens=tokens, target=target
         )
-        record = measure(recipe, method, text, out, eval_tokens, keep=keep)
+        record = measure(recipe, method, text, out, eval_tokens, compute.dtype, keep=keep)
         with log.open("a") as file:
             file.write(json.dumps(record) + "\n")
         shown = {key: value for key, value in record.items() if key not in ("layers", "scores")}
@@ -102,9 +122,16 @@ def main(
 
 
 def measure(
-    recipe: Recipe, method: str, texts: list[Path], out: Path, num_tokens: int, *, keep: bool
+    recipe: Recipe,
+    method: str,
+    texts: list[Path],
+    out: Path,
+    num_tokens: int,
+    dtype: torch.dtype,
+    *,
+    keep: bool,
 ) -> dict:
-    """Convert by one method and score the result on every text."""
+    """Convert by one method and score the result, in `dtype`, on every text."""
     name, _, more = method.partition(WITH)
     values = {**dataclasses.asdict(recipe), **METHODS[name]}
     chosen = build(None, values, more.split())
@@ -117,38 +144,41 @@ def measure(
     summary = convert(job, folder, tokens=tokens, force=True)
     seconds = time.perf_counter() - start
     tokenizer = load_tokenizer(job.checkpoint.folder)
-    models = {method: load_model(folder)}
+    models = {method: load_model(folder, dtype)}
     scores = {}
     for path in texts:
         windows = text_windows(tokenizer, path, num_tokens=num_tokens, length=1024)
         kept = out / f"dense-logits-{path.stem}-{num_tokens}.pt"
-        found = compare(remembered(job.checkpoint.folder, kept, windows), models, windows)
-        score, base = found[method], found["dense"]
+        base = remembered(job.checkpoint.folder, kept, windows, dtype)
+        found = compare(base, models, windows)
+        score, dense = found[method], found["dense"]
         scores[path.stem] = {
-            "dense_perplexity": base.perplexity,
+            "dense_perplexity": dense.perplexity,
             "perplexity": score.perplexity,
-            "dnll": score.nll - base.nll,
-            "dnll_standard_error": standard_error(score, base),
+            "dnll": score.nll - dense.nll,
+            "dnll_standard_error": standard_error(score, dense),
             "kl": score.kl,
             "top1": score.agreement,
             "tokens": score.num_tokens,
             "window_tokens": score.tokens_W,
-            "window_dnll": [round(a - b, 3) for a, b in zip(score.nll_W, base.nll_W, strict=True)],
+            "window_dnll": [round(a - b, 3) for a, b in zip(score.nll_W, dense.nll_W, strict=True)],
         }
     if not keep:
         shutil.rmtree(folder)
-    dense = summary["layers_left_dense"]
+    left_dense = summary["layers_left_dense"]
     share = summary["shape"]["active_fraction"]
     return {
         "active": recipe.active,
         "seed": recipe.seed,
         "method": method,
         "shape": {key: summary["shape"][key] for key in summary["shape"]},
-        "dense_layers": dense,
-        "active_of_all_layers": (len(dense) + (job.num_layers - len(dense)) * share)
+        "dense_layers": left_dense,
+        "active_of_all_layers": (len(left_dense) + (job.num_layers - len(left_dense)) * share)
         / job.num_layers,
         "parameters_dense": summary["parameters_dense"],
         "calibration_tokens": recipe.tokens,
+        "dtype": name_of(dtype),
+        "processor": processor(),
         "convert_seconds": round(seconds, 1),
         "peak_bytes": summary["peak_resident_bytes"],
         "scores": scores,

@@ -9,16 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moefy.compute import name_of
 from moefy.evaluate.controls import load_model
 
 
-def remembered(folder: Path, file: Path, windows: list[Tensor]) -> Callable[[Tensor], Tensor]:
+def remembered(
+    folder: Path, file: Path, windows: list[Tensor], dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
     """A function from a window (T,) to the dense model's log-probabilities on it, (T - 1, V).
 
-    Its logits are kept in `file`, in the dtype it computes them in.
+    Its logits are kept in a file named after `file` and `dtype`, which it computes them in.
     """
+    file = file.with_stem(f"{file.stem}-{name_of(dtype)}")
     if not file.exists():
-        dense = load_model(folder)
+        dense = load_model(folder, dtype)
         with torch.inference_mode():
             kept = [dense(w[None], use_cache=False).logits[0, :-1].clone() for w in windows]
         # Whole or not at all: others may work in the same folder.

@@ -4,18 +4,23 @@
 
 Models have random weights: only shapes matter to time. Every round measures all models in turn,
 and the ratio to dense is taken within the round; the median over rounds is printed. The ideal is
-the ratio of multiply-adds per token, attention and head included.
+the ratio of multiply-adds per token, attention and head included. The dtype is bfloat16 where the
+processor has it, else float32, unless `--compute-dtype` names one. With one thread, seconds are
+those of the processor, which other programs change least.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moefy.compute import compute_dtype as choose
+from moefy.environment import processor
 from moefy.layout import Shape
 from moefy.shape import solve
 from moefy.targets.qwen2_moe import TARGET
@@ -30,7 +35,7 @@ def main(
     layers: int = 8,
     active: float = 0.5,
     experts: str = "8,16,32,64",
-    dtype: str = "bfloat16",
+    compute_dtype: str = "auto",
     rounds: int = 7,
     threads: int = 1,
 ) -> None:
@@ -48,15 +53,18 @@ def main(
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "max_position_embeddings": 2048,
     }
-    kind = getattr(torch, dtype)
-    models = {"dense": build(dense, kind)}
+    cpu = torch.device("cpu")
+    chosen = choose(compute_dtype, torch.bfloat16, cpu, float32_bytes=0, room=1)
+    print(f"{chosen.name}, {processor()}" + (f": {chosen.note}" if chosen.note else ""))
+    clock = time.process_time if threads == 1 else time.perf_counter
+    models = {"dense": build(dense, chosen.dtype)}
     ideal = {"dense": 1.0}
     for count in map(int, experts.split(",")):
         shape = solve(neurons, active=active, experts=count)
         for way in ("eager", "grouped_mm"):
             config = TARGET.configure(dense, shape, [])
             name = f"{shape} | {way}"
-            models[name] = build(config, kind, experts_implementation=way)
+            models[name] = build(config, chosen.dtype, experts_implementation=way)
             ideal[name] = flops(hidden, neurons, layers, None) / flops(
                 hidden, neurons, layers, shape
             )
@@ -66,7 +74,7 @@ def main(
     ratios = {name: {kind: [] for kind in work} for name in models}
     for turn in range(rounds + 1):
         for task, (batch, length) in work.items():
-            seconds = {name: measure(model, batch, length) for name, model in models.items()}
+            seconds = {name: measure(model, batch, length, clock) for name, model in models.items()}
             if turn:  # the first round warms up
                 for name, taken in seconds.items():
                     ratios[name][task].append(seconds["dense"] / taken)
@@ -84,20 +92,20 @@ def build(config: dict, dtype: torch.dtype, **options):
     return AutoModelForCausalLM.from_config(made, dtype=dtype, **options).eval()
 
 
-def measure(model, batch: int, length: int) -> float:
+def measure(model, batch: int, length: int, clock: Callable[[], float]) -> float:
     """Seconds for one prefill, or per decode step after a prefill of 64 tokens."""
     with torch.inference_mode():
         if length > 1:
             ids_BT = torch.randint(VOCABULARY, (batch, length))
-            start = time.perf_counter()
+            start = clock()
             model(ids_BT, use_cache=False, logits_to_keep=1)
-            return time.perf_counter() - start
+            return clock() - start
         out = model(torch.randint(VOCABULARY, (batch, 64)), use_cache=True, logits_to_keep=1)
-        start = time.perf_counter()
+        start = clock()
         for _ in range(8):
             token_B1 = out.logits[:, -1:].argmax(-1)
             out = model(token_B1, cache=out.cache, use_cache=True)
-        return (time.perf_counter() - start) / 8
+        return (clock() - start) / 8
 
 
 def flops(hidden: int, neurons: int, layers: int, shape: Shape | None) -> float:

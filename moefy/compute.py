@@ -63,9 +63,7 @@ def compute_dtype(
     Raises:
         MoefyError: code 2 for an unknown name; 5 where what was asked for does not fit.
     """
-    if asked not in CHOICES:
-        expected = ", ".join(CHOICES)
-        raise MoefyError(f"--compute-dtype is {asked!r}; expected one of {expected}", code=2)
+    check_asked(asked)
     short = f"float32 takes {float32_bytes / 1e9:.1f} GB, there are {room / 1e9:.1f} GB"
     if asked != AUTO:
         chosen: torch.dtype = getattr(torch, asked)
@@ -87,6 +85,13 @@ def compute_dtype(
         f"computes in float32, not in {name} as stored: this machine is {slower:.1f} times slower "
         "in that",
     )
+
+
+def check_asked(asked: str) -> None:
+    """Refuse, with code 2, what is none of `CHOICES`."""
+    if asked not in CHOICES:
+        expected = ", ".join(CHOICES)
+        raise MoefyError(f"--compute-dtype is {asked!r}; expected one of {expected}", code=2)
 
 
 def native(dtype: torch.dtype, device: torch.device) -> bool:

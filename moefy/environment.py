@@ -33,6 +33,16 @@ def machine(device: torch.device) -> dict[str, str | int]:
     }
 
 
+def processor() -> str:
+    """The processor's name, and the instructions that torch uses of it: `AMD EPYC, AVX512`."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def code(without: Collection[str] = (), folder: Path = Path(__file__).parent) -> str:
     """Version of moefy, with a digest of its sources: a version in the making has many.
 

@@ -45,6 +45,7 @@ KEYS = {
     "robustness": (bool, "robustness"),
     "speed": (bool, "speed"),
     "llama_cpp": (bool, "engines"),
+    "compute_dtype": (str, "compute_dtype"),
     "fail_if": (list, "conditions"),
 }
 """The keys of that table, named as the flags of `moefy report`: type, and what they set."""

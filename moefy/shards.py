@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
-from moefy.headers import BYTES, Entry
+from moefy.headers import BYTES, Entry, read_config, read_entries
 from moefy.publish import BLOCK, hexdigest, sync, write_json
 
 DTYPES = {
@@ -40,6 +41,18 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that a checkpoint names as its own, else that of most of its values."""
+    config = read_config(folder)
+    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    if isinstance(named, torch.dtype):
+        return named
+    counts: Counter[str] = Counter()
+    for entry in read_entries(folder).values():
+        counts[entry.dtype] += entry.num_elements
+    return DTYPES[counts.most_common(1)[0][0]]
 
 
 def read(name: str, entry: Entry, room: Callable[..., Tensor] = torch.empty) -> Tensor:

@@ -11,7 +11,9 @@ from moefy.errors import MoefyError
 from moefy.evaluate import gate, prompts
 from moefy.evaluate.advice import advice, needed_errors
 from moefy.evaluate.benchmarks import compared
-from moefy.evaluate.speed import Grid, ideals, measure, speed_rows, stretches
+from moefy.evaluate.sizes import ideals
+from moefy.evaluate.speed import measure, speed_rows
+from moefy.evaluate.ways import Grid, stretches
 
 
 def speed_row(ratio, low, high, phase="decode", batch=1):
@@ -299,7 +301,13 @@ def test_a_planted_slow_model_is_slow_and_is_said_to_be():
     clock = [0.0]
     models = {"dense": Clocked(clock, 0.001), "converted": Clocked(clock, 0.002)}
     grid = Grid(((1, 32), (8, 16)), rounds=3, new_tokens=4)
-    found = measure(models, torch.arange(500), grid, clock=lambda: clock[0])
+    found = measure(
+        {label: lambda dtype, model=model: model for label, model in models.items()},
+        torch.arange(500),
+        grid,
+        dtypes=[torch.float32],
+        clock=lambda: clock[0],
+    )
     rows = [row for row in found["rows"] if row["label"] == "converted"]
     places = [(row["phase"], row["batch"], row["context"]) for row in rows]
     assert places == [("prefill", 1, 32), ("prefill", 8, 16), ("decode", 1, 32), ("decode", 8, 16)]
@@ -317,7 +325,13 @@ def test_only_what_takes_long_is_spared_the_third_round():
     clock = [0.0]
     models = {"dense": Clocked(clock, 0.05), "converted": Clocked(clock, 0.05)}
     grid = Grid(((1, 32), (8, 16)), rounds=4, new_tokens=4)
-    found = measure(models, torch.arange(500), grid, clock=lambda: clock[0])
+    found = measure(
+        {label: lambda dtype, model=model: model for label, model in models.items()},
+        torch.arange(500),
+        grid,
+        dtypes=[torch.float32],
+        clock=lambda: clock[0],
+    )
     assert {(row["batch"], row["rounds"]) for row in found["rows"]} == {(1, 4), (8, 2)}
 
 

@@ -16,8 +16,8 @@ from moefy.errors import MoefyError
 from moefy.evaluate import parts, reading, sizes
 from moefy.evaluate.run import evaluate
 from moefy.evaluate.settings import Settings
-from moefy.evaluate.speed import Grid
 from moefy.evaluate.store import Store
+from moefy.evaluate.ways import Grid
 
 SMALL = Grid(((1, 16), (2, 16)), rounds=1, new_tokens=2)
 FEW = {"num_tokens": 200, "length": 64}
@@ -45,7 +45,7 @@ def test_every_part_of_a_report(run, text, tmp_path, monkeypatch):
         **FEW,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "peak_bytes", lambda folder, threads: len(str(folder)))
+        patch.setattr(parts, "peak_bytes", lambda folder, dtype, threads: len(str(folder)))
         found = evaluate(run, settings)
     assert found["not_run"] == []
     assert found["format"] == 2 and found["main"] == "converted"
@@ -281,7 +281,7 @@ def test_a_dense_token_stream_scores_only_what_is_kept(pico):
 
 def test_peak_memory_is_that_of_a_process_of_its_own(pico, tmp_path, monkeypatch):
     """Not what this one takes, which is far more; an error when the process fails."""
-    assert 100_000 < sizes.peak_bytes(pico("llama")) < 300e6 < sizes._resident("VmHWM")
+    assert 100_000 < sizes.peak_bytes(pico("llama"), "float32") < 300e6 < sizes._resident("VmHWM")
     monkeypatch.setattr(sizes.sys, "executable", "false")
     with pytest.raises(MoefyError, match="was not measured"):
-        sizes.peak_bytes(tmp_path)
+        sizes.peak_bytes(tmp_path, "float32")

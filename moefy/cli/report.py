@@ -86,6 +86,13 @@ def report(
             help="Measure speed in llama.cpp, too. (default: if installed, unless quick)",
         ),
     ] = None,
+    compute_dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto, float32, bfloat16 or float16 to compute all models in. (auto: as stored, "
+            "but float32 where the processor lacks that)"
+        ),
+    ] = "auto",
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
@@ -129,6 +136,7 @@ def report(
         robustness=robustness,
         speed=speed,
         engines=engines,
+        compute_dtype=compute_dtype,
         conditions=tuple(fail_if or ()),
     )
     with watching(quiet=quiet) as watch:

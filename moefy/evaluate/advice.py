@@ -88,12 +88,14 @@ def _alike(
     """One sentence of the rows of an engine and a phase that say the same."""
     ideals = [ideal for row in rows if (ideal := _ideal(told, row)) is not None]
     low, high = min(row["ratio_low"] for row in rows), max(row["ratio_high"] for row in rows)
+    machine = _threads(told["threads"]) + _dtypes(told, rows)
+    ratios = _span([row["ratio"] for row in rows])
     hoped = f"; arithmetic would allow {_span(ideals)}" if ideals else ""
     return {
         "verdict": PAYS if said == "faster" else PAYS_NOT,
-        "sentence": f"{HEADS[said]} in {engine} on this machine ({_threads(told['threads'])}), "
-        f"{PHASES[phase]} {_sizes(rows)}: {_span([row['ratio'] for row in rows])} times the dense "
-        f"model's tokens per second ({low:.2f} to {high:.2f} over the rounds{hoped}).",
+        "sentence": f"{HEADS[said]} in {engine} on this machine ({machine}), {PHASES[phase]} "
+        f"{_sizes(rows)}: {ratios} times the dense model's tokens per second ({low:.2f} to "
+        f"{high:.2f} over the rounds{hoped}).",
         "because": {
             "engine": engine,
             "phase": phase,
@@ -104,6 +106,23 @@ def _alike(
             ],
         },
     }
+
+
+def _dtypes(told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What `rows` were computed in, and dense beside them if that was another dtype."""
+    work = {(row["phase"], row["batch"], row["context"]) for row in rows}
+    dense = [
+        row
+        for row in told["rows"]
+        if row["label"] == "dense" and (row["phase"], row["batch"], row["context"]) in work
+    ]
+    own, theirs = (
+        _listed(sorted({row["dtype"] for row in found if row.get("dtype")}))
+        for found in (rows, dense)
+    )
+    if not own:  # an engine that has one type for all
+        own = theirs = told["dtype"] if isinstance(told.get("dtype"), str) else ""
+    return (f", {own}" if own else "") + (f", dense {theirs}" if theirs not in ("", own) else "")
 
 
 def _sizes(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -120,7 +139,7 @@ def _sizes(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def _span(values: Sequence[float]) -> str:

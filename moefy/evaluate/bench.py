@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moefy import data
+from moefy.compute import ComputeDtype
 from moefy.errors import MoefyError
+from moefy.evaluate.computing import one_dtype
 from moefy.evaluate.controls import (
     SHOWN,
     as_written,
@@ -32,6 +35,7 @@ from moefy.evaluate.texts import own_texts
 from moefy.evaluate.windows import text_windows
 from moefy.job import Watch
 from moefy.runs import DenseModel, check_folder, dense_model, read_recipe
+from moefy.shards import stored_dtype
 from moefy.tokenizer import load_tokenizer
 
 
@@ -52,7 +56,14 @@ class Bench:
     windows: dict[str, list[Tensor]]
     tokens: data.Tokens
     store: Store
+    stored: torch.dtype
+    """Of the dense model."""
+    compute: ComputeDtype
+    """What all models are computed in, so that nothing but their weights differs."""
     opened: Callable[[str], Any]
+    """The model of a label, in that dtype."""
+    opened_in: Callable[[str, torch.dtype], Any]
+    """The same in any dtype."""
     place: Path
     watch: Watch
     not_run: list[dict[str, str]] = field(default_factory=list)
@@ -151,8 +162,18 @@ def prepare(
         for name, path in texts.items()
     }
     by_label = {stage.label: stage for stage in (*stages, *others)}
-    kept = functools.cache(lambda label: by_label[label].open())
+    # A control is as large as the run at most. All are open at once while a text is read.
+    opened_at_once = [stage.folder or run for stage in by_label.values()]
+    compute = one_dtype(settings.compute_dtype, opened_at_once)
+    notes += [f"this report {compute.note}"] if compute.note else []
+    kept = functools.cache(lambda label: by_label[label].open(compute.dtype))
     passing = {stage.label for stage in others}  # controls do not stay in memory
+
+    def opened_in(label: str, dtype: torch.dtype) -> Any:
+        if dtype != compute.dtype or label in passing:
+            return by_label[label].open(dtype)
+        return kept(label)
+
     return Bench(
         summary,
         stages,
@@ -163,8 +184,11 @@ def prepare(
         prompts,
         windows,
         tokens,
-        Store(run / "moefy" / "measured"),
-        lambda label: by_label[label].open() if label in passing else kept(label),
+        Store(run / "moefy" / "measured", {"dtype": compute.name}),
+        stored_dtype(model.folder),
+        compute,
+        lambda label: opened_in(label, compute.dtype),
+        opened_in,
         place,
         watch,
         [{"what": "a stage of the run", "reason": reason} for reason in missing],

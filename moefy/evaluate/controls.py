@@ -128,14 +128,14 @@ def control_stages(
     """The controls that take a conversion each, which is made in `place` when one is opened."""
 
     def stage(number: int, name: str, job: Job) -> Stage:
-        def load() -> Any:
+        def load(dtype: torch.dtype) -> Any:
             def named(what: str, done: int, total: int) -> None:
                 watch(f"{name}: {what}", done, total)
 
             folder = place / str(number)
-            return (
-                load_model(folder) if folder.is_dir() else make_control(job, folder, tokens, named)
-            )
+            if not folder.is_dir():
+                convert(job, folder, tokens=tokens, force=True, keep=False, watch=named)
+            return load_model(folder, dtype)
 
         settings = dataclasses.asdict(job.recipe) | {"model": "", "device": "", "calibration": ""}
         made_of = [settings, dataclasses.asdict(job.shape), tokens.sha256, dense.digest, VERSIONS]
@@ -153,8 +153,8 @@ def as_written(run: Stage) -> list[Stage]:
     assert run.folder is not None
     folder = run.folder
 
-    def load() -> Any:
-        model = load_model(folder)
+    def load(dtype: torch.dtype) -> Any:
+        model = load_model(folder, dtype)
         return attach(model, true_norms(model))
 
     return [
@@ -171,14 +171,8 @@ def true_norms(model: Any) -> dict[int, torch.Tensor]:
     }
 
 
-def make_control(job: Job, out: Path, tokens: Tokens, watch: Watch) -> Any:
-    """Convert with the tokens of the run, and load the result."""
-    convert(job, out, tokens=tokens, force=True, keep=False, watch=watch)
-    return load_model(out)
-
-
-def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
-    """Load a model folder with its stock class; with norms, put the router they are of in.
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a model folder with its stock class in `dtype`; with norms, put their router in.
 
     Raises:
         MoefyError: code 3, when transformers cannot, or when keys are missing or left over.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
-from moefy.evaluate.speed import Grid, cores, schedule, speed_rows, stretches
+from moefy.evaluate.speed import cores, schedule, speed_rows
+from moefy.evaluate.ways import Grid, stretches
 from moefy.export import export
 
 PROMPT = 16

@@ -5,21 +5,25 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from moefy.compute import name_of
 from moefy.documents import beginning
+from moefy.environment import processor
 from moefy.errors import MoefyError
 from moefy.evaluate import benchmarks as bench_tasks
 from moefy.evaluate import llama_cpp, prompts, tables
 from moefy.evaluate import robustness as conditions
 from moefy.evaluate import speed as clock
 from moefy.evaluate.bench import Bench
+from moefy.evaluate.computing import dtypes_to_try
 from moefy.evaluate.reading import VERSIONS, Reading
 from moefy.evaluate.settings import Settings
-from moefy.evaluate.sizes import peak_bytes, sizes
+from moefy.evaluate.sizes import ideals, peak_bytes, sizes
 from moefy.evaluate.stages import Stage
 from moefy.evaluate.store import tensors_digest
 from moefy.evaluate.tables import robustness_row, routing_tables, score_rows
@@ -63,7 +67,7 @@ def peaks(bench: Bench) -> dict[str, int]:
         with bench.part(f"peak memory of {stage.label}"):
             key = {"model": stage.digest, **VERSIONS}
             found[stage.label] = bench.store.once(
-                "peak-memory", key, lambda: peak_bytes(folder, threads)
+                "peak-memory", key, lambda: peak_bytes(folder, bench.compute.name, threads)
             )
 
     bench.watch("peak memory", 0, 1)
@@ -84,7 +88,9 @@ def models(bench: Bench, measured: Mapping[str, int]) -> dict[str, Any]:
         }
         if stage.folder is not None:
             key = {"model": stage.digest, **VERSIONS}
-            told |= bench.store.once("sizes", key, lambda s=stage: sizes(bench.opened(s.label)))
+            told |= bench.store.once(
+                "sizes", key, lambda s=stage: sizes(bench.opened(s.label), bench.stored)
+            )
             told["peak_bytes"] = measured.get(stage.label)
         found[stage.label] = told
     return found
@@ -238,22 +244,31 @@ def speed(bench: Bench, report: dict[str, Any], settings: Settings) -> None:
         "models": {stage.label: stage.digest for stage in bench.stages},
         "text": tensors_digest([ids_T]),
         "grid": [list(map(list, grid.work)), grid.rounds, grid.new_tokens],
-        "machine": [platform.machine(), _processor(), torch.get_num_threads()],
+        "machine": [platform.machine(), processor(), torch.get_num_threads()],
         **VERSIONS,
     }
-    ideal = clock.ideals({label: report["models"][label] for label in labels}, batches)
+    folders = [stage.folder for stage in bench.stages if stage.folder]
+    dtypes, untried = dtypes_to_try(
+        settings.compute_dtype, bench.stored, bench.compute.dtype, folders
+    )
+    ideal = ideals({label: report["models"][label] for label in labels}, batches)
     with bench.part("speed in transformers"):
         found = bench.store.once(
             "speed",
-            key,
+            key | {"dtypes": [name_of(dtype) for dtype in dtypes]},
             lambda: clock.measure(
-                {label: bench.opened(label) for label in labels},
+                {label: partial(bench.opened_in, label) for label in labels},
                 ids_T,
                 grid,
+                dtypes=dtypes,
                 watch=_step(bench, "speed in transformers"),
             ),
         )
-        report["speed"]["transformers"] = {"ideal_ratio": ideal, **found}
+        measured = {"ideal_ratio": ideal, "processor": processor()}
+        report["speed"]["transformers"] = measured | found
+        bench.notes.extend(
+            f"speed in {name} was not tried: {reason}" for name, reason in untried.items()
+        )
         bench.notes.extend(
             f"speed of {label}: {way} was left out, which cannot compute this model ({reason})"
             for label, reasons in found.get("left_out", {}).items()
@@ -276,16 +291,8 @@ def speed(bench: Bench, report: dict[str, Any], settings: Settings) -> None:
                 watch=_step(bench, "speed in llama.cpp"),
             ),
         )
-        report["speed"]["llama.cpp"] = {"ideal_ratio": ideal, **found}
-
-
-def _processor() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor()
+        measured = {"ideal_ratio": ideal, "processor": processor()}
+        report["speed"]["llama.cpp"] = measured | found
 
 
 def _step(bench: Bench, stage: str) -> Any:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moefy import __version__, families
+from moefy.compute import name_of
+from moefy.environment import processor
 from moefy.errors import MoefyError
 from moefy.evaluate import advice, benchmarks, gate, parts
 from moefy.evaluate.bench import Bench, prepare
@@ -30,9 +32,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure what `settings` ask for; write `report.json` and the pages drawn from it into `run`.
 
-    All models run in the dtype they are stored in, on the CPU. What has been measured before, of
-    the same weights, text and settings, is taken from `run/moefy/measured`. A part that fails is
-    told under `not_run`, and the others go on.
+    All models run on the CPU, in the one dtype that `compute_dtype` chooses for the dense model;
+    speed is tried in others, too. What has been measured before, of the same weights, text and
+    settings, is taken from `run/moefy/measured`. A part that fails is told under `not_run`, and the
+    others go on.
 
     Raises:
         MoefyError: code 2 for what cannot be asked, code 3 when `run` or another is no whole run,
@@ -71,6 +74,12 @@ def _measured(bench: Bench, settings: Settings, manager: Any) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings.told(),
         "main": bench.main,
+        "compute": {
+            "dtype": bench.compute.name,
+            "stored": name_of(bench.stored),
+            "note": bench.compute.note,
+            "processor": processor(),
+        },
         "run": bench.summary,
         "runs": parts.other_runs(bench),
         "models": {},

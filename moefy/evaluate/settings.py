@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moefy.compute import AUTO, check_asked
 from moefy.errors import MoefyError
-from moefy.evaluate.speed import Grid
+from moefy.evaluate.ways import Grid
 from moefy.evaluate.windows import SHORTEST_WINDOW
 
 GRIDS = {
@@ -54,6 +55,8 @@ class Settings:
     grid: Grid | None = None
     engines: bool | None = None
     """Whether llama.cpp is measured, too: if it is installed, unless told."""
+    compute_dtype: str = AUTO
+    """What all models are computed in; see `moefy.compute`."""
     conditions: tuple[str, ...] = field(default=())
     """Of `--fail-if`."""
 
@@ -77,11 +80,12 @@ class Settings:
 
 
 def check(settings: Settings) -> Settings:
-    """The settings, whose numbers are in range.
+    """The settings, whose numbers are in range and whose dtype is known.
 
     Raises:
         MoefyError: code 2.
     """
+    check_asked(settings.compute_dtype)
     for flag, value, least in (
         ("--sequence-length", settings.length, SHORTEST),
         ("--tokens", settings.num_tokens, min(SHORTEST_WINDOW, settings.length)),

@@ -7,7 +7,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moefy import routing
+from moefy.compute import name_of
 from moefy.errors import MoefyError
 from moefy.stock import open_model
 from moefy.walk import runnable
@@ -26,8 +27,10 @@ PREFILL, DECODE = 512, 8
 """Tokens read and written while the peak is measured."""
 
 
-def sizes(model: Any) -> dict[str, Any]:
+def sizes(model: Any, stored: torch.dtype) -> dict[str, Any]:
     """Parameters, FLOPs per token, and bytes, of a loaded model.
+
+    Bytes are those of the `stored` dtype, whatever dtype the model was loaded in.
 
     Two operations for each active weight that is multiplied, the head included and an embedding
     that is only looked up not; attention's own products, which grow with the context, are left
@@ -37,6 +40,11 @@ def sizes(model: Any) -> dict[str, Any]:
     parameters = {p.data_ptr(): p for p in model.parameters()}.values()
     total = sum(p.numel() for p in parameters)
     vocabulary = model.get_input_embeddings().weight
+
+    def num_bytes(tensor: Tensor) -> int:
+        size = stored.itemsize if tensor.dtype == vocabulary.dtype else tensor.element_size()
+        return tensor.numel() * size
+
     ids_1T = torch.arange(PROBE)[None] % vocabulary.shape[0]
     with torch.inference_mode(), routing.recorded(model) as seen:
         cache = model(ids_1T, use_cache=True, logits_to_keep=1).cache
@@ -54,13 +62,12 @@ def sizes(model: Any) -> dict[str, Any]:
         "parameters_total": total,
         "parameters_active": active,
         "flops_per_token": 2 * (active - (0 if tied else vocabulary.numel())),
-        "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "weight_bytes_active": sum(p.numel() * p.element_size() for p in parameters)
-        - idle * vocabulary.element_size(),
-        "embedding_bytes": 0 if tied else vocabulary.numel() * vocabulary.element_size(),
+        "weight_bytes": sum(map(num_bytes, parameters)),
+        "weight_bytes_active": sum(map(num_bytes, parameters)) - idle * stored.itemsize,
+        "embedding_bytes": 0 if tied else num_bytes(vocabulary),
         "experts": [*next(iter(expected.values()))[1:]] if expected else None,
-        "kv_bytes_per_token": sum(t.numel() * t.element_size() for t in _tensors(cache)) // PROBE,
-        "dtype": str(vocabulary.dtype).removeprefix("torch."),
+        "kv_bytes_per_token": sum(map(num_bytes, _tensors(cache))) // PROBE,
+        "dtype": name_of(stored),
         "longest": getattr(model.config.get_text_config(), "max_position_embeddings", None),
         "vocabulary": vocabulary.shape[0],
     }
@@ -78,8 +85,39 @@ def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
             yield from _tensors(part, depth + 1)
 
 
-def peak_bytes(folder: Path, threads: int = 1) -> int:
-    """Most memory that a process takes to load a model, read 512 tokens and write 8.
+def ideals(
+    sizes: Mapping[str, Mapping[str, Any]], batches: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """What arithmetic and memory traffic would allow each label, relative to dense.
+
+    Prefill is bound by operations: FLOPs of dense over own. Decoding is bound by the weights that
+    are read in a step: all that are always on, and of E experts with K per token, a batch of B
+    reads 1 - (1 - K/E)^B on average, if tokens choose evenly and apart from each other.
+    """
+    dense = next(iter(sizes.values()))
+    found = {}
+    for label, own in sizes.items():
+        decode = {
+            str(batch): _read_bytes(dense, batch) / _read_bytes(own, batch) for batch in batches
+        }
+        prefill = dense["flops_per_token"] / own["flops_per_token"]
+        found[label] = {"prefill": prefill, "decode": decode}
+    return found
+
+
+def _read_bytes(sizes: Mapping[str, Any], batch: int) -> float:
+    """Bytes of weights that one decoding step of a batch reads."""
+    fixed = sizes["weight_bytes"] - sizes["embedding_bytes"]
+    if not sizes["experts"]:
+        return fixed
+    count, chosen = sizes["experts"]
+    idle = sizes["weight_bytes"] - sizes["weight_bytes_active"]
+    routed = idle * count / (count - chosen) if count > chosen else 0
+    return fixed - routed * (1 - chosen / count) ** batch
+
+
+def peak_bytes(folder: Path, dtype: str, threads: int = 1) -> int:
+    """Most memory that a process takes to load a model in `dtype`, read 512 tokens and write 8.
 
     In a process of its own, less what Python and the libraries take before.
 
@@ -87,7 +125,7 @@ def peak_bytes(folder: Path, threads: int = 1) -> int:
         MoefyError: code 5, when that process ends otherwise than well.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "moefy.evaluate.sizes", str(folder)],
+        [sys.executable, "-m", "moefy.evaluate.sizes", str(folder), dtype],
         capture_output=True,
         encoding="utf-8",
         env=os.environ
@@ -117,9 +155,9 @@ def _resident(name: str) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _main(folder: str) -> None:
+def _main(folder: str, dtype: str) -> None:
     before = _resident("VmRSS")
-    model = runnable(open_model(Path(folder), dtype="auto")[0].eval())
+    model = runnable(open_model(Path(folder), dtype=dtype)[0].eval())
     ids_1T = torch.arange(PREFILL)[None] % model.get_input_embeddings().weight.shape[0]
     with torch.inference_mode():
         out = model(ids_1T, use_cache=True, logits_to_keep=1)
@@ -130,4 +168,4 @@ def _main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main(*sys.argv[1:])

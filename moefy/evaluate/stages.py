@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moefy.errors import MoefyError
 from moefy.evaluate.store import folder_digest
 from moefy.publish import sha256
@@ -29,8 +31,8 @@ class Stage:
     meaning: str
     digest: str
     """Of the weights, or of all that they are made from."""
-    open: Callable[[], Any]
-    """Load the model, ready for evaluation."""
+    open: Callable[[torch.dtype], Any]
+    """Load the model in a dtype, ready for evaluation."""
     folder: Path | None = None
     """Where the weights lie; a control's are not kept."""
     summary: dict[str, Any] | None = None
@@ -116,13 +118,13 @@ def check_tokenizer(dense: Any, stage: Stage) -> None:
         )
 
 
-def opener(folder: Path) -> Callable[[], Any]:
-    """A function that loads a folder's model."""
+def opener(folder: Path) -> Callable[[torch.dtype], Any]:
+    """A function that loads a folder's model in a dtype."""
 
-    def load() -> Any:
+    def load(dtype: torch.dtype) -> Any:
         from moefy.evaluate.controls import load_model
 
-        return load_model(folder)
+        return load_model(folder, dtype)
 
     return load
 

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Store:
     """The measurements of one run."""
 
     folder: Path
+    common: Mapping[str, Any] = field(default_factory=dict)
+    """A part of every key."""
 
     def once(self, kind: str, key: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
         """The value under `key`, measured now if it is not there. Values are what JSON holds."""
@@ -48,7 +50,8 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
         try:
-            text = json.dumps({"kind": kind, "key": key, "value": value}, ensure_ascii=False)
+            whole = {"kind": kind, "key": {**self.common, **key}, "value": value}
+            text = json.dumps(whole, ensure_ascii=False)
             part.write_text(text, encoding="utf-8")
             os.replace(part, file)
         finally:
@@ -56,7 +59,8 @@ class Store:
         return json.loads(text)["value"]
 
     def _file(self, kind: str, key: Mapping[str, Any]) -> Path:
-        return self.folder / f"{kind}-{digest({'format': FORMAT, **key})[:24]}.json"
+        whole = {"format": FORMAT, **self.common, **key}
+        return self.folder / f"{kind}-{digest(whole)[:24]}.json"
 
 
 def digest(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from moefy.report import figures
 from moefy.report.chart import Look
 from moefy.report.document import Picture, Section, Table
-from moefy.report.wording import fixed, large, times
+from moefy.report.wording import computed_in, fixed, large, row_dtype, times
 
 Looks = Mapping[str, Look]
 
@@ -38,7 +38,8 @@ def speed(report: Mapping[str, Any], looks: Looks) -> Section:
         tables.append(_speed_table(engine, told))
     lead = (
         "Speed relative to the dense model on the same machine, measured in turns: medians, and "
-        "the spread as a band. The ideal is what the arithmetic that is saved would give if all "
+        "the spread as a band. Each model runs in the dtype in which it is fastest there, of those "
+        "that were tried. The ideal is what the arithmetic that is saved would give if all "
         "else cost nothing.",
     )
     return Section("speed", "Is it faster?", lead, tuple(pictures), tuple(tables))
@@ -83,21 +84,23 @@ def _lines(rows: list[Mapping[str, Any]], looks: Looks) -> list[figures.Line]:
 
 
 def _speed_table(engine: str, told: Mapping[str, Any]) -> Table:
-    words = list(dict.fromkeys(_values(told.get("dtype")) + _values(told.get("implementation"))))
+    words = list(dict.fromkeys(_values(told.get("implementation"))))
     if told.get("threads"):
         words.append(f"{told['threads']} threads" if told["threads"] > 1 else "1 thread")
+    words += _values(told.get("processor"))
     rows = tuple(
         (
             f"{row['phase']}, batch {row['batch']}"
             + (f", context {row['context']}" if row.get("context") else ""),
             row["label"],
+            row_dtype(told, row),
             fixed(row["tokens_per_second"], 1),
             f"{fixed(row.get('low'), 1)} to {fixed(row.get('high'), 1)}" if row.get("low") else "",
             "" if row["label"] == "dense" else times(row.get("ratio")),
         )
         for row in told["rows"]
     )
-    header = ("what", "model", "tokens/s", "spread", "relative to dense")
+    header = ("what", "model", "dtype", "tokens/s", "spread", "relative to dense")
     named = ", ".join(str(word) for word in words if word)
     return Table(f"{engine} ({named})" if named else engine, header, rows, folded=True)
 
@@ -128,7 +131,7 @@ def size(report: Mapping[str, Any], looks: Looks) -> Section:
         pictures.append(Picture("parameters", "Parameters", alt, draw))
     header = (
         "model", "parameters", "active per token", "FLOPs per token", "weights",
-        "KV cache per token", "peak memory",
+        "KV cache per token", f"peak memory{computed_in(report)}",
     )  # fmt: skip
     rows = tuple(
         (

@@ -13,7 +13,7 @@ from moefy.report.draw import HTML
 from moefy.report.quality import SCORES, score_rows, seen_warnings
 from moefy.report.terminal import show_conversion, show_finetune, show_table
 from moefy.report.web import NO_PICTURES, can_draw
-from moefy.report.wording import shape_text
+from moefy.report.wording import computed_in, row_dtype, shape_text
 
 COLOURS = {"pays": "green", "does not pay": "bold red", "not measured": "yellow"}
 
@@ -28,7 +28,9 @@ def show_report(report: Mapping[str, Any], run: Path) -> None:
         named = {
             name.replace(" ", "\n") if "=" in name else name: row for name, row in rows.items()
         }
-        show_table(SCORES, score_rows(named), f"{text}, {tokens} tokens")
+        show_table(SCORES, score_rows(named), f"{text}, {tokens} tokens{computed_in(report)}")
+    if note := report.get("compute", {}).get("note"):
+        console.print(f"Note: this report {note}", markup=False)
     for warning in seen_warnings(report):
         console.print(f"Warning: {warning}", markup=False)
     for header, rows, title in _tables(report):
@@ -161,7 +163,7 @@ def _prompts(prompts: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _speed(engine: str, told: Mapping[str, Any]) -> Table:
-    header = ("work", "model", "tokens/s", "times dense", "over rounds", "ideal")
+    header = ("work", "model", "dtype", "tokens/s", "times dense", "over rounds", "ideal")
     rows = []
     for row in told["rows"]:
         ideal = told["ideal_ratio"].get(row["label"], {}).get(row["phase"])
@@ -171,6 +173,7 @@ def _speed(engine: str, told: Mapping[str, Any]) -> Table:
             (
                 f"{row['phase']} {row['context']}, batch {row['batch']}",
                 row["label"],
+                row_dtype(told, row),
                 f"{row['tokens_per_second']:.1f}",
                 "" if dense else f"{row['ratio']:.2f}",
                 "" if dense else f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}",
@@ -178,7 +181,8 @@ def _speed(engine: str, told: Mapping[str, Any]) -> Table:
             )
         )
     threads = told["threads"]
-    return header, rows, f"Speed in {engine}, {threads} thread" + ("s" if threads > 1 else "")
+    words = [f"Speed in {engine}", f"{threads} thread" + ("s" if threads > 1 else "")]
+    return header, rows, ", ".join([*words, *filter(None, [told.get("processor")])])
 
 
 def _short(text: str, most: int = 40) -> str:

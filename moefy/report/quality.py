@@ -9,7 +9,7 @@ from typing import Any
 from moefy.report import figures
 from moefy.report.chart import Look
 from moefy.report.document import Picture, Section, Table, Voices
-from moefy.report.wording import fixed, percent, probability, uncertain
+from moefy.report.wording import computed_in, fixed, percent, probability, uncertain
 
 Looks = Mapping[str, Look]
 
@@ -38,7 +38,7 @@ def quality(report: Mapping[str, Any], looks: Looks) -> Section:
             pictures.append(Picture(f"quality-{number}", f"Lost on {text}", alt, draw))
     tables = [
         Table(
-            f"{text}, {next(iter(rows.values()))['tokens']:,} tokens",
+            f"{text}, {next(iter(rows.values()))['tokens']:,} tokens{computed_in(report)}",
             SCORES,
             tuple(score_rows(rows)),
         )

@@ -88,3 +88,15 @@ def model_name(run: Mapping[str, Any]) -> str:
     return (
         run.get("hub_id") or str(run["model"]).rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
     )
+
+
+def computed_in(report: Mapping[str, Any]) -> str:
+    """What the models of a report were scored in: `, in float32`; nothing where it does not say."""
+    dtype = report.get("compute", {}).get("dtype")
+    return f", in {dtype}" if dtype else ""
+
+
+def row_dtype(engine: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """What a row of speeds was measured in: its own dtype, or that of all of the engine's."""
+    dtype = row.get("dtype") or engine.get("dtype")
+    return dtype if isinstance(dtype, str) else dtype.get(row["label"], "") if dtype else ""

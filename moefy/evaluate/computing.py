@@ -1,0 +1,68 @@
+"""The dtype that all models of a report compute in, and those in which their speed is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from moefy.compute import AUTO, ComputeDtype, compute_dtype, name_of, slowness
+from moefy.evaluate.ways import HOPELESS
+from moefy.headers import read_entries
+from moefy.memory import LIBRARIES, available
+from moefy.shards import stored_dtype
+
+CPU = torch.device("cpu")
+
+
+def num_bytes(folders: Sequence[Path], dtype: torch.dtype) -> int:
+    """Bytes of the models in `folders` when all of them are open in `dtype`."""
+    values = sum(e.num_elements for folder in folders for e in read_entries(folder).values())
+    return dtype.itemsize * values
+
+
+def room() -> int:
+    """Bytes that there are for models."""
+    return max(0, available() - LIBRARIES)
+
+
+def one_dtype(asked: str, folders: Sequence[Path]) -> ComputeDtype:
+    """The dtype for all models in `folders`, the first of which is dense and decides.
+
+    A folder stands there once for each model of its size that is open at the same time.
+
+    Raises:
+        MoefyError: code 2 or 5, as `compute_dtype`.
+    """
+    takes = num_bytes(folders, torch.float32)
+    return compute_dtype(asked, stored_dtype(folders[0]), CPU, float32_bytes=takes, room=room())
+
+
+def dtypes_to_try(
+    asked: str, stored: torch.dtype, computed: torch.dtype, folders: Sequence[Path]
+) -> tuple[list[torch.dtype], dict[str, str]]:
+    """The dtypes in which speed is tried, and why others are not.
+
+    What is asked for is the only one. Else these are the stored dtype and float32: a small product
+    tells which of them is hopeless. The models are open in `computed` already, so another dtype
+    must fit beside it.
+    """
+    if asked != AUTO:
+        return [computed], {}
+    chosen, left_out = [computed], {}
+    for dtype in dict.fromkeys((stored, torch.float32)):
+        times, beside = slowness(dtype, CPU), num_bytes(folders, computed)
+        takes, there = num_bytes(folders, dtype), room()
+        if dtype == computed:
+            continue
+        if times > HOPELESS:
+            left_out[name_of(dtype)] = f"a product takes {times:.1f} times as long as in float32"
+        elif beside + takes > there:
+            left_out[name_of(dtype)] = (
+                f"the models take {takes / 1e9:.1f} GB more in it, of "
+                f"{max(0, there - beside) / 1e9:.1f} GB that are left"
+            )
+        else:
+            chosen.append(dtype)
+    return chosen, left_out
