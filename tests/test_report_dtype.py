@@ -50,8 +50,8 @@ def in_bfloat16(source: Path, out: Path) -> Path:
 @pytest.fixture
 def pair(pico, converted, tmp_path) -> tuple[Path, Path]:
     """A dense model and a run, stored in bfloat16."""
-    dense = pico("llama")
-    return in_bfloat16(dense, tmp_path / "d"), in_bfloat16(converted(dense), tmp_path / "run")
+    dense = in_bfloat16(pico("llama"), tmp_path / "dense")
+    return dense, Path(shutil.copytree(converted(dense), tmp_path / "run"))
 
 
 @pytest.fixture
@@ -183,5 +183,7 @@ def test_an_unknown_dtype_is_refused(pair, text):
         evaluate(pair[1], settings(pair, text, compute_dtype="half"))
     assert error.value.code == 2
     assert pipeline.report_settings({"compute_dtype": "float32"}).compute_dtype == "float32"
-    with pytest.raises(MoefyError, match="--compute-dtype is 'float3'; expected one of auto, float32"):
+    with pytest.raises(
+        MoefyError, match="--compute-dtype is 'float3'; expected one of auto, float32"
+    ):
         pipeline.report_settings({"compute_dtype": "float3"})
