@@ -255,6 +255,11 @@ FILES = [
         d.append(SINGLE, b"more"),
         {READ: (3, SINGLE, "end at byte"), COMPARED: (3, "not as the run wrote it", SINGLE)},
     ),
+    *[
+        row
+        for damage in (d.config(hidden_size=-1), d.config(num_experts=10**9))
+        for row in damaged(damage, {"finetune": (3, "transformers cannot open out")})
+    ],
     *damaged(
         Damage("one shard more", lambda f: shutil.copy(f / SINGLE, f / "more.safetensors")),
         {COMPARED: (3, "more.safetensors", "did not write")},
@@ -371,6 +376,8 @@ CASES += [
             "--sequence-length 4": ("--sequence-length is 4; expected at least 8",),
             "--steps 0": ("--steps is 0; expected at least 1",),
             "--kl 0": ("nothing to learn from",),
+            "--set lora_rank=0 --train lora": ("--lora-rank is 0", "at least 1"),
+            "--seed 99999999999999999999": ("--seed is", "at most"),
             "--set top_p=2": ("--top-p is 2", "at most 1"),
             "--set sede=3": ("unknown recipe key 'sede'", "did you mean seed"),
             "--set seed": ("no `=`", "key=value"),

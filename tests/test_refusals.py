@@ -95,7 +95,7 @@ COMMANDS = {
     cli.run: WHOLE["run"],
     cli.gguf: WHOLE["export"],
 }
-NUMBERS = {int: ("-1",), float: ("-1", "nan")}
+NUMBERS = {int: ("-1",), float: ("-1", "nan", "inf")}
 """What no option can be."""
 RANGES = [
     (line, f"--{name.replace('_', '-')}", number)
