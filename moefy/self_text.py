@@ -148,12 +148,20 @@ def _written(
 
 
 def _drawn(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw an id of every row, shape (B,)."""
-    chance_BV = logits_BV.softmax(-1)
-    if not chance_BV.isfinite().all():
+    """Draw an id of every row, shape (B,).
+
+    By the running sum of chances: `torch.multinomial`, which draws a number per id, takes five
+    times as long.
+    """
+    sum_BV = logits_BV.softmax(-1).cumsum(-1)
+    whole_B1 = sum_BV[:, -1:]
+    if not whole_B1.isfinite().all():
         raise MoefyError(
             "the model's logits are not finite while it writes calibration text; its dtype "
             "overflows; give a text as --calibration",
             code=6,
         )
-    return torch.multinomial(chance_BV, 1, generator=generator)[:, 0]
+    point_B1 = whole_B1 * torch.rand(whole_B1.shape, generator=generator, device=whole_B1.device)
+    # The first sum above the point, for an id of no chance adds nothing.
+    drawn_B1 = torch.searchsorted(sum_BV, point_B1, right=True)
+    return drawn_B1[:, 0].clamp(max=sum_BV.shape[1] - 1)
