@@ -152,15 +152,11 @@ def test_a_broken_report_of_a_conversion(command, damage, moefy, run):
     assert_refused(moefy(*COMMANDS[command](run)), 3, "not a whole run of moefy", "conversion.json")
 
 
-@pytest.mark.parametrize("damage", [d.write(FINETUNED, "")], ids=["a report of a fine-tune"])
-def test_a_whole_report_is_read(damage, run):
+def test_a_whole_report_is_read(run):
     """The negative control: what conftest writes as a fine-tune's report is one."""
     assert runs.read_tuning(run) is None
     report = write_tuning(run)
     assert runs.read_tuning(run) == report
-    damage(run)
-    with pytest.raises(MoefyError):
-        runs.read_tuning(run)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +221,6 @@ def test_a_run_of_another_model_does_not_stand_beside(pair, run, text):
     """Both are as large, and their tokenizers are the same."""
     model, out = pair
     other_weights(model)
-    (out / "moefy" / "measured").mkdir(exist_ok=True)
-    shutil.copytree(out, out.with_name("again"))
     assert scored(run, text, against=(str(out),))["texts"]  # its own was made from the same files
     d.config("moefy/conversion.json", inputs={"model.safetensors": "0" * 64})(out)
     with pytest.raises(MoefyError, match="pair was not converted from .* its weights differ"):
