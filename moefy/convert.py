@@ -18,7 +18,7 @@ from moefy.coverage import gaps
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
 from moefy.layers import convert_layers, shared
-from moefy.memory import Plan, fit
+from moefy.memory import Plan, fit, state_bytes
 from moefy.oracle import attach
 from moefy.parallel import ALONE, Group
 from moefy.publish import STATE, place_of, publishing
@@ -194,17 +194,6 @@ def _check_places(job: Job, out: Path, keep: bool, more: int) -> None:
 def _used(folder: Path) -> int:
     """Bytes on disk of the files below a folder."""
     return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
-
-
-def state_bytes(job: Job) -> int:
-    """Bytes on disk that a conversion keeps until it is whole, in order to go on if it is stopped.
-
-    Two generations of states between layers, and another being written.
-    """
-    hidden = 4 * job.size("hidden_size")
-    states = job.recipe.tokens * hidden * (2 if job.method.drift else 1)
-    slopes = job.recipe.tokens * hidden // 2 * len(job.layers) if job.method.gradient else 0
-    return 3 * states + slopes + 8 * job.recipe.tokens
 
 
 def check_weights(job: Job, watch: Watch) -> Scan:

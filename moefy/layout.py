@@ -34,6 +34,14 @@ ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
+class Range:
+    """What an option of a partition or a router may be, as an annotation: both ends are legal."""
+
+    least: float
+    most: float = 1e9
+
+
+@dataclass(frozen=True)
 class Shape:
     """How one FFN of `num_neurons` is divided: F = S + E * N, of which S + K * N are active.
 

@@ -68,6 +68,17 @@ class Writing:
     """What that takes."""
 
 
+def state_bytes(job: Job) -> int:
+    """Bytes on disk that a conversion keeps until it is whole, in order to go on if it is stopped.
+
+    Two generations of states between layers, and another being written.
+    """
+    hidden = 4 * job.size("hidden_size")
+    states = job.recipe.tokens * hidden * (2 if job.method.drift else 1)
+    slopes = job.recipe.tokens * hidden // 2 * len(job.layers) if job.method.gradient else 0
+    return 3 * states + slopes + 8 * job.recipe.tokens
+
+
 def available() -> int:
     """Bytes that this process may hold: the machine's, or fewer where a limit is set."""
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]

@@ -7,10 +7,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moefy.block import Method
 from moefy.errors import MoefyError
+from moefy.layout import Range
 from moefy.recipe import Recipe, nearest
 
 
@@ -72,16 +73,19 @@ def _bound(what: str, stage: Callable[..., Any], options: Mapping[str, Any]) -> 
         for key, parameter in inspect.signature(stage).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and key != "generator"
     }
-    hints = get_type_hints(stage)
+    hints = get_type_hints(stage, include_extras=True)
     for key, value in options.items():
         if key not in legal:
             known = nearest(key, list(legal))
             raise MoefyError(f"{what} has no option {key!r}; {known}", code=2)
+        found = f"{what}, option {key}: found {value!r}"
+        more = get_args(hints[key])
+        if get_origin(hints[key]) is Literal and value not in more:
+            raise MoefyError(f"{found}; {nearest(str(value), [*more])}", code=2)
         kinds = (float, int) if type(legal[key]) is float else (type(legal[key]),)
-        if (words := get_args(hints[key])) and value not in words:
-            known = nearest(str(value), [*words])
-            raise MoefyError(f"{what}, option {key}: found {value!r}; {known}", code=2)
-        if type(value) not in kinds or (type(value) in (float, int) and not value >= 0):
-            expected = f"expected a value like {legal[key]!r}"
-            raise MoefyError(f"{what}, option {key}: found {value!r}; {expected}", code=2)
+        if type(value) not in kinds:
+            raise MoefyError(f"{found}; expected a value like {legal[key]!r}", code=2)
+        for span in more:
+            if isinstance(span, Range) and not span.least <= value <= span.most:
+                raise MoefyError(f"{found}; expected {span.least:g} to {span.most:g}", code=2)
     return partial(stage, **options)

@@ -10,7 +10,7 @@ import torch
 
 from moefy import output
 from moefy.job import Job
-from moefy.memory import fit
+from moefy.memory import fit, state_bytes
 from moefy.shards import DTYPES
 
 OVERHEAD = 1.05
@@ -60,6 +60,7 @@ def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
         "flops_per_token_dense": 2 * matrix,
         "flops_per_token": int(2 * matrix - saved),
         "disk_bytes": sum(slot.num_bytes for slot in slots.values()),
+        "state_bytes": state_bytes(job),
         "memory_bytes": plan.peak_bytes,
         "memory_stage": plan.stage,
         "file_bytes": plan.file_bytes,

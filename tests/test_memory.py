@@ -12,6 +12,7 @@ from moefy.errors import MoefyError
 from moefy.job import prepare
 from moefy.plan import estimate
 from moefy.recipe import build
+from moefy.state import State
 from moefy.store import Store
 
 
@@ -140,3 +141,17 @@ def test_plans_grow_by_the_states_alone(pico, text):
     assert many - few == 65536 * 4 * (7 * 32 + 96)
     assert peaks[65536, True]["refit"] == peaks[131072, True]["refit"]
     assert peaks[65536, True]["reopen"] == peaks[131072, False]["reopen"]
+
+
+def test_a_plan_counts_what_is_kept_until_the_model_is_whole(job, tmp_path, monkeypatch):
+    sizes, save = [], State.save_tensors
+
+    def measured(self, *arguments, **options):
+        save(self, *arguments, **options)
+        sizes.append(sum(file.stat().st_size for file in self.folder.rglob("*.safetensors")))
+
+    monkeypatch.setattr(State, "save_tensors", measured)
+    planned = estimate(job)["state_bytes"]
+    convert(job, tmp_path / "out")
+    # Two generations of the states, and room for one that is being written.
+    assert planned / 2 < max(sizes) < planned

@@ -1,14 +1,20 @@
 """A recipe comes back from its file as it was, and what is wrong in one is named in one line."""
 
 import dataclasses
+import importlib
+import inspect
 import math
 import re
 import string
 import tomllib
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
+import moefy
 from moefy.errors import MoefyError
+from moefy.method import stages
 from moefy.recipe import FIELDS, Recipe, build, chosen_layers, nearest, num_bytes, read, render
 
 EVERYTHING = Recipe(
@@ -290,3 +296,46 @@ def test_sizes_of_files_are_those_that_transformers_takes():
         with pytest.raises(MoefyError, match="--max-shard-size") as caught:
             num_bytes(size)
         assert caught.value.code == 2
+
+
+# --- ranges of the methods' options --------------------------------------------------------------
+
+METHODS = [
+    (package, path.stem)
+    for package in ("partition", "route")
+    for path in sorted(Path(moefy.__file__).parent.joinpath(package).glob("[!_]*.py"))
+]
+
+
+def ranges(package: str, name: str) -> dict[str, tuple]:
+    """Option -> its type and its range, of a method's numbers."""
+    module = importlib.import_module(f"moefy.{package}.{name}")
+    stage = module.split if package == "partition" else module.fit
+    hints = get_type_hints(stage, include_extras=True)
+    keys = {k for k, p in inspect.signature(stage).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    kinds = {key: (get_args(hints[key]) or (hints[key], None)) for key in keys - {"generator"}}
+    return {key: kind for key, kind in kinds.items() if kind[0] in (int, float)}
+
+
+@pytest.mark.parametrize(("package", "name"), METHODS)
+def test_an_option_out_of_its_range_is_refused(package, name):
+    for key, (kind, span) in ranges(package, name).items():
+        assert span is not None, f"{key} has no range"
+        outside = [-1, span.most * 2, 2**80, span.least / 2 if kind is float else span.least - 1]
+        values = [kind(value) for value in outside if value < span.least or value > span.most]
+        values += [float("nan"), float("inf"), -float("inf"), "7", True, None]
+        for value in values:
+            options = {"partition" if package == "partition" else "router": name}
+            table = "partition_options" if package == "partition" else "router_options"
+            recipe = Recipe("m", **options, **{table: {key: value}})
+            with pytest.raises(MoefyError, match=key) as caught:
+                stages(recipe, control=True)
+            assert caught.value.code == 2 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["least", "most"])
+@pytest.mark.parametrize(("package", "name"), [("partition", "alternating"), ("route", "linear")])
+def test_an_option_at_the_end_of_its_range_is_taken(package, name, end):
+    for key, (kind, span) in ranges(package, name).items():
+        table = "partition_options" if package == "partition" else "router_options"
+        stages(Recipe("m", **{table: {key: kind(getattr(span, end))}}))

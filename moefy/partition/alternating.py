@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
 from moefy.assign import assign_balanced
 from moefy.cluster import gathered
-from moefy.layout import FFN, Partition, Profile, Shape
+from moefy.errors import MoefyError
+from moefy.layout import FFN, Partition, Profile, Range, Shape
 from moefy.profile import CHUNK, activations, membership, top_mask
 from moefy.solve import scorer
 
@@ -22,9 +25,9 @@ def split(
     shape: Shape,
     *,
     generator: torch.Generator,
-    rounds: int = 4,
-    routed_rounds: int = 4,
-    sample: int = 8192,
+    rounds: Annotated[int, Range(0)] = 4,
+    routed_rounds: Annotated[int, Range(0)] = 4,
+    sample: Annotated[int, Range(64)] = 8192,
 ) -> Partition:
     """Alternate between routing tokens to experts and neurons to experts.
 
@@ -102,6 +105,12 @@ def _cluster(
 
 def _cluster_tokens(x_TD: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
     """One where a token is in a cluster, (T, E): k-means of the sketched inputs."""
+    if len(x_TD) < shape.num_experts:
+        raise MoefyError(
+            f"{len(x_TD)} tokens to fit on cannot make {shape.num_experts} clusters; raise "
+            "--tokens and partition.sample, or lower --experts",
+            code=2,
+        )
     directions_DQ = torch.randn(x_TD.shape[1], SKETCH, generator=generator).to(x_TD.device)
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
     found = KMeans(shape.num_experts, n_init="auto", random_state=seed)

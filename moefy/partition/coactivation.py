@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 
 from moefy.cluster import balanced_kmeans, gathered, marks, ranked
-from moefy.layout import FFN, Partition, Profile, Shape
+from moefy.layout import FFN, Partition, Profile, Range, Shape
 
 
 def split(
@@ -14,9 +16,9 @@ def split(
     shape: Shape,
     *,
     generator: torch.Generator,
-    marked: int = 10,
+    marked: Annotated[int, Range(1)] = 10,
     unit: bool = True,
-    rounds: int = 1,
+    rounds: Annotated[int, Range(1)] = 1,
 ) -> Partition:
     """Share the neurons most often marked; balanced k-means of the others on their marks.
 

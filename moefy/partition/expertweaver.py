@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from moefy.cluster import balanced_kmeans, gathered, ranked
-from moefy.layout import FFN, Partition, Profile, Shape
+from moefy.layout import FFN, Partition, Profile, Range, Shape
 
 
 def split(
@@ -15,8 +17,8 @@ def split(
     shape: Shape,
     *,
     generator: torch.Generator,
-    passage: int = 64,
-    rounds: int = 100,
+    passage: Annotated[int, Range(1)] = 64,
+    rounds: Annotated[int, Range(1)] = 100,
 ) -> Partition:
     """Share the neurons of greatest mean |act(gate x)|; balanced k-means of the others' profiles.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from moefy.cluster import balanced_kmeans, gathered, ranked
-from moefy.layout import FFN, Partition, Profile, Shape
+from moefy.layout import FFN, Partition, Profile, Range, Shape
 
 
 def split(
@@ -17,8 +19,8 @@ def split(
     shape: Shape,
     *,
     generator: torch.Generator,
-    restarts: int = 10,
-    rounds: int = 300,
+    restarts: Annotated[int, Range(1, 1000)] = 10,
+    rounds: Annotated[int, Range(1)] = 300,
 ) -> Partition:
     """Balanced k-means of the neurons' input weights, scaled to length one.
 

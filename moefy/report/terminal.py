@@ -95,6 +95,7 @@ def show_checks(found: Mapping[str, Any]) -> None:
 
 def show_plan(plan: Mapping[str, Any]) -> None:
     """Print what a conversion would take and give."""
+    until = plan["state_bytes"] + plan["file_bytes"]
     rows = [
         ("model", f"{plan['model']} ({plan['family']})"),
         ("target", plan["target"]),
@@ -106,6 +107,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         ("GFLOPs per token, dense", f"{plan['flops_per_token_dense'] / 1e9:.3f}"),
         ("GFLOPs per token", f"{plan['flops_per_token'] / 1e9:.3f}"),
         ("disk", f"{plan['disk_bytes'] / 1e9:.2f} GB"),
+        ("disk until it is whole", f"{until / 1e9:.2f} GB more, to go on if it is stopped"),
         ("peak memory, about", f"{plan['memory_bytes'] / 1e9:.1f} GB ({plan['memory_stage']})"),
         ("time, about", f"{plan['seconds'] / 60:.1f} min"),
     ]

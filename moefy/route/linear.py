@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from moefy.balance import balance
-from moefy.layout import FFN, Partition, Profile, Router, Shape
+from moefy.layout import FFN, Partition, Profile, Range, Router, Shape
 from moefy.profile import expert_energies, gains, top_mask
 from moefy.solve import scorer
 
@@ -20,11 +21,11 @@ def fit(
     shape: Shape,
     *,
     generator: torch.Generator,
-    strength: float = 1e-2,
-    steps: int = 100,
-    batch: int = 2048,
-    learning_rate: float = 1e-2,
-    load_cv: float = 0.25,
+    strength: Annotated[float, Range(1e-9)] = 1e-2,
+    steps: Annotated[int, Range(0, 1e6)] = 100,
+    batch: Annotated[int, Range(1)] = 2048,
+    learning_rate: Annotated[float, Range(1e-9, 1e3)] = 1e-2,
+    load_cv: Annotated[float, Range(0)] = 0.25,
 ) -> Router:
     """Fit by ridge regression, then take `steps` of ascent on the captured energy itself.
 
@@ -48,11 +49,11 @@ def refine(
     router: Router,
     *,
     generator: torch.Generator,
-    strength: float = 1e-2,
-    steps: int = 100,
-    batch: int = 2048,
-    learning_rate: float = 1e-2,
-    load_cv: float = 0.25,
+    strength: Annotated[float, Range(1e-9)] = 1e-2,
+    steps: Annotated[int, Range(0, 1e6)] = 100,
+    batch: Annotated[int, Range(1)] = 2048,
+    learning_rate: Annotated[float, Range(1e-9, 1e3)] = 1e-2,
+    load_cv: Annotated[float, Range(0)] = 0.25,
 ) -> Router:
     """Fit again, to what the experts of a refitted `ffn` are worth beside those `router` chooses.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 
 from moefy.cluster import marks
-from moefy.layout import FFN, Partition, Profile, Router, Shape
+from moefy.layout import FFN, Partition, Profile, Range, Router, Shape
 
 WRITABLE = False
 """No stock class looks at activations before it chooses."""
@@ -18,7 +20,7 @@ def fit(
     shape: Shape,
     *,
     generator: torch.Generator,
-    marked: int = 10,
+    marked: Annotated[int, Range(1)] = 10,
     unit: bool = True,
 ) -> Router:
     """Choose by |h| of one neuron per expert, whose marks are nearest to the expert's mean marks.
