@@ -619,7 +619,7 @@ def report_on_calibration(place: Place) -> Done:
     done = place.convert("--tokens", "16384", "--sequence-length", "64")
     if done.code:
         return done
-    few = ("--tokens", "200", "--sequence-length", "64", "--no-controls")
+    few = ("--tokens", "200", "--sequence-length", "64", "--quick", "--no-controls")
     done = place.run("report", place.out, "--text", place.text, *few)
     said = [line for line in done.out.splitlines() if line.startswith("Warning")]
     return Done(done.code, "", "\n".join(said) or done.err)
