@@ -164,7 +164,7 @@ FOLDERS = [
             (d.config(TUNED, tokens="many"), "finetune.json", "tokens"),
         )
         for row in damaged(
-            damage, {f"report {COMPARED}": (3, "not a whole run", *says)}, "out-finetuned"
+            damage, {f"{READ} {COMPARED}": (3, "not a whole run", *says)}, "out-finetuned"
         )
     ],
 ]
