@@ -25,7 +25,7 @@ from moefy.evaluate.computing import one_dtype
 from moefy.evaluate.controls import load_model
 from moefy.evaluate.text import compare, standard_error
 from moefy.evaluate.windows import text_windows
-from moefy.finetune.opened import open_run, read_text, teacher_folder
+from moefy.finetune.opened import computing, open_run, read_text, teacher_folder
 from moefy.finetune.run import finetune
 from moefy.finetune.settings import Settings, build
 from moefy.finetune.tune import Watchers, tune
@@ -72,8 +72,7 @@ def main(
                 tune_dense(run, out / name, built, watch)
             else:
                 source = static if name.startswith("static") else run
-                resume = (out / f".{name}.moefy-finetune").is_dir()
-                finetune(source, out / name, built, resume=resume, watch=watch)
+                finetune(source, out / name, built, watch=watch)
     if score:
         folders = {"ours, before": run, "static, before": static}
         folders |= {name: out / name for name in CHANGES if (out / name).is_dir()}
@@ -86,12 +85,14 @@ def tune_dense(run: Path, out: Path, settings: Settings, watch: Callable[..., No
     """Train the dense model itself on the same tokens, and save it."""
     opened = open_run(run)
     folder, digests = teacher_folder(opened, settings)
-    tokens, _ = read_text(opened, settings, 1, watch)
+    dtype = computing(opened, None, settings).student.dtype
+    load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
+    tokens, _ = read_text(opened, settings, 1, load, watch)
     lower = {key: getattr(settings, key) / 10 for key in ("learning_rate", "rest_learning_rate")}
     home = out.with_name(f".{out.name}.moefy-finetune")
     home.mkdir(exist_ok=True)
     tuned = tune(
-        partial(AutoModelForCausalLM.from_pretrained, folder, dtype="auto"),
+        load,
         tokens,
         build(None, {**vars(settings), **lower}, []),
         home,

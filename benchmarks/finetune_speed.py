@@ -2,9 +2,9 @@
 
     python benchmarks/finetune_speed.py RUN --data TEXT [--steps 6]
 
-Both in the dtype the models are stored in, the same batches, AdamW, CPU seconds of the process (a
-machine that does other things as well changes those less than the clock). The teacher's
-expectations come from a file; what computing them costs is told beside.
+Both in the dtype that a fine-tune computes in (`--set compute_dtype=...`), the same batches, AdamW,
+CPU seconds of the process (a machine that does other things as well changes those less than the
+clock). The teacher's expectations come from a file; what computing them costs is told beside.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,17 @@ import torch
 import typer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from moefy.environment import processor
 from moefy.finetune import teacher
 from moefy.finetune.guard import Guard
-from moefy.finetune.opened import load_student, load_teacher, open_run, read_text, teacher_folder
+from moefy.finetune.opened import (
+    computing,
+    load_student,
+    load_teacher,
+    open_run,
+    read_text,
+    teacher_folder,
+)
 from moefy.finetune.routing import Routing
 from moefy.finetune.settings import build
 from moefy.finetune.trainer import Finetuner, Rows
@@ -61,9 +70,12 @@ def main(
     text_of = {"data": data, "batch_size": batch_size, "tokens": batch_size * 512 * steps}
     built = build(None, {**text_of, "validation_tokens": 512, "guard_restarts": 0}, settings)
     opened = open_run(run)
-    text, _ = read_text(opened, built, 1, lambda *_: None)
     folder, _ = teacher_folder(opened, built)
-    dense = load_teacher(folder, built)
+    computed = computing(opened, folder, built)
+    print(f"{computed.student.name}, {processor()}")
+    load = partial(load_teacher, folder, built, computed.student.dtype)
+    text, _ = read_text(opened, built, 1, load, lambda *_: None)
+    dense = load()
     keep = teacher.Keep(built.top_p, built.top_tokens, built.temperature)
     ids_BT = text.ids_BT[:batch_size]
     live = teacher.live(dense, keep)
@@ -71,7 +83,7 @@ def main(
     kept = live(torch.arange(batch_size), ids_BT)
     asked = time.process_time() - start
     dense.train().requires_grad_(True)
-    student = load_student(opened, built)
+    student = load_student(opened, built, computed.student.dtype)
     with tempfile.TemporaryDirectory() as place:
         arguments = TrainingArguments(
             output_dir=place,

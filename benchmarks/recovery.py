@@ -16,10 +16,18 @@ from typing import Any
 
 import typer
 
+from moefy.environment import processor
 from moefy.evaluate.text import compare
 from moefy.evaluate.windows import text_windows
 from moefy.finetune import teacher
-from moefy.finetune.opened import load_student, load_teacher, open_run, read_text, teacher_folder
+from moefy.finetune.opened import (
+    computing,
+    load_student,
+    load_teacher,
+    open_run,
+    read_text,
+    teacher_folder,
+)
 from moefy.finetune.settings import build
 from moefy.finetune.tune import Watchers, device, num_steps, tokens_per_step, tune
 from moefy.tokenizer import load_tokenizer
@@ -38,8 +46,9 @@ def main(
     opened = open_run(run)
     chosen = build(None, {"data": data_source}, settings)
     folder, _ = teacher_folder(opened, chosen)
-    tokens, _ = read_text(opened, chosen, 1, lambda *_: None)
-    dense = load_teacher(folder, chosen)
+    computed = computing(opened, folder, chosen)
+    dense = load_teacher(folder, chosen, computed.teacher.dtype)
+    tokens, _ = read_text(opened, chosen, 1, lambda: dense, lambda *_: None)
     tokenizer = load_tokenizer(folder)
     windows = {
         path.stem: text_windows(tokenizer, path, num_tokens=eval_tokens, length=1024)
@@ -52,7 +61,7 @@ def main(
 
     def load() -> Any:
         nonlocal student
-        student = load_student(opened, chosen)
+        student = load_student(opened, chosen, computed.student.dtype)
         return student
 
     def score(step: int, rate: float | None) -> None:
@@ -65,6 +74,8 @@ def main(
             "active": opened.summary["shape"]["active_fraction"],
             "tokens": step * tokens_per_step(chosen, 1),
             "tokens_per_second": rate,
+            "dtype": computed.student.name,
+            "processor": processor(),
             "dnll": {n: f["student"].nll - f["dense"].nll for n, f in found.items()},
             "kl": {n: f["student"].kl for n, f in found.items()},
             "top1": {n: f["student"].agreement for n, f in found.items()},

@@ -19,11 +19,13 @@ import torch
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moefy import families
 from moefy.compute import compute_dtype as choose
 from moefy.environment import processor
 from moefy.layout import Shape
 from moefy.shape import solve
 from moefy.targets.qwen2_moe import TARGET
+from moefy.targets.target import Dense
 
 VOCABULARY = 8192
 
@@ -62,7 +64,7 @@ def main(
     for count in map(int, experts.split(",")):
         shape = solve(neurons, active=active, experts=count)
         for way in ("eager", "grouped_mm"):
-            config = TARGET.configure(dense, shape, [])
+            config = TARGET.configure(Dense(families.load("llama"), dense), shape)
             name = f"{shape} | {way}"
             models[name] = build(config, chosen.dtype, experts_implementation=way)
             ideal[name] = flops(hidden, neurons, layers, None) / flops(
