@@ -115,6 +115,16 @@ def test_the_best_dtype_of_dense_stands_against_the_best_of_the_other():
     assert result["dtype"] == {"dense": "prefill bfloat16; decode float32", "moe": "float32"}
 
 
+def test_two_dtypes_are_measured_only_where_the_second_is_clearly_faster():
+    half, whole = torch.bfloat16, torch.float32
+    models, result, _ = in_dtypes({"dense": {half: (1.0, 1.0), whole: (1.0, 0.96)}})
+    assert result["dtype"] == {"dense": "bfloat16"}
+    alone = len(models["dense"][whole].batches)
+    models, result, _ = in_dtypes({"dense": {half: (1.0, 1.0), whole: (1.0, 0.9)}})
+    assert result["dtype"] == {"dense": "prefill bfloat16; decode float32"}
+    assert len(models["dense"][whole].batches) > alone
+
+
 def test_a_hopeless_dtype_is_not_tried_at_more_sequences():
     half, whole = torch.bfloat16, torch.float32
     models, _, _ = in_dtypes({"dense": {half: (1.0, 1.0), whole: (3.0, 3.0)}})

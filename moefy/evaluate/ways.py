@@ -6,6 +6,7 @@ sequence is not tried for more.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +24,17 @@ PHASES: tuple[str, ...] = ("prefill", "decode")
 IMPLEMENTATIONS: tuple[str, ...] = ("grouped_mm", "eager", "batched_mm")
 """How transformers may compute experts; the fastest one is used for each piece of work."""
 
-TRIAL = 64
-"""Tokens in a sequence by which implementations are tried."""
+TRIAL, MOST_TRIED, LEAST_TRIED = 64, 512, 16
+"""Tokens in a sequence by which implementations are tried, and in all sequences of a batch, each of
+which has the least all the same."""
 
 HOPELESS = 2.0
 """An implementation or a dtype so many times slower than another at one sequence is not tried at
 more."""
+
+CLEARLY = 1.05
+"""A dtype so many times faster than the first one is taken in its place. For less, a model would be
+measured in two dtypes, which takes twice as long and tells little."""
 
 Clock = Callable[[], float]
 Work = tuple[str, int]
@@ -102,23 +108,30 @@ def fastest(
         left_out |= {f"{way} in {name_of(dtype)}": why for way, why in trial.left_out.items()}
         for one, seconds in trial.seconds.items():
             least[one] = min(seconds, least.get(one, seconds))
-    best = {
-        one: min(tried, key=lambda dtype: tried[dtype][1].seconds.get(one, math.inf))
-        for one in work
-    }
+    best = {one: _clearly_best(tried, one) for one in work}
     return Fastest({dtype: tried[dtype] for dtype in set(best.values())}, best, left_out)
+
+
+def _clearly_best(tried: Mapping[torch.dtype, tuple[Any, Trial]], one: Work) -> torch.dtype:
+    """The fastest dtype for a piece of work; the first one, where no other is clearly faster."""
+    took = {dtype: trial.seconds.get(one, math.inf) for dtype, (_, trial) in tried.items()}
+    first, best = next(iter(took)), min(took, key=took.__getitem__)
+    return best if took[first] > CLEARLY * took[best] else first
 
 
 def fastest_round(
     model: Fastest, ids_T: Tensor, batch: int, context: int, grid: Grid, turn: int, clock: Clock
 ) -> tuple[float, float]:
     """`one_round` in the fastest dtypes; if they differ, each phase is taken from its own's."""
-    read, write = (model.dtypes[phase, batch] for phase in PHASES)
-    took = {}
-    for dtype in dict.fromkeys((read, write)):
-        opened, trial = model.models[dtype]
-        took[dtype] = one_round(opened, ids_T, batch, context, grid, turn, trial.ways, clock)
-    return took[read][0], took[write][1]
+
+    def took(phase: str, grid: Grid) -> tuple[float, float]:
+        opened, trial = model.models[model.dtypes[phase, batch]]
+        return one_round(opened, ids_T, batch, context, grid, turn, trial.ways, clock)
+
+    prefill, decode = took("decode", grid)
+    if model.dtypes["prefill", batch] != model.dtypes["decode", batch]:
+        prefill, _ = took("prefill", dataclasses.replace(grid, new_tokens=0))
+    return prefill, decode
 
 
 def implementations(
@@ -139,14 +152,15 @@ def implementations(
     batches = sorted({batch for batch, _ in grid.work})
     for batch in batches:
         took: dict[str, dict[str | None, float]] = {phase: {} for phase in PHASES}
+        context = min(TRIAL, max(LEAST_TRIED, MOST_TRIED // batch))
         for way in dict.fromkeys(hopeful["prefill"] + hopeful["decode"]):
             # One that is only tried for decoding reads by the way that was best before.
             read = way if way in hopeful["prefill"] else result.ways["prefill", batches[0]]
             ways = {("prefill", batch): read, ("decode", batch): way}
             try:
                 if not result.ways:  # the first time is slower whatever the way
-                    one_round(model, ids_T, batch, TRIAL, trial, 0, ways, clock)
-                values = one_round(model, ids_T, batch, TRIAL, trial, 1, ways, clock)
+                    one_round(model, ids_T, batch, context, trial, 0, ways, clock)
+                values = one_round(model, ids_T, batch, context, trial, 1, ways, clock)
             except Exception as error:  # a library's own, of a kind that it does not name
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 result.left_out[way or "transformers"] = reason
