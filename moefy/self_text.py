@@ -18,12 +18,14 @@ from moefy.tokenizer import encode, first_ids
 OPENINGS = Path(__file__).with_name("openings.txt")
 """Beginnings of documents, written for this package; those of a kind stand side by side."""
 
-DOCUMENT = 128
-"""Tokens of a document, its opening included."""
+DOCUMENT = 64
+"""Tokens of a document, its opening included: many short ones are better to calibrate on than few
+long ones (recipes/README.md, "What did not help")."""
 
 TEMPERATURE = 1.0
+"""What draws less than the model's whole distribution is worse to calibrate on (there, too)."""
 
-MOST_OPENING = 4
+MOST_OPENING = 2
 """An opening takes at most one part in this many of its document."""
 
 BATCHES = (128, 64, 32, 16, 8, 4, 2, 1)

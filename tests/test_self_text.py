@@ -101,8 +101,8 @@ def test_every_document_starts_with_an_opening_and_no_two_alike(tiny, batch_size
     assert all(start in known for start in starts) and len(set(starts)) > 20
     assert all(row[-1] == EOS for row in rows)
     # What follows is no opening's: the model wrote it.
-    longer = {ids[:10] for ids in beginnings(tokenizer, 10)}
-    assert sum(tuple(row[:10]) in longer for row in rows) < 3
+    longer = beginnings(tokenizer, 16)
+    assert sum(tuple(row[:16]) in longer for row in rows) < 3
 
 
 def test_openings_are_of_all_kinds(tiny):
@@ -122,12 +122,12 @@ def test_where_the_model_ends_a_text_the_next_opening_follows(tiny):
         ids_BT = sample(tiny, tokenizer).ids_BT
     finally:
         hook.remove()
-    known = {ids[:most] for most in range(11) for ids in beginnings(tokenizer, most)}
+    known = {ids[:most] for most in range(21) for ids in beginnings(tokenizer, most)}
     for row in ids_BT.tolist():
         parts = [
             tuple(part) for end, part in itertools.groupby(row, lambda id: id == EOS) if not end
         ]
-        assert len(parts) > 2 and all(part in known for part in parts)
+        assert len(parts) > 1 and all(part in known for part in parts)
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
