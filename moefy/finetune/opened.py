@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from moefy.memory import available
 from moefy.publish import sha256
 from moefy.recipe import Recipe
 from moefy.self_text import sample
-from moefy.shards import DTYPES
+from moefy.shards import stored_dtype
 from moefy.stock import check_loaded, open_model, plain_config
 from moefy.tokenizer import load_tokenizer
 
@@ -127,17 +126,6 @@ def computing(opened: Opened, teacher: Path | None, settings: Settings) -> Compu
 
 def _num_weights(folder: Path) -> int:
     return sum(entry.num_elements for entry in read_entries(folder).values())
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that transformers opens a folder in of itself: its configuration's, or the one that
-    holds all its weights."""
-    config = read_config(folder)
-    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    if isinstance(named, torch.dtype):
-        return named
-    found = (DTYPES[entry.dtype] for entry in read_entries(folder).values())
-    return reduce(torch.promote_types, (dtype for dtype in found if dtype.is_floating_point))
 
 
 def one_dtype(folder: Path) -> bool:
