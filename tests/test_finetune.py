@@ -381,13 +381,13 @@ def test_a_machine_without_the_stored_dtype_computes_in_float32(
     low, text, tmp_path, slow_in_bfloat16, monkeypatch
 ):
     seen = []
-    load = opened.AutoModelForCausalLM.from_pretrained
+    load = opened.open_model
 
     def opening(*args, **options):
         seen.append(options["dtype"])
         return load(*args, **options)
 
-    monkeypatch.setattr(opened.AutoModelForCausalLM, "from_pretrained", opening)
+    monkeypatch.setattr(opened, "open_model", opening)
     out = tmp_path / "out"
     summary = tuned(low, out, text, train="router", **FAST)
     assert seen[:2] == [torch.float32, torch.float32]  # the teacher, the student
