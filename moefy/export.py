@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.errors import MoefyError
-from moefy.headers import read_config
+from moefy.headers import read_config, read_entries
 from moefy.pack import pack
 from moefy.recipe import nearest
 
@@ -68,9 +68,9 @@ def export(
     given. Needs disk for the file, and for a 16-bit one besides where `kind` is made from that.
 
     Raises:
-        MoefyError: code 2 for an unknown type or an occupied `out`; 3 when `run` is no checkpoint;
-            4 when llama.cpp cannot hold it or would compute something else; 5 when a program is
-            missing, or memory or disk give out.
+        MoefyError: code 2 for an unknown type or an occupied `out`; 3 when `run` is no whole
+            checkpoint; 4 when llama.cpp cannot hold it or would compute something else; 5 when a
+            program is missing, or memory or disk give out.
     """
     start = time.perf_counter()
     config = read_config(run)
@@ -81,6 +81,7 @@ def export(
     out = _free(out or run / f"{run.resolve().name}-{kind}.gguf", force=force)
     if reason := _own_code(run) or llama_cpp_problem(config) or _too_narrow(config, kind):
         raise MoefyError(f"{run} cannot be exported: {reason}", code=4)
+    read_entries(run)  # for files that are cut or missing
     _check_programs(kind)
     first = kind if kind in CONVERTED else {"f32": "f16"}.get(stored, stored)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.moefy-part-") as part:

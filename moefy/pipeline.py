@@ -23,7 +23,16 @@ from moefy.finetune.settings import build as build_finetune
 from moefy.finetune.settings import renamed
 from moefy.job import Watch
 from moefy.recipe import Recipe, build, located, nearest, read_toml
-from moefy.runs import RECIPE, dense_model, read_recipe, read_report, read_tuning
+from moefy.runs import (
+    RECIPE,
+    check_present,
+    dense_model,
+    open_run,
+    read_recipe,
+    read_report,
+    read_tuning,
+    written,
+)
 from moefy.runs import REPORT as REPORTED
 
 REPORT = "report"
@@ -165,8 +174,8 @@ def run(
     """Do the stages in turn, and give of each what it tells, or None where it was done already.
 
     Raises:
-        MoefyError: code 2 where a stage was done by another recipe, before any is begun; else what
-            the stages raise.
+        MoefyError: code 2 where a stage was done by another recipe, and 3 where its files are not
+            whole any more, before any is begun; else what the stages raise.
     """
     done = {stage.name: not force and stage.done() for stage in wanted}
     for stage in wanted:
@@ -179,6 +188,7 @@ def _converted(out: Path, recipe: Recipe) -> bool:
     if not (folder / REPORTED).is_file() or not (folder / RECIPE).is_file():
         return False
     _check_same(out, "converted", _deciding(read_recipe(out)), _deciding(recipe))
+    _check_whole(out)
     if os.path.isdir(recipe.model):  # else a hub id, whose revision is in the recipe
         summary = read_report(out)
         if not dense_model(out, summary, recipe, recipe.model, "MODEL").made(summary):
@@ -212,6 +222,7 @@ def _finetuned(run: Path, out: Path, settings: FinetuneSettings) -> bool:
     # What an older moefy had no setting for, it did as the default does.
     known = dataclasses.asdict(FinetuneSettings()) | renamed(tuning["settings"])
     _check_same(out, "fine-tuned", located(known, "data", "teacher"), wanted)
+    _check_whole(out)
     base = read_report(run)["outputs"] if (run / "moefy" / REPORTED).is_file() else {}
     started = tuning["parent"]["files"]
     if changed := [name for name, digest in started.items() if base.get(name) != digest]:
@@ -254,6 +265,18 @@ def _check_same(out: Path, done: str, found: Mapping[str, Any], wanted: Mapping[
         raise MoefyError(
             f"{out} was {done} by another recipe: {'; '.join(differs)}; {ANEW}", code=2
         )
+
+
+def _check_whole(out: Path) -> None:
+    """Refuse the result of a stage that has lost files, or parts of them, since it was done.
+
+    Names, headers and sizes tell that at once; `moefy verify` compares all bytes.
+    """
+    try:
+        check_present(out, written(out, open_run(out)))
+    except MoefyError as error:
+        reason = str(error).partition("; fetch")[0]
+        raise MoefyError(f"{reason}; {ANEW}", code=error.code) from None
 
 
 def _read(file: Path) -> dict[str, Any] | None:

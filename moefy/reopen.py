@@ -44,7 +44,7 @@ def reopen(
     Raises:
         MoefyError: code 6, for missing, unexpected or mismatched keys, or other hidden states.
     """
-    config = plain_config(folder)
+    config = plain_config(folder, code=6)
     entries = {
         name: entry
         for file in folder.glob("*.safetensors")

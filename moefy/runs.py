@@ -19,6 +19,7 @@ from moefy.headers import (
     read_header,
     read_json,
     regular_file,
+    some,
 )
 from moefy.publish import sha256
 from moefy.recipe import Recipe, build, read
@@ -194,6 +195,16 @@ def written(run: Path, summary: Mapping[str, Any]) -> dict[str, str]:
         if name not in changed and not name.startswith("model")
     }
     return taken | digests
+
+
+def check_present(run: Path, digests: Mapping[str, str]) -> None:
+    """See that the files of a run are there, whatever they hold.
+
+    Raises:
+        MoefyError: code 3.
+    """
+    if missing := [name for name in digests if not (run / name).is_file()]:
+        raise MoefyError(f"{run} lacks {some(missing)}, which the run wrote")
 
 
 def _read(run: Path, name: str, form: Form) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from moefy.errors import MoefyError
 
@@ -16,16 +17,24 @@ def auto_class(task: str) -> Any:
     return getattr(transformers, "AutoModel" + task.removeprefix("Model"))
 
 
-def plain_config(folder: Path) -> PreTrainedConfig:
+def plain_config(folder: Path, *, code: int = 3) -> PreTrainedConfig:
     """The configuration of a folder, less what changes no number: how attention and experts are
-    computed, which may need what is not installed here, and what is returned beside the result."""
-    config: Any = AutoConfig.from_pretrained(
-        folder,
-        local_files_only=True,
-        attn_implementation=None,
-        experts_implementation=None,
-        output_attentions=False,
-    )
+    computed, which may need what is not installed here, and what is returned beside the result.
+
+    Raises:
+        MoefyError: `code`, for values that its class does not take.
+    """
+    try:
+        config: Any = AutoConfig.from_pretrained(
+            folder,
+            local_files_only=True,
+            attn_implementation=None,
+            experts_implementation=None,
+            output_attentions=False,
+        )
+    except Exception as error:  # whatever a value of a wrong kind makes transformers raise
+        failure = f"transformers cannot open {folder / CONFIG_NAME}"
+        raise library_error(failure, error, advice="correct it", code=code) from error
     config._attn_implementation = config._experts_implementation = None
     config.output_hidden_states, config.return_dict = False, True
     return config
@@ -44,10 +53,11 @@ def open_model(
     Raises:
         MoefyError: `code` where transformers cannot open it, 5 where it lacks a package for it.
     """
+    config = config or plain_config(folder, code=code)
     try:
         return auto_class(task).from_pretrained(
             folder,
-            config=config or plain_config(folder),
+            config=config,
             local_files_only=True,
             output_loading_info=True,
             **more,
@@ -55,7 +65,10 @@ def open_model(
     except Exception as error:  # whatever a damaged configuration makes transformers raise
         if isinstance(error, MemoryError) or "out of memory" in str(error):
             raise
-        raise library_error(f"transformers cannot open {folder}", error, code=code) from error
+        advice = f"expected a {CONFIG_NAME} that fits the weights"
+        raise library_error(
+            f"transformers cannot open {folder}", error, advice=advice, code=code
+        ) from error
 
 
 def check_loaded(folder: Path, info: dict[str, Any]) -> None:

@@ -23,13 +23,13 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint folder, from local files only.
 
     Raises:
-        MoefyError: code 3, when there is none or it is broken.
+        MoefyError: code 3, when there is none or it is broken, or the configuration is.
     """
     from transformers import AutoTokenizer
 
+    # Whose class follows from the model's, without settings that mean nothing here.
+    config = plain_config(folder) if (folder / CONFIG).is_file() else None
     try:
-        # Whose class follows from the model's, without settings that mean nothing here.
-        config = plain_config(folder) if (folder / CONFIG).is_file() else None
         tokenizer = AutoTokenizer.from_pretrained(
             folder, config=config, local_files_only=True, trust_remote_code=False
         )

@@ -13,7 +13,7 @@ from moefy.job import Watch
 from moefy.oracle import attach
 from moefy.publish import sha256
 from moefy.reopen import reopen
-from moefy.runs import FINETUNED, REPORT, read_report, read_tuning, written
+from moefy.runs import FINETUNED, REPORT, check_present, read_report, read_tuning, written
 from moefy.scan import check_finite
 from moefy.shards import read
 from moefy.summary import END
@@ -74,8 +74,7 @@ def check_files(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
 
 
 def _digests(run: Path, digests: Mapping[str, str], watch: Watch) -> str:
-    if missing := [name for name in digests if not (run / name).is_file()]:
-        raise MoefyError(f"{run} lacks {some(missing)}, which the run wrote")
+    check_present(run, digests)
     if added := sorted({file.name for file in run.glob("*.safetensors")} - digests.keys()):
         raise MoefyError(f"{run} holds {some(added)}, which the run did not write")
     changed = []

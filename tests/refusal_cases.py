@@ -192,7 +192,10 @@ FILES = [
     ],
     *damaged(
         d.remove(CONFIG),
-        {f"{READ} export": (3, CONFIG, "cannot be found"), COMPARED: (3, "lacks config.json")},
+        {
+            f"{READ} export run": (3, CONFIG, "cannot be found"),
+            COMPARED: (3, "lacks config.json"),
+        },
     ),
     *damaged(
         d.cut(CONFIG, 40),
@@ -239,17 +242,33 @@ FILES = [
         for damage in (d.write(CONFIG, "[]"), d.pipe(CONFIG))
         for row in damaged(damage, {f"{READ} export": (3, CONFIG)})
     ],
-    *damaged(d.remove(SINGLE), {READ: (3, f"holds no {SINGLE}"), COMPARED: (3, f"lacks {SINGLE}")}),
+    *damaged(
+        d.remove(SINGLE),
+        {
+            f"{READ} export": (3, f"holds no {SINGLE}"),
+            "run": (3, f"holds no {SINGLE}", "--force"),
+            COMPARED: (3, f"lacks {SINGLE}"),
+        },
+    ),
+    *damaged(
+        d.sharded(d.remove(d.SHARDS[1])),
+        {f"{READ} export": (3, f"lacks {d.SHARDS[1]}"), "run": (3, d.SHARDS[1], "--force")},
+    ),
     *damaged(
         d.cut(SINGLE, 50_000),
         {
-            READ: (3, SINGLE, "not a whole safetensors file", "50000"),
+            f"{READ} export": (3, SINGLE, "not a whole safetensors file", "50000"),
+            "run": (3, SINGLE, "not a whole safetensors file", "--force"),
             COMPARED: (3, "not as the run wrote it", SINGLE),
         },
     ),
     *damaged(
         d.tensor(ROUTER, d.first_value(float("nan")), "three values NaN"),
-        {COMPARED: (3, "not as the run wrote it", SINGLE)},
+        {
+            "report": (6, "no finite likelihood", "moefy verify out"),
+            "finetune": (6, "loss before training is nan", "moefy verify RUN"),
+            COMPARED: (3, "not as the run wrote it", SINGLE),
+        },
     ),
     *damaged(
         d.append(SINGLE, b"more"),
@@ -258,7 +277,12 @@ FILES = [
     *[
         row
         for damage in (d.config(hidden_size=-1), d.config(num_experts=10**9))
-        for row in damaged(damage, {"finetune": (3, "transformers cannot open out")})
+        for row in damaged(damage, {READ: (3, "transformers cannot open out", CONFIG)})
+    ],
+    *[
+        row
+        for damage in (d.config(moe_intermediate_size="wide"), d.config(num_experts=None))
+        for row in damaged(damage, {READ: (3, f"transformers cannot open out/{CONFIG}")})
     ],
     *damaged(
         Damage("one shard more", lambda f: shutil.copy(f / SINGLE, f / "more.safetensors")),
@@ -268,6 +292,7 @@ FILES = [
         d.remove("tokenizer.json", "tokenizer_config.json"),
         {
             READ: (3, "no tokenizer that loads", "copy"),
+            "run": (3, "lacks tokenizer.json", "--force"),
             COMPARED: (3, "lacks tokenizer.json, tokenizer_config.json"),
         },
     ),

@@ -104,6 +104,28 @@ def test_a_stage_that_is_gone_is_done_again(copied):
     assert go(file, out) == {"convert": False, "finetune": True, "report": True}
 
 
+@pytest.mark.parametrize("folder", ["out", "out-finetuned"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_stage_that_lost_a_file_is_not_skipped(folder, name, copied):
+    file, out = copied
+    out.with_name(folder).joinpath(name).unlink()
+    kept = bytes_of(out.parent)
+    with pytest.raises(
+        MoefyError, match=f"{folder}.*{name}.*--force to do all stages anew"
+    ) as caught:
+        go(file, out)
+    assert caught.value.code == 3
+    assert bytes_of(out.parent) == kept
+
+
+def test_a_stage_that_lost_a_file_is_done_anew_by_force(copied):
+    file, out = copied
+    out.joinpath("model.safetensors").unlink()
+    out.with_name("out-finetuned").joinpath("config.json").unlink()
+    assert set(go(file, out, force=True).values()) == {True}
+    assert set(go(file, out).values()) == {False}
+
+
 def test_other_measurements_are_made_without_the_rest(copied):
     file, out = copied
     file.write_text(file.read_text().replace("tokens = 300", "tokens = 200"))

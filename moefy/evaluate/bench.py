@@ -67,6 +67,8 @@ class Bench:
     place: Path
     watch: Watch
     not_run: list[dict[str, str]] = field(default_factory=list)
+    codes: dict[str, int] = field(default_factory=dict)
+    """Exit code of a part that failed for a reason of the user's."""
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     """What each part took, by the clock and of the processor."""
@@ -89,6 +91,7 @@ class Bench:
             yield
         except MoefyError as error:
             self.not_run.append({"what": what, "reason": str(error)})
+            self.codes[what] = error.code
         except (KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # a library's own fault must not take the other parts with it
@@ -191,8 +194,8 @@ def prepare(
         opened_in,
         place,
         watch,
-        [{"what": "a stage of the run", "reason": reason} for reason in missing],
-        notes,
+        not_run=[{"what": "a stage of the run", "reason": reason} for reason in missing],
+        notes=notes,
     )
 
 

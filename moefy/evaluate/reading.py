@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from moefy import routing
 from moefy.environment import code
+from moefy.errors import MoefyError
 from moefy.evaluate.stages import Stage
 from moefy.evaluate.store import Store, tensors_digest
 from moefy.evaluate.text import Score, compare
@@ -77,7 +79,11 @@ class Readers:
         keep: int | None = None,
         watch: Callable[[int, int], None] = lambda *_: None,
     ) -> dict[str, Reading]:
-        """What every stage, or those of `labels`, makes of `windows`; see `compare`."""
+        """What every stage, or those of `labels`, makes of `windows`; see `compare`.
+
+        Raises:
+            MoefyError: code 6, for a model that computes NaN or an infinite loss.
+        """
         dense, stages = self.stages[0], self.stages
         if labels is not None:
             stages = [dense, *(stage for stage in stages[1:] if stage.label in labels)]
@@ -89,10 +95,25 @@ class Readers:
         if lacking:
             reference = self.opened(dense.label)
             models = {label: self.opened(label) for label in lacking if label != dense.label}
-            for label, reading in read(reference, models, windows, keep, watch).items():
+            readings = read(reference, models, windows, keep, watch)
+            _check_finite(readings, stages)
+            for label, reading in readings.items():
                 value = dataclasses.asdict(reading)
                 found[label] = self.store.put("reading", keys[label], value)
         return {label: _reading(found[label]) for label in keys}
+
+
+def _check_finite(readings: Mapping[str, Reading], stages: Sequence[Stage]) -> None:
+    for stage in stages:
+        loss = readings[stage.label].score.nll if stage.label in readings else 0.0
+        if math.isfinite(loss):
+            continue
+        look = f"; `moefy verify {stage.folder}` looks for damage" if stage.summary else ""
+        raise MoefyError(
+            f"{stage.folder or stage.label} computes no finite likelihood (loss {loss:g}); "
+            f"expected finite weights, or a --compute-dtype that holds its values{look}",
+            code=6,
+        )
 
 
 def read(

@@ -40,7 +40,9 @@ def evaluate(
     Raises:
         MoefyError: code 2 for what cannot be asked, code 3 when `run` or another is no whole run,
             has another tokenizer than dense, or a text is too short, code 4 for a family that has
-            no next-token perplexity, code 5 when a program that was asked for is missing.
+            no next-token perplexity, code 5 when a program that was asked for is missing, code 6
+            when a model computes no finite likelihood. Where no text can be scored, nothing else is
+            measured.
     """
     check(settings)
     conditions = [gate.parse(text) for text in settings.conditions]
@@ -55,8 +57,6 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix=".moefy-report-", dir=run.resolve().parent) as place:
         bench = prepare(run, summary, settings, Path(place), watch)
         report = _measured(bench, settings, manager)
-    if not report["texts"]:
-        raise MoefyError(f"no text was scored: {bench.not_run[0]['reason']}", code=5)
     report["advice"] = advice.advice(report, bench.main)
     report["failed"] = [
         line for one in conditions for line in gate.failures(one, report, bench.main)
@@ -105,6 +105,8 @@ def _measured(bench: Bench, settings: Settings, manager: Any) -> dict[str, Any]:
     measured = {} if settings.effort == "quick" else parts.peaks(bench)
     with bench.part("scores"):
         report |= parts.quality(bench)
+    if not report["texts"]:
+        raise _no_text(bench)
     with bench.part("sizes"):
         report["models"] = parts.models(bench, measured)
     report["frontier"] = parts.frontier(bench, report["texts"])
@@ -123,3 +125,9 @@ def _measured(bench: Bench, settings: Settings, manager: Any) -> dict[str, Any]:
         with bench.part("speed"):
             parts.speed(bench, report, settings)
     return report
+
+
+def _no_text(bench: Bench) -> MoefyError:
+    """What kept the first text from being scored."""
+    row = next(row for row in bench.not_run if row["what"].startswith("scores"))
+    return MoefyError(f"no text was scored: {row['reason']}", code=bench.codes.get(row["what"], 5))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from moefy.errors import MoefyError
+
 
 @dataclass(frozen=True)
 class Trip:
@@ -19,6 +21,21 @@ class Trip:
     step: int
     reason: str
     good_until: int
+
+
+def check_start(loss: float) -> None:
+    """Refuse to train a model whose loss before training is not finite.
+
+    Raises:
+        MoefyError: code 6.
+    """
+    if not math.isfinite(loss):
+        raise MoefyError(
+            f"the validation loss before training is {loss}; expected finite weights, or a "
+            "--compute-dtype that holds its values; nothing was written; `moefy verify RUN` looks "
+            "for damage",
+            code=6,
+        )
 
 
 @dataclass

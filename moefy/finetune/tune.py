@@ -19,7 +19,7 @@ from moefy.errors import MoefyError
 from moefy.finetune import losses
 from moefy.finetune.checkpoints import last_good
 from moefy.finetune.explore import Explore
-from moefy.finetune.guard import Guard, Trip
+from moefy.finetune.guard import Guard, Trip, check_start
 from moefy.finetune.lora import adapted, merged
 from moefy.finetune.optim import round_weights
 from moefy.finetune.routing import Routing, figures
@@ -29,7 +29,6 @@ from moefy.finetune.trainer import Finetuner, Rows, Targets
 STRONGER = 4.0
 """What the weight of the balance is multiplied by after a collapse; rates are halved after a loss
 that rises."""
-
 
 CHECKPOINTING: dict[str, Any] = {
     "gradient_checkpointing": True,
@@ -141,6 +140,7 @@ def tune(
         if before is None:
             watchers.watch("measure", 0, 1)
             before = measured()
+            check_start(before[0]["loss"])
         guard = Guard(
             settings.guard_steps,
             settings.dead_below,
