@@ -523,7 +523,7 @@ def test_what_a_run_cannot_do_is_refused_before_a_model_is_opened(
 ):
     static, whole = converted(pico("llama"), partition="static"), converted(pico("llama"))
     own, other = converted(pico("gpt2"), target="moefy"), str(pico("llama", hidden_size=64))
-    monkeypatch.setattr(opened.AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(opened, "open_model", None)
     long = {"sequence_length": 256, "tokens": 2048, "batch_size": 1}
     for folder, settings, says in (
         (static, {"train": "router"}, "a static run has no routers"),
