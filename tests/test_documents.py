@@ -700,7 +700,7 @@ def test_every_command_reads_conversations_alike(chat_model, converted, tmp_path
     shape = {"sequence_length": 32, "batch_size": 1, "tokens": 640, "validation_tokens": 64}
     read = [
         opened.read_text(
-            opened.open_run(run), Settings(data=str(file), **shape), 1, lambda *_: None
+            opened.open_run(run), Settings(data=str(file), **shape), 1, None, lambda *_: None
         )[1].ids_BT.tolist()
         for file in files
     ]
@@ -758,6 +758,6 @@ def test_finetune_takes_rows_of_ids(converted, pico, tmp_path):
     file = str(stored(tmp_path, "array.json", held))
     shape = {"sequence_length": 32, "batch_size": 1, "tokens": 640, "validation_tokens": 64}
     asked = Settings(data=file, text_field="input_ids", **shape)
-    text, tokens = opened.read_text(opened.open_run(run), asked, 1, lambda *_: None)
+    text, tokens = opened.read_text(opened.open_run(run), asked, 1, None, lambda *_: None)
     expected = data.load_ids(file, num_tokens=704, length=32, seed=0, heldout=64 / 704)
     assert tokens.ids_BT.tolist() == expected.ids_BT.tolist() == text.ids_BT.tolist()
