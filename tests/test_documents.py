@@ -58,14 +58,16 @@ CONTAINERS = {
     "mark.jsonl": lambda values: BYTE_ORDER_MARK + json_lines(values),
     "mark.json": lambda values: BYTE_ORDER_MARK + json_array(values),
     "mark.txt": lambda values: BYTE_ORDER_MARK + json_array(values),
-    "a.jsonl.gz": lambda values: gzip.compress(json_lines(values)),
-    "a.json.gz": lambda values: gzip.compress(json_array(values)),
-    "a.txt.gz": lambda values: gzip.compress(json_lines(values)),
-    "unnamed.jsonl": lambda values: gzip.compress(json_lines(values)),
-    "two.jsonl.gz": lambda values: b"".join(gzip.compress(json_lines([v])) for v in values),
+    "a.jsonl.gz": lambda values: gzip.compress(json_lines(values), mtime=0),
+    "a.json.gz": lambda values: gzip.compress(json_array(values), mtime=0),
+    "a.txt.gz": lambda values: gzip.compress(json_lines(values), mtime=0),
+    "unnamed.jsonl": lambda values: gzip.compress(json_lines(values), mtime=0),
+    "two.jsonl.gz": lambda values: b"".join(
+        gzip.compress(json_lines([v]), mtime=0) for v in values
+    ),
     "a.parquet": parquet_bytes,
     "parquet.txt": parquet_bytes,
-    "a.parquet.gz": lambda values: gzip.compress(parquet_bytes(values)),
+    "a.parquet.gz": lambda values: gzip.compress(parquet_bytes(values), mtime=0),
 }
 containers = pytest.mark.parametrize("name", CONTAINERS)
 
@@ -223,7 +225,7 @@ def test_no_more_is_read_than_is_asked_for(tmp_path, monkeypatch):
         "a.jsonl": broken,
         "a.txt": broken,
         "a.json": b"[" + broken.replace(b"\n", b",\n"),
-        "a.jsonl.gz": gzip.compress(broken),
+        "a.jsonl.gz": gzip.compress(broken, mtime=0),
         "text.txt": b"some words\n" * 2**17 + b"\xff",
     }.items():
         (tmp_path / name).write_bytes(content)
@@ -280,7 +282,7 @@ def test_text_that_begins_like_json_is_text(tmp_path, content):
     for name in ("a.txt", "a.md", "LICENSE", "a.tex"):
         (tmp_path / name).write_text(content)
         assert list(documents.documents(str(tmp_path / name))) == [content]
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(content.encode()))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(content.encode(), mtime=0))
     assert list(documents.documents(str(tmp_path / "a.txt.gz"))) == [content]
 
 
@@ -288,7 +290,9 @@ def test_text_that_begins_like_json_is_text(tmp_path, content):
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.NDJSON", "a.json.gz"])
 def test_the_same_text_is_refused_where_rows_are_promised(tmp_path, name, content):
     content = content.encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(
+        gzip.compress(content, mtime=0) if name.endswith(".gz") else content
+    )
     assert_refused(lambda: list(documents.documents(str(tmp_path / name))), name)
     assert_refused(lambda: scored(tmp_path / name), name)
 
@@ -322,10 +326,10 @@ def readers(file):
         ("a.jsonl.bz2", b"BZh91AY&SY", "compressed by bzip2"),
         ("a.arrow", b"ARROW1\0\0", "an Arrow file"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-        ("a.pdf.gz", gzip.compress(b"%PDF-1.7\nwords"), "a PDF file"),
+        ("a.pdf.gz", gzip.compress(b"%PDF-1.7\nwords", mtime=0), "a PDF file"),
         ("a.csv", b"id,text\n1,words", "a table (.csv)"),
         ("A.TSV", b"id\ttext\n1\twords", "a table (.tsv)"),
-        ("a.csv.gz", gzip.compress(b"id,text\n1,words"), "a table (.csv)"),
+        ("a.csv.gz", gzip.compress(b"id,text\n1,words", mtime=0), "a table (.csv)"),
         ("a.jsonl", b"\x7fELF\0\0words", "binary (byte 4 is zero)"),
         ("a.parquet", b"words", "no parquet file"),
         ("a.parquet", b"PAR1words", "damaged parquet"),
@@ -342,8 +346,8 @@ def test_what_is_neither_text_nor_rows_is_refused_by_every_reader(tmp_path, name
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl.gz", gzip.compress(json_lines(ROWS))[:-30], "damaged gzip"),
-        ("a.txt.gz", gzip.compress(b"w1 " * 999)[:-9] + b"x" * 9, "damaged gzip"),
+        ("a.jsonl.gz", gzip.compress(json_lines(ROWS), mtime=0)[:-30], "damaged gzip"),
+        ("a.txt.gz", gzip.compress(b"w1 " * 999, mtime=0)[:-9] + b"x" * 9, "damaged gzip"),
         ("a.json", json_array(ROWS)[:-1], "cut off"),
         ("a.json", json_array(ROWS)[:-9], "row 40: not valid JSON"),
         ("a.json", json_array(ROWS) + b"[]", "text after the array"),
@@ -352,7 +356,7 @@ def test_what_is_neither_text_nor_rows_is_refused_by_every_reader(tmp_path, name
         ("a.txt", "text".encode("utf-16"), "binary"),
         ("a.txt", b"words" * 2**18 + b"\0", f"byte {5 * 2**18} is zero"),
         ("a.txt", BYTE_ORDER_MARK + b"caf\xe9 au lait", "not UTF-8 at byte 6"),
-        ("a.txt.gz", gzip.compress(b"caf\xe9 au lait"), "not UTF-8 at byte 3"),
+        ("a.txt.gz", gzip.compress(b"caf\xe9 au lait", mtime=0), "not UTF-8 at byte 3"),
     ],
 )
 def test_what_is_damaged_is_refused_where_it_is(tmp_path, name, content, says):
@@ -393,7 +397,7 @@ def test_a_byte_order_mark_is_no_token_for_any_reader(tmp_path):
     for name, content, read in (
         ("a.txt", text, calibrated),
         ("a.txt", text, scored),
-        ("a.txt.gz", gzip.compress(text), scored),
+        ("a.txt.gz", gzip.compress(text, mtime=0), scored),
         ("a.jsonl", json_lines(ROWS), calibrated),
         ("a.jsonl", json_lines(ROWS), scored),
         ("a.jsonl", asked, prompted),
@@ -402,7 +406,7 @@ def test_a_byte_order_mark_is_no_token_for_any_reader(tmp_path):
         file.write_bytes(content)
         plain = read(file)
         if name.endswith(".gz"):
-            file.write_bytes(gzip.compress(BYTE_ORDER_MARK + text))
+            file.write_bytes(gzip.compress(BYTE_ORDER_MARK + text, mtime=0))
         else:
             file.write_bytes(BYTE_ORDER_MARK + content)
         assert read(file) == plain
