@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from moefy.compute import name_of
 from moefy.environment import processor
 from moefy.evaluate.computing import one_dtype
-from moefy.evaluate.controls import load_model
+from moefy.evaluate.load import load_model
 from moefy.evaluate.text import compare, standard_error
 from moefy.evaluate.windows import text_windows
 from moefy.finetune.opened import computing, open_run, read_text, teacher_folder

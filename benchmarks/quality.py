@@ -26,7 +26,7 @@ from moefy.convert import calibration_tokens, convert
 from moefy.environment import processor
 from moefy.errors import MoefyError
 from moefy.evaluate.computing import one_dtype
-from moefy.evaluate.controls import load_model
+from moefy.evaluate.load import load_model
 from moefy.evaluate.text import compare, standard_error
 from moefy.evaluate.windows import text_windows
 from moefy.job import prepare

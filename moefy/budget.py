@@ -13,6 +13,7 @@ from moefy.block import Method, convert_block
 from moefy.data import Tokens
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch, prepare
+from moefy.model_config import model_config
 from moefy.partition import static
 from moefy.recipe import Recipe
 from moefy.shape import fine, pruned
@@ -90,7 +91,7 @@ def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:
     num_fit, length = fitted.shape
     ids_BT = torch.cat([fitted, probes])
     num_tokens, num_probed = ids_BT.numel(), probes.numel()
-    config = walk.model_config(job.checkpoint)
+    config = model_config(job.checkpoint)
     activation = getattr(config, job.family.activation, "silu")
     method = Method(static.split, None, refit=True)
     states_BTD = walk.embed(job.checkpoint, job.family, ids_BT, job.device)

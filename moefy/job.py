@@ -17,6 +17,7 @@ from moefy.errors import MoefyError
 from moefy.families.family import Family
 from moefy.layout import Shape
 from moefy.method import stages
+from moefy.model_config import model_config
 from moefy.recipe import Recipe, chosen_layers, nearest
 from moefy.shape import pruned, solve
 from moefy.shards import DTYPES
@@ -24,7 +25,6 @@ from moefy.source import resolve
 from moefy.targets.dense import narrower
 from moefy.targets.target import Dense, Target
 from moefy.validate import beside, check_tensors, open_checkpoint
-from moefy.walk import model_config
 
 ENGINES = {
     "transformers": "transformers",

@@ -16,6 +16,7 @@ from moefy.coverage import gaps
 from moefy.data import Tokens
 from moefy.errors import MoefyError
 from moefy.job import Job, Watch
+from moefy.model_config import model_config
 from moefy.parallel import ALONE, Group, Share
 from moefy.profile import CHUNK
 from moefy.shards import ShardWriter
@@ -206,7 +207,7 @@ def _pass(
     The first sequences of `states_BTD` are those of `tokens`; any others go through the dense FFN.
     """
     watch(f"layer {layer}: attention", layer, job.num_layers)
-    config = walk.model_config(job.checkpoint)
+    config = model_config(job.checkpoint)
     activation = getattr(config, job.family.activation, "silu")
     with clock.stage("read"):
         ffn = walk.read_ffn(job.checkpoint, job.family, layer, activation, job.device)

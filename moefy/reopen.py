@@ -13,8 +13,7 @@ from torch import Tensor
 from moefy.errors import MoefyError
 from moefy.headers import Entry, read_header
 from moefy.shards import Slot
-from moefy.stock import open_model, plain_config
-from moefy.walk import runnable, some_layers, states_of
+from moefy.stock import open_model, plain_config, runnable, some_layers, states_of
 
 TOLERANCE = 0.1
 """Greatest mean relative error of a token's last hidden state. Router gates deviate from one by

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
@@ -90,3 +92,33 @@ def library_error(found: str, error: Exception, *, advice: str = "", code: int =
     if isinstance(error, ImportError):
         return MoefyError(f"{found}: {reason}; install it", code=5)
     return MoefyError(f"{found}: {reason}{'; ' * bool(advice)}{advice}", code=code)
+
+
+def runnable(model: Any) -> Any:
+    """A loaded model, with its experts run one by one where transformers' default cannot.
+
+    That is `grouped_mm`, which takes rows of multiples of 16 bytes.
+    """
+    odd = (p.shape[-1] * p.element_size() % 16 for p in model.parameters() if p.ndim == 3)
+    if model.config.model_type != "moefy" and any(odd):
+        model.set_experts_implementation("eager")
+    return model
+
+
+def states_of(out: Any) -> Tensor:
+    """The states in what a layer returns."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+def some_layers(config: PreTrainedConfig, first: int, last: int) -> PreTrainedConfig:
+    """The configuration of a model of only the layers from `first` to before `last`."""
+    fewer: Any = copy.deepcopy(config)
+    if config.model_type == "moefy":
+        fewer.dense = some_layers(fewer.dense_config(), first, last).to_dict()
+        return fewer
+    num_layers = config.num_hidden_layers
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == num_layers and not key.endswith("_token_id"):
+            setattr(fewer, key, value[first:last])
+    fewer.num_hidden_layers = last - first
+    return fewer

@@ -233,8 +233,8 @@ def _implied(checkpoint: Checkpoint, family: Family) -> tuple[Shapes, set[str]]:
     # Here, because these take seconds that `open_checkpoint` need not wait for.
     import torch
 
+    from moefy.model_config import model_config
     from moefy.stock import auto_class, library_error
-    from moefy.walk import model_config
 
     task = family.task(checkpoint.config)
     try:

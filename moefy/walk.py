@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
-import moefy.modeling  # noqa: F401 - makes the class of `--target moefy` known to transformers
 from moefy.checkpoint import Checkpoint
 from moefy.errors import MoefyError
 from moefy.families.family import Family
 from moefy.layout import FFN
-from moefy.stock import open_model
+from moefy.model_config import model_config
+from moefy.stock import open_model, some_layers, states_of
 from moefy.store import MEMORY, Store
 
 Join = Callable[[Tensor], Tensor] | None
@@ -27,9 +26,6 @@ Leave = Callable[[Tensor], Tensor]
 
 BATCH = 4
 """Sequences that go through a layer at a time."""
-
-RETURNED = ("output_hidden_states", "output_attentions", "return_dict")
-"""Keys of a configuration that say what a model gives back beside what it computes."""
 
 
 class _Tap(nn.Module):
@@ -50,32 +46,6 @@ class _Skip(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2)
         return next(given, torch.zeros(()))  # nothing to add, made of ids or positions
-
-
-def runnable(model: Any) -> Any:
-    """A loaded model, with its experts run one by one where transformers' default cannot.
-
-    That is `grouped_mm`, which takes rows of multiples of 16 bytes.
-    """
-    odd = (p.shape[-1] * p.element_size() % 16 for p in model.parameters() if p.ndim == 3)
-    if model.config.model_type != "moefy" and any(odd):
-        model.set_experts_implementation("eager")
-    return model
-
-
-def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """The transformers configuration of a checkpoint, with its defaults filled in."""
-    config: dict[str, Any] = {
-        key: _number(value) for key, value in checkpoint.config.items() if key not in RETURNED
-    }
-    return AutoConfig.for_model(config.pop("model_type"), **config)
-
-
-def _number(value: Any) -> Any:
-    """`value` with what transformers writes for infinity and NaN read as a number."""
-    if isinstance(value, dict) and set(value) == {"__float__"}:
-        return float(value["__float__"])
-    return [_number(item) for item in value] if isinstance(value, list) else value
 
 
 def embed(checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.device) -> Tensor:
@@ -195,11 +165,6 @@ def _halving(step: Callable[[int, int], None], first: int, last: int) -> None:
     _halving(step, middle, last)
 
 
-def states_of(out: Any) -> Tensor:
-    """The states in what a layer returns."""
-    return out[0] if isinstance(out, tuple) else out
-
-
 def ending(
     checkpoint: Checkpoint, family: Family, config: PreTrainedConfig
 ) -> Callable[[Tensor], Tensor]:
@@ -221,20 +186,6 @@ def ending(
         return model(ids_1T, use_cache=False).logits[0]
 
     return logits
-
-
-def some_layers(config: PreTrainedConfig, first: int, last: int) -> PreTrainedConfig:
-    """The configuration of a model of only the layers from `first` to before `last`."""
-    fewer: Any = copy.deepcopy(config)
-    if config.model_type == "moefy":
-        fewer.dense = some_layers(fewer.dense_config(), first, last).to_dict()
-        return fewer
-    num_layers = config.num_hidden_layers
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == num_layers and not key.endswith("_token_id"):
-            setattr(fewer, key, value[first:last])
-    fewer.num_hidden_layers = last - first
-    return fewer
 
 
 def _one_layer(

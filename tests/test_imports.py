@@ -18,7 +18,7 @@ ROWS = [
     "publish",
     "assign solve kinds recipe shards source families pack rows tokenizer",
     "checkpoint state chat naming",
-    "targets cluster balance supported",
+    "targets cluster balance supported model_config",
     "partition route refit documents",
     "data",
     "walk block oracle routing gradients self_text",

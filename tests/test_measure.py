@@ -13,7 +13,7 @@ from stock import some_active
 
 from moefy.environment import code
 from moefy.errors import MoefyError
-from moefy.evaluate import parts, reading, sizes
+from moefy.evaluate import parts, reading, sizes, store
 from moefy.evaluate.run import evaluate
 from moefy.evaluate.settings import Settings
 from moefy.evaluate.store import Store
@@ -128,21 +128,21 @@ def test_other_code_measures_again(run, text, monkeypatch):
     evaluate(run, scores(text))
     monkeypatch.setattr(reading, "read", never)
     assert evaluate(run, scores(text))["not_run"] == []
-    monkeypatch.setitem(reading.VERSIONS, "moefy", "of other sources")
+    monkeypatch.setitem(store.VERSIONS, "moefy", "of other sources")
     with pytest.raises(MoefyError, match="measured again"):
         evaluate(run, scores(text))
 
 
 def test_the_code_that_measures_is_told_from_that_which_draws(tmp_path):
     package = Path(shutil.copytree(Path(reading.__file__).parent.parent, tmp_path / "moefy"))
-    before = [code(folder=package), code(reading.NOT_MEASURING, package)]
-    assert before == [code(), reading.VERSIONS["moefy"]]
+    before = [code(folder=package), code(store.NOT_MEASURING, package)]
+    assert before == [code(), store.VERSIONS["moefy"]]
     for name, alike in (("report/chart.py", True), ("evaluate/text.py", False)):
         file = package / name
         whole = file.read_text()
         file.write_text(whole + "# changed\n")
         assert code(folder=package) != before[0]
-        assert (code(reading.NOT_MEASURING, package) == before[1]) is alike
+        assert (code(store.NOT_MEASURING, package) == before[1]) is alike
         file.write_text(whole)
 
 

@@ -28,6 +28,7 @@ from moefy import lock, memory, walk
 from moefy.convert import convert
 from moefy.errors import MoefyError
 from moefy.job import Job, prepare
+from moefy.model_config import model_config
 from moefy.publish import STATE, place_of
 from moefy.recipe import build, read
 
@@ -229,7 +230,7 @@ def test_a_gpu_with_no_room_for_a_batch_takes_halves(a_job, tmp_path, monkeypatc
     """What a GPU would raise is raised here; halves of a batch give what the batch gives."""
     job = a_job()
     ids_BT = torch.randint(1, 128, (8, 16), generator=torch.Generator().manual_seed(0))
-    config = walk.model_config(job.checkpoint)
+    config = model_config(job.checkpoint)
 
     def tapped() -> tuple[torch.Tensor, torch.Tensor]:
         states_BTD = walk.embed(job.checkpoint, job.family, ids_BT, job.device)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moefy import compute, pipeline
 from moefy.errors import MoefyError
-from moefy.evaluate import computing, controls, reading
+from moefy.evaluate import computing, controls, reading, stages
 from moefy.evaluate.computing import dtypes_to_try, num_bytes, one_dtype
 from moefy.evaluate.run import evaluate
 from moefy.evaluate.settings import Settings
@@ -64,7 +64,8 @@ def opened(monkeypatch) -> list[torch.dtype]:
         seen.append(dtype)
         return load(folder, dtype)
 
-    monkeypatch.setattr(controls, "load_model", load_model)
+    for module in (controls, stages):
+        monkeypatch.setattr(module, "load_model", load_model)
     return seen
 
 

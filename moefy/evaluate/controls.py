@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,13 @@ from moefy import routing
 from moefy.convert import convert
 from moefy.data import Tokens
 from moefy.errors import MoefyError
-from moefy.evaluate.reading import VERSIONS
+from moefy.evaluate.load import load_model
 from moefy.evaluate.stages import Stage
-from moefy.evaluate.store import digest
+from moefy.evaluate.store import VERSIONS, digest
 from moefy.job import Job, Watch, prepare
 from moefy.layout import Shape
 from moefy.oracle import attach
 from moefy.recipe import Recipe, build, nearest
-from moefy.stock import check_loaded, open_model
-from moefy.walk import runnable
 
 MEANING = {
     "static": "the same number of neurons, chosen once for all tokens; refitted alike",
@@ -169,25 +167,6 @@ def true_norms(model: Any) -> dict[int, torch.Tensor]:
         layer: experts.down_proj.detach().float().square().sum(1)
         for layer, experts in routing.experts(model).items()
     }
-
-
-def load_model(folder: Path, dtype: torch.dtype) -> Any:
-    """Load a model folder with its stock class in `dtype`; with norms, put their router in.
-
-    Raises:
-        MoefyError: code 3, when transformers cannot, or when keys are missing or left over.
-    """
-    model, info = open_model(folder, dtype=dtype)
-    check_loaded(folder, info)
-    return attach(runnable(model.eval()), dict(_norms(folder)))
-
-
-def _norms(folder: Path) -> Iterator[tuple[int, torch.Tensor]]:
-    file = folder / "moefy" / "calibration.safetensors"
-    if file.is_file():
-        for name, norm_EN in load_file(file).items():
-            if name.startswith("norm."):
-                yield int(name.removeprefix("norm.")), norm_EN
 
 
 def calibration_tokens(folder: Path, summary: dict[str, Any]) -> Tokens:

@@ -21,11 +21,11 @@ from moefy.evaluate import robustness as conditions
 from moefy.evaluate import speed as clock
 from moefy.evaluate.bench import Bench
 from moefy.evaluate.computing import dtypes_to_try
-from moefy.evaluate.reading import VERSIONS, Reading
+from moefy.evaluate.reading import Reading
 from moefy.evaluate.settings import Settings
 from moefy.evaluate.sizes import ideals, peak_bytes, sizes
 from moefy.evaluate.stages import Stage
-from moefy.evaluate.store import tensors_digest
+from moefy.evaluate.store import VERSIONS, tensors_digest
 from moefy.evaluate.tables import robustness_row, routing_tables, score_rows
 
 LONGEST = 8192

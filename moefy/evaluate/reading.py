@@ -11,32 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from moefy import routing
-from moefy.environment import code
 from moefy.errors import MoefyError
 from moefy.evaluate.stages import Stage
-from moefy.evaluate.store import Store, tensors_digest
+from moefy.evaluate.store import VERSIONS, Store, tensors_digest
 from moefy.evaluate.text import Score, compare
 
 FREQUENT = 100
 """How many tokens of a text are told apart: its most frequent ones."""
-
-NOT_MEASURING = (
-    "cli", "describe", "finetune", "report",
-    "pipeline.py", "progress.py", "push.py", "reproduce.py", "verify.py",
-)  # fmt: skip
-"""Parts of the package by which nothing is measured: a change of a page's drawing, say, leaves what
-was measured as it was."""
-
-VERSIONS = {
-    "moefy": code(NOT_MEASURING),
-    "torch": torch.__version__,
-    "transformers": transformers.__version__,
-}
-"""What a measurement may depend on besides weights and text."""
 
 
 @dataclass(frozen=True)

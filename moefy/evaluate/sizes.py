@@ -17,8 +17,7 @@ from torch import Tensor
 from moefy import routing
 from moefy.compute import name_of
 from moefy.errors import MoefyError
-from moefy.stock import open_model
-from moefy.walk import runnable
+from moefy.stock import open_model, runnable
 
 PROBE = 32
 """Tokens of which the cache is measured: fewer than any sliding window."""

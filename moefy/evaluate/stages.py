@@ -6,12 +6,14 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moefy.errors import MoefyError
+from moefy.evaluate.load import load_model
 from moefy.evaluate.store import folder_digest
 from moefy.publish import sha256
 from moefy.runs import REPORT, DenseModel, open_run, read_tuning
@@ -121,12 +123,7 @@ def check_tokenizer(dense: Any, stage: Stage) -> None:
 def opener(folder: Path) -> Callable[[torch.dtype], Any]:
     """A function that loads a folder's model in a dtype."""
 
-    def load(dtype: torch.dtype) -> Any:
-        from moefy.evaluate.controls import load_model
-
-        return load_model(folder, dtype)
-
-    return load
+    return partial(load_model, folder)
 
 
 def _labelled(found: list[Stage], name: str | None) -> list[Stage]:

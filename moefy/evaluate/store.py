@@ -16,12 +16,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from torch import Tensor
 
+from moefy.environment import code
 from moefy.publish import sha256
 
 FORMAT = 1
 """Of the stored values; raised when what a measurement means has changed."""
+
+NOT_MEASURING = (
+    "cli", "describe", "finetune", "report",
+    "pipeline.py", "progress.py", "push.py", "reproduce.py", "verify.py",
+)  # fmt: skip
+"""Parts of the package by which nothing is measured: a change of a page's drawing, say, leaves what
+was measured as it was."""
+
+VERSIONS = {
+    "moefy": code(NOT_MEASURING),
+    "torch": torch.__version__,
+    "transformers": transformers.__version__,
+}
+"""What a measurement may depend on besides weights and text."""
 
 
 @dataclass(frozen=True)

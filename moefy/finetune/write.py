@@ -14,8 +14,8 @@ from moefy.finetune.opened import Opened
 from moefy.headers import CONFIG, read_entries, some
 from moefy.reopen import reopen
 from moefy.shards import DTYPES, ShardWriter, Slot, read
+from moefy.stock import states_of
 from moefy.validate import beside
-from moefy.walk import states_of
 
 OF_RUN = ("recipe.toml", "conversion.json", "conversion.md", "calibration.safetensors")
 """What is taken over of a run's `moefy` folder: what tells of the conversion."""
