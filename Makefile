@@ -50,14 +50,14 @@ format: $(INSTALLED) ## format the code and mend what the linter can
 
 # QUALITY: the model, --calibration FILE, --text FILE (several), --out DIR, and --quick for minutes.
 bench-quality: $(INSTALLED) ## compare ours with other methods: make bench-quality QUALITY="MODEL ..."
-	$(BIN)/python benchmarks/quality.py $(QUALITY)
+	$(BIN)/python recipes/benchmarks/quality.py $(QUALITY)
 
 # SCALE: --sizes 135M,7B, --tokens N, --memory SIZE, and others; 32B and 70B take an hour on 2 cores.
 bench: $(INSTALLED) $(DEMO_MODEL) ## measure seconds and memory of conversions, against the floor and the plan
-	$(BIN)/python benchmarks/scale.py main $(SCALE)
+	$(BIN)/python recipes/benchmarks/scale.py main $(SCALE)
 
 bench-speed: $(INSTALLED) ## measure the speed of converted models against dense ones
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python recipes/benchmarks/speed.py
 
 # A stamp is removed first and written last, so an install that was cut short leaves none, and the
 # next run starts over in an empty environment. torch goes first, alone: no other package's

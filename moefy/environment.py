@@ -46,12 +46,12 @@ def processor() -> str:
 def code(without: Collection[str] = (), folder: Path = Path(__file__).parent) -> str:
     """Version of moefy, with a digest of its sources: a version in the making has many.
 
-    `without` are names in the package's folder that do not count.
+    `without` are files and rooms, named from the package's folder, that do not count.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder)
-        if name.parts[0] not in without:
+        if not any(name.is_relative_to(part) for part in without):
             digest.update(str(name).encode() + b"\0" + path.read_bytes())
     return f"{__version__} ({digest.hexdigest()[:12]})"
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moefy.config.recipe import Recipe, build, located, nearest, read_toml
+from moefy.convert.prepare import Watch
 from moefy.errors import MoefyError
 from moefy.evaluate.settings import Settings as ReportSettings
 from moefy.evaluate.settings import check
@@ -21,9 +23,7 @@ from moefy.finetune.settings import TABLE as FINETUNE
 from moefy.finetune.settings import Settings as FinetuneSettings
 from moefy.finetune.settings import build as build_finetune
 from moefy.finetune.settings import renamed
-from moefy.job import Watch
-from moefy.recipe import Recipe, build, located, nearest, read_toml
-from moefy.runs import (
+from moefy.runs.folder import (
     RECIPE,
     check_present,
     dense_model,
@@ -33,7 +33,7 @@ from moefy.runs import (
     read_tuning,
     written,
 )
-from moefy.runs import REPORT as REPORTED
+from moefy.runs.folder import REPORT as REPORTED
 
 REPORT = "report"
 """The table of a recipe that says what to measure."""
@@ -206,9 +206,9 @@ def _deciding(recipe: Recipe) -> dict[str, Any]:
 
 
 def _convert(out: Path, recipe: Recipe, force: bool, watch: Watch) -> dict[str, Any]:
-    from moefy.convert import convert
-    from moefy.job import prepare
-    from moefy.publish import check_free
+    from moefy.convert.prepare import prepare
+    from moefy.convert.run import convert
+    from moefy.files.publish import check_free
 
     check_free(out, force=force)
     return convert(prepare(recipe), out, force=force, watch=watch)

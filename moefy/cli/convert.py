@@ -127,9 +127,9 @@ def convert(
         place, where = (out, model) if out else (Path(model), None)
         _reproduce(reproduce, place, where, _bytes(memory), force, restart, as_json, quiet)
         return
-    from moefy.recipe import build
-    from moefy.source import resolve
-    from moefy.validate import open_checkpoint
+    from moefy.checkpoint.resolve import resolve
+    from moefy.checkpoint.validate import open_checkpoint
+    from moefy.config.recipe import build
 
     built, limit = build(recipe, flags, settings or []), _bytes(memory)
     if out is None and not plan:
@@ -137,16 +137,16 @@ def convert(
     # `prepare` asks it again, but behind seconds of imports, which a refusal need not wait for.
     open_checkpoint(resolve(built.model, revision=built.revision), ignore_index=built.ignore_index)
     quiet_libraries()
-    from moefy.job import prepare
+    from moefy.convert.prepare import prepare
 
     if plan or out is None:
-        from moefy.plan import estimate
+        from moefy.convert.estimate import estimate
         from moefy.report import terminal
 
         show(estimate(prepare(built), limit), terminal.show_plan, as_json, quiet=False)
         return
-    from moefy.convert import convert as run
-    from moefy.parallel import launched, together
+    from moefy.convert.run import convert as run
+    from moefy.distributed import launched, together
     from moefy.progress import watching
 
     group = launched()
@@ -168,7 +168,7 @@ def convert(
 
 
 def _bytes(memory: str | None) -> int | None:
-    from moefy.recipe import num_bytes
+    from moefy.config.recipe import num_bytes
 
     return None if memory is None else num_bytes(memory, "--memory")
 
@@ -185,7 +185,7 @@ def _reproduce(
 ) -> None:
     quiet_libraries()
     from moefy.progress import watching
-    from moefy.reproduce import reproduce
+    from moefy.runs.reproduce import reproduce
 
     with _resumable(out, force), watching(quiet=quiet) as watch:
         made = reproduce(
@@ -204,7 +204,7 @@ def _reproduce(
 @contextlib.contextmanager
 def _resumable(out: Path, force: bool) -> Iterator[None]:
     """See that OUT may be written, and tell whoever interrupts the block how to go on."""
-    from moefy.publish import check_free, reclaim
+    from moefy.files.publish import check_free, reclaim
 
     try:
         reclaim(out)
@@ -216,8 +216,8 @@ def _resumable(out: Path, force: bool) -> Iterator[None]:
 
 def _stopped(out: Path) -> str:
     """What to say to whoever has interrupted a conversion."""
-    from moefy.publish import reclaim
-    from moefy.state import unfinished
+    from moefy.files.publish import reclaim
+    from moefy.files.resume import unfinished
 
     if reclaim(out):
         return f"interrupted when {out} was whole already"

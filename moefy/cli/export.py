@@ -27,10 +27,10 @@ def gguf(
 ) -> None:
     """Write the model in RUN as one GGUF file OUT, for llama.cpp."""
     quiet_libraries()
-    from moefy.export import export
     from moefy.progress import watching
     from moefy.report import terminal
-    from moefy.runs import read_report
+    from moefy.runs.folder import read_report
+    from moefy.runs.gguf import export
 
     read_report(run)  # `export` itself takes any model: reports measure the dense one by it
     with watching(quiet=quiet) as watch:

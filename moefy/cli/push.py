@@ -35,7 +35,7 @@ def push(
     """
     quiet_libraries()
     from moefy.progress import watching
-    from moefy.push import push as send
+    from moefy.runs.push import push as send
 
     with watching(quiet=quiet) as watch:
         told = send(

@@ -28,7 +28,7 @@ def run(
     The fine-tune, if there is a table [finetune], goes to OUT-finetuned. The table [report] says
     what to measure.
     """
-    from moefy.recipe import build
+    from moefy.config.recipe import build
 
     build(recipe, {}, [])  # most mistakes are found here, before anything slow is imported
     quiet_libraries()

@@ -24,7 +24,7 @@ def verify(
     """
     quiet_libraries()
     from moefy.progress import watching
-    from moefy.verify import verify as check
+    from moefy.runs.verify import verify as check
 
     with watching(quiet=quiet) as watch:
         found = check(run, watch)

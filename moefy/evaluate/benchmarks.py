@@ -15,10 +15,10 @@ from typing import Any, cast
 import numpy as np
 from scipy import stats
 
+from moefy.config.recipe import nearest
 from moefy.errors import MoefyError
-from moefy.evaluate.store import digest
-from moefy.publish import sha256
-from moefy.recipe import nearest
+from moefy.evaluate.cache import digest
+from moefy.files.publish import sha256
 
 PREFERRED = ("acc", "exact_match", "acc_norm", "f1", "bits_per_byte", "word_perplexity")
 """The measure that is told of a task, if it has it; else its first."""

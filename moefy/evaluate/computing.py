@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from moefy.compute import AUTO, ComputeDtype, compute_dtype, name_of, slowness
+from moefy.convert.memory import LIBRARIES, available
 from moefy.evaluate.ways import HOPELESS
-from moefy.headers import read_entries
-from moefy.memory import LIBRARIES, available
-from moefy.shards import stored_dtype
+from moefy.files.safetensors_header import read_entries
+from moefy.files.shards import stored_dtype
 
 CPU = torch.device("cpu")
 

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from moefy import routing
-from moefy.convert import convert
-from moefy.data import Tokens
+from moefy.config.recipe import Recipe, build, nearest
+from moefy.convert.oracle import attach
+from moefy.convert.prepare import Job, Watch, prepare
+from moefy.convert.run import convert
 from moefy.errors import MoefyError
+from moefy.evaluate.cache import VERSIONS, digest
+from moefy.evaluate.candidates import Stage
 from moefy.evaluate.load import load_model
-from moefy.evaluate.stages import Stage
-from moefy.evaluate.store import VERSIONS, digest
-from moefy.job import Job, Watch, prepare
-from moefy.layout import Shape
-from moefy.oracle import attach
-from moefy.recipe import Recipe, build, nearest
+from moefy.models import routing
+from moefy.text.packing import Tokens
+from moefy.types import Shape
 
 MEANING = {
     "static": "the same number of neurons, chosen once for all tokens; refitted alike",

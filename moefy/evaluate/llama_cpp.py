@@ -17,7 +17,7 @@ from torch import Tensor
 from moefy.errors import MoefyError
 from moefy.evaluate.speed import cores, schedule, speed_rows
 from moefy.evaluate.ways import Grid, stretches
-from moefy.export import export
+from moefy.runs.gguf import export
 
 PROMPT = 16
 """Tokens that a decoding request starts from."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from moefy.oracle import attach
-from moefy.stock import check_loaded, open_model, runnable
+from moefy.convert.oracle import attach
+from moefy.models.opening import check_loaded, open_model, runnable
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from moefy import chat
 from moefy.errors import MoefyError
-from moefy.rows import rows
+from moefy.text import chat
+from moefy.text.rows import rows
 
 EXPECTED = (
     'expected rows such as {"prompt": "...", "answer": "..."}, or {"messages": [{"role": "user", '

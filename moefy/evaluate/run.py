@@ -7,19 +7,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moefy import __version__, families
+from moefy import __version__
 from moefy.compute import name_of
+from moefy.convert.prepare import Watch
 from moefy.environment import processor
 from moefy.errors import MoefyError
-from moefy.evaluate import advice, benchmarks, gate, parts
-from moefy.evaluate.bench import Bench, prepare
+from moefy.evaluate import advice, benchmarks, measure
+from moefy.evaluate import conditions as gate
+from moefy.evaluate.candidates import finetuning
+from moefy.evaluate.session import Bench, prepare
 from moefy.evaluate.settings import Settings, check
-from moefy.evaluate.stages import finetuning
-from moefy.evaluate.windows import overlap
-from moefy.job import Watch
-from moefy.publish import write_json
+from moefy.files.publish import write_json
+from moefy.models import families
 from moefy.report import redraw
-from moefy.runs import open_run
+from moefy.runs.folder import open_run
+from moefy.text.windows import overlap
 
 FORMAT = 2
 """Of report.json."""
@@ -81,7 +83,7 @@ def _measured(bench: Bench, settings: Settings, manager: Any) -> dict[str, Any]:
             "processor": processor(),
         },
         "run": bench.summary,
-        "runs": parts.other_runs(bench),
+        "runs": measure.other_runs(bench),
         "models": {},
         "texts": {},
         "seen_in_calibration": {
@@ -102,28 +104,28 @@ def _measured(bench: Bench, settings: Settings, manager: Any) -> dict[str, Any]:
         "notes": bench.notes,
         "seconds": bench.seconds,
     }
-    measured = {} if settings.effort == "quick" else parts.peaks(bench)
+    measured = {} if settings.effort == "quick" else measure.peaks(bench)
     with bench.part("scores"):
-        report |= parts.quality(bench)
+        report |= measure.quality(bench)
     if not report["texts"]:
         raise _no_text(bench)
     with bench.part("sizes"):
-        report["models"] = parts.models(bench, measured)
-    report["frontier"] = parts.frontier(bench, report["texts"])
+        report["models"] = measure.models(bench, measured)
+    report["frontier"] = measure.frontier(bench, report["texts"])
     if settings.wants(settings.robustness):
         with bench.part("robustness"):
-            report["robustness"] = parts.robustness(bench, report["models"], settings)
+            report["robustness"] = measure.robustness(bench, report["models"], settings)
     with bench.part("generation"):
-        report["generation"] = parts.generation(bench)
+        report["generation"] = measure.generation(bench)
     if bench.prompts:
         with bench.part("prompts"):
-            report["prompts"] = parts.regression(bench, bench.prompts)
+            report["prompts"] = measure.regression(bench, bench.prompts)
     for task in settings.tasks:
         with bench.part(f"benchmark {task}"):
-            report["benchmarks"][task] = parts.benchmark(bench, task, manager, settings.limit)
+            report["benchmarks"][task] = measure.benchmark(bench, task, manager, settings.limit)
     if settings.speed is not False:
         with bench.part("speed"):
-            parts.speed(bench, report, settings)
+            measure.speed(bench, report, settings)
     return report
 
 

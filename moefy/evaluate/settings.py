@@ -11,7 +11,7 @@ from typing import Any
 from moefy.compute import AUTO, check_asked
 from moefy.errors import MoefyError
 from moefy.evaluate.ways import Grid
-from moefy.evaluate.windows import SHORTEST_WINDOW
+from moefy.text.windows import SHORTEST_WINDOW
 
 GRIDS = {
     "quick": Grid(((1, 128),), rounds=3),

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy import routing
 from moefy.compute import name_of
 from moefy.errors import MoefyError
-from moefy.stock import open_model, runnable
+from moefy.models import routing
+from moefy.models.opening import open_model, runnable
 
 PROBE = 32
 """Tokens of which the cache is measured: fewer than any sliding window."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy import routing
-from moefy.evaluate.reading import Choices, Reading, merged
-from moefy.evaluate.text import Score, standard_error
+from moefy.evaluate.metrics import Score, standard_error
+from moefy.evaluate.scoring import Choices, Reading, merged
+from moefy.models import routing
 
 TOP_TOKENS = 8
 """Told of each expert."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pydoc_data.topics
 from pathlib import Path
 
-from moefy.publish import write_text
+from moefy.files.publish import write_text
 
 
 def own_texts(place: Path) -> list[Path]:

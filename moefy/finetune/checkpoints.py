@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from moefy.environment import differences
 from moefy.errors import MoefyError
-from moefy.headers import some
-from moefy.publish import sha256, sync, write_json
+from moefy.files.publish import sha256, sync, write_json
+from moefy.files.safetensors_header import some
 
 WHOLE = "whole.json"
 """Written last: digests of the other files, and what the run is."""

@@ -6,12 +6,12 @@ import importlib.util
 import os
 from pathlib import Path
 
-from moefy import families
+from moefy.convert.prepare import check_device
 from moefy.errors import MoefyError
-from moefy.finetune.opened import Opened
+from moefy.files.safetensors_header import read_entries
+from moefy.finetune.inputs import Opened
 from moefy.finetune.settings import Settings
-from moefy.headers import read_entries
-from moefy.job import check_device
+from moefy.models import families
 
 LOGGERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 """Packages, one of which a value of `log_to` needs."""

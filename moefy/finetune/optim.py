@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moefy.finetune.routing import BIASES, layers
-from moefy.targets.target import ROUTER_SCALE
+from moefy.models.targets.target import ROUTER_SCALE
 
 PARTS = ("router", "experts", "rest")
 """What parameters are told apart by: the routers' rows, all FFNs, everything else."""

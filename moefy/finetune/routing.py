@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefy.finetune.explore import Explore, disturbed
-from moefy.routing import balance
-from moefy.targets.target import ROUTER_SCALE
+from moefy.finetune.router_noise import Explore, disturbed
+from moefy.models.routing import balance
+from moefy.models.targets.target import ROUTER_SCALE
 
 SOFT = ("all", "chosen", "none")
 """Whose outputs a router learns from: those of all experts (a token's gradient tells what each one

@@ -20,11 +20,16 @@ from accelerate import PartialState
 from torch import Tensor
 
 from moefy import __version__
+from moefy.config.recipe import render_table
+from moefy.convert.prepare import Watch
 from moefy.errors import MoefyError
+from moefy.files.lock import locked
+from moefy.files.publish import FINAL, check_free, file_digests, publishing, write_json, write_text
+from moefy.files.safetensors_header import some
 from moefy.finetune import teacher
 from moefy.finetune.checkpoints import foreign, steps
 from moefy.finetune.checks import check_machine, check_run
-from moefy.finetune.opened import (
+from moefy.finetune.inputs import (
     Opened,
     computing,
     load_student,
@@ -35,14 +40,9 @@ from moefy.finetune.opened import (
     teacher_folder,
 )
 from moefy.finetune.settings import TABLE, Settings
+from moefy.finetune.train import Text, Tuned, Watchers, device, tune
 from moefy.finetune.trainer import Targets
-from moefy.finetune.tune import Text, Tuned, Watchers, device, tune
 from moefy.finetune.write import check_checkpoint, save, write_checkpoint
-from moefy.headers import some
-from moefy.job import Watch
-from moefy.lock import locked
-from moefy.publish import FINAL, check_free, file_digests, publishing, write_json, write_text
-from moefy.recipe import render_table
 from moefy.report import model_card
 
 LOG = "finetune.jsonl"

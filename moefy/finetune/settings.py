@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moefy.config.recipe import check_type, located, nearest, parse_setting, read_toml
 from moefy.errors import MoefyError
-from moefy.recipe import check_type, located, nearest, parse_setting, read_toml
 
 TABLE = "finetune"
 """The table of a recipe that these are."""

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moefy.errors import MoefyError
-from moefy.publish import sync
+from moefy.files.publish import sync
 
 Tick = Callable[[int, int], None]
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.checkpoint.reload import reopen
+from moefy.checkpoint.validate import beside
 from moefy.errors import MoefyError
-from moefy.finetune.opened import Opened
-from moefy.headers import CONFIG, read_entries, some
-from moefy.reopen import reopen
-from moefy.shards import DTYPES, ShardWriter, Slot, read
-from moefy.stock import states_of
-from moefy.validate import beside
+from moefy.files.safetensors_header import CONFIG, read_entries, some
+from moefy.files.shards import DTYPES, ShardWriter, Slot, read
+from moefy.finetune.inputs import Opened
+from moefy.models.opening import states_of
 
 OF_RUN = ("recipe.toml", "conversion.json", "conversion.md", "calibration.safetensors")
 """What is taken over of a run's `moefy` folder: what tells of the conversion."""

@@ -2,9 +2,9 @@
 
 from moefy.report.card import model_card
 from moefy.report.draw import FORMAT, HTML, draw, filled, read_report, readable, redraw, write
+from moefy.report.format import shape_text
 from moefy.report.pages import conversion_page, report_page
-from moefy.report.quality import seen_warnings
-from moefy.report.wording import shape_text
+from moefy.report.section_quality import seen_warnings
 
 __all__ = [
     "FORMAT",

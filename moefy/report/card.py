@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moefy.report.contents import subject, verdicts
+from moefy.report.citations import sources
+from moefy.report.format import fixed, model_name, percent, shape_text, times, uncertain
 from moefy.report.markdown import escaped, table
 from moefy.report.pages import verdict
-from moefy.report.sources import sources
-from moefy.report.wording import fixed, model_name, percent, shape_text, times, uncertain
+from moefy.report.sections import subject, verdicts
 
 TASKS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
 """The Hub's names of what a model is for, where it has one."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.errors import MoefyError
-from moefy.publish import write_text
+from moefy.files.publish import write_text
 from moefy.report.card import model_card
 from moefy.report.pages import report_page
 from moefy.report.web import report_html

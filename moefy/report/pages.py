@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moefy.report.contents import Verdict, sections, title, verdicts
+from moefy.report.format import shape_text
 from moefy.report.markdown import escaped, section, table
-from moefy.report.wording import shape_text
+from moefy.report.sections import Verdict, sections, title, verdicts
 
 COLUMNS = {
     "layer": ("layer", "d"),

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.text import Text
 
 from moefy.report.draw import HTML
-from moefy.report.quality import SCORES, score_rows, seen_warnings
+from moefy.report.format import computed_in, row_dtype, shape_text
+from moefy.report.section_quality import SCORES, score_rows, seen_warnings
 from moefy.report.terminal import show_conversion, show_finetune, show_table
 from moefy.report.web import NO_PICTURES, can_draw
-from moefy.report.wording import computed_in, row_dtype, shape_text
 
 COLOURS = {"pays": "green", "does not pay": "bold red", "not measured": "yellow"}
 

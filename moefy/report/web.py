@@ -9,9 +9,9 @@ from typing import Any
 
 from moefy.report import chart
 from moefy.report.chart import looks
-from moefy.report.contents import labels, sections, subject, tiles, title, verdicts
 from moefy.report.document import Picture
-from moefy.report.wording import shape_text
+from moefy.report.format import shape_text
+from moefy.report.sections import labels, sections, subject, tiles, title, verdicts
 
 NO_PICTURES = "pictures left out: matplotlib is not installed; pip install 'moefy[report]'"
 

@@ -1,0 +1,1 @@
+"""A dense checkpoint, read and judged."""

@@ -1,0 +1,142 @@
+"""Every stored value, looked at once before any work: is it a number, and one that training leaves?
+
+The files are read from end to end, so that their digests come with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from io import BufferedReader
+
+import torch
+from torch import Tensor
+
+from moefy.checkpoint.tensors import Checkpoint
+from moefy.errors import MoefyError
+from moefy.files.publish import BLOCK, sha256
+from moefy.files.safetensors_header import CONFIG, Entry, damaged, read_header
+from moefy.files.shards import DTYPES
+
+ABSURD = 1e4
+"""How many times the root mean square of the others a value must be to be told of. Values of
+trained models stay below some hundreds; a flipped bit of the exponent makes powers of 2**16."""
+
+SMALL = 8.0
+"""Values up to this do no harm, whatever the others are."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What was found: one-line warnings, and the SHA-256 of every file by its name."""
+
+    notes: tuple[str, ...]
+    digests: dict[str, str]
+
+
+def scan(
+    checkpoint: Checkpoint,
+    ffn: Collection[str] = (),
+    watch: Callable[[int, int], None] = lambda *_: None,
+) -> Scan:
+    """Look at all values of a checkpoint, of which the tensors `ffn` are to be converted.
+
+    `watch` is called with the bytes read and the bytes in all. Memory: two blocks.
+
+    Raises:
+        MoefyError: code 3 for NaN and infinity, for a matrix in `ffn` whose values are all the
+            same, and for a file that has shrunk since its header was read.
+    """
+    names = {(e.file, e.start): name for name, e in checkpoint.entries.items() if e.num_elements}
+    files = sorted({entry.file for entry in checkpoint.entries.values()})
+    total, done = sum(file.stat().st_size for file in files), 0
+    notes: list[str] = []
+    digests = {}
+    for path in files:
+        digest = hashlib.sha256()
+        entries = sorted(read_header(path).values(), key=lambda entry: (entry.start, entry.stop))
+        with path.open("rb") as file:
+            digest.update(file.read(entries[0].start))
+            for entry in entries:
+                name, values = names.get((path, entry.start)), _Values()
+                for block in _blocks(file, entry):
+                    digest.update(block)
+                    if name:  # not of what no class reads
+                        values.add(torch.frombuffer(block, dtype=DTYPES[entry.dtype]))
+                    watch(done := done + len(block), total)
+                if name:
+                    notes += values.judge(name, matrix=len(entry.shape) > 1, ffn=name in ffn)
+        digests[path.name] = digest.hexdigest()
+    digests[CONFIG] = sha256(checkpoint.folder / CONFIG)
+    return Scan(tuple(notes), digests)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse, with code 3, NaN and infinity."""
+    values = _Values()
+    values.add(tensor.reshape(-1))
+    values.judge(name, matrix=False, ffn=False)
+
+
+def _blocks(file: BufferedReader, entry: Entry) -> Iterator[bytearray]:
+    """The bytes of a tensor, where `file` stands."""
+    left = entry.stop - entry.start
+    while left:
+        block = bytearray(min(BLOCK, left))
+        if file.readinto(block) != len(block):
+            raise damaged(f"{entry.file} has become shorter while it was read")
+        left -= len(block)
+        yield block
+
+
+class _Values:
+    """What has been seen of one tensor."""
+
+    def __init__(self) -> None:
+        self.count = self.bad = 0
+        self.least, self.most = math.inf, -math.inf
+        self.squares = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """Look at some more values."""
+        if not len(values):
+            return
+        self.count += len(values)
+        least, most = (float(x) for x in values.aminmax())
+        if not (math.isfinite(least) and math.isfinite(most)):
+            self.bad += len(values) - int(values.isfinite().sum())
+            return
+        self.least, self.most = min(least, self.least), max(most, self.most)
+        if (peak := max(most, -least)) > SMALL:
+            rest = values.double()
+            self.squares += float(rest[rest.abs() < peak].square().sum())
+        else:
+            self.squares += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+
+    def judge(self, name: str, *, matrix: bool, ffn: bool) -> list[str]:
+        """What a user should know; raises code 3 for what no result can come of."""
+        if not self.count:
+            return []
+        if self.bad:
+            raise MoefyError(
+                f"tensor {name}: {self.bad} of {self.count} values are NaN or infinite; expected "
+                "numbers: take a checkpoint from before its training diverged, or fetch a damaged "
+                "file again"
+            )
+        if self.least == self.most and self.count > 1 and matrix:
+            found = f"tensor {name} is all {f'{self.most:g}' if self.most else 'zeros'}"
+            if ffn:
+                raise MoefyError(
+                    f"{found}, so that its FFN has nothing to divide; expected trained weights; "
+                    "keep the layer dense (--layers), or fetch a damaged file again"
+                )
+            return [f"{found}, as if never trained"]
+        peak, usual = max(self.most, -self.least), math.sqrt(self.squares / self.count)
+        if peak > SMALL and peak > ABSURD * usual > 0:
+            return [
+                f"tensor {name} has a value of {peak:.1e} where others are about {usual:.1e}, as "
+                "after a flipped bit; compare the file's SHA-256 with its source's"
+            ]
+        return []

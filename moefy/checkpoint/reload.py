@@ -1,0 +1,111 @@
+"""Open a written folder as any user would, with plain transformers, and see that it is right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.errors import MoefyError
+from moefy.files.safetensors_header import Entry, read_header
+from moefy.files.shards import Slot
+from moefy.models.opening import open_model, plain_config, runnable, some_layers, states_of
+
+TOLERANCE = 0.1
+"""Greatest mean relative error of a token's last hidden state. Router gates deviate from one by
+0.1 %, and near-ties between experts may fall the other way; a wrong gate is off by over 0.3."""
+
+MEMORY = 3 * 10**9
+"""Bytes of weights to reopen at most: all layers of a small model in float32, the first few of a
+large one as stored."""
+
+
+def reopen(
+    folder: Path,
+    ids_T: Tensor,
+    ends: Sequence[Tensor | None],
+    *,
+    layer: str = "model.layers.{layer}.",
+    task: str = "ForCausalLM",
+    prepare: Callable[[Any], Any] = lambda model: model,
+) -> dict[str, Any]:
+    """Load `folder` with its stock class and compare hidden states with those of the conversion.
+
+    `ends[l]` holds the states (T, D) that left layer l on the sequence `ids_T`, if they are known.
+    As many layers are loaded as fit in memory that does not grow with the model. `layer` is the
+    prefix of a layer's names, `task` what the model is for. `prepare` may put a router that cannot
+    be written into the loaded model.
+
+    Raises:
+        MoefyError: code 6, for missing, unexpected or mismatched keys, or other hidden states.
+    """
+    config = plain_config(folder, code=6)
+    entries = {
+        name: entry
+        for file in folder.glob("*.safetensors")
+        for name, entry in read_header(file).items()
+    }
+    layers = fitting_layers(entries, len(ends), layer)
+    whole = layers == len(ends)
+    if not whole:
+        config = some_layers(config, 0, layers)
+    model, info = open_model(
+        folder,
+        task=task,
+        config=config,
+        code=6,
+        dtype=torch.float32 if whole else "auto",
+        ignore_mismatched_sizes=True,  # they are told, and refused, below
+    )
+    later = tuple(layer.format(layer=number) for number in range(layers, len(ends)))
+    wrong = {
+        kind: [str(key) for key in keys if not later or not str(key).startswith(later)]
+        for kind, keys in info.items()
+        if keys
+    }
+    wrong = {kind: keys for kind, keys in wrong.items() if keys}
+    if wrong:
+        raise MoefyError(f"the written folder does not load cleanly: {wrong}", code=6)
+    seen: list[Tensor] = []
+    home = layer if hasattr(model, layer.split(".")[0]) else layer.partition(".")[2]
+    last = model.get_submodule(home.format(layer=layers - 1).rstrip("."))
+    last.register_forward_hook(lambda module, args, out: seen.append(states_of(out)))
+    ids_1T = ids_T[None]
+    more = {"ForCausalLM": {"logits_to_keep": 1}, "ForSeq2SeqLM": {"decoder_input_ids": ids_1T}}
+    with torch.inference_mode():
+        prepare(runnable(model.eval()))(ids_1T, **more.get(task, {}))
+    found_TD, end_TD = seen[0][0].float(), ends[layers - 1]
+    error = None if end_TD is None else _error(found_TD, end_TD.cpu())
+    if not found_TD.isfinite().all() or not (error is None or error <= TOLERANCE):
+        raise MoefyError(
+            f"the written folder computes other hidden states than the conversion did "
+            f"(relative error {error or float('nan'):.3g}, expected at most {TOLERANCE})",
+            code=6,
+        )
+    return {
+        "class": type(model).__name__,
+        "layers": layers,
+        "hidden_state_error": error,
+        "prefix": layer,
+    }
+
+
+def _error(found_TD: Tensor, expected_TD: Tensor) -> float:
+    """Mean over tokens, for a few of them with huge states would hide the others in one norm."""
+    wrong_T = (found_TD - expected_TD).norm(dim=1) / expected_TD.norm(dim=1)
+    return float(wrong_T.mean())
+
+
+def fitting_layers(slots: Mapping[str, Slot | Entry], num_layers: int, layer: str) -> int:
+    """How many layers `reopen` loads: all if their float32 weights fit `MEMORY`, else what fits
+    stored."""
+    if 4 * sum(math.prod(slot.shape) for slot in slots.values()) <= MEMORY:
+        return num_layers
+    sizes = {name: slot.num_bytes for name, slot in slots.items()}
+    layered = sum(n for name, n in sizes.items() if name.startswith(layer.partition("{layer}")[0]))
+    room = MEMORY - (sum(sizes.values()) - layered)
+    return max(1, min(num_layers - 1, int(room * num_layers / layered)))

@@ -1,0 +1,1 @@
+"""The method: one layer at a time, on the already converted prefix."""

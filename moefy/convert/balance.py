@@ -1,0 +1,58 @@
+"""Even out how many tokens each expert gets, without training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moefy.convert.profile import top_mask
+from moefy.convert.ridge import ridge
+
+STEPS = 200
+"""Of the descent on the biases."""
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of the biases that even out the load; the least that does is taken."""
+
+
+def balance(
+    weight_ED: Tensor, x_TD: Tensor, worth_TE: Tensor, k: int, most_cv: float
+) -> tuple[Tensor, list[dict[str, float]]]:
+    """Rows under which the load's coefficient of variation over `x_TD` is at most `most_cv`.
+
+    A stock router has no bias, but its inputs have a mean: with m the ridge solution of x m = 1,
+    rows w_e + b_e m score as w_e with bias b_e. The biases are lowered where experts have too many
+    tokens and raised where they have too few; then only the least share of them is used that is
+    enough, or all where none is. Also gives, per share tried, the load's coefficient of variation
+    and the worth that is still captured, relative to that of no bias.
+
+    Source: the biases of auxiliary-loss-free balancing (arXiv 2408.15664), found before any
+    training and folded into the rows.
+    """
+    gram_DD = (x_TD.T @ x_TD).double()
+    one_D = ridge(gram_DD, x_TD.sum(0, keepdim=True).T.double(), 1e-3)[:, 0].float()
+    unit_T1 = (x_TD @ one_D)[:, None]
+    score_TE = x_TD @ weight_ED.T
+    bias_E, step = torch.zeros_like(score_TE[0]), float(score_TE.std())
+    best_E, least = bias_E, _cv(score_TE, k)
+    for turn in range(STEPS):
+        if least <= 0.5 * most_cv:
+            break
+        load_E = top_mask(score_TE + unit_T1 * bias_E, k).mean(0)
+        bias_E = bias_E - step / (2 + turn) * (load_E * len(load_E) / k - 1)
+        if (found := _cv(score_TE + unit_T1 * bias_E, k)) < least:
+            best_E, least = bias_E, found
+    full = float((worth_TE * top_mask(score_TE, k)).sum())
+    curve = []
+    for share in SHARES:
+        tried_TE = score_TE + unit_T1 * (share * best_E)
+        captured = float((worth_TE * top_mask(tried_TE, k)).sum()) / max(full, 1e-30)
+        curve.append({"share": share, "load_cv": _cv(tried_TE, k), "worth": captured})
+    enough = next((point["share"] for point in curve if point["load_cv"] <= most_cv), SHARES[-1])
+    return weight_ED + enough * best_E[:, None] * one_D, curve
+
+
+def _cv(score_TE: Tensor, k: int) -> float:
+    """The load's coefficient of variation over the experts."""
+    load_E = top_mask(score_TE, k).sum(0)
+    return float(load_E.std(correction=0) / load_E.mean())

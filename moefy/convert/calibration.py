@@ -1,0 +1,96 @@
+"""What a conversion is calibrated on: tokens, and for some partitions the gradients on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+from torch import Tensor
+
+from moefy.checkpoint.validate import beside
+from moefy.convert.gradients import ffn_gradients
+from moefy.convert.memory import ADVICE, available, require, writing
+from moefy.convert.prepare import Job, Watch
+from moefy.models.opening import open_model
+from moefy.text import packing
+from moefy.text.self_text import sample
+from moefy.text.tokenizer import load_tokenizer, vocabulary_notes
+
+SELF = "self"
+"""The `--calibration` that asks for text of the model itself."""
+
+TOKENIZER = ("tokenizer", "vocab")
+"""How the name of a file begins that a tokenizer is read from."""
+
+NO_TOKENIZER = (
+    "the model has no tokenizer: it wrote its calibration text from random tokens on; give its "
+    "tokenizer, or rows of token ids, for text of more kinds"
+)
+
+
+def calibration_tokens(job: Job, watch: Watch, *, memory: int | None = None) -> packing.Tokens:
+    """The calibration tokens, from text or from the model itself, which then keeps to `memory`.
+
+    Raises:
+        MoefyError: code 5 where the model must write but does not fit in memory whole.
+    """
+    recipe, folder = job.recipe, job.checkpoint.folder
+    size = job.size("vocab_size")
+    shape = {"num_tokens": recipe.tokens, "length": recipe.sequence_length, "seed": recipe.seed}
+    if recipe.calibration == SELF:
+        return _self_written(job, watch, min(memory or available(), available()))
+    if recipe.text_field == packing.IDS:
+        return packing.load_ids(recipe.calibration, vocab_size=size, **shape)
+    tokenizer = load_tokenizer(folder)
+    tokens = packing.load(
+        tokenizer,
+        recipe.calibration,
+        text_field=recipe.text_field,
+        vocab_size=size,
+        stratify=recipe.stratify,
+        **shape,
+    )
+    notes = vocabulary_notes(tokenizer, size)
+    return dataclasses.replace(tokens, notes=(*notes, *tokens.notes))
+
+
+def _self_written(job: Job, watch: Watch, memory: int) -> packing.Tokens:
+    """Text that the model writes itself, for which it needs no tokenizer."""
+    recipe, folder = job.recipe, job.checkpoint.folder
+    way = writing(job, memory)
+    require(way.num_bytes, "a model that writes its own calibration text", ADVICE["calibration"])
+    notes = [f"calibration text: {way.compute.note}"] if way.compute.note else []
+    tokenizer = None
+    if any(file.name.startswith(TOKENIZER) for file in beside(folder)):
+        tokenizer = load_tokenizer(folder)
+        notes += vocabulary_notes(tokenizer, job.size("vocab_size"))
+    else:
+        notes.append(NO_TOKENIZER)
+    model, _ = open_model(folder, dtype=way.compute.dtype)
+    tokens = sample(
+        model.to(job.device).eval(),
+        tokenizer,
+        num_tokens=recipe.tokens,
+        length=recipe.sequence_length,
+        seed=recipe.seed,
+        batch_size=way.batch_size,
+        progress=partial(watch, "calibration text"),
+    )
+    return dataclasses.replace(
+        tokens, notes=(*notes, *tokens.notes), compute_dtype=way.compute.name
+    )
+
+
+def gradients(job: Job, tokens: packing.Tokens, watch: Watch) -> dict[int, Tensor]:
+    """How the dense model's loss changes with what each FFN writes, for a partition that asks.
+
+    Raises:
+        MoefyError: code 5 where the model does not fit in memory whole, in float32.
+    """
+    ids_BT = tokens.ids_BT[: -tokens.num_heldout]
+    weights = sum(entry.num_elements for entry in job.checkpoint.entries.values())
+    kept = len(job.layers) * ids_BT.numel() * job.size("hidden_size")
+    require(4 * weights + 2 * kept, "a model that gives gradients", "use another --partition")
+    return ffn_gradients(
+        job.checkpoint, job.family, job.layers, ids_BT, job.device, partial(watch, "gradients")
+    )

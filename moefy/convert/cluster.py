@@ -1,0 +1,96 @@
+"""Clusters of neurons and of tokens, which the published methods are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from moefy.convert.assign import assign_balanced
+from moefy.convert.profile import CHUNK, top_mask
+from moefy.errors import MoefyError
+from moefy.types import FFN, Partition, Profile
+
+RUNS = 10
+"""K-means runs on the tokens, of which the tightest counts."""
+
+
+def ranked(score_F: Tensor, num_shared: int) -> tuple[Tensor, Tensor]:
+    """The `num_shared` neurons of highest score, highest first, and the others in rising order."""
+    order_F = score_F.argsort(descending=True, stable=True)
+    return order_F[:num_shared], order_F[num_shared:].sort().values
+
+
+def gathered(shared_S: Tensor, rest_R: Tensor, expert_R: Tensor, num_experts: int) -> Partition:
+    """The partition that shares `shared_S` and puts each of `rest_R` (rising) in its expert."""
+    experts = [rest_R[expert_R == expert] for expert in range(num_experts)]
+    return Partition(shared_S.sort().values, torch.stack(experts))
+
+
+def balanced_kmeans(point_RQ: Tensor, centre_EQ: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """The cluster of each point, all clusters of one size, and their means (E, Q).
+
+    Each round deals the points out to the centres so that the summed squared distance is least,
+    and moves the centres to the means; until nothing changes, or `rounds` are over. Where all
+    clusters have one size, |p|^2 and |c|^2 add the same to every way of dealing: -2 p.c decides.
+    The same holds for the city-block distance of marks (zero or one) from their means.
+    """
+    num_clusters = len(centre_EQ)
+    cluster_R = torch.full(point_RQ.shape[:1], -1, device=point_RQ.device)
+    for _ in range(max(1, rounds)):
+        value_RE = (point_RQ @ centre_EQ.T).cpu().numpy()
+        before_R = cluster_R
+        cluster_R = torch.as_tensor(assign_balanced(value_RE, len(point_RQ) // num_clusters))
+        cluster_R = cluster_R.to(point_RQ.device)
+        if torch.equal(cluster_R, before_R):
+            break
+        centre_EQ = torch.stack([point_RQ[cluster_R == e].mean(0) for e in range(num_clusters)])
+    return cluster_R, centre_EQ
+
+
+def marks(ffn: FFN, profile: Profile, most: int, *, unit: bool) -> Tensor:
+    """One where a neuron is among the `most` of greatest |activation| of a fitting token, (T, F).
+
+    With `unit`, gate rows, up rows and inputs are first scaled to length one; a neuron without a
+    gate is taken as it is. Source: CMoE (arXiv 2502.04416), section 4.1; `unit` is its code's.
+    """
+    if unit and ffn.gate_FD is not None:
+        ffn = dataclasses.replace(ffn, gate_FD=normalize(ffn.gate_FD), up_FD=normalize(ffn.up_FD))
+    else:
+        unit = False
+    mark_TF = torch.empty(profile.num_fit, ffn.num_neurons, device=profile.x_TD.device)
+    for first in range(0, profile.num_fit, CHUNK):
+        tokens = slice(first, min(first + CHUNK, profile.num_fit))
+        x_TD = profile.x_TD[tokens]
+        h_TF = ffn.activations(normalize(x_TD) if unit else x_TD)
+        mark_TF[tokens] = top_mask(h_TF.abs_(), min(most, ffn.num_neurons))
+    return profile.group.gather(mark_TF)
+
+
+def token_centroids(profile: Profile, num_clusters: int, generator: torch.Generator) -> Tensor:
+    """Means of clusters of the fitting tokens' inputs (k-means), shape (E, D).
+
+    They follow from the seed that `generator` was made with, whatever was drawn from it since: a
+    partition and a router that ask for as many get the same, in the same order.
+
+    Raises:
+        MoefyError: code 2, where there are fewer tokens than clusters.
+    """
+    if profile.num_fit < num_clusters:
+        raise MoefyError(
+            f"{profile.num_fit} tokens to fit on cannot make {num_clusters} clusters; "
+            "raise --tokens or lower --experts",
+            code=2,
+        )
+    seed = generator.initial_seed() % 2**32
+    means = KMeans(
+        num_clusters,
+        n_init=RUNS,  # pyright: ignore[reportArgumentType]
+        max_iter=100,
+        tol=1e-3,
+        random_state=seed,
+    ).fit(profile.x_TD[: profile.num_fit].cpu().numpy())
+    return torch.as_tensor(means.cluster_centers_, device=profile.x_TD.device)

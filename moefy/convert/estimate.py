@@ -1,0 +1,133 @@
+"""What a conversion will take and give, from headers and configuration alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+
+from moefy.convert import write
+from moefy.convert.memory import fit, state_bytes
+from moefy.convert.prepare import Job
+from moefy.files.shards import DTYPES
+
+OVERHEAD = 1.05
+"""Measured time of these operations within a layer over that of the same ones alone."""
+
+PER_ACTIVATION, PER_INPUT = 8e3, 2.4e8
+"""What else a layer takes, in operations of a product that take as long: for every activation of a
+neuron, which several passes over memory read, and for every input of the router, which is fitted in
+a fixed number of steps. Fitted to SmolLM2-135M at 4,096 and 16,384 tokens; a 7B-shaped layer, which
+they were not fitted to, takes 183 s where they and its floor of 150 make 172."""
+
+SPEEDS = {"product": 1.0, "factor": 0.5, "solve": 0.5}
+"""Measured speed of operations, of which a matrix product's is one."""
+
+
+def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
+    """Shapes, parameters, FLOPs per token, and estimated memory, disk and time.
+
+    Times assume the matrix-product speed of this machine, measured for a moment. A note tells where
+    it does not fit in `memory` bytes or in what there is.
+    """
+    slots = write.slots(job)
+    plan = fit(job, slots, memory)
+    dense = sum(entry.num_elements for entry in job.checkpoint.entries.values())
+    total = sum(slot.num_bytes // DTYPES[slot.dtype].itemsize for slot in slots.values())
+    hidden, shape = job.size("hidden_size"), job.shape
+    neuron = (3 if job.family.gated else 2) * hidden
+    idle = (shape.num_experts - shape.experts_per_token) * shape.expert_width * neuron
+    if job.method.fit is None:
+        idle = 0
+    ffn_flops = 2 * neuron * shape.num_neurons
+    embedding = job.checkpoint.entries[job.family.embedding].num_elements
+    # Every matrix but the embedding is multiplied once per token; a tied head counts as one.
+    tied = job.family.head not in job.checkpoint.entries
+    matrix = dense - embedding * (0 if tied else 1)
+    saved = (1 - shape.active_fraction) * ffn_flops * len(job.layers)
+    return {
+        "model": str(job.checkpoint.folder),
+        "family": job.family.model_type,
+        "target": job.target.model_type,
+        "shape": {**dataclasses.asdict(shape), "active_fraction": shape.active_fraction},
+        "layers_converted": len(job.layers),
+        "layers_left_dense": job.num_layers - len(job.layers),
+        "parameters_dense": dense,
+        "parameters_total": total,
+        "parameters_active": total - len(job.layers) * idle,
+        "flops_per_token_dense": 2 * matrix,
+        "flops_per_token": int(2 * matrix - saved),
+        "disk_bytes": sum(slot.num_bytes for slot in slots.values()),
+        "state_bytes": state_bytes(job),
+        "memory_bytes": plan.peak_bytes,
+        "memory_stage": plan.stage,
+        "file_bytes": plan.file_bytes,
+        "seconds": round(_seconds(job), 1),
+        "notes": [*job.notes, *([plan.refusal] if plan.refusal else [])],
+    }
+
+
+def _seconds(job: Job) -> float:
+    """Seconds for all layers up to the last that is converted, at this machine's speed."""
+    taken = {
+        stage: OVERHEAD * sum(count / SPEEDS[kind] for kind, count in counts.items())
+        for stage, counts in operations(job).items()
+    }
+    layer = sum(taken.values()) + PER_ACTIVATION * job.recipe.tokens * job.shape.num_neurons
+    layer += PER_INPUT * job.size("hidden_size") if job.method.fit is not None else 0
+    num_dense = max(job.layers) + 1 - len(job.layers)
+    weights = sum(entry.num_elements for entry in job.checkpoint.entries.values())
+    # There and back through all weights, of which none needs a gradient.
+    gradient = 4 * weights * job.recipe.tokens if job.method.gradient else 0
+    whole = layer * len(job.layers) + (taken["attention"] + taken["dense"]) * num_dense + gradient
+    return whole / _speed(job.device)
+
+
+def operations(job: Job) -> dict[str, dict[str, float]]:
+    """Floating-point operations that converting a layer cannot do without, by stage and kind.
+
+    Kinds are matrix products, factorisations and triangular solves. The refit looks for a strength;
+    only the factorisation and the solution of the one that it takes count.
+    """
+    recipe, shape, hidden = job.recipe, job.shape, job.size("hidden_size")
+    tokens, neurons = recipe.tokens, shape.num_neurons
+    matrices, sides = 3 if job.family.gated else 2, 2 if job.method.drift else 1
+    prefix, ffn = job.family.layer.format(layer=0), set(job.family.ffn_names(0))
+    others = {name: e for name, e in job.checkpoint.entries.items() if name.startswith(prefix)}
+    weights = sum(entry.num_elements for name, entry in others.items() if name not in ffn)
+    once, gram = 2.0 * tokens * neurons * hidden, 2.0 * tokens * hidden * hidden
+    sample = min(tokens, 8192)
+    found: dict[str, dict[str, float]] = {
+        "attention": {
+            "product": 2.0 * sides * tokens * (weights + recipe.sequence_length * hidden)
+        },
+        "dense": {"product": (sides - 1) * matrices * once},
+        "profile": {"product": matrices * once},
+        # Each of 9 rounds adds up energies by expert, and what experts are given by neuron.
+        "split": {"product": 36.0 * sample * neurons * shape.num_experts + gram},
+        # The router is fitted to energies, then to errors that the experts' outputs leave.
+        "route": {"product": 2 * once + 4 * gram},
+        "run": {"product": once},
+    }
+    if recipe.refit:
+        used = neurons if job.method.fit is not None else shape.num_active
+        times = 2 if job.method.refine is not None else 1
+        found["refit"] = {
+            "product": times * (2 * once + 2.0 * tokens * used * used),
+            "factor": times * used**3 / 3,
+            "solve": times * 2.0 * used * used * hidden,
+        }
+    return found
+
+
+def _speed(device: torch.device, size: int = 1024) -> float:
+    """Float32 matrix-product operations per second, from a few products."""
+    a, b = torch.rand(size, size, device=device), torch.rand(size, size, device=device)
+    torch.mm(a, b)
+    start, rounds = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.1:
+        torch.mm(a, b).sum().item()
+        rounds += 1
+    return 2 * size**3 * rounds / (time.perf_counter() - start)

@@ -1,0 +1,228 @@
+"""Push calibration states through a dense model layer by layer, one layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig
+
+from moefy.checkpoint.model_config import model_config
+from moefy.checkpoint.tensors import Checkpoint
+from moefy.errors import MoefyError
+from moefy.files.buffers import MEMORY, Store
+from moefy.models.families.family import Family
+from moefy.models.opening import open_model, some_layers, states_of
+from moefy.types import FFN
+
+Join = Callable[[Tensor], Tensor] | None
+"""What a layer does to the FFN's output before it is added; None: nothing."""
+
+Leave = Callable[[Tensor], Tensor]
+"""What a layer does to the sum."""
+
+
+BATCH = 4
+"""Sequences that go through a layer at a time."""
+
+
+class _Tap(nn.Module):
+    """Stands where the FFN stands: keeps what it is given and adds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Tensor = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x
+        return torch.zeros_like(x)
+
+
+class _Skip(nn.Module):
+    """Stands where embeddings, which are done, and norms of what leaves stand."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2)
+        return next(given, torch.zeros(()))  # nothing to add, made of ids or positions
+
+
+def embed(checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.device) -> Tensor:
+    """What enters the first layer for the token ids, float32, shape (B, T, D).
+
+    Raises:
+        MoefyError: code 2, for sequences that are longer than the learned positions.
+    """
+    positions_TD = _positions(checkpoint, family, ids_BT.shape[1])
+    if family.embeddings:
+        return _embedded(checkpoint, family, ids_BT, device)
+    scale = family.embedding_scale(model_config(checkpoint).to_dict())
+    states_BTD = checkpoint.rows(family.embedding, ids_BT).to(device)
+    if scale != 1.0:
+        states_BTD.mul_(scale)
+    if family.projection and family.projection in checkpoint.entries:
+        states_BTD = states_BTD @ checkpoint.tensor(family.projection).float().to(device).T
+    if positions_TD is not None:
+        states_BTD += positions_TD.float().to(device)
+    return states_BTD
+
+
+def _embedded(
+    checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.device
+) -> Tensor:
+    """What transformers' own embeddings make of the token ids."""
+    config, home = model_config(checkpoint), str(family.embeddings)
+    with torch.device("meta"):
+        model: Any = AutoModel.from_config(config)
+    found: Any = model.get_submodule(home.removeprefix(model.base_model_prefix + "."))
+    made = type(found)(config)  # with the buffers that are stored nowhere
+    weights = {name: checkpoint.tensor(f"{home}.{name}").float() for name in made.state_dict()}
+    made.load_state_dict(weights, assign=True)
+    made.to(device).eval().requires_grad_(False)
+    return torch.cat([made(ids_BT.to(device)) for ids_BT in ids_BT.split(32)])
+
+
+def _positions(checkpoint: Checkpoint, family: Family, length: int) -> Tensor | None:
+    """The learned positions of the first `length` tokens, if there are any."""
+    if family.positions is None:
+        return None
+    table_PD = checkpoint.tensor(family.positions)[family.first_position :]
+    if length > len(table_PD):
+        raise MoefyError(
+            f"sequences of {length} tokens, but the model has positions for {len(table_PD)}; "
+            "lower --sequence-length",
+            code=2,
+        )
+    return table_PD[:length]
+
+
+def read_ffn(
+    checkpoint: Checkpoint, family: Family, layer: int, activation: str, device: torch.device
+) -> FFN:
+    """The FFN of one layer in float32."""
+    stored = [checkpoint.tensor(name).float().to(device) for name in family.ffn_names(layer)]
+    return family.read(stored, activation)
+
+
+def tap(
+    checkpoint: Checkpoint,
+    family: Family,
+    config: PreTrainedConfig,
+    layer: int,
+    states_BTD: Tensor,
+    *,
+    batch: int = BATCH,
+    store: Store = MEMORY,
+) -> tuple[Tensor, Join, Leave]:
+    """Run everything of one layer but its FFN; return the FFN's inputs, shape (B * T, D), in
+    `store`, what the FFN's outputs go through before they are added, and what the sum goes through.
+
+    `states_BTD` holds the states that enter the layer and is overwritten with those that leave it
+    less the FFN's part, which the caller adds; a bias behind the FFN is in them. The layer is
+    transformers' own, run inside its own model class, so masks and rotary embeddings are the
+    family's.
+    """
+    model, block, seen, leave = _one_layer(checkpoint, family, config, layer, states_BTD.device)
+    run = model.encoder if config.is_encoder_decoder else model
+    x_BTD = store.empty(*states_BTD.shape, device=states_BTD.device)
+    entering: list[Tensor] = []
+    leaving: list[Tensor] = []
+    # Some classes scale what they are given as embeddings, which these states are not.
+    block.register_forward_pre_hook(
+        lambda module, args, kwargs: ((entering[0], *args[1:]), kwargs), with_kwargs=True
+    )
+    block.register_forward_hook(lambda module, args, out: leaving.append(states_of(out)))
+
+    def step(first: int, last: int) -> None:
+        part = states_BTD[first:last]
+        entering[:], leaving[:] = [part], []
+        run(inputs_embeds=part, use_cache=False)
+        x_BTD[first:last] = seen.seen.view(part.shape)
+        part.copy_(leaving[0])
+
+    with torch.inference_mode():
+        for first in range(0, len(states_BTD), batch):
+            _halving(step, first, min(first + batch, len(states_BTD)))
+            store.release()
+    if family.down_bias:
+        name = family.layer.format(layer=layer) + family.down_bias
+        states_BTD += checkpoint.tensor(name).float().to(states_BTD.device)
+    join = family.join(block) if family.join else None
+    return x_BTD.view(-1, x_BTD.shape[-1]), join, leave
+
+
+def _halving(step: Callable[[int, int], None], first: int, last: int) -> None:
+    """Do a step for a range of sequences, or for halves of it where a GPU has no room for all."""
+    try:
+        step(first, last)
+        return
+    except torch.OutOfMemoryError:
+        if last - first == 1:
+            raise
+    middle = (first + last) // 2
+    _halving(step, first, middle)
+    _halving(step, middle, last)
+
+
+def ending(
+    checkpoint: Checkpoint, family: Family, config: PreTrainedConfig
+) -> Callable[[Tensor], Tensor]:
+    """A function from states that leave the last layer, (T, D), to the logits, (T, V).
+
+    Norm and head are those of transformers' own class, of which one layer is loaded.
+    """
+    model, _ = open_model(checkpoint.folder, config=some_layers(config, 0, 1), dtype="auto")
+    model.eval()
+    given: list[Tensor] = []
+    block: Any = model.get_submodule(family.layer.format(layer=0).rstrip("."))
+    block.register_forward_hook(lambda module, args, out: given[0])
+
+    @torch.inference_mode()
+    def logits(states_TD: Tensor) -> Tensor:
+        given[:] = [states_TD[None].to(model.dtype).cpu()]
+        # What the layer is given goes unread.
+        ids_1T = torch.zeros(given[0].shape[:2], dtype=torch.long)
+        return model(ids_1T, use_cache=False).logits[0]
+
+    return logits
+
+
+def _one_layer(
+    checkpoint: Checkpoint,
+    family: Family,
+    config: PreTrainedConfig,
+    layer: int,
+    device: torch.device,
+) -> tuple[Any, Any, _Tap, Leave]:
+    """A base model holding only `layer`, that layer, the tap in place of its FFN, and what is to be
+    done to what leaves."""
+    single = some_layers(config, layer, layer + 1)
+    with torch.device("meta"):
+        model: Any = AutoModel.from_config(single, dtype=torch.float32)
+    seen = _Tap()
+    home = family.layer.format(layer=0).removeprefix(model.base_model_prefix + ".").rstrip(".")
+    block: Any = model
+    for part in home.split("."):
+        for name in [name for name, _ in block.named_children() if name != part]:
+            if name == "rotary_emb":
+                block.rotary_emb = type(block.rotary_emb)(config=single).to(device)
+            else:
+                setattr(block, name, _Skip())
+        block = block.get_submodule(part)
+    block.set_submodule(family.block, seen)
+    for name in family.emptied:
+        block.set_submodule(name, nn.Identity())
+    own, first = (family.layer.format(layer=number) for number in (layer, 0))
+    weights = {}
+    for name in block.state_dict():
+        # T5's first layer holds the distances' biases of all.
+        prefix = own if own + name in checkpoint.entries else first
+        weights[name] = checkpoint.tensor(prefix + name).float().to(device)
+    block.load_state_dict(weights, assign=True)
+    model.eval().requires_grad_(False)
+    leave: Leave = nn.Identity()
+    if family.behind:
+        leave = block.get_submodule(family.behind)
+        block.set_submodule(family.behind, _Skip())
+    return model, block, seen, leave

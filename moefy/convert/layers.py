@@ -1,0 +1,264 @@
+"""Convert a model's FFNs layer by layer, each on the states that the converted ones below leave."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.checkpoint.model_config import model_config
+from moefy.convert import forward, write
+from moefy.convert.coverage import gaps
+from moefy.convert.ffn import Block, convert_block
+from moefy.convert.prepare import Job, Watch
+from moefy.convert.profile import CHUNK
+from moefy.distributed import ALONE, Group, Share
+from moefy.errors import MoefyError
+from moefy.files.buffers import Store
+from moefy.files.resume import State
+from moefy.files.shards import ShardWriter
+from moefy.text.packing import Tokens
+from moefy.timing import Clock
+
+SEQUENCES = 32
+"""Whose embeddings are looked up at a time."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What is left of the layers when all are written."""
+
+    figures: list[dict[str, Any]]
+    """Of every layer that was converted."""
+    ends: list[Tensor | None]
+    """The states that leave each layer on the last sequence, where they were kept."""
+    norms: dict[int, Tensor]
+    """Of routers that are no rows, by layer."""
+
+
+def convert_layers(
+    job: Job,
+    tokens: Tokens,
+    slopes: dict[int, Tensor],
+    writer: ShardWriter | None,
+    state: State,
+    store: Store,
+    clock: Clock,
+    *,
+    last: int,
+    strict: bool,
+    watch: Watch,
+    group: Group = ALONE,
+) -> Converted:
+    """Convert layer by layer, writing each, behind those that are done already.
+
+    The states of all calibration tokens lie in `store`. Those that leave layer `last` on the last
+    sequence are kept. Below the first layer that is converted the dense model's states are the
+    same, and behind the last one only that sequence goes on, as far as `last`.
+
+    The processes of `group` share the sequences; only the first has a `writer`, and `state`.
+    """
+    top = max(job.layers)
+    share, tokens = _own(tokens, group)
+    num_sequences = len(tokens.ids_BT)
+    states_BTD, done = _begun(writer, state, store, share, top)
+    if states_BTD is None:
+        states_BTD = _embedded(job, tokens, store)
+    else:
+        watch(f"continuing behind layer {len(done) - 1}", len(done), job.num_layers)
+    states_BTD = states_BTD.to(job.device)
+    for layer in range(len(done), max(last, top) + 1):
+        if layer > top:
+            states_BTD = share.last(states_BTD[:num_sequences])[None]
+        extra, names, value = _convert(
+            job, layer, states_BTD, tokens, slopes, writer, store, watch, group
+        )
+        if value and strict and (found := gaps([value])):
+            raise MoefyError(f"--strict: {found[0]}", code=6)
+        if layer == last:
+            extra["end"] = share.last(states_BTD[:num_sequences])
+        done.append((extra, value))
+        whole_BTD = states_BTD if layer > top else share.whole(states_BTD)
+        if writer:
+            state.save("seconds", clock.seconds())
+            state.save_layer(layer, whole_BTD, extra, writer.sync(names), value)
+        del whole_BTD
+        store.release()
+        watch("layers", layer + 1, job.num_layers)
+    watch("layers", job.num_layers, job.num_layers)
+    return Converted(
+        [value for _, value in done if value],
+        [kept.get("end") for kept, _ in done] + [None] * (job.num_layers - len(done)),
+        {layer: kept["norm"] for layer, (kept, _) in enumerate(done) if "norm" in kept},
+    )
+
+
+def shared(group: Group, num_sequences: int, length: int) -> Share:
+    """Share sequences of `length` tokens by what attention and the FFN compute at a time, if
+    sequences fill that.
+
+    Raises:
+        MoefyError: code 2, where some processes have none.
+    """
+    block = max(forward.BATCH, CHUNK // length)
+    if group.size > (most := -(-num_sequences // block)):
+        raise MoefyError(
+            f"{group.size} processes share {num_sequences} sequences, {block} of which stay "
+            f"together; start {most} at most, or raise --tokens",
+            code=2,
+        )
+    return Share(group, num_sequences, block)
+
+
+def _own(tokens: Tokens, group: Group) -> tuple[Share, Tokens]:
+    """Which sequences are this process's, and these."""
+    num_sequences, length = tokens.ids_BT.shape
+    share = shared(group, num_sequences, length)
+    first_heldout = num_sequences - tokens.num_heldout
+    num_heldout = max(0, share.piece.stop - max(share.piece.start, first_heldout))
+    own = dataclasses.replace(tokens, ids_BT=share.own(tokens.ids_BT), num_heldout=num_heldout)
+    return share, own
+
+
+def _begun(
+    writer: ShardWriter | None, state: State, store: Store, share: Share, top: int
+) -> tuple[Tensor | None, list[tuple[dict[str, Tensor], Any]]]:
+    """The states of this process's sequences behind the last layer that is done, and what was kept
+    of each, from the process that has them."""
+    group, done = share.group, []
+    if writer:
+        states_BTD, done = state.layers(writer, store)
+        group.tell((len(done), None if states_BTD is None else states_BTD.shape))
+    else:
+        count, size = group.hear()
+        done = [({}, None)] * count
+        states_BTD = store.empty(*size) if size else None
+    if states_BTD is None:
+        return None, done
+    states_BTD = group.agreed(states_BTD)
+    return states_BTD if len(done) > top + 1 else share.own(states_BTD), done
+
+
+def _embedded(job: Job, tokens: Tokens, store: Store) -> Tensor:
+    """What enters the first layer, (B, T, D). With a refit against drift twice: the dense model's
+    states go along behind the converted one's."""
+    parts = tokens.ids_BT.split(SEQUENCES)
+    first = forward.embed(job.checkpoint, job.family, parts[0], job.device)
+    num_sequences, sides = len(tokens.ids_BT), 2 if job.method.drift else 1
+    states_BTD = store.empty(sides * num_sequences, *first.shape[1:], device=job.device)
+    for number, ids_BT in enumerate(parts):
+        made = forward.embed(job.checkpoint, job.family, ids_BT, job.device) if number else first
+        for side in range(sides):
+            start = side * num_sequences + number * SEQUENCES
+            states_BTD[start : start + len(made)] = made
+        store.release()
+    return states_BTD
+
+
+def _convert(
+    job: Job,
+    layer: int,
+    states_BTD: Tensor,
+    tokens: Tokens,
+    slopes: dict[int, Tensor],
+    writer: ShardWriter | None,
+    store: Store,
+    watch: Watch,
+    group: Group,
+) -> tuple[dict[str, Tensor], list[str], dict[str, Any] | None]:
+    """Convert and write one layer, or leave it dense, and move the states past it.
+
+    Gives tensors to keep, the names of those that are written, and the layer's figures.
+    """
+    clock = Clock({})
+    num_sequences = len(tokens.ids_BT)
+    alike = layer < min(job.layers)
+    going_BTD = states_BTD[:num_sequences] if alike else states_BTD
+    block = _pass(job, layer, going_BTD, tokens, slopes, store, clock, watch, group)
+    if alike and len(states_BTD) > num_sequences:
+        states_BTD[num_sequences:] = going_BTD
+    if block is None:
+        return {}, [], None
+    with clock.stage("write"):
+        names = write.write_block(job, writer, layer, block) if writer else []
+    norm_EN = block.router.norm_EN
+    value: dict[str, Any] = {"layer": layer, **block.figures}
+    seconds = {name: round(spent, 3) for name, spent in clock.seconds().items() if name != "total"}
+    value["stage_seconds"] = {**seconds, **value["stage_seconds"]}
+    return {} if norm_EN is None else {"norm": norm_EN.cpu()}, names, value
+
+
+def _pass(
+    job: Job,
+    layer: int,
+    states_BTD: Tensor,
+    tokens: Tokens,
+    slopes: dict[int, Tensor],
+    store: Store,
+    clock: Clock,
+    watch: Watch,
+    group: Group,
+) -> Block | None:
+    """Move the states past one layer; give what it is converted to, None where it stays dense.
+
+    The first sequences of `states_BTD` are those of `tokens`; any others go through the dense FFN.
+    """
+    watch(f"layer {layer}: attention", layer, job.num_layers)
+    config = model_config(job.checkpoint)
+    activation = getattr(config, job.family.activation, "silu")
+    with clock.stage("read"):
+        ffn = forward.read_ffn(job.checkpoint, job.family, layer, activation, job.device)
+    with clock.stage("attention"):
+        x_TD, join, leave = forward.tap(
+            job.checkpoint, job.family, config, layer, states_BTD, store=store
+        )
+        _check_states(x_TD, layer)
+    flat_TD, num_tokens = states_BTD.view(x_TD.shape), tokens.ids_BT.numel()
+    dense = slice(num_tokens if layer in job.layers else 0, None)
+    block = None
+    with clock.stage("dense"):
+        for x_CD, flat_CD in zip(
+            x_TD[dense].split(CHUNK), flat_TD[dense].split(CHUNK), strict=True
+        ):
+            y_CD = ffn.activations(x_CD) @ ffn.down_DF.T
+            flat_CD += join(y_CD) if join else y_CD
+            store.release()
+    if layer in job.layers:
+        watch(f"layer {layer}: split and route", layer, job.num_layers)
+        block = convert_block(
+            ffn,
+            x_TD[:num_tokens],
+            flat_TD[:num_tokens],
+            tokens.num_heldout * tokens.ids_BT.shape[1],
+            job.shape,
+            job.method,
+            dtype=job.dtype,
+            seed=job.recipe.seed * 1_000_003 + layer,
+            join=join,
+            dense_TD=flat_TD[num_tokens:] if job.method.drift else None,
+            gradient_TD=slopes.pop(layer, None),
+            store=store,
+            group=group,
+        )
+        for y_CD, flat_CD in zip(block.y_TD.split(CHUNK), flat_TD.split(CHUNK), strict=False):
+            flat_CD[: len(y_CD)] += join(y_CD) if join else y_CD
+            store.release()
+    for flat_CD in flat_TD.split(CHUNK):
+        flat_CD.copy_(leave(flat_CD))
+        store.release()
+    return block
+
+
+def _check_states(x_TD: Tensor, layer: int) -> None:
+    for number, x_CD in enumerate(x_TD.split(CHUNK)):
+        finite_C = torch.isfinite(x_CD).all(1)
+        if not finite_C.all():
+            row = number * CHUNK + int((~finite_C).nonzero()[0])
+            raise MoefyError(
+                f"activations that are not finite enter the FFN of layer {layer} at calibration "
+                f"token {row}; the weights or the dtype overflow",
+                code=6,
+            )

@@ -1,0 +1,287 @@
+"""How much memory a conversion takes, stage by stage, and how much there is.
+
+Predictions add up what the stages hold at the same time, in the order in which they make it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import resource
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moefy.checkpoint.reload import fitting_layers
+from moefy.compute import ComputeDtype, compute_dtype
+from moefy.convert.prepare import Job
+from moefy.convert.profile import CHUNK, GAINS
+from moefy.errors import MoefyError
+from moefy.files.shards import Slot
+from moefy.text.self_text import BATCHES, DOCUMENT
+
+LIBRARIES = 600_000_000
+"""Resident bytes of Python, torch, transformers and scikit-learn before any tensor."""
+
+TEXT = 12
+"""Resident bytes of a tokenizer per byte of its file."""
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+SINGLE = re.compile(r"\.experts\.\d+\.")
+"""In the names of what is stored expert by expert."""
+
+ADVICE = {
+    "attention": "lower --sequence-length or --tokens",
+    "split": "lower --set partition.sample=2048 or --tokens",
+    "refit": "--no-refit does without its matrix of all pairs of neurons",
+    "reopen": "expected at least that for the model that is opened again",
+    "gradients": "use another --partition",
+    "calibration": "give a --calibration FILE",
+}
+"""What helps where a stage takes too much."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the calibration states are to lie, and what that takes."""
+
+    peak_bytes: int
+    stage: str
+    """Which takes most."""
+    file_bytes: int
+    """Of the files that the states lie in; zero where they lie in memory."""
+    refusal: str = ""
+    """What to say where it does not fit."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How the dense model is to write text of its own."""
+
+    compute: ComputeDtype
+    batch_size: int
+    """Documents at a time."""
+    num_bytes: int
+    """What that takes."""
+
+
+def state_bytes(job: Job) -> int:
+    """Bytes on disk that a conversion keeps until it is whole, in order to go on if it is stopped.
+
+    Two generations of states between layers, and another being written.
+    """
+    hidden = 4 * job.size("hidden_size")
+    states = job.recipe.tokens * hidden * (2 if job.method.drift else 1)
+    slopes = job.recipe.tokens * hidden // 2 * len(job.layers) if job.method.gradient else 0
+    return 3 * states + slopes + 8 * job.recipe.tokens
+
+
+def available() -> int:
+    """Bytes that this process may hold: the machine's, or fewer where a limit is set."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    found += [soft for soft in limits if soft != resource.RLIM_INFINITY]
+    return min([*found, *_cgroup_limits()])
+
+
+def _cgroup_limits() -> list[int]:
+    """Limits of the control groups that this process is in, the outer ones included."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    files = []
+    for line in lines:
+        _, kinds, own = line.split(":", 2)
+        root, name = CGROUPS, "memory.max"
+        if "memory" in kinds.split(","):  # version 1
+            root, name = CGROUPS / "memory", "memory.limit_in_bytes"
+        elif kinds:
+            continue
+        place = root / own.lstrip("/")
+        folders = [folder for folder in (place, *place.parents) if folder.is_relative_to(root)]
+        files += [folder / name for folder in folders]
+    texts = [file.read_text().strip() for file in files if file.is_file()]
+    return [int(text) for text in texts if text.isdecimal()]  # the others say "max"
+
+
+def require(needed: int, what_for: str, instead: str) -> None:
+    """Refuse, with code 5, what takes more memory than there is."""
+    if needed > (most := available()):
+        raise MoefyError(
+            f"{what_for} takes {needed / 1e9:.1f} GB of memory, there are {most / 1e9:.1f} GB; "
+            f"{instead}",
+            code=5,
+        )
+
+
+def fit(job: Job, slots: Mapping[str, Slot], limit: int | None = None) -> Plan:
+    """Where the states are to lie so that the conversion, which writes `slots`, keeps to `limit`
+    bytes and to what there is: in memory if they fit, else in files."""
+    most = min(limit or available(), available())
+    # A GPU's states lie in its own memory.
+    for in_files in (False, True) if job.device.type == "cpu" else (False,):
+        stages = predicted(job, slots, in_files=in_files, most=most)
+        stage = max(stages, key=stages.__getitem__)
+        plan = Plan(stages[stage], stage, state_arrays(job) if in_files else 0)
+        if plan.peak_bytes <= most:
+            return plan
+    given = (
+        f"--memory allows {most / 1e9:.1f} GB"
+        if most == limit
+        else f"there are {most / 1e9:.1f} GB"
+    )
+    even = ", even with its states in files," if plan.file_bytes else ""
+    refusal = (
+        f"this conversion takes{even} {plan.peak_bytes / 1e9:.1f} GB of memory, {given}; "
+        f"the most is for the stage {stage}: {ADVICE.get(stage, 'lower --tokens')}"
+    )
+    return dataclasses.replace(plan, refusal=refusal)
+
+
+def state_arrays(job: Job) -> int:
+    """Bytes of all that is held for every calibration token at a time."""
+    tokens, hidden = job.recipe.tokens, job.size("hidden_size")
+    # States and FFN inputs, of the dense model too where drift is made good; outputs of the dense
+    # FFN, of the converted one, and what they aim at. All neurons' activations.
+    arrays = 7 if job.method.drift else 4
+    return 4 * tokens * (arrays * hidden + job.shape.num_neurons)
+
+
+def predicted(
+    job: Job, slots: Mapping[str, Slot], *, in_files: bool = False, most: int | None = None
+) -> dict[str, int]:
+    """Resident bytes at most of every stage, where there are `most`. Pages of mapped files that the
+    system can take back whenever it needs them count only where they are read in whole (see
+    `reopen`)."""
+    base = _base(job)
+    states = 0 if in_files else state_arrays(job)
+    slopes = 2 * len(job.layers) * job.recipe.tokens * job.size("hidden_size")
+    kept = base + states + (slopes if job.method.gradient else 0)
+    stages = {stage: kept + held for stage, held in _layer(job).items()}
+    stages |= {stage: base + held for stage, held in _whole(job, most).items()}
+    stages["reopen"] = base + _reopened(job, slots)
+    return stages
+
+
+def _base(job: Job) -> int:
+    """What is held all the time."""
+    tokenizer = job.checkpoint.folder / "tokenizer.json"
+    return LIBRARIES + (TEXT * tokenizer.stat().st_size if tokenizer.is_file() else 0)
+
+
+def _layer(job: Job) -> dict[str, int]:
+    """What one layer's stages hold, beside the states."""
+    recipe, shape, hidden = job.recipe, job.shape, job.size("hidden_size")
+    neurons, experts, length = shape.num_neurons, shape.num_experts, recipe.sequence_length
+    held_out = max(1, recipe.tokens // length // 8) * length
+    fitted = recipe.tokens - held_out
+    matrix = 4 * neurons * hidden
+    ffn = matrix * (3 if job.family.gated else 2)
+    chunk = 4 * min(CHUNK, recipe.tokens) * neurons
+    stored = {"attention": ffn + _attention(job)}
+    # A gate's products, their activations, and the up's; with what the chunk before has left.
+    stored["profile"] = ffn + 4 * chunk
+    sample = int(recipe.partition_options.get("sample", 8192))
+    energies = 4 * neurons * (min(fitted, sample) + min(held_out, sample // 4))
+    if recipe.partition in ("coactivation", "expertweaver"):
+        energies = 4 * neurons * fitted
+    routed = neurons - shape.num_shared
+    # The scorer's Gram matrix in float32 and float64, its factor, and a copy to solve with.
+    solve = 28 * hidden * hidden
+    stored["split"] = ffn + energies + max(energies * routed // neurons + chunk, 2 * chunk + solve)
+    gains = min(GAINS, min(CHUNK, recipe.tokens) * experts * hidden)
+    stored["route"] = ffn + matrix + max(solve, 16 * gains + 3 * chunk)
+    stored["route"] += 24 * recipe.tokens * experts
+    if recipe.refit:
+        used = neurons if job.method.fit is not None else shape.num_active
+        # The Gram matrix and its factor; what they are solved for, two solutions and the half of
+        # one; down_proj of the first refit and of the one tried.
+        solving = 8 * used * used + 16 * used * hidden + 2 * matrix
+        stored["refit"] = ffn + solving + 3 * chunk
+    return stored
+
+
+def _attention(job: Job) -> int:
+    """Weights and work of what of a layer is no FFN."""
+    layer, ffn = job.family.layer, set(job.family.ffn_names(0))
+    first = layer.format(layer=0)
+    others = {
+        name: entry
+        for name, entry in job.checkpoint.entries.items()
+        if name.startswith(first) and name not in ffn
+    }
+    weights = 4 * sum(entry.num_elements for entry in others.values())
+    rows = 4 * min(4 * job.recipe.sequence_length, job.recipe.tokens)
+    return weights + 8 * rows * job.size("hidden_size")
+
+
+def writing(job: Job, most: int | None = None) -> Writing:
+    """How the dense model is to write its own text where there are `most` bytes: in a dtype that
+    the machine has, and as many documents at a time as fit.
+
+    Raises:
+        MoefyError: code 5 where a dtype that was asked for does not fit.
+    """
+    room = (most or available()) - _base(job)
+    entries, config = job.checkpoint.entries.values(), job.dense.config
+    stored, count = sum(e.num_bytes for e in entries), sum(e.num_elements for e in entries)
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    cached = 2 * job.num_layers * int(heads) * job.dense.head_dim
+
+    def needed(itemsize: int, batch_size: int) -> int:
+        """Bytes of the files, the weights, the keys and values, and the chances of all ids."""
+        document = DOCUMENT * cached * itemsize + 16 * job.size("vocab_size")
+        return stored + itemsize * count + batch_size * document
+
+    compute = compute_dtype(
+        job.recipe.compute_dtype,
+        job.stored_dtype,
+        job.device,
+        float32_bytes=needed(4, BATCHES[-1]),
+        room=room,
+    )
+    size = compute.dtype.itemsize
+    fitting = (number for number in BATCHES if needed(size, number) <= room)
+    batch_size = next(fitting, BATCHES[-1])
+    return Writing(compute, batch_size, needed(size, batch_size))
+
+
+def _whole(job: Job, most: int | None) -> dict[str, int]:
+    """What stages hold for which the dense model must be in memory whole."""
+    entries, recipe = job.checkpoint.entries.values(), job.recipe
+    stages = {}
+    if recipe.calibration == "self":
+        stages["calibration"] = writing(job, most).num_bytes
+    if job.method.gradient:
+        hidden, length = job.size("hidden_size"), recipe.sequence_length
+        way_back = 4 * length * job.num_layers * (16 * hidden + 4 * job.shape.num_neurons)
+        way_back += 16 * length * job.size("vocab_size")
+        kept = 2 * len(job.layers) * recipe.tokens * hidden
+        stages["gradients"] = 4 * sum(entry.num_elements for entry in entries) + way_back + kept
+    return stages
+
+
+def _reopened(job: Job, slots: Mapping[str, Slot]) -> int:
+    """What is read of the files of the model that is opened again, and its weights.
+
+    Those that keep their dtype stay where the file is mapped; single experts are put into one
+    tensor.
+    """
+    layer = job.target.prefix + job.family.layer
+    layers = fitting_layers(slots, job.num_layers, layer)
+    whole = layers == job.num_layers
+    later = tuple(layer.format(layer=number) for number in range(layers, job.num_layers))
+    found = 0
+    for name, slot in slots.items():
+        if later and name.startswith(later):
+            continue
+        found += slot.num_bytes
+        if whole and slot.dtype != "F32":
+            found += 4 * math.prod(slot.shape)
+        elif SINGLE.search(name):
+            found += slot.num_bytes
+    return found

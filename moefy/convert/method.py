@@ -1,0 +1,91 @@
+"""The partition and the router that a recipe names, with their options checked and bound."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from moefy.config.recipe import Recipe, nearest
+from moefy.convert.ffn import Method
+from moefy.errors import MoefyError
+from moefy.types import Range
+
+
+def stages(recipe: Recipe, *, control: bool = False) -> Method:
+    """The stages a recipe names, with their options bound.
+
+    `control` admits routers that evaluation uses and that cannot be written.
+
+    Raises:
+        MoefyError: code 2 for names, options and combinations that cannot be.
+    """
+    partition = _module("partition", recipe.partition, "--partition")
+    router = _module("router", recipe.router, "--router")
+    if recipe.total > 1 and recipe.partition not in ("alternating", "static"):
+        raise MoefyError(
+            f"--total {recipe.total:g} with --partition {recipe.partition}, whose experts do not "
+            "overlap; expected alternating",
+            code=2,
+        )
+    if not control and not getattr(router, "WRITABLE", True):
+        raise MoefyError(
+            f"--router {recipe.router} looks at activations before it chooses and cannot be "
+            f"written; it is for evaluation: `moefy report RUN --against router={recipe.router}`",
+            code=2,
+        )
+    only = getattr(router, "PARTITION", recipe.partition)
+    if recipe.partition not in (only, "static"):
+        raise MoefyError(
+            f"--router {recipe.router} with --partition {recipe.partition}: its experts are not "
+            f"made for the router's clusters; expected --partition {only}",
+            code=2,
+        )
+    split = _bound(f"--partition {recipe.partition}", partition.split, recipe.partition_options)
+    fit = _bound(f"--router {recipe.router}", router.fit, recipe.router_options)
+    routed, refine = recipe.partition != "static", None
+    if routed and recipe.refit and hasattr(router, "refine"):
+        refine = _bound(f"--router {recipe.router}", router.refine, recipe.router_options)
+    return Method(
+        split,
+        fit if routed else None,
+        recipe.refit,
+        refine,
+        recipe.drift if recipe.refit else 0.0,
+        getattr(partition, "GRADIENT", False),
+    )
+
+
+def _module(package: str, name: str, flag: str) -> Any:
+    folder = Path(__file__).parent / package
+    known = sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+    if name not in known:
+        raise MoefyError(f"unknown {flag} {name!r}; {nearest(name, known)}", code=2)
+    return importlib.import_module(f"moefy.convert.{package}.{name}")
+
+
+def _bound(what: str, stage: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    legal = {
+        key: parameter.default
+        for key, parameter in inspect.signature(stage).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and key != "generator"
+    }
+    hints = get_type_hints(stage, include_extras=True)
+    for key, value in options.items():
+        if key not in legal:
+            known = nearest(key, list(legal))
+            raise MoefyError(f"{what} has no option {key!r}; {known}", code=2)
+        found = f"{what}, option {key}: found {value!r}"
+        more = get_args(hints[key])
+        if get_origin(hints[key]) is Literal and value not in more:
+            raise MoefyError(f"{found}; {nearest(str(value), [*more])}", code=2)
+        kinds = (float, int) if type(legal[key]) is float else (type(legal[key]),)
+        if type(value) not in kinds:
+            raise MoefyError(f"{found}; expected a value like {legal[key]!r}", code=2)
+        for span in more:
+            if isinstance(span, Range) and not span.least <= value <= span.most:
+                raise MoefyError(f"{found}; expected {span.least:g} to {span.most:g}", code=2)
+    return partial(stage, **options)

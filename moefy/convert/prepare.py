@@ -1,0 +1,288 @@
+"""What a conversion will be, settled from headers and configuration before a weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+from moefy.checkpoint.model_config import model_config
+from moefy.checkpoint.resolve import resolve
+from moefy.checkpoint.tensors import Checkpoint
+from moefy.checkpoint.validate import beside, check_tensors, open_checkpoint
+from moefy.config.recipe import Recipe, chosen_layers, nearest
+from moefy.convert.ffn import Method
+from moefy.convert.method import stages
+from moefy.errors import MoefyError
+from moefy.files.shards import DTYPES
+from moefy.models import families, targets
+from moefy.models.families.family import Family
+from moefy.models.shape import pruned, solve
+from moefy.models.targets.dense import narrower
+from moefy.models.targets.target import Dense, Target
+from moefy.types import Shape
+
+ENGINES = {
+    "transformers": "transformers",
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "llama.cpp": "llama.cpp",
+    "mlx": "MLX",
+    "ollama": "Ollama",
+}
+"""What `--engines` takes, and the names in full."""
+
+OWN = "moefy"
+"""The class of moefy's own, which is written only if asked for."""
+
+NO_SHAPE = Shape(1, 1, 1, 1, 1)
+"""For the question which engines run a model, before it has a shape."""
+
+Watch = Callable[[str, int, int], None]
+"""Called with the name of a stage, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion whose every question has been answered, before a weight is read."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    family: Family
+    dense: Dense
+    target: Target
+    reason: str
+    """Why this target."""
+    shape: Shape
+    layers: list[int]
+    method: Method
+    notes: tuple[str, ...]
+
+    def size(self, key: str) -> int:
+        """A whole number of the dense configuration, which validation has checked."""
+        return int(self.checkpoint.config[key])  # pyright: ignore[reportArgumentType]
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.size("num_hidden_layers")
+
+    @property
+    def task(self) -> str:
+        """What the model is for (see `Family`)."""
+        return self.family.task(self.checkpoint.config)
+
+    @property
+    def stored_dtypes(self) -> list[str]:
+        """Dtype codes of the FFNs that are converted, each once."""
+        names = [name for layer in self.layers for name in self.family.ffn_names(layer)]
+        return sorted({self.checkpoint.entries[name].dtype for name in names})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the FFN and router tensors that are written: as stored, and of several dtypes the one
+        that holds them all."""
+        if self.recipe.dtype != "as-stored":
+            return getattr(torch, self.recipe.dtype)
+        return self.stored_dtype
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """That of the FFNs that are converted, and of several the one that holds them all."""
+        return reduce(torch.promote_types, [DTYPES[code] for code in self.stored_dtypes])
+
+    @property
+    def device(self) -> torch.device:
+        """Where layers are computed."""
+        name = self.recipe.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(name)
+
+
+def prepare(recipe: Recipe, *, control: bool = False) -> Job:
+    """Answer from headers and configuration alone whether and how `recipe` can be run.
+
+    `control` admits routers that evaluation uses and that cannot be written.
+
+    Raises:
+        MoefyError: code 2 for options that cannot be, 3 for a broken and 4 for an unsupported
+            checkpoint, 5 for a device that is not there.
+    """
+    method = stages(recipe, control=control)
+    check_device(recipe.device)
+    folder = resolve(recipe.model, revision=recipe.revision)
+    checkpoint = open_checkpoint(folder, ignore_index=recipe.ignore_index)
+    beside(folder)
+    family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
+    checkpoint, notes = check_tensors(checkpoint, family)
+    num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
+    # "auto" is settled from weights (see `budget`); until then it stands for all.
+    layers = chosen_layers(":" if recipe.layers == "auto" else recipe.layers, num_layers)
+    dense = describe(checkpoint, family, layers)
+    if method.fit is None:
+        target, reason = narrower(family), "the dense class itself, for it routes nothing"
+    else:
+        target, reason = choose_target(recipe, family, dense)
+    _check_writes(recipe, method, family)
+    shape = solve(
+        family.num_neurons(checkpoint.config),
+        active=recipe.active,
+        experts=recipe.experts,
+        experts_per_token=recipe.experts_per_token,
+        shared=recipe.shared,
+        fits=target.fits if method.fit else None,
+        total=recipe.total if method.fit else 1.0,
+    )
+    if family.beside:
+        notes.append(f"{family.beside} stays dense")
+    if method.fit is None and (len(layers) < num_layers or family.beside):
+        left = family.beside or f"all but --layers {recipe.layers}"
+        raise MoefyError(
+            f"--partition static: a dense class has one FFN width, and {left} would stay as wide "
+            "as before; expected another partition",
+            code=2,
+        )
+    if recipe.layers == "auto":
+        notes += ("which layers stay dense is measured first; until then all count as converted",)
+    if method.fit is None:
+        shape = pruned(shape)
+    else:
+        notes += serving_notes(target, dense, shape)
+    job = Job(recipe, checkpoint, family, dense, target, reason, shape, layers, method, ())
+    if recipe.dtype == "as-stored":
+        notes += _dtype_notes(checkpoint, str(job.dtype).removeprefix("torch."))
+    return dataclasses.replace(job, notes=tuple(notes))
+
+
+def _check_writes(recipe: Recipe, method: Method, family: Family) -> None:
+    """Refuse what takes a model that predicts the next token, where `family` has none."""
+    if "ForCausalLM" in family.tasks:
+        return
+    if recipe.calibration == "self":
+        lacks, do = "cannot write its own calibration text", "give one: --calibration FILE"
+    elif recipe.layers == "auto":
+        lacks, do = "has no next-token loss to weigh layers by", "name them: --layers 4:"
+    elif method.gradient:
+        lacks, do = "has no next-token loss to take gradients of", "use another --partition"
+    else:
+        return
+    raise MoefyError(f"{family.model_type} {lacks}; {do}", code=2)
+
+
+def describe(checkpoint: Checkpoint, family: Family, layers: list[int]) -> Dense:
+    """The dense model as targets see it, `layers` of which are to be converted."""
+    own = family.sized(model_config(checkpoint).to_dict())
+    config = family.canonical(own)
+    first = family.layer.format(layer=0)
+    biases = {part for part in "qkvo" if f"{first}self_attn.{part}_proj.bias" in checkpoint.entries}
+    left = tuple(n for n in range(int(config["num_hidden_layers"])) if n not in layers)
+    tied = family.tied(own, checkpoint.entries)
+    return Dense(family, config, own, frozenset(biases), tied, left)
+
+
+def choose_target(recipe: Recipe, family: Family, dense: Dense) -> tuple[Target, str]:
+    """The class to write, and why: the one that was asked for, or the family's first that can
+    hold the model and that all `--engines` run.
+
+    Raises:
+        MoefyError: code 2 for names that are not known, 4 where no class will do.
+    """
+    if recipe.target != "auto" and recipe.target not in targets.names():
+        raise MoefyError(
+            f"unknown --target {recipe.target!r}; {nearest(recipe.target, targets.names())}", code=2
+        )
+    own = f"{OWN}, which runs in transformers only"
+    if recipe.target not in ("auto", OWN, *family.targets):
+        raise MoefyError(
+            f"--target {recipe.target} cannot hold {family.model_type} exactly; "
+            f"expected one of {', '.join([*family.targets, own])}",
+            code=4,
+        )
+    if recipe.target == "auto" and not family.targets:
+        raise MoefyError(
+            f"no stock MoE class holds {family.model_type} exactly: none has {family.unheld}; "
+            f"ask for --target {own}, if that will do",
+            code=4,
+        )
+    wanted = [name.strip() for name in recipe.engines.split(",") if name.strip()]
+    for name in wanted:
+        if name not in ENGINES:
+            raise MoefyError(f"unknown --engines {name!r}; {nearest(name, [*ENGINES])}", code=2)
+    candidates = family.targets if recipe.target == "auto" else (recipe.target,)
+    against: list[str] = []
+    for name in candidates:
+        target = targets.load(name, family)
+        if reason := target.cannot(dense):
+            against.append(f"{name}: {reason}")
+            continue
+        missing = [ENGINES[engine] for engine in wanted if ENGINES[engine] not in target.engines]
+        balks = target.balks(dense, NO_SHAPE)
+        balking = [f"{ENGINES[e]} {balks[ENGINES[e]]}" for e in wanted if ENGINES[e] in balks]
+        if missing:
+            against.append(f"{name}: not in {', '.join(missing)}")
+        elif balking:
+            against.append(f"{name}: {'; '.join(balking)}")
+        elif recipe.target != "auto":
+            return target, "asked for"
+        else:
+            after = f"; not {'; not '.join(against)}" if against else ""
+            return target, f"the first choice for {family.model_type}{after}"
+    raise MoefyError(
+        f"no class holds this {family.model_type} model"
+        + (f" for {', '.join(wanted)}" if wanted else "")
+        + f": {'; '.join(against)}",
+        code=4,
+    )
+
+
+def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:
+    """What engines will not do with the result."""
+    reasons: dict[str, list[str]] = {}
+    for engine, reason in target.balks(dense, shape).items():
+        if engine in target.engines:
+            reasons.setdefault(reason, []).append(engine)
+    notes = [f"{', '.join(engines)}: {reason}" for reason, engines in reasons.items()]
+    if dense.rope_type == "longrope":
+        length = dense.config.get("original_max_position_embeddings", "the original length")
+        notes.append(f"text that grows past {length} tokens keeps keys rotated for short text")
+    if shape.expert_width % 128 and "vLLM" in target.engines:
+        found = f"expert width {shape.expert_width}, no multiple of 128"
+        notes.append(f"fused kernels of vLLM and SGLang may refuse {found}, or be slow")
+    if shape.expert_width % 8:
+        notes.append(
+            f"transformers runs experts of width {shape.expert_width}, no multiple of 8, only with "
+            "experts_implementation='eager'"
+        )
+    count = shape.num_experts
+    if count & (count - 1) and "vLLM" in target.engines:
+        notes.append(f"vLLM routes to {count} experts, no power of two, by a slower kernel")
+    return notes
+
+
+def _dtype_notes(checkpoint: Checkpoint, dtype: str) -> list[str]:
+    """What becomes of several dtypes in one checkpoint."""
+    counts = Counter(entry.dtype for entry in checkpoint.entries.values())
+    if len(counts) < 2:
+        return []
+    found = ", ".join(f"{number} {code}" for code, number in sorted(counts.items()))
+    return [f"of {found} tensors each keeps its dtype; what is made of FFNs is {dtype}"]
+
+
+def check_device(name: str) -> None:
+    """Refuse a `--device` that is none, or that this machine does not have.
+
+    Raises:
+        MoefyError: code 2 for a name that is none, 5 for a device that is not there.
+    """
+    kind, _, number = name.partition(":")
+    if name in ("auto", "cpu"):
+        return
+    if kind != "cuda" or not (number or "0").isdecimal():
+        raise MoefyError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:1", code=2)
+    if int(number or 0) >= (count := torch.cuda.device_count()):
+        raise MoefyError(f"--device {name}: {count} CUDA devices found; expected more", code=5)

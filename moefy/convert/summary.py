@@ -1,0 +1,108 @@
+"""What a conversion tells of itself: the files of `OUT/moefy/`, and the model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moefy import __version__, report
+from moefy.checkpoint.resolve import DEMO
+from moefy.config.recipe import render
+from moefy.convert.prepare import Job
+from moefy.environment import machine, versions
+from moefy.files.publish import file_digests, write_json, write_text
+from moefy.files.shards import save
+from moefy.text import packing
+
+END = "end"
+"""Name of the tensor that holds the states behind the last layer that was reopened."""
+
+
+def summarise(
+    job: Job,
+    tokens: packing.Tokens,
+    layers: list[dict[str, Any]],
+    checked: dict[str, Any],
+    seconds: dict[str, float],
+    inputs: dict[str, str],
+) -> dict[str, Any]:
+    """What `moefy/conversion.json` holds, less the digests of the output."""
+    entries = job.checkpoint.entries
+    local = job.recipe.model == DEMO or Path(job.recipe.model).expanduser().is_dir()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "moefy": __version__,
+        "model": job.recipe.model,
+        "hub_id": None if local else job.recipe.model,
+        "family": job.family.model_type,
+        "task": job.task,
+        "target": job.target.model_type,
+        "target_reason": job.reason,
+        "licence": licence(job.checkpoint.folder),
+        "engines": list(job.target.engines),
+        "shape": {**dataclasses.asdict(job.shape), "active_fraction": job.shape.active_fraction},
+        "parameters_dense": sum(entry.num_elements for entry in entries.values()),
+        "layers": layers,
+        "layers_left_dense": [n for n in range(job.num_layers) if n not in job.layers],
+        "recipe": dataclasses.asdict(job.recipe),
+        "calibration": {
+            "source": tokens.source,
+            "sha256": tokens.sha256,
+            "documents": tokens.num_documents,
+            "sequences": len(tokens.ids_BT),
+            "heldout_sequences": tokens.num_heldout,
+            "sequence_length": tokens.ids_BT.shape[1],
+            "compute_dtype": tokens.compute_dtype,
+            "notes": list(tokens.notes),
+        },
+        "reopened": checked,
+        "notes": list(job.notes),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "peak_resident_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+        "device": str(job.device),
+        "machine": machine(job.device),
+        "versions": versions(),
+        "inputs": inputs,
+    }
+
+
+def write_report(job: Job, part: Path, summary: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Recipe, calibration tokens, pages and report; the report's existence means whole."""
+    folder = part / "moefy"
+    folder.mkdir(exist_ok=True)
+    save(folder, "calibration", tensors)
+    made = {"moefy": summary["moefy"], **summary["versions"]}
+    text = render(job.recipe, made=made, inputs=summary["inputs"])
+    write_text(folder / "recipe.toml", text)
+    # These tell of the others, or are for people to write on; a stopped run may have left some.
+    told = ("README.md", "moefy/conversion.json", "moefy/conversion.md")
+    summary["outputs"] = file_digests(part, without=told)
+    write_text(folder / "conversion.md", report.conversion_page(summary))
+    write_text(part / "README.md", report.model_card(summary))
+    write_json(folder / "conversion.json", summary)
+
+
+LICENCE = ("license", "license_name", "license_link", "language")
+"""What a card inherits from that of the dense model."""
+
+
+def licence(folder: Path) -> dict[str, Any]:
+    """The licence and the languages that the dense model's card names, if it has a card."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    card = folder / "README.md"
+    if not card.is_file():
+        return {}
+    with card.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(100_000)
+    try:
+        told = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, YAMLError):  # a card is for people: a model is no worse for a broken one
+        return {}
+    return {key: told[key] for key in LICENCE if isinstance(told.get(key), str | list)}

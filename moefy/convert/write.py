@@ -1,0 +1,166 @@
+"""The tensors and files of the checkpoint that a conversion writes."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moefy.checkpoint.validate import beside
+from moefy.convert.ffn import Block
+from moefy.convert.prepare import Job, Watch
+from moefy.errors import MoefyError
+from moefy.files.publish import write_json
+from moefy.files.shards import CODES, DTYPES, ShardWriter, Slot
+from moefy.models.targets.target import Dense, Split
+from moefy.types import FFN, Partition
+
+
+def slots(job: Job) -> dict[str, Slot]:
+    """Every tensor of the output, in an order that does not depend on the input's shards."""
+    found = _slots(job)
+    found.update({name: slot for name, (slot, _) in _added(job, found).items()})
+    return {job.target.prefix + name: slot for name, slot in found.items()}
+
+
+def _slots(job: Job) -> dict[str, Slot]:
+    """What is made of the dense checkpoint's tensors, under names less the target's prefix."""
+    ffn_of = {name: layer for layer in job.layers for name in job.family.ffn_names(layer)}
+    block = _block_slots(job)
+    found: dict[str, Slot] = {}
+    for name, entry in sorted(job.checkpoint.entries.items()):
+        layer = ffn_of.get(name)
+        if layer is None:
+            for new, tensor in _rest(job, name, torch.empty(entry.shape, device="meta")).items():
+                found[new] = Slot(_stored(job, entry.dtype), tuple(tensor.shape))
+            continue
+        prefix = job.family.layer.format(layer=layer)
+        found.update({prefix + tail: slot for tail, slot in block.items()})
+    return found
+
+
+def _block_slots(job: Job) -> dict[str, Slot]:
+    """Tensors of one converted FFN, from shapes alone."""
+    shape, hidden = job.shape, job.size("hidden_size")
+    family = job.family
+    ffn = empty_ffn(shape.num_neurons, hidden, gated=family.gated, biased=family.biased)
+    with torch.device("meta"):
+        static = job.method.fit is None
+        partition = Partition(
+            torch.empty(shape.num_active if static else shape.num_shared, dtype=torch.long),
+            torch.empty(shape.num_experts, shape.expert_width, dtype=torch.long),
+        )
+        router_ED = torch.empty(shape.num_experts, hidden)
+        split = Split(ffn, partition, router_ED, shape.experts_per_token, job.dtype)
+        tensors = job.target.tensors(split)
+    return {name: Slot(CODES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+
+
+def empty_ffn(neurons: int, hidden: int, *, gated: bool, biased: bool) -> FFN:
+    """An FFN of shapes alone, its tensors on no device."""
+    with torch.device("meta"):
+        matrix_FD = torch.empty(neurons, hidden)
+        return FFN(
+            matrix_FD if gated else None,
+            matrix_FD,
+            torch.empty(hidden, neurons),
+            bias_F=torch.empty(neurons) if biased else None,
+        )
+
+
+def _stored(job: Job, code: str) -> str:
+    """The dtype code that a copied tensor is written in."""
+    cast = job.recipe.dtype != "as-stored" and DTYPES[code].is_floating_point
+    return CODES[getattr(torch, job.recipe.dtype)] if cast else code
+
+
+def _added(job: Job, found: Mapping[str, Slot]) -> dict[str, tuple[Slot, str | None]]:
+    """Tensors that `found` lacks: (slot, name to copy from; None for zeros)."""
+    if job.method.fit is None:
+        return {}
+    added: dict[str, tuple[Slot, str | None]] = {}
+    entries, family = job.checkpoint.entries, job.family
+    if job.dense.tied and not job.target.ties:
+        # Several engines cannot load these classes with a tied head.
+        entry = entries[family.embedding]
+        added[family.head] = (Slot(_stored(job, entry.dtype), entry.shape), family.embedding)
+    for layer in range(job.num_layers):
+        for part in job.target.biases(job.dense):
+            if part not in job.dense.biases:
+                name = family.layer.format(layer=layer) + f"self_attn.{part}_proj."
+                weight = found[name + "weight"]
+                slot = Slot(weight.dtype, weight.shape[:1])
+                added[name + "bias"] = (slot, None)
+    return added
+
+
+def _rest(job: Job, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What is written for a tensor that is no converted FFN."""
+    if job.target.native or job.family.rest is None:
+        return {name: tensor}
+    return job.family.rest(job.dense.own, name, tensor)
+
+
+def copy(job: Job, writer: ShardWriter, watch: Watch) -> None:
+    """Write everything that is no converted FFN: byte for byte, unless another dtype is asked."""
+    skip = {name for layer in job.layers for name in job.family.ffn_names(layer)}
+    added = _added(job, _slots(job))
+    work = {name: name for name in job.checkpoint.entries if name not in skip}
+    heads = {name: origin for name, (_, origin) in added.items() if origin}
+    for done, (name, origin) in enumerate([*work.items(), *heads.items()], 1):
+        entry = job.checkpoint.entries[origin]
+        dtype, shaped = DTYPES[_stored(job, entry.dtype)], torch.empty(entry.shape, device="meta")
+        whole = {name: shaped} if name in heads else _rest(job, name, shaped)
+        if DTYPES[entry.dtype] == dtype and all(value is shaped for value in whole.values()):
+            for new in whole:
+                writer.copy(job.target.prefix + new, entry)
+        else:  # the largest tensor of a model is read only where it must be
+            tensor = job.checkpoint.tensor(origin)
+            written = {name: tensor} if name in heads else _rest(job, name, tensor)
+            for new, value in written.items():
+                writer.write(job.target.prefix + new, value.to(dtype).contiguous())
+        watch("copy", done, len(work) + len(heads))
+    for name, (slot, origin) in added.items():
+        if origin is None:
+            writer.write(
+                job.target.prefix + name, torch.zeros(slot.shape, dtype=DTYPES[slot.dtype])
+            )
+
+
+def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> list[str]:
+    """Write one converted FFN in the target's names and dtype; give the names.
+
+    Raises:
+        MoefyError: code 6, when a rescaled weight is not finite in that dtype.
+    """
+    prefix = job.target.prefix + job.family.layer.format(layer=layer)
+    router_ED, k = block.router.weight_ED, job.shape.experts_per_token
+    split = Split(block.ffn, block.partition, router_ED, k, job.dtype)
+    names = []
+    for tail, tensor in job.target.tensors(split).items():
+        if not torch.isfinite(tensor).all():
+            raise MoefyError(
+                f"{prefix}{tail} overflows {job.dtype}; use --dtype bfloat16 or float32", code=6
+            )
+        writer.write(prefix + tail, tensor)
+        names.append(prefix + tail)
+    return names
+
+
+def write_folder(job: Job, part: Path) -> None:
+    """Configuration, tokenizer files byte for byte, and the generation defaults."""
+    dense = job.dense
+    if job.method.fit is None:
+        dense = Dense(job.family, job.checkpoint.config)
+    config = job.target.configure(dense, job.shape)
+    config["dtype"] = str(job.dtype).removeprefix("torch.")
+    config["transformers_version"] = importlib.import_module("transformers").__version__
+    folder = job.checkpoint.folder
+    for file in beside(folder):
+        (part / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / file, part / file)
+    write_json(part / "config.json", config)

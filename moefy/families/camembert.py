@@ -1,9 +1,0 @@
-"""CamemBERT: RoBERTa for French."""
-
-from __future__ import annotations
-
-import dataclasses
-
-from moefy.families import roberta
-
-FAMILY = dataclasses.replace(roberta.FAMILY, model_type="camembert")

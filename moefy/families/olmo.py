@@ -1,7 +1,0 @@
-"""OLMo 1: norms without weights that take off the mean."""
-
-from __future__ import annotations
-
-from moefy.families.family import Family
-
-FAMILY = Family("olmo", unheld="norms without weights that take off the mean")

@@ -1,7 +1,0 @@
-"""Qwen 2 and 2.5: biases on query, key and value."""
-
-from __future__ import annotations
-
-from moefy.families.family import Family
-
-FAMILY = Family("qwen2", targets=("qwen2_moe", "granitemoeshared", "glm4_moe"), windows="some")

@@ -1,7 +1,0 @@
-"""StableLM: norms that take off the mean and add a bias."""
-
-from __future__ import annotations
-
-from moefy.families.family import Family
-
-FAMILY = Family("stablelm", unheld="norms that take off the mean and add a bias")

@@ -1,9 +1,0 @@
-"""XLM-RoBERTa: RoBERTa for many languages."""
-
-from __future__ import annotations
-
-import dataclasses
-
-from moefy.families import roberta
-
-FAMILY = dataclasses.replace(roberta.FAMILY, model_type="xlm-roberta")

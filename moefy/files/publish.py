@@ -1,0 +1,236 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from moefy.errors import MoefyError
+from moefy.files.lock import locked
+
+BLOCK = 1 << 24
+"""Bytes that are read at a time."""
+
+PART, STATE, OLD = "out", "state", "old"
+"""In the hidden folder beside OUT: what becomes OUT, what a rerun goes on from, and the OUT that is
+being replaced."""
+
+FINAL = (3, 4, 6)
+"""Codes of errors that the same command would meet again."""
+
+
+def write_json(path: Path, value: object) -> Path:
+    """Write `value` as indented JSON, flushed to disk."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` as UTF-8, flushed to disk."""
+    # In a locale that is not UTF-8, names of files have stand-ins for their bytes.
+    with path.open("w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 so that at any moment the old text is there whole, or the new."""
+    draft = path.with_name(path.name + ".tmp")
+    write_text(draft, text)
+    draft.replace(path)
+    sync(path.parent)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    return hexdigest(path, 0, path.stat().st_size)
+
+
+def file_digests(folder: Path, without: Collection[str] = ()) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by its name from there, but for those of `without`."""
+    files = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+    return {name: sha256(files[name]) for name in sorted(files.keys() - {*without})}
+
+
+def hexdigest(path: Path, start: int, stop: int) -> str:
+    """Hexadecimal SHA-256 of bytes `start` to `stop` of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(min(BLOCK, stop - file.tell())):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_free(out: Path, *, force: bool = False) -> Path:
+    """The absolute path of `out`, when a folder may be published there.
+
+    Raises:
+        MoefyError: code 2 when it is a file or link, or a folder with files and no `force`.
+    """
+    out = Path(os.path.abspath(out))
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise MoefyError(f"OUT {out} is a file or a link; expected a folder to make", code=2)
+    if out.exists() and any(out.iterdir()):
+        if not force:
+            raise MoefyError(f"OUT {out} exists already; give another name, or --force", code=2)
+        if not (out / "moefy" / "conversion.json").is_file():
+            raise MoefyError(
+                f"OUT {out} holds files that moefy did not write; give another name", code=2
+            )
+    return out
+
+
+def place_of(out: Path) -> Path:
+    """The hidden folder beside `out` that holds all that is not published yet."""
+    return out.with_name(f".{out.name}.moefy-part")
+
+
+@contextlib.contextmanager
+def publishing(
+    out: Path, *, force: bool = False, resume: bool = False, restart: bool = False
+) -> Iterator[Path]:
+    """Give a folder to fill that becomes `out` when the block ends well.
+
+    The rename is the moment of publication: before it nothing is named `out`, after it everything
+    is there. With `force` an existing `out` is replaced, and kept until the new one is whole.
+
+    The folder lies in the hidden one of `place_of`, beside a folder `state` that is the caller's.
+    When the block fails or is interrupted, all of it is removed, and `out` is as it was; unless
+    there is a state, which a rerun with `resume` finds again, together with the folder. What no
+    rerun would get past (a MoefyError of code 3, 4 or 6) leaves no state. `restart` removes one.
+
+    Raises:
+        MoefyError: code 2 when `out` exists without `force`; 5 when its parent cannot be written,
+            or another process writes `out`; 7 when there is a state and no `resume`.
+    """
+    out = check_free(out, force=force)
+    place = place_of(out)
+    with _hold(place, out):
+        part = place / PART
+        error: BaseException | None = None
+        try:
+            _recover(place, out)
+            check_free(out, force=force)
+            if restart or not has_state(place):
+                clear(place)
+            elif not resume:
+                raise MoefyError(
+                    f"{place} holds an unfinished run; finish it with the command that began it, "
+                    "or remove it",
+                    code=7,
+                )
+            _make(part, out)
+            yield part
+            check_free(out, force=force)  # again: much may have happened since
+            _swap(part, out, place / OLD)
+        except BrokenPipeError as found:
+            error = found  # of progress that nobody reads any more, not of a file
+            raise
+        except OSError as found:
+            reason = f"writing {out} failed: {found.strerror or found}"
+            if has_state(place):
+                reason += "; what is done is kept: make room and run the same command again"
+            error = MoefyError(reason, code=5)
+            raise error from found
+        except BaseException as found:
+            error = found
+            raise
+        finally:
+            final = error is None or (isinstance(error, MoefyError) and error.code in FINAL)
+            if final or not has_state(place):
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def has_state(place: Path) -> bool:
+    """Whether the hidden folder holds something that a rerun can go on from."""
+    state = place / STATE
+    return state.is_dir() and any(state.iterdir())
+
+
+def reclaim(out: Path) -> bool:
+    """Remove what a run that was stopped just behind the publication of `out` left beside it; tell
+    whether there was one."""
+    out = Path(os.path.abspath(out))
+    place = place_of(out)
+    if place.is_symlink() or not place.is_dir():
+        return False
+    with _hold(place, out):
+        _recover(place, out)
+        published = out.exists() and not (place / PART).exists()
+        if published:
+            shutil.rmtree(place, ignore_errors=True)
+    return published
+
+
+@contextlib.contextmanager
+def _hold(place: Path, out: Path) -> Iterator[None]:
+    """Lock `out` for this process; the lock lies in `place`, which is made."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if place.is_symlink():
+                raise MoefyError(f"{place} is a link; expected a folder, or nothing", code=5)
+            stack.enter_context(locked(place / "lock", out))
+        except OSError as error:
+            raise MoefyError(f"cannot write beside {out}: {error.strerror}", code=5) from None
+        yield
+
+
+def _recover(place: Path, out: Path) -> None:
+    """Put back what a run was about to replace when it was killed."""
+    old = place / OLD
+    if old.exists():
+        if out.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(out)
+
+
+def clear(place: Path) -> None:
+    """Remove what an unfinished run has left in the hidden folder."""
+    for name in (STATE, PART):
+        if (place / name).exists():
+            shutil.rmtree(place / name)
+
+
+def _make(part: Path, out: Path) -> None:
+    """Make the folder to fill, and see that it can be renamed to `out` when it is whole."""
+    part.mkdir(exist_ok=True)
+    if out.exists() and out.stat().st_dev != part.stat().st_dev:
+        raise MoefyError(f"OUT {out} is a mount point; expected a folder to make in it", code=5)
+
+
+def _swap(part: Path, out: Path, old: Path) -> None:
+    """Rename `part` to `out`, setting an existing folder aside until that is done."""
+    sync_tree(part)
+    try:
+        if out.exists():
+            out.rename(old)
+        part.rename(out)
+        sync(out.parent)
+    finally:
+        # Whatever interrupts this: one whole folder is named `out`.
+        if old.exists() and not out.exists():
+            old.rename(out)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush everything below a folder to disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's own entries, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,117 @@
+"""What a dense checkpoint can become: the stock classes that hold it, and in which shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moefy.checkpoint.tensors import Checkpoint
+from moefy.checkpoint.validate import open_checkpoint
+from moefy.errors import MoefyError
+from moefy.inspect import MISREAD, Config, Entries, head_dim, misread
+from moefy.inspect.catalogue import OWN, engines, shared_expert
+from moefy.inspect.settled import as_dense
+from moefy.models import families, targets
+from moefy.models.shape import solve
+from moefy.models.targets.target import Dense, Target
+from moefy.types import Shape
+
+ACTIVE = (0.75, 0.5, 0.25)
+"""Values of `--active` for which a shape is told."""
+
+UNITS = (128, 32)
+"""Expert widths that fused kernels, and those that quantised formats, take the multiples of."""
+
+MOST_EXPERTS = 128
+"""Counts above are not told."""
+
+Fits = Callable[[Shape], bool]
+
+
+def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
+    """Targets and engines of a dense checkpoint, if it can be converted; else why not."""
+    try:
+        return _told(open_checkpoint(folder), entries)
+    except MoefyError as error:
+        problem = error
+    except MISREAD as error:
+        problem = misread(folder, error)
+    return {"problems": [problem], "convertible": False, "targets": {}, "engines": {}}
+
+
+def _told(checkpoint: Checkpoint, entries: Entries) -> dict[str, Any]:
+    """What can become of a checkpoint that is whole."""
+    family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
+    dense = as_dense(family, checkpoint.config, checkpoint.entries)
+    num_neurons = family.num_neurons(checkpoint.config)
+    shapes: dict[Fits, dict[float, Shape | None]] = {}
+    held = {}
+    for name in (*family.targets, OWN):
+        target = targets.load(name, family)
+        if target.fits not in shapes:
+            shapes[target.fits] = {active: _solve(num_neurons, active, target) for active in ACTIVE}
+        held[name] = _held(target, dense, num_neurons, shapes[target.fits])
+    return {
+        "sizes": {
+            "ffn": num_neurons,
+            "kv_heads": dense.config.get("num_key_value_heads"),
+            "head_dim": head_dim(checkpoint.config, entries),
+        },
+        "tied": dense.tied,
+        "convertible": any(found["holds"] for found in held.values()),
+        "unheld": None if family.targets else family.unheld,
+        "targets": held,
+        "engines": {
+            engine: [name for name in family.targets if engine in held[name]["engines"]]
+            for engine in engines()
+        },
+        "problems": [],
+    }
+
+
+def _held(
+    target: Target, dense: Dense, num_neurons: int, shapes: dict[float, Shape | None]
+) -> dict[str, Any]:
+    """Whether and how a class can hold a model, and which engines run the result."""
+    reason = target.cannot(dense)
+    shape = next((shapes[active] for active in (0.5, *ACTIVE) if shapes[active]), None)
+    balks = {} if reason else target.balks(dense, shape or Shape(1, 1, 1, 1, 1))
+    known = [] if reason else target.engines
+    return {
+        "stock": target.model_type != OWN,
+        "holds": reason is None,
+        "reason": reason,
+        "shared": shared_expert(target),
+        "elastic": target.elastic,
+        "engines": [engine for engine in known if engine not in balks],
+        "balks": {engine: why for engine, why in balks.items() if engine in known},
+        "shapes": {
+            f"{active:g}": shape and {**dataclasses.asdict(shape), "active": shape.active_fraction}
+            for active, shape in ({} if reason else shapes).items()
+        },
+        "widths": {}
+        if reason
+        else {str(unit): _widths(num_neurons, unit, target) for unit in UNITS},
+    }
+
+
+def _solve(num_neurons: int, active: float, target: Target) -> Shape | None:
+    """The shape that `--active` alone leads to, if there is one."""
+    try:
+        return solve(num_neurons, active=active, fits=target.fits)
+    except MoefyError:
+        return None
+
+
+def _widths(num_neurons: int, unit: int, target: Target) -> dict[str, int]:
+    """Expert counts -> the widest multiple of `unit` that the experts can have."""
+    found = {}
+    for count in range(2, MOST_EXPERTS + 1):
+        widest = num_neurons // count // unit * unit
+        for width in range(widest, 0, -unit):
+            if target.fits(Shape(num_neurons, num_neurons - count * width, count, width, 1)):
+                found[str(count)] = width
+                break
+    return found

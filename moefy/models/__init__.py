@@ -1,0 +1,1 @@
+"""What is known of model classes: dense families, stock MoE targets, shapes, routing."""

@@ -1,0 +1,42 @@
+"""DistilBERT: BERT's layers under other names, its FFN in a module of its own."""
+
+from __future__ import annotations
+
+import re
+
+from moefy.models.families.family import (
+    Family,
+    nothing_wrong,
+    read_plain,
+    shapes_plain,
+    write_plain,
+)
+
+FAMILY = Family(
+    "distilbert",
+    unheld="an encoder's layers, which attend to both sides",
+    refuse=nothing_wrong,
+    tasks=("ForMaskedLM", "ForSequenceClassification", "Model"),
+    layer="distilbert.transformer.layer.{layer}.",
+    ffn=("ffn.lin1.weight", "ffn.lin1.bias", "ffn.lin2.weight"),
+    read=read_plain,
+    write=write_plain,
+    shapes=shapes_plain,
+    down_bias="ffn.lin2.bias",
+    gated=False,
+    keys={
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+    },
+    width="hidden_dim",
+    activation="activation",
+    block="ffn",
+    behind="output_layer_norm",
+    embedding="distilbert.embeddings.word_embeddings.weight",
+    positions="distilbert.embeddings.position_embeddings.weight",
+    embeddings="distilbert.embeddings",
+    head="vocab_projector.weight",
+    named=lambda name: re.sub(r"^(?=(embeddings|transformer)\.)", "distilbert.", name),
+    unread=r"\.position_ids$",
+)

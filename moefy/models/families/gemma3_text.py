@@ -1,0 +1,16 @@
+"""Gemma 3: norms before and behind the FFN and two rotary frequencies, which no MoE class has.
+
+Gemma 4's MoE class has the norms, but norms the routed experts' output by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moefy.models.families import gemma2
+
+FAMILY = dataclasses.replace(
+    gemma2.FAMILY,
+    model_type="gemma3_text",
+    unheld="norms before and behind the FFN, and two rotary frequencies",
+)

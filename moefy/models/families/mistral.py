@@ -1,0 +1,9 @@
+"""Mistral 7B and its like; a sliding window, where set, is kept on every layer."""
+
+from __future__ import annotations
+
+from moefy.models.families.family import Family
+
+FAMILY = Family(
+    "mistral", targets=("qwen2_moe", "mixtral", "granitemoeshared", "glm4_moe"), windows="all"
+)

@@ -1,0 +1,7 @@
+"""OLMo 1: norms without weights that take off the mean."""
+
+from __future__ import annotations
+
+from moefy.models.families.family import Family
+
+FAMILY = Family("olmo", unheld="norms without weights that take off the mean")

@@ -1,0 +1,9 @@
+"""XLM-RoBERTa: RoBERTa for many languages."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moefy.models.families import roberta
+
+FAMILY = dataclasses.replace(roberta.FAMILY, model_type="xlm-roberta")

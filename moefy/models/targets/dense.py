@@ -1,0 +1,31 @@
+"""The dense class itself with a narrower FFN: how the static control is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moefy.models.families.family import Family
+from moefy.models.targets.target import Dense, Split, Target, Tensors
+from moefy.types import Shape
+
+
+def narrower(family: Family) -> Target:
+    """The class of `family` as a target that routes nothing."""
+
+    def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
+        return family.resized(dense.config, shape.num_active)
+
+    def tensors(split: Split) -> Tensors:
+        kept = family.write(split.part(split.partition.shared_S))
+        return dict(zip(family.ffn, kept, strict=True))
+
+    return Target(
+        family.model_type,
+        configure,
+        tensors,
+        lambda shape: True,
+        elastic=False,
+        engines=("every engine",),
+        native=True,
+        ties=True,
+    )

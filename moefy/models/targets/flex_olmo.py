@@ -1,0 +1,59 @@
+"""FlexOlmo: OLMo 2's norms, a softmax router over all experts, no shared expert.
+
+With `norm_topk_prob` false the gate of a chosen expert is 1 / E for a small router: `down_proj`
+times E makes it one, whatever the number of experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moefy.models.shape import no_shared
+from moefy.models.targets.target import (
+    Dense,
+    Split,
+    Target,
+    Tensors,
+    copied,
+    engine_reasons,
+    expert_tensors,
+    mismatch,
+)
+from moefy.types import Shape
+
+
+def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
+    """The configuration of a FlexOlmo model of this shape."""
+    return {
+        "architectures": ["FlexOlmoForCausalLM"],
+        "model_type": "flex_olmo",
+        **copied(dense.config),
+        "attention_bias": bool(dense.biases),
+        "tie_word_embeddings": False,
+        "intermediate_size": shape.expert_width,
+        "num_experts": shape.num_experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "norm_topk_prob": False,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    }
+
+
+def tensors(split: Split) -> Tensors:
+    """The MoE block's tensors; every gate is one."""
+    return {
+        "mlp.gate.weight": split.scaled_ED,
+        **expert_tensors(split, split.rounded(1 / split.num_experts)),
+    }
+
+
+TARGET = Target(
+    "flex_olmo",
+    configure,
+    tensors,
+    no_shared,
+    elastic=True,
+    engines=("transformers", "vLLM"),
+    cannot=lambda dense: mismatch(dense, biases="qkvo", wide_heads=False),
+    balks=engine_reasons,
+)

@@ -1,0 +1,84 @@
+"""Granite-MoE with a shared expert: Granite's four multipliers, an ungated shared expert.
+
+The router's softmax is over the chosen experts, 1 / K each for a small router: `down_proj` times
+K makes the gates one, at that K only. Experts are stored stacked, gate and up fused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moefy.models.families.family import write_fused
+from moefy.models.shape import any_shared
+from moefy.models.targets.target import (
+    Dense,
+    Reasons,
+    Split,
+    Target,
+    Tensors,
+    copied,
+    engine_reasons,
+    mismatch,
+)
+from moefy.types import Shape
+
+
+def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
+    """The configuration of a Granite-MoE-shared model of this shape.
+
+    A model that is no Granite has its multipliers at one, but for the attention's, which is then
+    1 / sqrt(head_dim).
+    """
+    config = dense.config
+    ones = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+    return {
+        "architectures": ["GraniteMoeSharedForCausalLM"],
+        "model_type": "granitemoeshared",
+        **copied(config),
+        **{key: config.get(key, 1.0) for key in ones},
+        "attention_multiplier": config.get("attention_multiplier", dense.head_dim**-0.5),
+        "attention_bias": bool(dense.biases),
+        "tie_word_embeddings": dense.tied,
+        "intermediate_size": shape.expert_width,
+        "shared_intermediate_size": shape.num_shared,
+        "num_local_experts": shape.num_experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    }
+
+
+def tensors(split: Split) -> Tensors:
+    """The MoE block's tensors; every gate is one at `experts_per_token`."""
+    import torch
+
+    scale = 1 / split.rounded(1 / split.experts_per_token)
+    parts = [write_fused(split.part(n, scale)) for n in split.partition.experts_EN]
+    inputs, outputs = (torch.stack(matrices) for matrices in zip(*parts, strict=True))
+    shared_input, shared_output = write_fused(split.part(split.partition.shared_S))
+    return {
+        "block_sparse_moe.router.layer.weight": split.scaled_ED,
+        "block_sparse_moe.input_linear.weight": inputs,
+        "block_sparse_moe.output_linear.weight": outputs,
+        "shared_mlp.input_linear.weight": shared_input,
+        "shared_mlp.output_linear.weight": shared_output,
+    }
+
+
+def balks(dense: Dense, shape: Shape) -> Reasons:
+    """Scaled frequencies, which llama.cpp's converter refuses, and biases, which vLLM ignores."""
+    return engine_reasons(dense, shape, rope="llama.cpp", biases="vLLM")
+
+
+TARGET = Target(
+    "granitemoeshared",
+    configure,
+    tensors,
+    any_shared,
+    elastic=False,
+    engines=("transformers", "vLLM", "llama.cpp"),
+    cannot=lambda dense: mismatch(dense, biases="qkvo", wide_heads=False),
+    balks=balks,
+    biases=lambda dense: "qkvo" if dense.biases else "",
+    ties=True,
+)

@@ -1,0 +1,66 @@
+"""Hunyuan-MoE: a softmax router, one ungated shared expert as wide as the routed ones.
+
+The gates of the chosen experts sum to one, 1 / K each for a small router: `down_proj` times K
+makes them one, at that K only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moefy.models.shape import one_shared
+from moefy.models.targets.target import (
+    Dense,
+    Split,
+    Target,
+    Tensors,
+    copied,
+    engine_reasons,
+    expert_tensors,
+    mismatch,
+    shared_tensors,
+)
+from moefy.types import Shape
+
+
+def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
+    """The configuration of a Hunyuan-MoE model of this shape."""
+    return {
+        "architectures": ["HunYuanMoEV1ForCausalLM"],
+        "model_type": "hunyuan_v1_moe",
+        **copied(dense.config),
+        "head_dim": dense.head_dim,
+        "attention_bias": bool(dense.biases),
+        "tie_word_embeddings": dense.tied,
+        "intermediate_size": shape.expert_width,
+        "num_experts": shape.num_experts,
+        "moe_topk": shape.experts_per_token,
+        "num_shared_expert": 1,
+        "use_mixed_mlp_moe": True,
+        "use_qk_norm": True,
+        "output_router_logits": False,
+    }
+
+
+def tensors(split: Split) -> Tensors:
+    """The MoE block's tensors; every gate is one at `experts_per_token`. The router is computed in
+    float32, so its gates are not rounded."""
+    return {
+        "mlp.gate.wg.weight": split.scaled_ED,
+        **expert_tensors(split, 1 / split.experts_per_token),
+        **shared_tensors(split, "mlp.shared_mlp."),
+    }
+
+
+TARGET = Target(
+    "hunyuan_v1_moe",
+    configure,
+    tensors,
+    one_shared,
+    elastic=False,
+    engines=("transformers",),
+    cannot=lambda dense: mismatch(dense, biases="qkvo"),
+    balks=engine_reasons,
+    biases=lambda dense: "qkvo" if dense.biases else "",
+    ties=True,
+)

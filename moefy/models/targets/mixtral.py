@@ -1,0 +1,71 @@
+"""Mixtral: a softmax router over the chosen experts, no shared expert; the widest known class.
+
+The gates of the chosen experts sum to one, 1 / K each for a small router: `down_proj` times K
+makes them one, at that K only. The only class whose scaled rotary frequencies llama.cpp honours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moefy.models.shape import no_shared
+from moefy.models.targets.target import (
+    NUMBERED,
+    Dense,
+    Reasons,
+    Split,
+    Target,
+    Tensors,
+    copied,
+    engine_reasons,
+    expert_tensors,
+    foreign_reasons,
+    mismatch,
+)
+from moefy.types import Shape
+
+
+def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
+    """The configuration of a Mixtral model of this shape."""
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        **copied(dense.config),
+        "head_dim": dense.head_dim,
+        "sliding_window": dense.config["sliding_window"] if any(dense.windowed) else None,
+        "tie_word_embeddings": dense.tied,
+        "intermediate_size": shape.expert_width,
+        "num_local_experts": shape.num_experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    }
+
+
+def tensors(split: Split) -> Tensors:
+    """The MoE block's tensors; every gate is one at `experts_per_token`."""
+    gate = split.rounded(1 / split.experts_per_token)
+    prefix = "block_sparse_moe."
+    return {
+        prefix + "gate.weight": split.scaled_ED,
+        **expert_tensors(split, gate, prefix + "experts.", NUMBERED),
+    }
+
+
+def balks(dense: Dense, shape: Shape) -> Reasons:
+    """Windows and wide heads, and in MLX scaled frequencies."""
+    return engine_reasons(dense, shape, rope="MLX", window="llama.cpp,MLX", wide_heads="MLX")
+
+
+TARGET = Target(
+    "mixtral",
+    configure,
+    tensors,
+    no_shared,
+    elastic=False,
+    engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX", "Ollama"),
+    cannot=lambda dense: mismatch(dense, windows="all layers or none"),
+    balks=balks,
+    foreign=lambda dense: foreign_reasons(dense, theta="MLX"),
+    ties=True,
+)

@@ -1,0 +1,96 @@
+"""Qwen2-MoE: a gated shared expert of any width, a softmax router over all experts.
+
+With `norm_topk_prob` false (the only value llama.cpp and MLX know) the gate of a chosen expert is
+its softmax probability, 1 / E for a small router: `down_proj` times E makes it one, whatever the
+number of experts per token. The shared expert's gate is sigmoid(0) = 1/2: `down_proj` times two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moefy.models.shape import any_shared
+from moefy.models.targets.target import (
+    Dense,
+    Reasons,
+    Split,
+    Target,
+    Tensors,
+    copied,
+    engine_reasons,
+    expert_tensors,
+    foreign_reasons,
+    mismatch,
+    shared_tensors,
+    sliding,
+)
+from moefy.types import Shape
+
+SHARED_GATE = 1e-6
+"""Not zero: llama.cpp computes the sigmoid as silu(g) / g, which is not a number at zero."""
+
+
+def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
+    """The configuration of a Qwen2-MoE model of this shape."""
+    return {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        **copied(dense.config),
+        **sliding(dense),
+        "tie_word_embeddings": False,
+        "qkv_bias": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(dense.left_dense),
+        "num_experts": shape.num_experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "moe_intermediate_size": shape.expert_width,
+        "shared_expert_intermediate_size": shape.num_shared,
+        "norm_topk_prob": False,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    }
+
+
+def tensors(split: Split) -> Tensors:
+    """The MoE block's tensors; every gate is one."""
+    gate_1D = split.ffn.up_FD.new_full((1, split.ffn.hidden_size), SHARED_GATE, dtype=split.dtype)
+    return {
+        "mlp.gate.weight": split.scaled_ED,
+        **expert_tensors(split, split.rounded(1 / split.num_experts)),
+        **shared_tensors(split, "mlp.shared_expert.", 2.0),
+        "mlp.shared_expert_gate.weight": gate_1D,
+    }
+
+
+def cannot(dense: Dense) -> str | None:
+    """A bias at the attention's output."""
+    return mismatch(dense, biases="qkv", windows="any", dense_layers="any")
+
+
+def balks(dense: Dense, shape: Shape) -> Reasons:
+    """Scaled frequencies, windows, wide heads and dense layers, which only some engines know."""
+    return engine_reasons(
+        dense,
+        shape,
+        rope="llama.cpp,MLX",
+        window="llama.cpp,MLX",
+        mixed="vLLM",
+        wide_heads="vLLM,llama.cpp",
+        dense_layers="llama.cpp,SGLang,MLX",
+    )
+
+
+TARGET = Target(
+    "qwen2_moe",
+    configure,
+    tensors,
+    any_shared,
+    elastic=True,
+    engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"),
+    cannot=cannot,
+    balks=balks,
+    foreign=lambda dense: foreign_reasons(
+        dense, head="SGLang,llama.cpp,MLX", unnormed="llama.cpp,MLX"
+    ),
+    biases=lambda dense: "qkv",  # engines create them unconditionally
+)

@@ -1,0 +1,77 @@
+"""Qwen3-MoE: norms on query and key heads, a softmax router, no shared expert.
+
+With `norm_topk_prob` true (the only value llama.cpp knows) the gates of the chosen experts sum to
+one, 1 / K each for a small router: `down_proj` times K makes them one, at that K only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moefy.models.shape import no_shared
+from moefy.models.targets.target import (
+    Dense,
+    Reasons,
+    Split,
+    Target,
+    Tensors,
+    copied,
+    engine_reasons,
+    expert_tensors,
+    foreign_reasons,
+    mismatch,
+    sliding,
+)
+from moefy.types import Shape
+
+
+def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
+    """The configuration of a Qwen3-MoE model of this shape."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        **copied(dense.config),
+        **sliding(dense),
+        "attention_bias": bool(dense.biases),
+        "tie_word_embeddings": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(dense.left_dense),
+        "num_experts": shape.num_experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "moe_intermediate_size": shape.expert_width,
+        "norm_topk_prob": True,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    }
+
+
+def tensors(split: Split) -> Tensors:
+    """The MoE block's tensors; every gate is one at `experts_per_token`."""
+    gate = split.rounded(1 / split.experts_per_token)
+    return {
+        "mlp.gate.weight": split.scaled_ED,
+        **expert_tensors(split, gate),
+    }
+
+
+def balks(dense: Dense, shape: Shape) -> Reasons:
+    """Scaled frequencies, windows and dense layers, which llama.cpp does not know here."""
+    return engine_reasons(
+        dense, shape, rope="llama.cpp", window="llama.cpp,MLX", dense_layers="llama.cpp"
+    )
+
+
+TARGET = Target(
+    "qwen3_moe",
+    configure,
+    tensors,
+    no_shared,
+    elastic=False,
+    engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"),
+    cannot=lambda dense: mismatch(
+        dense, biases="qkvo", windows="all layers or none", dense_layers="any"
+    ),
+    balks=balks,
+    foreign=lambda dense: foreign_reasons(dense, normed="llama.cpp"),
+    biases=lambda dense: "qkvo" if dense.biases else "",
+)

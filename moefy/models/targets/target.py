@@ -1,0 +1,320 @@
+"""What moefy needs to know of a stock MoE class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from moefy.models.families.family import Family
+from moefy.models.shape import no_shared
+from moefy.types import FFN, Partition, Shape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ROUTER_SCALE = 2.0**-10
+"""Router rows are written this small, so that every softmax gate is 1 / E to about 0.1 %."""
+
+LLAMA_CPP_MOST = 512
+"""Experts that llama.cpp is built for."""
+
+NAMES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+"""An expert's tensors in most classes: gate, up and down."""
+
+NUMBERED = ("w1.weight", "w3.weight", "w2.weight")
+"""The same in those that number them."""
+
+Tensors = dict[str, "Tensor"]
+"""By the name behind the layer's prefix."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense model as a target sees it."""
+
+    family: Family
+    config: Mapping[str, Any]
+    """In the keys of transformers, with its defaults filled in."""
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """In the keys of the dense class."""
+    biases: frozenset[str] = frozenset()
+    """The attention's projections that have a bias, of q, k, v and o."""
+    tied: bool = False
+    """Whether the embedding is the head."""
+    left_dense: tuple[int, ...] = ()
+    """Layers that are not converted."""
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        heads = self.config["num_attention_heads"]
+        return int(self.config.get("head_dim") or self.config["hidden_size"] // heads)
+
+    @property
+    def rope_type(self) -> str:
+        """How rotary frequencies are scaled; "default" where they are not."""
+        rope = self.config.get("rope_parameters") or {}
+        return str(rope.get("rope_type", rope.get("type", "default")))
+
+    @property
+    def rotary_share(self) -> float:
+        """Share of a head that is rotated."""
+        if not self.family.partial_rotary:
+            return 1.0
+        rope = self.config.get("rope_parameters") or {}
+        share = rope.get("partial_rotary_factor") or self.config.get("partial_rotary_factor")
+        return float(share or 1.0)
+
+    @property
+    def windowed(self) -> list[bool]:
+        """Whether each layer's attention ends at `config["sliding_window"]`."""
+        window = self.config.get("use_sliding_window", True) and self.config.get("sliding_window")
+        types = self.config.get("layer_types") if self.family.windows == "some" else None
+        types = types or ["sliding_attention"] * self.num_layers
+        used = bool(window) and self.family.windows != "none"
+        return [used and kind == "sliding_attention" for kind in types]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split FFN that is about to be written."""
+
+    ffn: FFN
+    partition: Partition
+    router_ED: Tensor
+    experts_per_token: int
+    dtype: torch.dtype
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.router_ED)
+
+    @property
+    def scaled_ED(self) -> Tensor:
+        """Router rows as they are written."""
+        return (self.router_ED * ROUTER_SCALE).to(self.dtype)
+
+    @property
+    def unbiased_E(self) -> Tensor:
+        """The selection bias as it is written: zeros in float32."""
+        return self.router_ED.new_zeros(self.num_experts).float()
+
+    def part(self, neurons: Tensor, scale: float = 1.0) -> FFN:
+        """The FFN of some of the neurons as it is written, `down_proj` times `scale`."""
+        return self.ffn.some(neurons, self.dtype, scale)
+
+    def rounded(self, value: float) -> float:
+        """`value` as `dtype` holds it: what a gate computed in that precision really is."""
+        import torch
+
+        return float(torch.tensor(value, dtype=torch.float64, device="cpu").to(self.dtype))
+
+
+Reasons = dict[str, str]
+"""Engine -> why it cannot run the result, or not rightly."""
+
+Foreign = list[tuple[str, str]]
+"""The same as pairs of engines, by name and comma-separated, and a reason that they share."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """How a split FFN is written as a stock MoE class."""
+
+    model_type: str
+    configure: Callable[[Dense, Shape], dict[str, Any]]
+    """The configuration of the MoE class."""
+    tensors: Callable[[Split], Tensors]
+    """The MoE block's tensors."""
+    fits: Callable[[Shape], bool]
+    """Whether a shape's shared neurons are of a number that the class can hold."""
+    elastic: bool
+    """Whether the gate of a chosen expert is independent of how many are chosen."""
+    engines: tuple[str, ...]
+    """Engines that know the class."""
+    cannot: Callable[[Dense], str | None] = lambda dense: None
+    """Why the class cannot hold this model exactly; None if it can."""
+    balks: Callable[[Dense, Shape], Reasons] = lambda dense, shape: {}
+    """Engines that know the class and yet would not run this model rightly, and why."""
+    foreign: Callable[[Dense], Foreign] = lambda dense: []
+    """Likewise, if the model is one of the class already: for what moefy never writes."""
+    selection_bias: bool = False
+    """Whether the class has a bias that moves which experts are chosen, and not their gates."""
+    biases: Callable[[Dense], str] = lambda dense: ""
+    """The attention's projections, of q, k, v and o, for which zeros are written where the dense
+    model has no bias."""
+    native: bool = False
+    """Whether everything but the FFNs is what the dense class has, in its own names."""
+    prefix: str = ""
+    """What stands before every tensor's name."""
+    ties: bool = False
+    """Whether all engines load the class with the embedding as its head."""
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether the class has a shared expert."""
+        return self.fits is not no_shared
+
+
+def copied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a dense configuration that llama-like MoE classes share."""
+    keys = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range "
+        "rms_norm_eps use_cache attention_dropout pad_token_id bos_token_id eos_token_id "
+        "rope_parameters"
+    ).split()
+    kept = {key: config[key] for key in keys if config.get(key) is not None}
+    # An absent padding token is not the class's own default.
+    kept["pad_token_id"] = config.get("pad_token_id")
+    rope = config.get("rope_parameters") or {}
+    # Loaders older than transformers 5, and other engines, read only these two.
+    kept["rope_theta"] = rope.get("rope_theta", 10000.0)
+    scaled = rope.get("rope_type", "default") != "default"
+    kept["rope_scaling"] = (
+        {key: value for key, value in rope.items() if key != "rope_theta"} if scaled else None
+    )
+    return kept
+
+
+def sliding(dense: Dense) -> dict[str, Any]:
+    """Sliding-window keys of the Qwen classes; layer types as the dense model has them."""
+    used = any(dense.windowed)
+    types = ["sliding_attention" if local else "full_attention" for local in dense.windowed]
+    return {
+        "use_sliding_window": used,
+        "sliding_window": dense.config["sliding_window"] if used else None,
+        "max_window_layers": dense.num_layers if used else 0,
+        "layer_types": types,
+    }
+
+
+def mismatch(
+    dense: Dense,
+    *,
+    biases: str = "",
+    windows: str = "no layer",
+    rotary_share: bool = False,
+    dense_layers: str = "none",
+    wide_heads: bool = True,
+) -> str | None:
+    """Why a llama-like class cannot hold a model; None if it can.
+
+    `biases` are the projections that may have one; `windows` "no layer", "all layers or none" or
+    "any"; `rotary_share` whether a part of a head may be rotated; `dense_layers` "none", "first" or
+    "any"; `wide_heads` whether the heads together may be of another width than the model.
+    """
+    if extra := sorted(dense.biases - set(biases)):
+        return f"it has no bias on {', '.join(extra)} of the attention"
+    local = dense.windowed
+    if any(local) and (
+        windows == "no layer" or (windows == "all layers or none" and not all(local))
+    ):
+        return f"its sliding window is on {windows}"
+    if dense.rotary_share != 1.0 and not rotary_share:
+        return f"it rotates whole heads, not {dense.rotary_share:g} of each"
+    left = dense.left_dense
+    if left and (
+        dense_layers == "none" or (dense_layers == "first" and left != (*range(len(left)),))
+    ):
+        which = {"none": "no layer", "first": "only its first layers"}[dense_layers]
+        return f"it can leave {which} dense"
+    if (
+        not wide_heads
+        and dense.head_dim * dense.config["num_attention_heads"] != dense.config["hidden_size"]
+    ):
+        return f"its heads have width hidden_size / heads, not {dense.head_dim}"
+    return None
+
+
+def engine_reasons(
+    dense: Dense,
+    shape: Shape,
+    *,
+    rope: str = "",
+    window: str = "",
+    mixed: str = "",
+    wide_heads: str = "",
+    dense_layers: str = "",
+    biases: str = "",
+) -> Reasons:
+    """Which engines, by name and comma-separated, do not do what a model needs, and why."""
+    found: Reasons = {}
+
+    def add(engines: str, reason: str) -> None:
+        found.update({name: reason for name in engines.split(",") if name and name not in found})
+
+    if dense.config.get("hidden_act", "silu") not in ("silu", "swish"):
+        add("vLLM,SGLang,llama.cpp,MLX", f"runs silu only, not {dense.config['hidden_act']}")
+    if dense.rope_type != "default":
+        plain = dense.rope_type in ("linear", "yarn")  # which a GGUF file's own keys hold
+        known = [name for name in rope.split(",") if not (plain and name == "llama.cpp")]
+        add(",".join(known), f"ignores or refuses rope_type {dense.rope_type} in this class")
+    if any(dense.windowed):
+        size = dense.config["sliding_window"]
+        add(window, f"ignores the sliding window: wrong past {size} tokens")
+        if not all(dense.windowed):
+            add(mixed, f"ignores windows that only some layers have: wrong past {size} tokens")
+    hidden, heads = dense.config["hidden_size"], dense.config["num_attention_heads"]
+    if heads * dense.head_dim != hidden:
+        add(wide_heads, f"assumes head_dim {hidden / heads:g}, not {dense.head_dim}")
+    if dense.biases:
+        add(biases, "ignores the attention's biases in this class")
+    if dense.left_dense:
+        add(dense_layers, f"cannot load dense layers, and {len(dense.left_dense)} stay dense")
+    if shape.num_experts > LLAMA_CPP_MOST:
+        add("llama.cpp", f"has at most {LLAMA_CPP_MOST} experts, not {shape.num_experts}")
+    return found
+
+
+def foreign_reasons(
+    dense: Dense, *, head: str = "", theta: str = "", normed: str = "", unnormed: str = ""
+) -> Foreign:
+    """Which engines do not run what others than moefy may have written of a class, and why.
+
+    `head` need a head beside the embedding; `theta` read `rope_theta`, which newer versions of
+    transformers no longer write; `normed` and `unnormed` know one value of `norm_topk_prob`.
+    """
+    found = []
+    if dense.tied:
+        found.append((head, "needs lm_head.weight, and the head is the embedding"))
+    if dense.config.get("norm_topk_prob", False):
+        found.append((unnormed, "computes as if norm_topk_prob were false"))
+    else:
+        found.append((normed, "computes as if norm_topk_prob were true"))
+    if "rope_theta" not in dense.config:
+        found.append((theta, "reads rope_theta, which config.json lacks"))
+    return found
+
+
+def expert_tensors(
+    split: Split,
+    gate: float,
+    prefix: str = "mlp.experts.",
+    names: tuple[str, str, str] = NAMES,
+) -> Tensors:
+    """The routed experts as linear layers of their own, their `down_proj` divided by `gate`."""
+    tensors = {}
+    for expert, neurons in enumerate(split.partition.experts_EN):
+        tensors |= _glu(split.part(neurons, 1 / gate), f"{prefix}{expert}.", names)
+    return tensors
+
+
+def shared_tensors(split: Split, prefix: str, scale: float = 1.0) -> Tensors:
+    """The shared expert as linear layers, its `down_proj` times `scale`."""
+    return _glu(split.part(split.partition.shared_S, scale), prefix, NAMES)
+
+
+def _glu(part: FFN, prefix: str, names: tuple[str, str, str]) -> Tensors:
+    """Gate, up and down under a prefix."""
+    assert part.gate_FD is not None, "stock classes hold gated FFNs only"
+    found = (part.gate_FD, part.up_FD, part.down_DF)
+    return {prefix + name: tensor for name, tensor in zip(names, found, strict=True)}

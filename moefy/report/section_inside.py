@@ -1,0 +1,254 @@
+"""What happens inside: routing, and what each layer lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from moefy.report import figures
+from moefy.report.chart import INK, SERIES, Look
+from moefy.report.document import Picture, Section, Table
+from moefy.report.format import fixed
+from moefy.report.heatmaps import heat, squares
+
+Looks = Mapping[str, Look]
+SCALE = ("less than an even share", "more")
+MANY = 400
+"""Experts in all layers together above which only three layers' tokens are shown."""
+
+
+def routing(report: Mapping[str, Any], looks: Looks) -> Section:
+    """Which experts are used, by how much, and for which tokens."""
+    found = {label: told for label, told in report["routing"].items() if told.get("layers")}
+    pictures: list[Picture] = []
+    together: list[Picture] = []
+    tables: list[Table] = []
+    for number, (label, told) in enumerate(found.items()):
+        layers = told["layers"]
+        alt = f"Load of each expert in each layer of {label}. {_told(layers)}"
+        draw = partial(heat, {label: _loads(layers)})
+        pictures.append(Picture(f"load-{number}", f"Load: {label}", alt, draw, SCALE))
+        texts = {name: part["layers"] for name, part in (told.get("by_text") or {}).items()}
+        if len(texts) > 1:
+            alt = f"Load of the experts of {label}, by text. " + ". ".join(
+                f"{name}: {_told(part)}" for name, part in texts.items()
+            )
+            maps = {name: _loads(part) for name, part in list(texts.items())[:4]}
+            title = f"Which text goes where: {label}"
+            pictures.append(Picture(f"by-text-{number}", title, alt, partial(heat, maps), SCALE))
+        together += _together(label, layers, number)
+        tables += _tokens(label, layers)
+    if found:
+        pictures += [*together, *_per_layer(found, looks)]
+        tables.insert(0, _summary(found))
+    lead = (
+        "An expert's load is its share of all choices, shown against an even share. A dead expert "
+        "(a cross) is never chosen. The coefficient of variation (CV) of the loads is 0 where all "
+        "experts do equal work; entropy is then 1.",
+    )
+    return Section("routing", "Who does the work?", lead, tuple(pictures), tuple(tables))
+
+
+def _loads(layers: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[float]]]:
+    return [(row["layer"], row["load_E"]) for row in layers]
+
+
+def _told(layers: Sequence[Mapping[str, Any]]) -> str:
+    """What a heat map shows, in words."""
+    shares = [(share * len(row["load_E"]), row["layer"], expert)
+              for row in layers for expert, share in enumerate(row["load_E"])]  # fmt: skip
+    most, least = max(shares), min(shares)
+    dead = sum(share == 0 for share, *_ in shares)
+    return (
+        f"Most used: expert {most[2]} of layer {most[1]}, {most[0]:.1f} times an even share; "
+        f"least: expert {least[2]} of layer {least[1]}, {least[0]:.2f} times; {dead} dead"
+    )
+
+
+def _together(label: str, layers: Sequence[Mapping[str, Any]], number: int) -> list[Picture]:
+    """Which experts are chosen together, in the first, the middle and the last layer."""
+    known = [row for row in layers if row.get("coactivation_EE") and len(row["load_E"]) <= 64]
+    shown = _three(known)
+    if not shown or not any(
+        value for row in shown for a, line in enumerate(row["coactivation_EE"])
+        for b, value in enumerate(line) if a != b
+    ):  # fmt: skip
+        return []
+    maps = {f"layer {row['layer']}": row["coactivation_EE"] for row in shown}
+    alt = f"How often two experts of {label} are chosen for the same token, in " + ", ".join(maps)
+    title = f"Which experts work together: {label}"
+    scale = ("less often than the mean pair", "more often")
+    draw = partial(squares, maps)
+    return [Picture(f"together-{number}", title, alt, draw, scale)]
+
+
+def _three(rows: Sequence[Any]) -> list[Any]:
+    """The first, the middle and the last."""
+    places = sorted({0, len(rows) // 2, len(rows) - 1}) if rows else []
+    return [rows[place] for place in places]
+
+
+def _per_layer(found: Mapping[str, Mapping[str, Any]], looks: Looks) -> list[Picture]:
+    """How uneven the loads are in each layer."""
+    drawn = []
+    for label, told in found.items():
+        rows = [row for row in told["layers"] if row.get("load_cv") is not None]
+        if rows:
+            x, y = [row["layer"] for row in rows], [row["load_cv"] for row in rows]
+            drawn.append(figures.Line(label, looks[label], x, y, points=len(x) < 2))
+    if not drawn:
+        return []
+    alt = "Coefficient of variation of the loads by layer. " + "; ".join(
+        f"{line.name}: from {min(line.y):.2f} to {max(line.y):.2f}" for line in drawn
+    )
+    draw = partial(figures.lines, drawn, x_axis="layer", from_zero=True)
+    return [Picture("load-cv", "How uneven the loads are (CV)", alt, draw)]
+
+
+def _summary(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = []
+    for label, told in found.items():
+        parts = {"": told["layers"]}
+        parts |= {name: part["layers"] for name, part in (told.get("by_text") or {}).items()}
+        for name, layers in parts.items():
+            cv = [row["load_cv"] for row in layers if row.get("load_cv") is not None]
+            entropy = [row["entropy"] for row in layers if row.get("entropy") is not None]
+            rows.append(
+                (
+                    f"{label}: {name}" if name else label,
+                    fixed(sum(cv) / len(cv) if cv else None),
+                    fixed(max(cv, default=None)),
+                    fixed(sum(entropy) / len(entropy) if entropy else None, 3),
+                    str(sum(_dead(row) for row in layers)),
+                )
+            )
+    header = ("model", "mean CV", "greatest CV", "mean entropy", "dead experts")
+    return Table("Balance of the experts", header, tuple(rows))
+
+
+def _dead(row: Mapping[str, Any]) -> int:
+    """How many experts of a layer are dead, whether they were counted or listed."""
+    dead = row.get("dead") or 0
+    return dead if isinstance(dead, int) else len(dead)
+
+
+def _tokens(label: str, layers: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The tokens that each expert is chosen for most."""
+    known = [row for row in layers if row.get("top_tokens")]
+    if sum(len(row["load_E"]) for row in known) > MANY:
+        known = _three(known)
+    rows = tuple(
+        (
+            f"layer {row['layer']}, expert {expert}",
+            f"{share:.1%}",
+            "  ".join(_token(token) for token in tokens[:12]),
+        )
+        for row in known
+        for expert, (share, tokens) in enumerate(
+            zip(row["load_E"], row["top_tokens"], strict=False)
+        )
+    )
+    header = ("expert", "load", "chosen most for")
+    return [Table(f"Top tokens of each expert: {label}", header, rows, folded=True)] if rows else []
+
+
+def _token(token: Any) -> str:
+    """A token so that its spaces and line ends are seen; only its text where more is known."""
+    if isinstance(token, Mapping):
+        token = token["token"]
+    elif not isinstance(token, str):
+        token = token[0]
+    shown = str(token).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+    return "".join(c if c.isprintable() else "�" for c in shown)
+
+
+ERRORS = {"error_before_refit": "before the refit", "error_after_refit": "after the refit"}
+ENERGY = {
+    "energy_neurons": ("best neurons", INK, "o"),
+    "energy_oracle": ("oracle", SERIES["green"], "^"),
+    "energy_router": ("router", SERIES["blue"], "o"),
+    "energy_static": ("static", SERIES["amber"], "s"),
+    "energy_random": ("by lot", SERIES["grey"], "v"),
+}
+
+
+def layers(report: Mapping[str, Any]) -> Section:
+    """What each layer lost at its conversion, on held-out calibration text."""
+    rows = report["run"].get("layers") or []
+    pictures = []
+    before_after = zip(ERRORS.items(), (SERIES["grey"], SERIES["blue"]), strict=True)
+    errors = [_line(rows, key, name, Look(hue, "o")) for (key, name), hue in before_after]
+    energy = [_line(rows, key, name, Look(hue, m)) for key, (name, hue, m) in ENERGY.items()]
+    for name, title, drawn in (
+        ("layer-energy", "Output energy kept", [line for line in energy if line]),
+        ("layer-error", "Relative output error", [line for line in errors if line]),
+    ):
+        if drawn:
+            alt = f"{title} by layer. " + "; ".join(
+                f"{n.name}: from {min(n.y):.2f} to {max(n.y):.2f}, {sum(n.y) / len(n.y):.2f} on "
+                "average"
+                for n in drawn
+            )
+            draw = partial(
+                figures.lines, drawn, x_axis="layer", from_zero="error" in name,
+                percent="energy" in name, height=3.6,
+            )  # fmt: skip
+            pictures.append(Picture(name, title, alt, draw))
+    told, table = _evenness(rows)
+    pictures += told
+    lead = (
+        "Measured while converting, on calibration text not fitted on. Energy is the share "
+        "of the dense FFN's output that stays when a token may choose its own best neurons, the "
+        "best experts (oracle), the router's experts, experts by lot, or has the same neurons as "
+        "all others (static). The figures are in moefy/conversion.md.",
+    )
+    return Section("layers", "Layer by layer", lead, tuple(pictures), tuple(table))
+
+
+def _evenness(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Picture], list[Table]]:
+    """What it costs to even out the loads by biases, over the layers where that was tried."""
+    curves = [row["balance"] for row in rows if row.get("balance")]
+    if not curves:
+        return [], []
+    points = [
+        (
+            share[0]["share"],
+            _mean([point["load_cv"] for point in share]),
+            max(point["load_cv"] for point in share),
+            _mean([point["worth"] for point in share]),
+        )
+        for share in zip(*curves, strict=True)
+    ]
+    look = Look(SERIES["blue"], "o")
+    _, even, _, kept = zip(*points, strict=True)
+    line = figures.Line("", look, even, kept)
+    alt = "What the router's experts are worth against how uneven their loads are. " + "; ".join(
+        f"{worth:.1%} at {cv:.2f}" for _, cv, _, worth in points
+    )
+    axis = "coefficient of variation of the loads, mean of the layers"
+    draw = partial(figures.lines, [line], x_axis=axis, percent=True)
+    title = "What even loads cost"
+    header = ("share of the biases", "mean CV", "greatest CV", "worth kept")
+    table = Table(
+        "Even loads: of the biases that even them out, each layer takes the least share that is "
+        "enough",
+        header,
+        tuple((f"{s:.0%}", fixed(cv), fixed(top), f"{w:.2%}") for s, cv, top, w in points),
+        folded=True,
+    )
+    return [Picture("evenness", title, alt, draw)], [table]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _line(
+    rows: Sequence[Mapping[str, Any]], key: str, name: str, look: Look
+) -> figures.Line | None:
+    known = [row for row in rows if row.get(key) is not None]
+    if not known:
+        return None
+    x, y = [row["layer"] for row in known], [row[key] for row in known]
+    return figures.Line(name, look, x, y, points=len(x) < 2)

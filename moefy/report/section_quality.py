@@ -1,0 +1,261 @@
+"""What the conversion cost: the parts of a report that compare what the models write and know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from moefy.report import figures
+from moefy.report.chart import Look
+from moefy.report.document import Picture, Section, Table, Voices
+from moefy.report.format import computed_in, fixed, percent, probability, uncertain
+
+Looks = Mapping[str, Look]
+
+SEEN = 0.01
+"""Share of a text in the calibration text above which its scores are called too good."""
+
+SCORES = ("model", "perplexity", "dNLL", "bits per byte", "KL to dense", "same first choice")
+
+QUALITY = (
+    "dNLL is what the prediction of a token lost, in nats: ln(perplexity / dense perplexity); 0 is "
+    "the dense model. KL is the distance of the predicted distributions from the dense model's; "
+    "“same first choice” is how often both find the same token likeliest. Bars are two standard "
+    "errors to each side, over windows of text, paired with the dense model's."
+)
+
+
+def quality(report: Mapping[str, Any], looks: Looks) -> Section:
+    """Perplexity, KL and agreement on each text."""
+    texts = report["texts"]
+    pictures = []
+    for number, (text, rows) in enumerate(texts.items()):
+        drawn = _losses(rows, looks)
+        if drawn:
+            alt = f"Loss of quality against the dense model on {text}, dNLL: {_told(drawn)}"
+            draw = partial(figures.forest, {"": drawn}, axis="dNLL, nats per token: less is better")
+            pictures.append(Picture(f"quality-{number}", f"Lost on {text}", alt, draw))
+    tables = [
+        Table(
+            f"{text}, {next(iter(rows.values()))['tokens']:,} tokens{computed_in(report)}",
+            SCORES,
+            tuple(score_rows(rows)),
+        )
+        for text, rows in texts.items()
+        if rows
+    ]
+    meanings = [
+        f"{label}: {told['meaning']}."
+        for label, told in report["models"].items()
+        if told.get("kind") in ("control", "other") and told.get("meaning")
+    ]
+    warnings = [f"Warning: {warning}." for warning in seen_warnings(report)]
+    return Section(
+        "quality",
+        "What did it cost?",
+        (*warnings, QUALITY, *([" ".join(meanings)] if meanings else [])),
+        tuple(pictures),
+        tuple(tables),
+    )
+
+
+def seen_warnings(report: Mapping[str, Any]) -> list[str]:
+    """Texts that calibration has seen, whose scores are therefore too good."""
+    return [
+        f"{share:.0%} of {text} stands word for word in the calibration text"
+        for text, share in report["seen_in_calibration"].items()
+        if share > SEEN
+    ]
+
+
+def _losses(rows: Mapping[str, Any], looks: Looks) -> list[tuple[str, Look, float, float | None]]:
+    """What each model but the dense one lost, where it is known, as `figures.forest` takes it."""
+    return [
+        (label, looks[label], row["dnll"], row.get("dnll_standard_error"))
+        for label, row in rows.items()
+        if label != "dense" and row.get("dnll") is not None
+    ]
+
+
+def _told(drawn: Sequence[tuple[str, Look, float, float | None]]) -> str:
+    """Values in words, for those who cannot see them."""
+    return ", ".join(f"{label} {value:.3f}" for label, _, value, _ in drawn)
+
+
+def score_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """One line per model, formatted as `SCORES` names it."""
+    return [
+        (
+            label,
+            fixed(row["perplexity"]),
+            "" if label == "dense" else uncertain(row.get("dnll"), row.get("dnll_standard_error")),
+            fixed(row.get("bits_per_byte"), 3),
+            "" if label == "dense" else fixed(row.get("kl"), 3),
+            "" if label == "dense" else percent(row.get("top1_agreement")),
+        )
+        for label, row in rows.items()
+    ]
+
+
+def frontier(report: Mapping[str, Any], looks: Looks) -> Section:
+    """Quality against the active fraction, one picture for each text."""
+    pictures = []
+    points = [point for point in report["frontier"] if point.get("dnll") is not None]
+    points = [point for point in points if point.get("active") and point.get("kind") != "dense"]
+    for number, text in enumerate(_in_order(point["text"] for point in points)):
+        by_label: dict[str, list[tuple[float, float]]] = {}
+        for point in points:
+            if point["text"] == text:
+                by_label.setdefault(point["label"], []).append((point["active"], point["dnll"]))
+        drawn = [
+            figures.Line(
+                label, looks[label], [x for x, _ in sorted(found)], [y for _, y in sorted(found)]
+            )
+            for label, found in by_label.items()
+        ]
+        alt = f"dNLL on {text} against the active share of the FFN. " + "; ".join(
+            f"{line.name}: "
+            + ", ".join(f"{y:.3f} at {x:.0%}" for x, y in zip(line.x, line.y, strict=True))
+            for line in drawn
+        )
+        draw = partial(figures.frontier, drawn)
+        pictures.append(Picture(f"frontier-{number}", f"On {text}", alt, draw))
+    lead = (
+        "Static pruning is the floor: it keeps the same neurons for all tokens. The oracle router "
+        "is the ceiling: it looks before it chooses, and is no model. All meet the dense model "
+        "where the whole FFN is active.",
+    )
+    rows = tuple(
+        (point["label"], point["text"], f"{point['active']:.1%}", fixed(point["dnll"], 3))
+        for point in points
+    )
+    header = ("model", "text", "FFN active", "dNLL")
+    tables = (Table("Every point", header, rows, folded=True),) if rows else ()
+    return Section("frontier", "Quality against compute", lead, tuple(pictures), tables)
+
+
+def benchmarks(report: Mapping[str, Any], looks: Looks) -> Section:
+    """Scores of tasks, with the significance of the difference from dense."""
+    run: dict[str, dict[str, Any]] = {}
+    rows = []
+    for task, found in report["benchmarks"].items():
+        for label, score in found.items():
+            if "not_run" in score or score.get("value") is None:
+                rows.append((f"{task}: {label}", "not run", "", "", str(score.get("not_run", ""))))
+                continue
+            run.setdefault(task, {})[label] = score
+            rows.append(
+                (
+                    f"{task}: {label}",
+                    str(score.get("metric", "")),
+                    uncertain(score["value"], score.get("standard_error")),
+                    "" if label == "dense" else _signed(score.get("difference")),
+                    "" if label == "dense" else probability(score.get("p_value")),
+                )
+            )
+    pictures = []
+    groups = {
+        task: [
+            (label, looks[label], score["value"], score.get("standard_error"))
+            for label, score in found.items()
+        ]
+        for task, found in run.items()
+    }
+    if groups:
+        alt = "Benchmark scores. " + ". ".join(f"{task}: {_told(n)}" for task, n in groups.items())
+        draw = partial(figures.forest, groups, axis="score, two standard errors to each side")
+        pictures.append(Picture("benchmarks", "Scores", alt, draw))
+    header = ("task: model", "metric", "score", "difference from dense", "p")
+    table = Table("Benchmarks", header, tuple(rows))
+    lead = (
+        "Each item is answered by both models, and the difference is tested pairwise; * where "
+        "chance alone would give one as large less than once in twenty times.",
+    )
+    return Section("benchmarks", "Benchmarks", lead, tuple(pictures), (table,) if rows else ())
+
+
+def _signed(value: float | None) -> str:
+    return "" if value is None else f"{value:+.3f}"
+
+
+def robustness(report: Mapping[str, Any], looks: Looks) -> Section:
+    """What happens away from ordinary text."""
+    rows, lost, moved = [], {}, {}
+    for condition, found in report["robustness"].items():
+        for label, row in found.items():
+            dense = label == "dense"
+            rows.append(
+                (
+                    f"{condition}: {label}",
+                    fixed(row.get("perplexity")),
+                    "" if dense else fixed(row.get("dnll"), 3),
+                    "" if dense else fixed(row.get("kl"), 3),
+                    fixed(row.get("routing_entropy"), 3),
+                    fixed(row.get("routing_drift"), 3),
+                )
+            )
+        lost[condition] = _losses(found, looks)
+        moved[condition] = [
+            (label, looks[label], row["routing_drift"], None)
+            for label, row in found.items()
+            if row.get("routing_drift") is not None
+        ]
+    pictures = []
+    for name, title, axis, groups in (
+        ("robustness-loss", "Lost under other conditions", "dNLL, nats per token", lost),
+        ("robustness-drift", "How far routing moves", "drift from ordinary text", moved),
+    ):
+        groups = {condition: drawn for condition, drawn in groups.items() if drawn}
+        if groups:
+            alt = f"{title}. " + ". ".join(f"{key}: {_told(n)}" for key, n in groups.items())
+            draw = partial(figures.forest, groups, axis=axis)
+            pictures.append(Picture(name, title, alt, draw))
+    lead = (
+        "Entropy is how evenly the experts are used, 1 being even. Drift is how far the use of the "
+        "experts moved from that on ordinary text: 0 not at all, 1 altogether.",
+    )
+    header = ("condition: model", "perplexity", "dNLL", "KL to dense", "entropy", "drift")
+    tables = (Table("Other conditions", header, tuple(rows)),) if rows else ()
+    return Section("robustness", "Off the beaten track", lead, tuple(pictures), tables)
+
+
+def prompts(report: Mapping[str, Any]) -> Section:
+    """The user's own prompts, those that lost most first."""
+    found = sorted(report["prompts"], key=lambda row: -(row.get("drop") or 0))
+    labels = _in_order(label for row in found for label in row["scores"])
+    rows = tuple(
+        (
+            figures.short(row["prompt"], 80),
+            figures.short(str(row.get("answer", "")), 40),
+            *(fixed(row["scores"].get(label), 3) for label in labels),
+            fixed(row.get("drop"), 3),
+            "fell most" if row.get("flagged") else "",
+        )
+        for row in found
+    )
+    table = Table(
+        "Mean log-likelihood of a token of the answer",
+        ("prompt", "answer", *labels, "drop", "flag"),
+        rows,
+    )
+    lead = ("How likely each model finds the answer that was given to it.",)
+    return Section("prompts", "Your prompts", lead, tables=(table,) if rows else ())
+
+
+def generation(report: Mapping[str, Any]) -> Section:
+    """The same prompt, continued by each model."""
+    voices = tuple(
+        Voices(
+            row["prompt"].strip(),
+            tuple((label, text.strip()) for label, text in row["written"].items()),
+        )
+        for row in report["generation"]
+    )
+    lead = ("Greedy, so each model says what it finds likeliest.",)
+    return Section("generation", "Side by side", lead, voices=voices)
+
+
+def _in_order(values: Iterable[str]) -> Sequence[str]:
+    """Each value once, in the order in which it first came."""
+    return tuple(dict.fromkeys(values))

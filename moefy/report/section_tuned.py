@@ -1,0 +1,80 @@
+"""How fine-tuning went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from moefy.report import figures
+from moefy.report.chart import SERIES, Look
+from moefy.report.document import Picture, Section, Table
+from moefy.report.format import fixed, large
+
+CURVES = (
+    ("loss", "Loss", ("loss", "ce", "kl")),
+    ("balance", "Balance while training", ("load_cv", "entropy")),
+)
+HUES = {"loss": "blue", "kl": "vermillion", "ce": "purple", "load_cv": "blue", "entropy": "green"}
+
+
+def finetune(report: Mapping[str, Any]) -> Section:
+    """How fine-tuning went."""
+    pictures, tables = [], []
+    for number, (label, told) in enumerate(report["finetune"].items()):
+        curve = [row for row in told.get("curve") or [] if "validation" not in row]
+        checks = [row for row in told.get("curve") or [] if row.get("validation")]
+        for name, title, keys in CURVES:
+            drawn = [_curve(curve, key, key, HUES[key]) for key in keys]
+            if name == "loss":
+                flat = [{**row["validation"], "step": row["step"]} for row in checks]
+                drawn += [
+                    _curve(flat, key, f"{key}, held out", HUES[key], points=True)
+                    for key in ("loss", "kl")
+                ]
+            known = [line for line in drawn if line]
+            if known:
+                alt = f"{title} of {label}. " + "; ".join(
+                    f"{n.name}: {n.y[0]:.3f} at step {n.x[0]}, {n.y[-1]:.3f} at step {n.x[-1]}"
+                    for n in known
+                )
+                draw = partial(figures.lines, known, x_axis="step", from_zero=True, height=3.6)
+                pictures.append(
+                    Picture(f"finetune-{number}-{name}", f"{title}: {label}", alt, draw)
+                )
+        tables += _trained(label, told["summary"])
+    lead = ("Losses in nats per token; points are measured on text that was not trained on.",)
+    return Section("finetune", "Fine-tuning", lead, tuple(pictures), tuple(tables))
+
+
+def _curve(
+    rows: Sequence[Mapping[str, Any]], key: str, name: str, hue: str, *, points: bool = False
+) -> figures.Line | None:
+    known = [row for row in rows if row.get(key) is not None]
+    if not known:
+        return None
+    x, y = [row["step"] for row in known], [row[key] for row in known]
+    look = Look(SERIES[hue], "D" if points else "o")
+    return figures.Line(name, look, x, y, points=points or len(x) < 2, dashed=points)
+
+
+def _trained(label: str, summary: Mapping[str, Any]) -> list[Table]:
+    """What was trained on, and what came of it."""
+    told = [
+        ("text", str(summary["train"]["source"])),
+        ("teacher", str(summary["teacher"]["model"])),
+        ("tokens", large(summary.get("tokens"))),
+        ("steps", str(summary.get("steps") or "")),
+        ("minutes", fixed(summary["seconds"] / 60, 1) if summary.get("seconds") else ""),
+    ]
+    checks = summary.get("validation") or {}
+    for key in checks.get("after") or {}:
+        before, after = (checks.get(when, {}).get(key) for when in ("before", "after"))
+        if isinstance(before, (int, float)) and isinstance(after, (int, float)):
+            told.append((f"held-out {key}", f"{before:.3f} to {after:.3f}"))
+    told += [
+        (f"step {event.get('step')}", f"{event.get('reason')}: {event.get('action')}")
+        for event in summary.get("guard") or []
+    ]
+    rows = tuple(row for row in told if row[1])
+    return [Table(f"Fine-tuning of {label}", ("what", "figure"), rows)] if rows else []

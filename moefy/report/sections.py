@@ -1,0 +1,181 @@
+"""A report's sections in the order in which they are read, and what stands above them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moefy.report import section_cost, section_inside, section_quality, section_tuned
+from moefy.report.chart import Look, looks
+from moefy.report.document import Section, Table
+from moefy.report.format import fixed, large, model_name, shape_text, times
+
+VERDICTS = {"pays": "▲", "does not pay": "▼", "not measured": "○"}
+"""The signs of the advice, so that it is not told by colour alone."""
+
+CLEAR = 0.05
+"""A difference in speed that is worth a word; the same as that of the advice."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure of the headline: `word` says in a word or two whether it is good."""
+
+    value: str
+    name: str
+    word: str = ""
+    good: bool | None = None
+
+
+def labels(report: Mapping[str, Any]) -> dict[str, str]:
+    """The kind of each model that the report speaks of, the dense one first."""
+    found = {label: str(told.get("kind", "other")) for label, told in report["models"].items()}
+    named = [label for rows in report["texts"].values() for label in rows]
+    named += [label for rows in report["robustness"].values() for label in rows]
+    named += [label for rows in report["benchmarks"].values() for label in rows]
+    named += [label for told in report["generation"] for label in told["written"]]
+    named += [row["label"] for told in report["speed"].values() for row in told["rows"]]
+    named += [*report["routing"], *report["finetune"]]
+    for label in named:
+        found.setdefault(label, "dense" if label == "dense" else "other")
+    for point in report["frontier"]:
+        found.setdefault(point["label"], point.get("kind", "other"))
+    order = ("dense", "converted", "finetuned", "control", "other")
+    return dict(
+        sorted(found.items(), key=lambda item: order.index(item[1]) if item[1] in order else 9)
+    )
+
+
+def subject(report: Mapping[str, Any]) -> str | None:
+    """The model that the report is about: the one it names, else the last stage of the run."""
+    kinds = labels(report)
+    if report.get("main") in kinds:
+        return report["main"]
+    for kind in ("finetuned", "converted"):
+        if found := [label for label, of in kinds.items() if of == kind]:
+            return found[-1]
+    return None
+
+
+def sections(report: Mapping[str, Any]) -> list[Section]:
+    """Every part that the report has something on."""
+    shown: Mapping[str, Look] = looks(labels(report))
+    found = [
+        section_quality.quality(report, shown),
+        section_quality.frontier(report, shown),
+        section_cost.speed(report, shown),
+        section_cost.size(report, shown),
+        section_quality.benchmarks(report, shown),
+        section_quality.generation(report),
+        section_quality.prompts(report),
+        section_quality.robustness(report, shown),
+        section_inside.routing(report, shown),
+        section_inside.layers(report),
+        section_tuned.finetune(report),
+        made(report),
+    ]
+    return [section for section in found if section]
+
+
+def made(report: Mapping[str, Any]) -> Section:
+    """How the model was made, what was not run, and with which versions."""
+    run = report["run"]
+    calibration = run["calibration"]
+    rows = [
+        ("dense model", str(run["model"])),
+        ("class", f"{run['reopened']['class']}: {run['target_reason']}"),
+        ("shape", shape_text(run["shape"])),
+        (
+            "calibration",
+            f"{calibration['sequences']} sequences of {calibration['sequence_length']} tokens from "
+            f"{calibration['source']}, the last {calibration['heldout_sequences']} held out",
+        ),
+        ("time", f"{fixed(run['seconds']['total'], 0)} s on {run['device']}"),
+        ("peak memory", large(run["peak_resident_bytes"], "B")),
+        ("versions", ", ".join(f"{name} {value}" for name, value in run["versions"].items())),
+    ]
+    rows += [
+        ("note", str(note)) for note in (*run["notes"], *calibration["notes"], *report["notes"])
+    ]
+    tables = [Table("The conversion", ("what", "figure"), tuple(rows))]
+    if report["not_run"]:
+        missing = tuple((row["what"], row["reason"]) for row in report["not_run"])
+        tables.append(Table("Not run", ("what", "why"), missing))
+    return Section("made", "How it was made", tables=tuple(tables))
+
+
+def title(report: Mapping[str, Any]) -> str:
+    """What the report is on."""
+    return f"{model_name(report['run'])} as {report['run']['reopened']['class']}"
+
+
+def tiles(report: Mapping[str, Any]) -> list[Tile]:
+    """The few figures that most readers came for."""
+    label = subject(report)
+    if label is None:
+        return []
+    found = []
+    told, dense = report["models"].get(label, {}), report["models"].get("dense", {})
+    if told.get("parameters_active"):
+        whole = dense.get("parameters_total")
+        word = f"dense: {large(whole)}" if whole else ""
+        found.append(Tile(large(told["parameters_active"]), "parameters active per token", word))
+    for text, rows in list(report["texts"].items())[:2]:
+        if label in rows and "dense" in rows:
+            found.append(
+                Tile(
+                    fixed(rows[label]["perplexity"]),
+                    f"perplexity on {text}",
+                    f"dense: {fixed(rows['dense']['perplexity'])}",
+                )
+            )
+    for engine, measured in report["speed"].items():
+        rows = [
+            row
+            for row in measured["rows"]
+            if row["label"] == label and row["phase"] == "decode" and row.get("ratio")
+        ]
+        if rows:
+            row = min(rows, key=lambda row: (row["batch"], row.get("context") or 0))
+            found.append(_speed_tile(engine, row))
+    return found[:6]
+
+
+def _speed_tile(engine: str, row: Mapping[str, Any]) -> Tile:
+    """A speed is called faster or slower where it was so in every round, as the advice has it."""
+    ratio, name = row["ratio"], f"writing in {engine}, batch {row['batch']}"
+    low, high = row.get("ratio_low", ratio), row.get("ratio_high", ratio)
+    if ratio >= 1 + CLEAR and low > 1:
+        return Tile(times(ratio), name, "faster than dense", True)
+    if ratio <= 1 - CLEAR and high < 1:
+        return Tile(times(ratio), name, "slower than dense", False)
+    return Tile(times(ratio), name, f"no clear difference: {times(low)} to {times(high)}")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All advice of one verdict: `said` are (what matters, the rest) of each sentence."""
+
+    word: str
+    sign: str
+    said: tuple[tuple[str, str], ...]
+
+
+def verdicts(report: Mapping[str, Any]) -> list[Verdict]:
+    """The advice by verdict, in the order in which each first comes."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for told in report["advice"]:
+        found.setdefault(str(told["verdict"]), []).append(_halves(str(told["sentence"])))
+    return [Verdict(word, VERDICTS.get(word, "○"), tuple(said)) for word, said in found.items()]
+
+
+def _halves(sentence: str) -> tuple[str, str]:
+    """What stands before the first colon or semicolon, and what follows.
+
+    >>> _halves("SLOWER at batch 1: 0.74 times."), _halves("It costs 1.1 nats; that is a lot.")
+    (('SLOWER at batch 1', ': 0.74 times.'), ('It costs 1.1 nats', '; that is a lot.'))
+    """
+    found = re.search(r"[:;] ", sentence)
+    return (sentence[: found.start()], sentence[found.start() :]) if found else (sentence, "")

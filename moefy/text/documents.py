@@ -1,0 +1,263 @@
+"""Documents out of text files, folders, rows and data sets of the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from array import array
+from collections.abc import Iterator
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moefy.checkpoint.resolve import looks_like_path
+from moefy.errors import MoefyError
+from moefy.text import chat
+from moefy.text.rows import SUFFIXES, TABLES, lines, rows, start, suffix
+from moefy.text.stratify import spread
+
+TEXT = "text"
+"""The field that holds the text of a row, if no other is named."""
+
+MOST_CHARACTERS, MOST_IDS = 2**28, 2**26
+"""What is read of a file or folder at most, so that a text larger than memory still works."""
+
+STREAM_CHARACTERS_PER_TOKEN = 64
+"""What is read of a streamed data set per token wanted: enough to shuffle, little to fetch."""
+
+KIND_CHARACTERS_PER_TOKEN, KIND_CHARACTERS = 256, 2**23
+"""Of the shuffled text per token wanted, and at most, whose kinds are told apart: enough to have
+all shares, and read in seconds."""
+
+CHARACTERS_PER_TOKEN = 4
+"""About what a token stands for."""
+
+BOM = "\ufeff"
+
+
+def documents(source: str, *, text_field: str = TEXT, tokenizer: Any = None) -> Iterator[str]:
+    """Yield the documents of `source`, none of them blank, in the order in which they are stored.
+
+    `source` is one of
+
+    - a file of running text, its documents separated by two blank lines (without these it is one
+      document);
+    - a file of JSON or parquet rows (see `rows`) that hold the text in `text_field`, or turns of a
+      conversation, which the chat template of `tokenizer` makes text of: there, or, where the
+      field is not named, in `messages` or `conversations`;
+    - a folder: every file below it whose name ends as `SUFFIXES` have it, sorted by path;
+    - a data set of the hub, streamed: `name`, `name:split` or `name:configuration:split`, where
+      the split is `train` if not given. Needs the `datasets` package.
+
+    Raises:
+        MoefyError: code 3 for a source that is missing, empty, neither UTF-8 text nor rows, and for
+            rows without text.
+    """
+    path = locate(source)
+    if path is None:
+        texts = (_row_text(row, text_field, source, tokenizer) for row in _streamed(source))
+    elif path.is_dir():
+        texts = chain.from_iterable(_stored(file, text_field, tokenizer) for file in _below(path))
+    else:
+        texts = _stored(path, text_field, tokenizer)
+    num_read = num_found = 0
+    for text in texts:
+        num_read += 1
+        if text.strip():
+            num_found += 1
+            yield text
+    if not num_found:
+        raise MoefyError(
+            f"{source}: {num_read} documents or rows and no text in them; expected UTF-8 text "
+            f"(of a folder: {', '.join(SUFFIXES)} files); give another text"
+        )
+
+
+def beginning(path: Path, num_characters: int, tokenizer: Any, *, text_field: str = TEXT) -> str:
+    """Give the first characters of a file as one text to evaluate on.
+
+    Running text stays as it is. Of rows, the end-of-text token of `tokenizer` stands between one
+    document and the next, as it does in calibration.
+
+    Raises:
+        MoefyError: as `documents`.
+    """
+    path = path.expanduser()
+    stored = rows(path)
+    if stored is None:
+        return start(path, num_characters)
+    end = tokenizer.eos_token or tokenizer.sep_token or "\n\n\n"
+    parts: list[str] = []
+    length = 0
+    for text in documents(str(path), text_field=text_field, tokenizer=tokenizer):
+        parts.append(text)
+        length += len(text) + len(end)
+        if length >= num_characters:
+            break
+    return end.join(parts)[:num_characters]
+
+
+def shuffled(
+    source: str,
+    num_tokens: int,
+    seed: int,
+    *,
+    text_field: str = TEXT,
+    tokenizer: Any = None,
+) -> tuple[list[str], list[str]]:
+    """Give the distinct documents of `source` in random order, and notes.
+
+    Of a stream as much is read as `num_tokens` call for.
+    """
+    stream = locate(source) is None
+    most = STREAM_CHARACTERS_PER_TOKEN * num_tokens if stream else MOST_CHARACTERS
+    texts: dict[bytes, str] = {}
+    notes = []
+    num_read = num_characters = 0
+    for text in documents(source, text_field=text_field, tokenizer=tokenizer):
+        if num_characters >= most:
+            notes.append(f"only the first {num_characters:,} characters were read")
+            break
+        texts.setdefault(hashlib.sha256(text.encode()).digest(), text)
+        num_read += 1
+        num_characters += len(text)
+    if len(texts) < num_read:
+        notes.append(
+            f"{num_read - len(texts):,} of {num_read:,} documents are duplicates, not used"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    distinct = list(texts.values())
+    return [distinct[index] for index in order], notes
+
+
+def stratified(texts: list[str], num_tokens: int, *, share: int) -> list[str]:
+    """Give `texts` in an order in which each kind of them has about its share of any beginning.
+
+    A document counts up to `share` tokens. Texts far behind what gives `num_tokens` stay there.
+    """
+    most = CHARACTERS_PER_TOKEN * share
+    enough = min(KIND_CHARACTERS_PER_TOKEN * num_tokens, KIND_CHARACTERS)
+    num = sum(end <= enough for end in accumulate(min(len(text), most) for text in texts))
+    return [texts[index] for index in spread(texts[:num], most)] + texts[num:]
+
+
+def id_rows(source: str, field: str) -> Iterator[array[int]]:
+    """Yield the token ids of the rows of a file or folder, leaving out rows that have none.
+
+    Raises:
+        MoefyError: code 3 for a source that is missing, is no file of rows, or holds no ids.
+    """
+    path = locate(source)
+    files = [] if path is None else _below(path) if path.is_dir() else [path]
+    num_found = 0
+    for where, row in chain.from_iterable(rows(file) or () for file in files):
+        ids = _value(row, field, where)
+        whole = isinstance(ids, list) and all(type(n) is int and 0 <= n < 2**31 for n in ids)
+        if not whole:
+            raise MoefyError(f"{where}: {field!r} holds no list of token ids; expected one")
+        num_found += bool(ids)
+        if ids:
+            yield array("i", ids)
+    if not num_found:
+        raise MoefyError(
+            f"{source}: no token ids; expected a file of JSON or parquet rows with them in "
+            f"{field!r}"
+        )
+
+
+def locate(source: str) -> Path | None:
+    """Give the file or folder that `source` names, or None for a data set of the hub."""
+    path = Path(source).expanduser()
+    if path.is_dir() or path.is_file():
+        return path
+    if path.exists():
+        raise MoefyError(f"{source}: neither a file nor a folder; expected one of these")
+    if looks_like_path(source) or suffix(path) in (*SUFFIXES, *TABLES):
+        raise MoefyError(f"{source}: no such file or folder; check the path")
+    if importlib.util.find_spec("datasets") is None:
+        raise MoefyError(
+            f"{source}: no such file or folder; to read a data set of the hub by its name: "
+            "pip install datasets"
+        )
+    return None
+
+
+def _below(folder: Path) -> list[Path]:
+    """The files of text and rows in a folder and below."""
+    return sorted(file for file in folder.rglob("*") if suffix(file) in SUFFIXES and file.is_file())
+
+
+def _stored(path: Path, text_field: str, tokenizer: Any) -> Iterator[str]:
+    """Yield the documents of one file, blank ones included."""
+    stored = rows(path)
+    if stored is None:
+        yield from _separated(lines(path))
+    else:
+        for where, row in stored:
+            yield _row_text(row, text_field, where, tokenizer)
+
+
+def _separated(lines: Iterator[str]) -> Iterator[str]:
+    """Split at two blank lines or more, in memory for one document."""
+    document: list[str] = []
+    num_blank = 0
+    for line in lines:
+        num_blank = num_blank + 1 if line == "\n" else 0
+        document.append(line)
+        if num_blank == 2:
+            yield "".join(document).strip("\n")
+            document = []
+    yield "".join(document).strip("\n")
+
+
+def _value(row: dict[str, Any], field: str, where: str) -> Any:
+    """What a row holds in a field."""
+    if field not in row:
+        fields = ", ".join(repr(key[:40]) for key in list(row)[:8]) or "none"
+        raise MoefyError(
+            f"{where}: no field {field!r}; the fields are {fields}{' ...' * (len(row) > 8)}; name "
+            "one as the text field: --text-field"
+        )
+    return row[field]
+
+
+def _row_text(row: dict[str, Any], text_field: str, where: str, tokenizer: Any) -> str:
+    """The text of a row, its turns written as one; null is an empty text."""
+    text = row.get(text_field)
+    if text is None and text_field == TEXT:
+        text = chat.conversation(row)
+    text = _value(row, text_field, where) if text is None else text
+    if isinstance(text, list) and all(isinstance(turn, dict) for turn in text):
+        text = chat.written(tokenizer, chat.turns(text, where), where)
+    text = "" if text is None else text
+    if not isinstance(text, str):
+        raise MoefyError(
+            f"{where}: field {text_field!r} holds {type(text).__name__}; expected a string or the "
+            "turns of a conversation; name another: --text-field"
+        )
+    # JSON can spell half of a surrogate pair, which is not a character and has no UTF-8.
+    return text.removeprefix(BOM).encode("utf-8", "replace").decode("utf-8")
+
+
+def _streamed(source: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a data set of the hub."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    # The error of whichever HTTP library the hub's client is built on.
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+    name, *rest = source.split(":")
+    configuration = rest[0] if len(rest) > 1 else None
+    split = rest[-1] if rest else "train"
+    try:
+        yield from datasets.load_dataset(name, configuration, split=split, streaming=True)
+    except (DatasetsError, HTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MoefyError(
+            f"{source}: no such file or folder, and not to be had as a data set ({reason}); "
+            "check the name, or give a text file"
+        ) from error

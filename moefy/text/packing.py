@@ -1,0 +1,224 @@
+"""Token batches to fit on, from text; `self_text` makes those that the model writes itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.errors import MoefyError
+from moefy.text.documents import MOST_IDS, TEXT, id_rows, shuffled, stratified
+from moefy.text.tokenizer import encode, first_ids, require_rows
+
+LEAST_SEQUENCES = 8
+"""One held out and seven to fit on: with fewer, nothing that is fitted means anything."""
+
+IDS = "input_ids"
+"""The field of rows that are tokenised already."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Packed sequences of token ids, the last `num_heldout` of them for validation.
+
+    `ids_BT` is int64, num_sequences x length; `sha256` is the digest of its bytes; `num_documents`
+    counts the documents that its tokens come from; `notes` are one-line warnings. `compute_dtype`
+    names the dtype that the model computed in where it wrote them itself.
+    """
+
+    ids_BT: Tensor
+    num_heldout: int
+    source: str
+    sha256: str
+    num_documents: int
+    notes: tuple[str, ...]
+    compute_dtype: str | None = None
+
+
+def load(
+    tokenizer: Any,
+    source: str,
+    *,
+    num_tokens: int,
+    length: int,
+    seed: int,
+    text_field: str = TEXT,
+    heldout: float = 1 / 8,
+    vocab_size: int | None = None,
+    stratify: bool = False,
+) -> Tokens:
+    """Pack the documents of `source` into `num_tokens // length` sequences of `length` tokens.
+
+    The documents (see `documents`) are rid of exact duplicates, shuffled, tokenised and joined
+    with the end-of-text token between them. With `stratify` they come in such an order that each
+    kind of text has about its share however few are used (`kinds.spread`). Every sequence starts
+    with the beginning-of-text token if the tokenizer puts one before a text. No document gives more
+    than 4 * `length` tokens unless the others have run out. The held-out sequences, a share of
+    `heldout` but at least one, are the last ones, and start at a document of their own if the text
+    has enough of them. A text with fewer tokens than asked for gives fewer sequences and a note.
+    `vocab_size` is the number of embedding rows of the model, if that is to be checked.
+
+    Raises:
+        MoefyError: code 2 for a request of fewer than 8 sequences; code 3 for a text that gives
+            fewer, for a bad source, and for a tokenizer with ids beyond `vocab_size`.
+    """
+    num_sequences, share = count_sequences(num_tokens, length), 4 * length
+    texts, notes = shuffled(source, num_tokens, seed, text_field=text_field, tokenizer=tokenizer)
+    if stratify:
+        texts = stratified(texts, num_tokens, share=share)
+    bos = first_ids(tokenizer)
+    room = length - len(bos)
+    # More than is used, so that the held-out part can skip to the start of a document.
+    wanted = num_sequences * room + share
+    parts = _gather(tokenizer, texts, share=share, wanted=wanted)
+    usable, fewer = _usable(source, parts, room, num_sequences, num_tokens)
+    num_heldout = count_heldout(usable, heldout)
+    ids_BN, num_documents, shared = pack(parts, room, usable - num_heldout, num_heldout)
+    require_rows(ids_BN, vocab_size)
+    ids_BT = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(usable, -1), ids_BN], 1)
+    notes += [*fewer, *shared]
+    return Tokens(ids_BT, num_heldout, source, digest(ids_BT), num_documents, tuple(notes))
+
+
+def load_ids(
+    source: str,
+    *,
+    num_tokens: int,
+    length: int,
+    seed: int,
+    heldout: float = 1 / 8,
+    vocab_size: int | None = None,
+) -> Tokens:
+    """Pack rows of token ids, under `IDS`, for which no tokenizer is needed, as `load` does texts.
+
+    The rows are shuffled and joined as they are: special tokens are those that they hold.
+
+    Raises:
+        MoefyError: as `load`.
+    """
+    num_sequences = count_sequences(num_tokens, length)
+    rows, num_read, notes = [], 0, []
+    for row in id_rows(source, IDS):
+        if num_read >= MOST_IDS:
+            notes.append(f"only the first {num_read:,} ids were read")
+            break
+        rows.append(row)
+        num_read += len(row)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    # As many as are used; one more, so that the held-out part can skip to the start of a row.
+    enough = num_sequences * length + max(map(len, rows))
+    ends = accumulate(len(rows[index]) for index in order)
+    parts = [
+        rows[index]
+        for index, end in zip(order, ends, strict=True)
+        if end - len(rows[index]) < enough
+    ]
+    usable, fewer = _usable(source, parts, length, num_sequences, num_tokens)
+    num_heldout = count_heldout(usable, heldout)
+    ids_BT, num_documents, shared = pack(parts, length, usable - num_heldout, num_heldout)
+    require_rows(ids_BT, vocab_size)
+    notes += [*fewer, *shared]
+    return Tokens(ids_BT, num_heldout, source, digest(ids_BT), num_documents, tuple(notes))
+
+
+def count_sequences(num_tokens: int, length: int) -> int:
+    """Give how many sequences a request makes."""
+    if length < 2 or num_tokens // length < LEAST_SEQUENCES:
+        raise MoefyError(
+            f"{num_tokens:,} tokens in sequences of {length} asked for; expected at least "
+            f"{LEAST_SEQUENCES} sequences of 2 tokens or more; ask for more tokens",
+            code=2,
+        )
+    return num_tokens // length
+
+
+def _usable(
+    source: str, parts: list[list[int]], room: int, num_sequences: int, num_tokens: int
+) -> tuple[int, list[str]]:
+    """Give how many sequences of `room` tokens the documents make, and a note if that is fewer."""
+    num_found = sum(len(ids) for ids in parts)
+    usable = min(num_sequences, num_found // room)
+    if usable < LEAST_SEQUENCES:
+        raise MoefyError(
+            f"{source}: {num_found:,} tokens in {len(parts):,} documents make {usable} sequences "
+            f"of {room}; expected at least {LEAST_SEQUENCES} (7 to fit on, 1 held out); give "
+            "more text or a shorter length"
+        )
+    few = f"asked for {num_tokens:,} tokens, the text gave {num_found:,}"
+    return usable, [few] if usable < num_sequences else []
+
+
+def count_heldout(num_sequences: int, heldout: float) -> int:
+    """Give how many of the sequences are held out: at least one, and never all."""
+    return min(max(1, round(heldout * num_sequences)), num_sequences - 1)
+
+
+def _gather(tokenizer: Any, texts: list[str], *, share: int, wanted: int) -> list[list[int]]:
+    """Take `share` tokens of every document in turn until there are `wanted`.
+
+    Gives the ids of each document, in the order of `texts`, end-of-text token included.
+    """
+    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    end = [token for token in ends if token is not None][:1]
+    readers = {index: _shares(tokenizer, text, share) for index, text in enumerate(texts)}
+    taken: dict[int, list[int]] = {}
+    num_taken = 0
+    while readers and num_taken < wanted:
+        for index, reader in list(readers.items()):
+            ids = next(reader, None)
+            if ids is None:
+                del readers[index]
+                continue
+            taken.setdefault(index, []).extend(ids)
+            num_taken += len(ids)
+            if num_taken >= wanted:
+                break
+    return [ids + end for ids in taken.values()]
+
+
+def _shares(tokenizer: Any, text: str, share: int) -> Iterator[list[int]]:
+    """Yield the ids of a document, `share` at a time, tokenising no further than was asked for."""
+    ids: list[int] = []
+    at = 0
+    while at < len(text):
+        end = at + 4 * share
+        if end < len(text):
+            # Cut before a space or line end: most tokenizers join these to the word that follows.
+            spaces = (text.rfind(" ", at + 1, end), text.rfind("\n", at + 1, end))
+            end = max(spaces) if max(spaces) > 0 else end
+        ids += encode(tokenizer, text[at:end])
+        at = end
+        while len(ids) >= share:
+            yield ids[:share]
+            ids = ids[share:]
+    if ids:
+        yield ids
+
+
+def pack(
+    parts: list[list[int]], room: int, num_fit: int, num_heldout: int
+) -> tuple[Tensor, int, list[str]]:
+    """Cut documents in a row into sequences of `room` ids; the held-out ones come last.
+
+    The held-out part starts at the first document that the others leave whole, or as late as the
+    text allows. Gives the sequences, the number of documents in them, and a note if one is in both.
+    """
+    starts = torch.tensor([0] + [len(ids) for ids in parts]).cumsum(0)[:-1]
+    stream = torch.tensor([token for ids in parts for token in ids], dtype=torch.int64)
+    cut = num_fit * room
+    latest = len(stream) - num_heldout * room
+    begin = min([start for start in starts.tolist() if start >= cut] + [latest])
+    end = begin + num_heldout * room
+    ids_BN = torch.cat([stream[:cut], stream[begin:end]]).view(-1, room)
+    shared = "held-out and other sequences share a document: the text has few documents"
+    return ids_BN, int((starts < end).sum()), [] if begin in starts.tolist() else [shared]
+
+
+def digest(ids_BT: Tensor) -> str:
+    """Give the SHA-256 of the ids as little-endian 64-bit integers."""
+    return hashlib.sha256(ids_BT.numpy().astype("<i8").tobytes()).hexdigest()

@@ -1,0 +1,213 @@
+"""The values that the stages hand to each other.
+
+Shape legend, used as suffixes on tensor names everywhere: `T` tokens, `D` hidden size, `F` dense
+FFN neurons, `S` shared neurons, `E` routed experts, `N` neurons per routed expert, `K` routed
+experts per token.
+
+Nothing here imports torch until an FFN is computed: headers alone say what a model can become.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moefy.distributed import ALONE, Group
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+TANH = ("gelu", {"approximate": "tanh"})
+ACTIVATIONS = {
+    "silu": ("silu", {}),
+    "swish": ("silu", {}),
+    "gelu": ("gelu", {}),
+    "relu": ("relu", {}),
+    "relu2": ("relu", {}),  # then squared
+    "gelu_new": TANH,
+    "gelu_fast": TANH,
+    "gelu_pytorch_tanh": TANH,
+}
+"""Names of `hidden_act` that the walk can compute: torch's function for each, and its options."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """What an option of a partition or a router may be, as an annotation: both ends are legal."""
+
+    least: float
+    most: float = 1e9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How one FFN of `num_neurons` is divided: F = S + E * N, of which S + K * N are active.
+
+    Where experts overlap, a neuron standing in several of them, S + E * N is more than F.
+    """
+
+    num_neurons: int
+    num_shared: int
+    num_experts: int
+    expert_width: int
+    experts_per_token: int
+
+    @property
+    def num_active(self) -> int:
+        """Neurons executed per token."""
+        return self.num_shared + self.experts_per_token * self.expert_width
+
+    @property
+    def active_fraction(self) -> float:
+        """Share of the dense FFN's neurons executed per token."""
+        return self.num_active / self.num_neurons
+
+    @property
+    def num_stored(self) -> int:
+        """Neurons in memory."""
+        return self.num_shared + self.num_experts * self.expert_width
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether neurons stand in several experts."""
+        return self.num_stored > self.num_neurons
+
+    def __str__(self) -> str:
+        stored = f", {self.num_stored / self.num_neurons:.2f} x stored" if self.overlaps else ""
+        return (
+            f"{self.num_shared} shared + {self.num_experts} experts x {self.expert_width}, "
+            f"{self.experts_per_token} per token ({self.active_fraction:.1%} of "
+            f"{self.num_neurons} active{stored})"
+        )
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One dense FFN, y = down(act(gate x) * (up x)), or without a gate y = down(act(up x + bias)).
+
+    A bias behind `down` is no part of it: all tokens get it, whichever neurons run.
+    """
+
+    gate_FD: Tensor | None
+    up_FD: Tensor
+    down_DF: Tensor
+    activation: str = "silu"
+    bias_F: Tensor | None = None
+
+    @property
+    def num_neurons(self) -> int:
+        """F."""
+        return self.up_FD.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.up_FD.shape[1]
+
+    @property
+    def down_norm_sq_F(self) -> Tensor:
+        """Squared length of what each neuron writes at activation one."""
+        return self.down_DF.square().sum(0)
+
+    def activations(self, x_TD: Tensor) -> Tensor:
+        """What every neuron answers to `x_TD`: act(gate x) * (up x), shape (T, F)."""
+        if self.gate_FD is not None:
+            return self._act(x_TD @ self.gate_FD.T).mul_(x_TD @ self.up_FD.T)
+        h_TF = x_TD @ self.up_FD.T
+        return self._act(h_TF if self.bias_F is None else h_TF.add_(self.bias_F))
+
+    def _act(self, h_TF: Tensor) -> Tensor:
+        from torch.nn import functional
+
+        name, options = ACTIVATIONS[self.activation]
+        answer_TF = getattr(functional, name)(h_TF, **options)
+        return answer_TF.square_() if self.activation == "relu2" else answer_TF
+
+    def some(self, neurons: Tensor, dtype: torch.dtype | None = None, scale: float = 1.0) -> FFN:
+        """The FFN of some of the neurons, in that order; `down_DF` times `scale`, then cast."""
+        dtype = dtype or self.up_FD.dtype
+        down_DF = self.down_DF[:, neurons]
+        return FFN(
+            None if self.gate_FD is None else self.gate_FD[neurons].to(dtype),
+            self.up_FD[neurons].to(dtype),
+            (down_DF if scale == 1.0 else down_DF * scale).to(dtype),
+            self.activation,
+            None if self.bias_F is None else self.bias_F[neurons].to(dtype),
+        )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The inputs one FFN receives from the calibration text, and how it answers them.
+
+    Every token is weighed by the length of the residual stream that leaves the layer: an error
+    counts relative to what it is added to, and the few tokens with huge activations do not decide
+    for all. Activations and outputs are therefore kept times `scale_T`.
+
+    The last `num_heldout` tokens are whole sequences that nothing is fitted on: they only choose
+    between candidates and report errors. Where `h_TF` is none, activations are computed again chunk
+    by chunk.
+    """
+
+    x_TD: Tensor
+    y_TD: Tensor
+    """Dense outputs, scaled."""
+    scale_T: Tensor
+    num_heldout: int
+    energy_F: Tensor
+    """Mean scaled output energy h^2 * |down column|^2 of each neuron over the fitting tokens."""
+    h_TF: Tensor | None = None
+    aim_TD: Tensor | None = None
+    """What the outputs should be, scaled, where that is not what the dense FFN answers."""
+    gradient_TD: Tensor | None = None
+    """Of the dense model's loss with respect to what this FFN writes, over the fitting tokens; on
+    the CPU, and only for a partition that asks for it."""
+    release: Callable[[], None] = lambda: None
+    """Lets go of what was read of these tensors where they lie in files (see `store`)."""
+    group: Group = ALONE
+    """The processes whose tokens count, of which these are this one's."""
+
+    @property
+    def goal_TD(self) -> Tensor:
+        """What the outputs should be, scaled."""
+        return self.y_TD if self.aim_TD is None else self.aim_TD
+
+    @property
+    def num_fit(self) -> int:
+        """Number of tokens to fit on."""
+        return self.x_TD.shape[0] - self.num_heldout
+
+    def span(self, part: str) -> tuple[int, int]:
+        """First token of `part` ("fit", "heldout" or "all"), and the one behind its last."""
+        total = self.x_TD.shape[0]
+        return {"fit": (0, self.num_fit), "heldout": (self.num_fit, total), "all": (0, total)}[part]
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """The inputs of all processes' tokens: those to fit on, (T, D), and those held out."""
+        x_TD, num_fit = self.group.gather(self.x_TD), int(self.group.total(self.num_fit))
+        return x_TD[:num_fit], x_TD[num_fit:]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Which neurons are always on, and which stand in each routed expert (dense indices).
+
+    A neuron may stand in several experts, but not in one of them and among the shared.
+    """
+
+    shared_S: Tensor
+    experts_EN: Tensor
+
+
+@dataclass(frozen=True)
+class Router:
+    """Linear scores `weight_ED`, of unit variance over the calibration inputs, or `norm_EN`."""
+
+    weight_ED: Tensor
+    norm_EN: Tensor | None = None
+    """Score an expert by its neurons' squared activations times these, instead. No stock class
+    looks at activations before it chooses, so such a router is for evaluation only."""
+    balance: tuple[Mapping[str, float], ...] = ()
+    """What evening out the load would have cost, at several strengths."""

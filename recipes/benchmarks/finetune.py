@@ -1,0 +1,183 @@
+"""A fine-tune against its controls at equal tokens: static, cross-entropy, the dense model.
+
+    python recipes/benchmarks/finetune.py RUN STATIC --data TEXT --text FILE --text FILE --out DIR
+
+RUN and STATIC are conversions of one dense model. What is trained or scored already, in DIR, is not
+done again; a training that was stopped goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+from remembered import remembered
+from transformers import AutoModelForCausalLM
+
+from moefy.checkpoint.resolve import resolve
+from moefy.compute import name_of
+from moefy.environment import processor
+from moefy.evaluate.computing import one_dtype
+from moefy.evaluate.load import load_model
+from moefy.evaluate.metrics import compare, standard_error
+from moefy.files.shards import stored_dtype
+from moefy.finetune.inputs import computing, open_run, read_text, teacher_folder
+from moefy.finetune.run import finetune
+from moefy.finetune.settings import Settings, build
+from moefy.finetune.train import Watchers, tune
+from moefy.progress import watching
+from moefy.text.tokenizer import load_tokenizer
+from moefy.text.windows import text_windows
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "static": {},
+    "cross-entropy": {"kl": 0.0, "ce": 1.0},
+    "both": {"kl": 1.0, "ce": 1.0},
+    "static-both": {"kl": 1.0, "ce": 1.0},
+    "dense-trained": {"kl": 0.0, "ce": 1.0, "router_z": 0.0},
+}
+"""What is trained, and how its settings differ. The dense model is trained at a tenth of the
+rates: it has nothing to recover, and the others' rates would only harm it."""
+
+
+def main(
+    run: Path,
+    static: Path,
+    data_source: str = typer.Option(..., "--data"),
+    text: list[Path] = typer.Option(...),
+    out: Path = typer.Option(...),
+    only: str = typer.Option("", help="Names to train, comma-separated; all if empty."),
+    settings: list[str] = typer.Option([], "--set"),
+    eval_tokens: int = 20480,
+    train: bool = typer.Option(True, help="Train what is missing."),
+    score: bool = typer.Option(True, help="Score what is there."),
+    compute_dtype: str = typer.Option("auto", help="What is scored in; for training, by --set."),
+) -> None:
+    """Train and score what is missing, then print the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    flags = {"data": data_source, "teacher_cache": str(out / "cache")}
+    chosen = [name for name in CHANGES if not only or name in only.split(",")]
+    for name in chosen if train else []:
+        if (out / name).exists():
+            continue
+        built = build(None, {**flags, **CHANGES[name]}, settings)
+        with watching(quiet=False) as watch:
+            if name == "dense-trained":
+                tune_dense(run, out / name, built, watch)
+            else:
+                source = static if name.startswith("static") else run
+                finetune(source, out / name, built, watch=watch)
+    if score:
+        folders = {"ours, before": run, "static, before": static}
+        folders |= {name: out / name for name in CHANGES if (out / name).is_dir()}
+        source = resolve(open_run(run).recipe.model)
+        score_all(folders, source, text, out, compute_dtype, eval_tokens)
+    print(markdown(out, eval_tokens))
+
+
+def tune_dense(run: Path, out: Path, settings: Settings, watch: Callable[..., None]) -> None:
+    """Train the dense model itself on the same tokens, and save it."""
+    opened = open_run(run)
+    folder, digests = teacher_folder(opened, settings)
+    dtype = computing(opened, None, settings).student.dtype
+    load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
+    tokens, _ = read_text(opened, settings, 1, load, watch)
+    lower = {key: getattr(settings, key) / 10 for key in ("learning_rate", "rest_learning_rate")}
+    home = out.with_name(f".{out.name}.moefy-finetune")
+    home.mkdir(exist_ok=True)
+    tuned = tune(
+        load,
+        tokens,
+        build(None, {**vars(settings), **lower}, []),
+        home,
+        identity={"text": tokens.sha256, "teacher": sorted(digests.values())},
+        watchers=Watchers(watch=watch),
+    )
+    tuned.model.save_pretrained(out)
+    told = {"tokens": tuned.tokens, "seconds": tuned.seconds, "rate": tuned.tokens_per_second}
+    (out / "training.json").write_text(json.dumps({**told, "validation": tuned.validation}))
+
+
+def score_all(
+    folders: dict[str, Path], source: Path, texts: list[Path], out: Path, asked: str, tokens: int
+) -> None:
+    """Score each model on each text, one at a time and all in one dtype, and note it down."""
+    compute = one_dtype(asked, [source, source])
+    if compute.note:
+        print(f"Note: {compute.note}")
+    log = out / "scores.jsonl"
+    (out / "cache").mkdir(exist_ok=True)
+    known = {
+        (row["model"], row["text"], row["asked"])
+        for row in rows(log)
+        if row.get("dtype", name_of(stored_dtype(source))) == compute.name
+    }
+    tokenizer = load_tokenizer(source)
+    for path in texts:
+        windows = text_windows(tokenizer, path, num_tokens=tokens, length=1024)
+        left = {n: f for n, f in folders.items() if (n, path.stem, tokens) not in known}
+        for name, folder in left.items():
+            kept = out / "cache" / f"dense-{path.stem}-{tokens}.pt"
+            start = time.process_time()
+            base = remembered(source, kept, windows, compute.dtype)
+            found = compare(base, {name: load_model(folder, compute.dtype)}, windows)
+            score, dense = found[name], found["dense"]
+            row = {
+                "model": name,
+                "text": path.stem,
+                "asked": tokens,
+                "dtype": compute.name,
+                "processor": processor(),
+                "tokens": score.num_tokens,
+                "dense_perplexity": dense.perplexity,
+                "perplexity": score.perplexity,
+                "dnll": score.nll - dense.nll,
+                "dnll_standard_error": standard_error(score, dense),
+                "kl": score.kl,
+                "top1": score.agreement,
+                "cpu_seconds": round(time.process_time() - start, 1),
+            }
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+def rows(log: Path) -> list[dict[str, Any]]:
+    """What has been noted down."""
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def markdown(out: Path, num_tokens: int) -> str:
+    """dNLL of every model on every text, and how much of what a conversion lost is recovered."""
+    found = {
+        (r["model"], r["text"]): r for r in rows(out / "scores.jsonl") if r["asked"] == num_tokens
+    }
+    texts = sorted({text for _, text in found})
+    lines = ["| model | " + " | ".join(texts) + " |", "|" + "---|" * (1 + len(texts))]
+    for model in dict.fromkeys(model for model, _ in found):
+        cells = []
+        for text in texts:
+            row = found.get((model, text))
+            if row is None:
+                cells.append("")
+                continue
+            cell = f"{row['perplexity']:.2f}, dNLL {row['dnll']:.3f}, KL {row['kl']:.3f}"
+            start = "static, before" if model.startswith("static") else "ours, before"
+            before = found.get((start, text))
+            if before and model in CHANGES and model != "dense-trained":
+                cell += f"; **{1 - row['dnll'] / before['dnll']:.0%}** recovered"
+            cells.append(cell)
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    dense = {text: row["dense_perplexity"] for (_, text), row in found.items()}
+    lines.append("| dense, not trained | " + " | ".join(f"{dense[t]:.2f}" for t in texts) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)

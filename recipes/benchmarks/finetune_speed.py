@@ -1,0 +1,155 @@
+"""Tokens per second of a fine-tune against plain Trainer on the dense model, a step in turn each.
+
+    python recipes/benchmarks/finetune_speed.py RUN --data TEXT [--steps 6]
+
+Both in the dtype that a fine-tune computes in (`--set compute_dtype=...`), the same batches, AdamW,
+CPU seconds of the process (a machine that does other things as well changes those less than the
+clock). The teacher's expectations come from a file; what computing them costs is told beside.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from moefy.environment import processor
+from moefy.finetune import teacher
+from moefy.finetune.collapse_guard import Guard
+from moefy.finetune.inputs import (
+    computing,
+    load_student,
+    load_teacher,
+    open_run,
+    read_text,
+    teacher_folder,
+)
+from moefy.finetune.routing import Routing
+from moefy.finetune.settings import build
+from moefy.finetune.trainer import Finetuner, Rows
+
+
+class Clock(TrainerCallback):
+    """CPU seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Start the clock."""
+        self.start = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Stop it."""
+        self.seconds.append(time.process_time() - self.start)
+
+
+class Labelled(Rows):
+    """The same rows as plain Trainer wants them."""
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """A row and what is to be predicted of it."""
+        return {"input_ids": self.ids_BT[row], "labels": self.ids_BT[row]}
+
+
+def main(
+    run: Path,
+    data: str = typer.Option(...),
+    steps: int = 5,
+    batch_size: int = 2,
+    settings: list[str] = typer.Option([], "--set"),
+) -> None:
+    """Print CPU seconds per step of both, and the ratio of their medians."""
+    text_of = {"data": data, "batch_size": batch_size, "tokens": batch_size * 512 * steps}
+    built = build(None, {**text_of, "validation_tokens": 512, "guard_restarts": 0}, settings)
+    opened = open_run(run)
+    folder, _ = teacher_folder(opened, built)
+    computed = computing(opened, folder, built)
+    print(f"{computed.student.name}, {processor()}")
+    load = partial(load_teacher, folder, built, computed.student.dtype)
+    text, _ = read_text(opened, built, 1, load, lambda *_: None)
+    dense = load()
+    keep = teacher.Keep(built.top_p, built.top_tokens, built.temperature)
+    ids_BT = text.ids_BT[:batch_size]
+    live = teacher.live(dense, keep)
+    start = time.process_time()
+    kept = live(torch.arange(batch_size), ids_BT)
+    asked = time.process_time() - start
+    dense.train().requires_grad_(True)
+    student = load_student(opened, built, computed.student.dtype)
+    with tempfile.TemporaryDirectory() as place:
+        arguments = TrainingArguments(
+            output_dir=place,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=1e-5,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            optim="adamw_torch_fused",
+        )
+        plain = Trainer(dense, arguments, train_dataset=Labelled(text.train_BT))
+        ours = Finetuner(
+            model=student,
+            args=arguments,
+            train_dataset=Rows(text.train_BT),
+            routing=Routing(student, soft=built.soft, worth=built.router_ce > 0),
+            settings=built,
+            guard=Guard(10**6, 0.05, 1e9, enabled=False),
+            targets=lambda row_B, ids_BT: kept,
+        )
+        clocks = []
+        for trainer in (plain, ours):
+            trainer.remove_callback(PrinterCallback)
+            clocks.append(Clock())
+            trainer.add_callback(clocks[-1])
+        rounds = [trainer_steps(trainer) for trainer in (plain, ours)]
+        for _ in range(steps):
+            for one in rounds:
+                next(one, None)
+    plain_s, ours_s = (statistics.median(clock.seconds[1:]) for clock in clocks)
+    tokens = batch_size * 512
+    print(f"plain Trainer, dense: {plain_s:.2f} s a step, {tokens / plain_s:.0f} tokens/CPU-second")
+    print(f"moefy finetune:       {ours_s:.2f} s a step, {tokens / ours_s:.0f} tokens/CPU-second")
+    print(f"ratio {plain_s / ours_s:.2f}; teacher at every step {plain_s / (ours_s + asked):.2f}")
+    print([[round(s, 2) for s in clock.seconds] for clock in clocks])
+
+
+def trainer_steps(trainer: Trainer) -> Any:
+    """Train in a thread of its own that stops after each step until it is asked for the next."""
+    import threading
+
+    ask, done = threading.Semaphore(0), threading.Semaphore(0)
+
+    class Wait(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            ask.acquire()
+
+    class Yield(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            done.release()
+
+    # The clock between them, so that it runs in its own turn only.
+    trainer.callback_handler.callbacks.insert(0, Wait())
+    trainer.add_callback(Yield())
+    thread = threading.Thread(target=trainer.train, daemon=True)
+    thread.start()
+    for _ in range(int(trainer.args.max_steps)):
+        ask.release()
+        done.acquire()
+        yield
+    thread.join()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,158 @@
+"""Kill a moefy command again and again at random moments, and see that it ends with the same bytes.
+
+    python recipes/benchmarks/kill.py --kills 100 --place DIR -- convert MODEL OUT --calibration F
+
+The word OUT stands for the folder that the command writes. The command is run once undisturbed;
+then it is started, killed (SIGKILL) after a random part of the processor time that it took, started
+again, and so on until OUT is there. (Processor time, because on a busy machine nothing ends in the
+seconds that it took at first.) Whenever something is named OUT, because the command has ended or
+was killed behind the publication, it must hold the files of the undisturbed run, byte for byte. Of
+JSON, what is measured (seconds, memory) is not compared, and Markdown drawn from it not at all.
+
+The command is run in this process first, which then has imported all that it takes, and every
+attempt is forked from there: no kill is wasted on the seconds that imports take. A fine-tune takes
+
+    --state '.out.moefy-finetune/checkpoint-*' -- finetune RUN --out OUT ...
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # the others outlive no fork
+
+import json
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import typer
+
+MEASURED = {"seconds", "stage_seconds", "peak_resident_bytes", "peak_bytes", "tokens_per_second"}
+MEASURED |= {"created", "memory"}
+"""Keys of JSON objects that no two runs share."""
+
+
+def main(
+    command: list[str] = typer.Argument(..., help="A moefy command, with the word OUT in it."),
+    place: Path = typer.Option(..., help="Folder to work in; made, and removed at the end."),
+    kills: int = 100,
+    seed: int = 0,
+    state: str = typer.Option(
+        ".out.moefy-part/state/*", help="What a killed attempt may leave to go on from."
+    ),
+    again: list[str] = typer.Option([], help="Word to add where there is such a state."),
+) -> None:
+    """Kill, resume, compare; print one line a chain and a summary."""
+    place.mkdir(parents=True)
+    dice = random.Random(seed)
+    if status := run(command, place / "out"):
+        raise SystemExit(f"the command ended with {status}")
+    shutil.rmtree(place / "out")
+    status = attempt(command, place / "reference", None)
+    took = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    if status:
+        raise SystemExit(f"the undisturbed command ended with {status}")
+    expected = contents(place / "reference")
+    print(f"undisturbed: {took:.2f} s of processor time, {len(expected)} files", flush=True)
+    done = chains = resumed = late = 0
+    while done < kills:
+        out, killed = place / "out", 0
+        more: list[str] = []
+        while (status := attempt(command + more, out, dice.uniform(0, took))) == -signal.SIGKILL:
+            killed += 1
+            if out.exists():  # killed between the publication and its end
+                late += 1
+                break
+            more = again if any(place.glob(state)) else []
+            resumed += any(place.glob(state))
+        if status > 0:
+            raise SystemExit(f"the command ended with {status} after {killed} kills")
+        wrong = different(expected, contents(out))
+        assert not wrong, f"after {killed} kills these differ: {wrong}"
+        leftover = [path for path in place.iterdir() if path.name not in ("out", "reference")]
+        assert status or not leftover, leftover
+        for path in (out, *leftover):
+            shutil.rmtree(path)
+        done, chains = done + killed, chains + 1
+        print(f"{done} kills, {chains} runs to the end, all of the same bytes", flush=True)
+    print(
+        f"{done} kills, of which {resumed} left a state to go on from and {late} came behind the "
+        f"publication; {chains} runs were published, all with the bytes of the undisturbed one"
+    )
+    shutil.rmtree(place)
+
+
+def run(command: list[str], out: Path) -> int:
+    """Run the command in this process; give its exit code."""
+    from moefy.cli import main
+
+    sys.argv = ["moefy", *(str(out) if word == "OUT" else word for word in command), "--quiet"]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    return 99
+
+
+def attempt(command: list[str], out: Path, budget: float | None) -> int:
+    """Run the command in a process of its own, killed when it has spent its budget of processor
+    seconds; give how that ended."""
+    child = os.fork()
+    if not child:
+        os._exit(run(command, out))
+    if budget is None:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if spent(child) >= budget:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def spent(process: int) -> float:
+    """Processor seconds that a process has had."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Files by name: their bytes, or what their JSON says less what is measured."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".json":
+            found[name] = unmeasured(json.loads(path.read_text(encoding="utf-8")))
+        elif path.suffix == ".jsonl":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            found[name] = [unmeasured(json.loads(line)) for line in lines]
+        elif path.is_file():
+            found[name] = path.name if path.suffix == ".md" else path.read_bytes()
+    return found
+
+
+def unmeasured(value: Any) -> Any:
+    """JSON without the keys of what is measured."""
+    if isinstance(value, dict):
+        return {key: unmeasured(item) for key, item in value.items() if key not in MEASURED}
+    return [unmeasured(item) for item in value] if isinstance(value, list) else value
+
+
+def different(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Names of files that are not the same."""
+    names = expected.keys() | found.keys()
+    return sorted(name for name in names if expected.get(name) != found.get(name))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,112 @@
+"""Every command behind `convert` refuses in one line what cannot be, and then changes nothing.
+
+The rows are in `refusal_cases`; those of `convert` and `inspect` are run by `test_faults` and
+`test_broken_runs`. Numbers out of range are asked of every option that takes one.
+"""
+
+import shutil
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from command import assert_refused, listing
+from refusal_cases import CASES, WHOLE, arrange
+
+from moefy import cli, pipeline
+from moefy.runs import gguf
+
+pytestmark = pytest.mark.usefixtures("never_hangs")
+
+RECIPE = """model = "{model}"
+calibration = "{text}"
+tokens = 512
+sequence_length = 64
+
+[finetune]
+data = "{text}"
+tokens = 512
+sequence_length = 64
+batch_size = 2
+validation_tokens = 128
+
+[report]
+text = "{text}"
+effort = "quick"
+tokens = 128
+sequence_length = 64
+controls = false
+speed = false
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(pico, text, tmp_path_factory) -> Path:
+    """A folder with a model, its conversion `out`, the fine-tune of it, and a text."""
+    place = tmp_path_factory.mktemp("whole")
+    model = Path(shutil.copytree(pico("llama"), place / "model"))
+    shutil.copy(text, place / "text.txt")
+    recipe = place / "small.toml"
+    recipe.write_text(RECIPE.format(model=model, text=place / "text.txt"))
+    for _ in pipeline.run(pipeline.stages(pipeline.declared(recipe), place / "out")):
+        pass
+    return place
+
+
+@pytest.fixture
+def place(whole, tmp_path, monkeypatch) -> Path:
+    """A copy of it, to be changed at will, and to be in."""
+    copy = Path(shutil.copytree(whole, tmp_path / "place"))
+    arrange(copy)
+    monkeypatch.chdir(copy)
+    # The converter is another program, of which only the exit code is ours.
+    monkeypatch.setattr(gguf, "_check_programs", lambda kind: None)
+    monkeypatch.setattr(gguf, "_convert", lambda run, out, kind: out.write_bytes(b"GGUF"))
+    return copy
+
+
+@pytest.mark.parametrize("command", WHOLE)
+def test_what_is_whole_is_not_refused(command, place, moefy):
+    done = moefy(*WHOLE[command].split())
+    assert done.code == 0, done
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_refused(case, place, moefy):
+    if case.damage:
+        folder = next(word for word in case.line.split() if word.startswith("out"))
+        case.damage(place / folder)
+    before = listing(place)
+    assert_refused(moefy(*case.line.split()), case.code, *case.says)
+    assert listing(place) == before
+
+
+def test_rows_are_not_repeated():
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+COMMANDS = {
+    cli.convert: "convert model new --calibration text.txt --quiet",
+    cli.finetune: WHOLE["finetune"],
+    cli.report: WHOLE["report"],
+    cli.verify: WHOLE["verify"],
+    cli.push: WHOLE["push"],
+    cli.run: WHOLE["run"],
+    cli.gguf: WHOLE["export"],
+}
+NUMBERS = {int: ("-1",), float: ("-1", "nan", "inf")}
+"""What no option can be."""
+RANGES = [
+    (line, f"--{name.replace('_', '-')}", number)
+    for command, line in COMMANDS.items()
+    for name, kind in get_type_hints(command).items()
+    for number in NUMBERS.get(next(iter(get_args(kind)), kind), ())
+]
+
+
+@pytest.mark.parametrize(("line", "flag", "number"), RANGES, ids=lambda word: word.split()[0])
+def test_a_number_out_of_range(line, flag, number, place, moefy):
+    before = listing(place)
+    assert_refused(moefy(*line.split(), flag, number), 2, f"{flag} is {number}")
+    assert listing(place) == before

@@ -1,0 +1,350 @@
+"""A recipe comes back from its file as it was, and what is wrong in one is named in one line."""
+
+import dataclasses
+import importlib
+import inspect
+import math
+import re
+import string
+import tomllib
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+import moefy
+from moefy.config.recipe import (
+    FIELDS,
+    Recipe,
+    build,
+    chosen_layers,
+    nearest,
+    num_bytes,
+    read,
+    render,
+)
+from moefy.convert.method import stages
+from moefy.errors import MoefyError
+
+EVERYTHING = Recipe(
+    model="owner/name",
+    revision="main",
+    active=0.3125,
+    experts=16,
+    experts_per_token=3,
+    shared=1e-3,
+    layers="4:,0",
+    partition="shuffle",
+    router="random",
+    refit=False,
+    drift=0.25,
+    total=2.0,
+    target="qwen2_moe",
+    engines="vllm,llama.cpp",
+    calibration="text.txt",
+    text_field="content",
+    tokens=4096,
+    sequence_length=256,
+    stratify=False,
+    seed=2**32 - 1,
+    dtype="bfloat16",
+    compute_dtype="float32",
+    device="cpu",
+    partition_options={"rounds": 6, "sample": 4096},
+    router_options={"strength": 2.5e-05, "steps": 0, "on": True, "names": ["a", 'b"', 1, 0.5]},
+    max_shard_size="200MB",
+    ignore_index=True,
+)
+AWKWARD = [
+    'say "no"',
+    "C:\\models\\new",
+    "two\nlines",
+    "tab\there",
+    "\x00\x1b[31m\x7f",
+    "no\u00a0break",
+    "\u8def\u5f84 \u00e9\u00e8 \U0001f600",
+    "\U000e0001 tag",  # not printable, and beyond four hexadecimal digits
+    "line\u2028separator",
+    "'''",
+    '"""',
+    "# no comment",
+    "[made]",
+    "",
+    " ",
+    string.printable,
+]
+
+
+def refusal(*fragments: str, flags: dict | None = None, settings: list | None = None, file=None):
+    """The line that `build` refuses its input with."""
+    with pytest.raises(MoefyError) as caught:
+        build(file, {"model": "demo"} if flags is None else flags, settings or [])
+    assert caught.value.code == 2
+    assert "\n" not in str(caught.value)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    return str(caught.value)
+
+
+def round_trip(recipe: Recipe, folder, **extra) -> Recipe:
+    file = folder / "recipe.toml"
+    file.write_text(render(recipe, **extra), encoding="utf-8")
+    return Recipe(**read(file))
+
+
+# There and back
+
+
+def test_everything_comes_back(tmp_path):
+    plain = {spec.name for spec in dataclasses.fields(Recipe)}
+    changed = dataclasses.asdict(EVERYTHING)
+    assert {name for name in plain if changed[name] != getattr(Recipe("demo"), name)} == plain
+    assert round_trip(EVERYTHING, tmp_path) == EVERYTHING
+    assert build(tmp_path / "recipe.toml", {}, []) == EVERYTHING
+
+
+def test_defaults_come_back(tmp_path):
+    assert round_trip(Recipe("demo"), tmp_path) == Recipe("demo")
+
+
+@pytest.mark.parametrize("text", AWKWARD, ids=ascii)
+def test_any_text_comes_back(text, tmp_path):
+    recipe = Recipe(text, calibration=f"{text}{text}", partition_options={text: text, "b": [text]})
+    assert round_trip(recipe, tmp_path) == recipe
+    # No line of the file ends inside a string, whatever counts as the end of a line.
+    lines = render(recipe).splitlines()
+    assert all(tomllib.loads(line) for line in lines if line and not line.startswith("["))
+
+
+@pytest.mark.parametrize("number", [0.1 + 0.2, 1e-20, 1e20, 5e-324, 123456789.123, math.inf])
+def test_any_number_comes_back(number, tmp_path):
+    recipe = Recipe("demo", active=number, router_options={"strength": -number})
+    assert round_trip(recipe, tmp_path) == recipe
+
+
+def test_what_a_run_adds_is_written_and_not_read_back(tmp_path):
+    made, inputs = {"torch": "2.13.0", "moefy": "0.1"}, {"model.safetensors": "ab\\c"}
+    assert round_trip(EVERYTHING, tmp_path, made=made, inputs=inputs) == EVERYTHING
+    tables = tomllib.loads((tmp_path / "recipe.toml").read_text(encoding="utf-8"))
+    assert (tables["made"], tables["inputs"]) == (made, inputs)
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("expert", "experts"), ("sequence_lenght", "sequence_length"), ("Tokens", "tokens")],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(key, meant, tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text(f'model = "demo"\n{key} = 1\n')
+    message = refusal(f"unknown recipe key '{key}'", f"did you mean {meant}?", file=file)
+    assert message == refusal(settings=[f"{key}=1"])
+    assert all(name in message for name in FIELDS)
+
+
+def test_a_key_like_no_other_gets_no_suggestion():
+    assert "did you mean" not in refusal("unknown recipe key 'zzzz'", settings=["zzzz=1"])
+    assert nearest("zzzz", ["linear", "random"]) == "expected one of linear, random"
+
+
+def test_of_many_names_the_nearest_are_named():
+    """lm-eval has some 13,000 tasks."""
+    known = [f"task_{number}" for number in range(12_999)] + ["piqa"]
+    assert nearest("piqaa", known) == "expected one of 13,000 names; did you mean piqa?"
+    assert nearest("zzzz", known) == "expected one of 13,000 names"
+    assert "piqa" in nearest("zzzz", known[-20:])  # the negative control: few are all named
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("tokens=many", "str"),
+        ("tokens=1e5", "int"),
+        ("tokens=true", "int"),
+        ("seed=0.5", "int"),
+        ("experts=8.0", "int"),
+        ("active=half", "float"),
+        ("active=true", "float"),
+        ("shared=[0.5]", "float"),
+        ("refit=1", "bool"),
+        ("refit=yes", "bool"),
+        ("layers=3", "str"),
+        ("model=7", "str"),
+        ("partition_options=5", "Mapping"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(setting, expected):
+    key, _, value = setting.partition("=")
+    expected = {"tokens=many": "int"}.get(setting, expected)
+    refusal(f"recipe key {key} is ", f"expected {expected}", settings=[setting])
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("sequence_length=7", "at least 8"),
+        ("tokens=4095", "at least 4096"),
+        ("seed=-1", "at least 0"),
+        ("seed=4294967296", "less than 4294967296"),
+        ("dtype=float8", "float16"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(setting, expected):
+    flag = "--" + setting.partition("=")[0].replace("_", "-")
+    refusal(flag, expected, settings=[setting])
+
+
+def test_no_model_is_refused():
+    refusal("no MODEL given", flags={"model": None})
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    refusal("cannot read recipe", "No such file", file=tmp_path / "none.toml")
+    refusal("cannot read recipe", file=tmp_path)
+    for content in (b"model = ", b"\xff\xfe", b"model = 'a'\nmodel = 'b'", b"a\nb"):
+        file = tmp_path / "broken.toml"
+        file.write_bytes(content)
+        refusal("is not TOML", file=file)
+
+
+# What overrides what
+
+
+def test_flags_override_the_file_and_settings_override_flags(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text(
+        'model = "file"\ntokens = 8192\nactive = 0.25\nseed = 1\n'
+        "[partition_options]\nrounds = 2\nsample = 99\n"
+    )
+    flags = {"model": "flag", "active": None, "seed": 2, "refit": False}
+    made = build(file, flags, ["seed=3", "partition.rounds=6"])
+    assert (made.model, made.active, made.tokens, made.seed) == ("flag", 0.25, 8192, 3)
+    assert made.refit is False
+    assert made.partition_options == {"rounds": 6, "sample": 99}
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "value"),
+    [
+        ("active=0.25", "active", 0.25),
+        ("active=1", "active", 1),
+        (" experts = 4 ", "experts", 4),
+        ("sequence-length=64", "sequence_length", 64),
+        ("refit=false", "refit", False),
+        ("model=owner/name", "model", "owner/name"),
+        ('model="a=b"', "model", "a=b"),
+        ("model=a=b", "model", "a=b"),
+        ("model=", "model", ""),
+        ("calibration=C:\\text", "calibration", "C:\\text"),
+        ("layers=0,3,7", "layers", "0,3,7"),
+        ("partition.rounds=6", "partition_options", {"rounds": 6}),
+        ("router.strength=1e-3", "router_options", {"strength": 1e-3}),
+        ("partition.mode=fast", "partition_options", {"mode": "fast"}),
+    ],
+)
+def test_forms_of_settings(setting, key, value):
+    assert getattr(build(None, {"model": "demo"}, [setting]), key) == value
+
+
+def test_settings_of_one_method_add_up():
+    made = build(None, {"model": "demo"}, ["router.steps=1", "router.batch=2", "router.steps=3"])
+    assert made.router_options == {"steps": 3, "batch": 2}
+
+
+def test_settings_that_are_none_are_refused():
+    refusal("'tokens' has no `=`", settings=["tokens"])
+    refusal("unknown recipe key 'refit.a'", settings=["refit.a=1"])
+    refusal("unknown recipe key ''", settings=["=1"])
+    refusal("partition_options is 5", settings=["partition_options=5", "partition.rounds=6"])
+
+
+# Layers
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        (":", [0, 1, 2, 3, 4, 5]),
+        ("0:6", [0, 1, 2, 3, 4, 5]),
+        ("4:", [4, 5]),
+        (":2", [0, 1]),
+        ("2:4", [2, 3]),
+        ("3", [3]),
+        ("0,3,5", [0, 3, 5]),
+        ("5,0,0", [0, 5]),
+        ("1:3,2:4", [1, 2, 3]),
+        (" 1 , 4: ", [1, 4, 5]),
+    ],
+)
+def test_forms_of_layers(text, layers):
+    assert chosen_layers(text, 6) == layers
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "3,", ",3", "1,,2", "6", "7:", "4:7", "-1", "-2:", "3:3", "4:2", "a", "0-3",
+             "1.5", "0:2:4", "all"],
+)  # fmt: skip
+def test_layers_that_are_none_are_refused(text):
+    with pytest.raises(MoefyError) as caught:
+        chosen_layers(text, 6)
+    assert caught.value.code == 2
+    assert f"--layers {text}" in str(caught.value)
+    assert re.search(r"no layers of 0 to 5; expected forms like `:`", str(caught.value))
+
+
+def test_sizes_of_files_are_those_that_transformers_takes():
+    """Judged by huggingface_hub, whose sizes have no binary prefixes."""
+    from huggingface_hub.serialization._base import parse_size_to_int
+
+    for size in ("5GB", "200MB", "1KB", "1.5GB"):
+        assert num_bytes(size) == parse_size_to_int(size)
+    assert num_bytes("2MiB") == 2 * 1024**2 and num_bytes("100") == 100
+    for size in ("", "0", "-1GB", "GB", "1 XB", "iB", "1e9", "nan"):
+        with pytest.raises(MoefyError, match="--max-shard-size") as caught:
+            num_bytes(size)
+        assert caught.value.code == 2
+
+
+# --- ranges of the methods' options --------------------------------------------------------------
+
+METHODS = [
+    (package, path.stem)
+    for package in ("partition", "router")
+    for path in sorted(Path(moefy.__file__).parent.joinpath("convert", package).glob("[!_]*.py"))
+]
+
+
+def ranges(package: str, name: str) -> dict[str, tuple]:
+    """Option -> its type and its range, of a method's numbers."""
+    module = importlib.import_module(f"moefy.convert.{package}.{name}")
+    stage = module.split if package == "partition" else module.fit
+    hints = get_type_hints(stage, include_extras=True)
+    keys = {k for k, p in inspect.signature(stage).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    kinds = {key: (get_args(hints[key]) or (hints[key], None)) for key in keys - {"generator"}}
+    return {key: kind for key, kind in kinds.items() if kind[0] in (int, float)}
+
+
+@pytest.mark.parametrize(("package", "name"), METHODS)
+def test_an_option_out_of_its_range_is_refused(package, name):
+    for key, (kind, span) in ranges(package, name).items():
+        assert span is not None, f"{key} has no range"
+        outside = [-1, span.most * 2, 2**80, span.least / 2 if kind is float else span.least - 1]
+        values = [kind(value) for value in outside if value < span.least or value > span.most]
+        values += [float("nan"), float("inf"), -float("inf"), "7", True, None]
+        for value in values:
+            options = {"partition" if package == "partition" else "router": name}
+            table = "partition_options" if package == "partition" else "router_options"
+            recipe = Recipe("m", **options, **{table: {key: value}})
+            with pytest.raises(MoefyError, match=key) as caught:
+                stages(recipe, control=True)
+            assert caught.value.code == 2 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["least", "most"])
+@pytest.mark.parametrize(("package", "name"), [("partition", "alternating"), ("router", "linear")])
+def test_an_option_at_the_end_of_its_range_is_taken(package, name, end):
+    for key, (kind, span) in ranges(package, name).items():
+        table = "partition_options" if package == "partition" else "router_options"
+        stages(Recipe("m", **{table: {key: kind(getattr(span, end))}}))

@@ -1,0 +1,179 @@
+"""The layers that stay dense are those whose loss the stock model itself feels most."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moefy.config.recipe import build, read
+from moefy.convert import sensitivity
+from moefy.convert.prepare import Job, prepare
+from moefy.convert.run import calibration_tokens, convert
+from moefy.errors import MoefyError
+from moefy.models import families
+from moefy.types import Shape
+
+LAYERS, LOUD = 6, 3
+
+
+def down_of(family: str, layer: int) -> str:
+    return families.load(family).ffn_names(layer)[-1]
+
+
+def make_loud(folder: Path, family: str) -> Path:
+    """Have one layer write twenty times as much as any other."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for layer in range(LAYERS):
+        tensors[down_of(family, layer)] *= 6.0 if layer == LOUD else 0.3
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def loud(own_pico) -> Path:
+    """A model of six layers, one of them loud."""
+    return make_loud(own_pico("llama", num_hidden_layers=LAYERS), "llama")
+
+
+def job_of(model: Path, text: Path, **recipe: Any) -> Job:
+    few = {"tokens": 1024, "sequence_length": 64, "calibration": str(text), "layers": "auto"}
+    return prepare(build(None, {"model": str(model), **few, **recipe}, []))
+
+
+def silent(*_: object) -> None:
+    pass
+
+
+OPT_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("opt", {}), ("opt", OPT_350M)])
+def test_sensitivities_are_what_the_stock_model_loses(family, changes, own_pico, text, monkeypatch):
+    loud = make_loud(own_pico(family, num_hidden_layers=LAYERS, **changes), family)
+    job = job_of(loud, text, target="moefy")
+    tokens = calibration_tokens(job, silent)
+    blocks = []
+
+    def noted(*args: Any, **options: Any):
+        blocks.append(convert_block(*args, **options))
+        return blocks[-1]
+
+    convert_block = sensitivity.convert_block
+    monkeypatch.setattr(sensitivity, "convert_block", noted)
+    found = sensitivity.sensitivities(job, tokens, silent)
+    assert len(found) == len(blocks) == LAYERS
+    assert found.index(max(found)) == LOUD
+    _, probes = sensitivity.pieces(tokens)
+    dense = AutoModelForCausalLM.from_pretrained(loud).eval()
+    with torch.inference_mode():
+        wanted_BTV = dense(probes).logits.log_softmax(-1)
+        for layer, block in enumerate(blocks):
+            pruned = AutoModelForCausalLM.from_pretrained(loud).eval()
+            down_DF = pruned.get_parameter(down_of(family, layer))
+            down_DF.zero_()
+            kept = block.partition.shared_S
+            assert 0 < len(kept) < 96
+            down_DF[:, kept] = block.ffn.down_DF[:, kept]
+            loss_BTV = wanted_BTV.exp() * (wanted_BTV - pruned(probes).logits.log_softmax(-1))
+            assert found[layer] == pytest.approx(float(loss_BTV.sum(-1).mean()), rel=1e-3, abs=1e-7)
+
+
+def test_pieces_are_apart_from_each_other_and_spread_over_the_sequences(loud, text):
+    job = job_of(loud, text, tokens=2048, sequence_length=256)
+    tokens = calibration_tokens(job, silent)
+    fitted, probes = sensitivity.pieces(tokens)
+    assert len(fitted) == 14 and len(probes) == 2  # all: two of each of seven, and of the last
+    found = {tuple(ids) for ids in torch.cat([fitted, probes]).tolist()}
+    assert found == {tuple(ids) for ids in tokens.ids_BT.reshape(-1, sensitivity.PIECE).tolist()}
+
+
+def test_auto_leaves_the_loud_layer_dense_and_shrinks_the_others(loud, text, tmp_path):
+    job = job_of(loud, text)
+    summary = convert(job, tmp_path / "out")
+    assert LOUD in summary["layers_left_dense"]
+    dense = len(summary["layers_left_dense"])
+    left = summary["shape"]["active_fraction"]
+    assert left < 0.5
+    assert (dense + (LAYERS - dense) * left) / LAYERS == pytest.approx(0.5, abs=0.01)
+    assert (
+        AutoConfig.from_pretrained(tmp_path / "out").mlp_only_layers
+        == (summary["layers_left_dense"])
+    )
+    told = json.loads((tmp_path / "out" / "moefy" / "conversion.json").read_text())["budget"]
+    assert told["active"] == 0.5 and len(told["kl_when_pruned_alone"]) == LAYERS
+
+
+def test_the_recipe_that_is_kept_names_the_layers_and_gives_the_same_bytes(loud, text, tmp_path):
+    convert(job_of(loud, text), tmp_path / "auto")
+    again = prepare(build(None, read(tmp_path / "auto" / "moefy" / "recipe.toml"), []))
+    assert again.recipe.layers != "auto"
+    convert(again, tmp_path / "again")
+    first, second = ((tmp_path / name / "model.safetensors") for name in ("auto", "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_class_that_can_leave_no_layer_dense_converts_all(loud, text):
+    job = job_of(loud, text, target="mixtral")
+    assert any("measured first" in note for note in job.notes)
+    loss_L = sensitivity.sensitivities(job, calibration_tokens(job, silent), silent)
+    settled = sensitivity.settle(job, loss_L)
+    assert not any("measured first" in note for note in settled.notes)
+    assert settled.layers == list(range(LAYERS)) and settled.recipe.active == 0.5
+    assert len(loss_L) == LAYERS
+
+
+def test_layers_of_equal_sensitivity_are_not_worth_a_dense_one():
+    assert sensitivity._promised([1.0] * 10, 0.5, 0) == pytest.approx(10)
+    assert all(sensitivity._promised([1.0] * 10, 0.5, n) > 10 for n in range(1, 4))
+    assert sensitivity._promised([9.0] + [1.0] * 9, 0.5, 1) < sensitivity._promised(
+        [9.0] + [1.0] * 9, 0.5, 0
+    )
+    assert sensitivity._promised([1.0] * 10, 0.5, 9) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("layers", "written"), [([0, 1, 2], "0:3"), ([1, 3, 4], "1:2,3:5"), ([5], "5:6")]
+)
+def test_layers_are_written_as_the_option_takes_them(layers, written):
+    from moefy.config.recipe import chosen_layers
+
+    assert sensitivity._ranges(layers) == written
+    assert chosen_layers(written, 6) == layers
+
+
+def test_an_unknown_word_is_still_refused(loud, text):
+    with pytest.raises(MoefyError, match="auto"):
+        job_of(loud, text, layers="most")
+
+
+def test_auto_makes_many_small_experts_unless_told_otherwise(loud, text):
+    loss_L = [1.0, 0.1, 0.1, 0.1, 0.1, 0.1]
+    settled = sensitivity.settle(job_of(loud, text), loss_L)
+    assert settled.shape.num_experts == 32 and settled.shape.num_shared == 32
+    told = sensitivity.settle(job_of(loud, text, experts=4), loss_L)
+    assert told.shape.num_experts == 4
+    overlapping = sensitivity.settle(job_of(loud, text, total=2.0), loss_L)
+    assert overlapping.shape.overlaps and overlapping.shape.num_experts <= 8
+
+
+def test_a_shape_that_no_class_takes_costs_no_dense_layer(loud, text, monkeypatch):
+    loss_L = [1.0, 0.1, 0.1, 0.1, 0.1, 0.1]
+    monkeypatch.setattr(sensitivity, "fine", lambda *_: Shape(96, 6, 9, 10, 4))
+    settled = sensitivity.settle(job_of(loud, text), loss_L)
+    assert settled.layers == [1, 2, 3, 4, 5] and settled.shape.num_experts != 9
+
+
+def test_a_router_for_evaluation_is_admitted_behind_auto_too(loud, text):
+    job = job_of(loud, text)
+    recipe = build(None, {**dataclasses.asdict(job.recipe), "router": "oracle"}, [])
+    loss_L = [9.0 if layer == LOUD else 1.0 for layer in range(LAYERS)]
+    settled = sensitivity.settle(prepare(recipe, control=True), loss_L)
+    assert LOUD not in settled.layers and settled.recipe.router == "oracle"
+    with pytest.raises(MoefyError, match="for evaluation"):
+        prepare(recipe)

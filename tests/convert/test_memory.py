@@ -1,0 +1,158 @@
+"""Where the calibration states lie changes no byte, and what is planned is kept to."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from moefy.config.recipe import build
+from moefy.convert import memory, write
+from moefy.convert.estimate import estimate
+from moefy.convert.prepare import prepare
+from moefy.convert.run import convert
+from moefy.errors import MoefyError
+from moefy.files import buffers
+from moefy.files.buffers import Store
+from moefy.files.resume import State
+
+
+@pytest.fixture
+def job(pico, text):
+    given = {"calibration": str(text), "tokens": 4352, "sequence_length": 64}
+    return prepare(build(None, {"model": str(pico("llama")), **given}, []))
+
+
+def too_little(job) -> int:
+    """A byte less than it takes to hold the states in memory."""
+    return memory.fit(job, write.slots(job)).peak_bytes - 1
+
+
+# --- the store -----------------------------------------------------------------------------------
+
+
+def test_tensors_in_files_are_tensors(tmp_path):
+    kept = Store(tmp_path)
+    rows = kept.empty(3, 1000)
+    rows[:] = torch.arange(3000.0).view(3, 1000)
+    part = rows[1]
+    del rows
+    kept.release()
+    assert torch.equal(part, torch.arange(1000.0, 2000.0))
+    assert kept.empty(2, 3, dtype=torch.uint8).dtype == torch.uint8
+    assert kept.empty(0, 3).shape == (0, 3)
+
+
+def test_nothing_is_left_of_a_file(tmp_path):
+    """It has no name, and its room is free again when its last tensor is gone."""
+    before = os.statvfs(tmp_path).f_bfree * os.statvfs(tmp_path).f_frsize
+    kept = Store(tmp_path)
+    part = kept.empty(32 << 20, dtype=torch.uint8)[:5]
+    assert os.listdir(tmp_path) == [] and len(kept._maps) == 1
+    held = os.statvfs(tmp_path).f_bfree * os.statvfs(tmp_path).f_frsize
+    assert before - held > 16 << 20
+    del part
+    assert len(kept._maps) == 0
+
+
+def test_pages_that_are_released_are_not_held(tmp_path):
+    def held() -> int:
+        lines = open("/proc/self/status").read().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) << 10
+
+    kept, before = Store(tmp_path), held()
+    rows = kept.empty(64 << 20, dtype=torch.uint8).fill_(7)
+    assert held() - before > 48 << 20
+    kept.release()
+    assert held() - before < 16 << 20 and int(rows[12345]) == 7
+
+
+# --- conversions ---------------------------------------------------------------------------------
+
+
+def test_states_in_files_give_the_same_bytes(job, tmp_path, monkeypatch):
+    plain = convert(job, tmp_path / "plain")
+    made = []
+
+    class Noted(Store):
+        def empty(self, *size, **options):
+            made.append((self.folder, size))
+            return super().empty(*size, **options)
+
+    monkeypatch.setattr("moefy.convert.run.Store", Noted)
+    filed = convert(job, tmp_path / "filed", memory=too_little(job))
+    assert filed["outputs"] == plain["outputs"]
+    assert plain["memory"]["file_bytes"] == 0
+    assert filed["memory"]["file_bytes"] == memory.state_arrays(job)
+    assert {folder for folder, _ in made} == {tmp_path / ".filed.moefy-part"}
+    # Of two layers: states once; inputs, activations, outputs, aims, and the outputs converted.
+    tokens, hidden, neurons = 4352, 32, 96
+    states, wide, narrow = (136, 64, hidden), (tokens, neurons), (tokens, hidden)
+    layer = [states, wide, narrow, narrow, narrow]
+    assert [size for _, size in made] == [states, *layer, *layer]
+    assert sum(4 * torch.Size(size).numel() for _, size in made[:6]) == memory.state_arrays(job)
+    assert sorted(os.listdir(tmp_path)) == ["filed", "plain"]
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_a_file_that_loses_what_is_released_is_seen(job, tmp_path, monkeypatch):
+    """The planted fault: pages that are let go before they are written."""
+    plain = convert(job, tmp_path / "plain")
+
+    def forget(self):
+        for mapped in self._maps:
+            mapped[: len(mapped) // 2] = bytes(len(mapped) // 2)
+
+    monkeypatch.setattr(buffers.Store, "release", forget)
+    try:
+        filed = convert(job, tmp_path / "filed", memory=too_little(job))
+    except MoefyError:
+        return
+    assert filed["outputs"] != plain["outputs"]
+
+
+def test_a_disk_without_room_for_the_states(job, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(MoefyError, match="No space left.*make room") as caught:
+        convert(job, tmp_path / "out", memory=too_little(job))
+    assert caught.value.code == 5
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_even_so_says_what_to_lower(job, tmp_path):
+    with pytest.raises(MoefyError, match=r"--memory allows 0\.1 GB; the most is for") as caught:
+        convert(job, tmp_path / "out", memory=10**8)
+    assert caught.value.code == 5 and os.listdir(tmp_path) == []
+    assert "--memory allows 0.1 GB" in estimate(job, 10**8)["notes"][-1]
+
+
+def test_plans_grow_by_the_states_alone(pico, text):
+    """Twice the tokens take that much more memory, and none with the states in files."""
+    peaks = {}
+    for tokens in (65536, 131072):
+        given = {"model": str(pico("llama")), "calibration": str(text), "tokens": tokens}
+        job = prepare(build(None, given, []))
+        slots = write.slots(job)
+        for files in (False, True):
+            peaks[tokens, files] = memory.predicted(job, slots, in_files=files)
+    few, many = peaks[65536, False]["refit"], peaks[131072, False]["refit"]
+    assert many - few == 65536 * 4 * (7 * 32 + 96)
+    assert peaks[65536, True]["refit"] == peaks[131072, True]["refit"]
+    assert peaks[65536, True]["reopen"] == peaks[131072, False]["reopen"]
+
+
+def test_a_plan_counts_what_is_kept_until_the_model_is_whole(job, tmp_path, monkeypatch):
+    sizes, save = [], State.save_tensors
+
+    def measured(self, *arguments, **options):
+        save(self, *arguments, **options)
+        sizes.append(sum(file.stat().st_size for file in self.folder.rglob("*.safetensors")))
+
+    monkeypatch.setattr(State, "save_tensors", measured)
+    planned = estimate(job)["state_bytes"]
+    convert(job, tmp_path / "out")
+    # Two generations of the states, and room for one that is being written.
+    assert planned / 2 < max(sizes) < planned
