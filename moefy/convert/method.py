@@ -67,25 +67,40 @@ def _module(package: str, name: str, flag: str) -> Any:
     return importlib.import_module(f"moefy.convert.{package}.{name}")
 
 
-def _bound(what: str, stage: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    legal = {
+def options_of(stage: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """The options of a stage by name: their defaults and their annotations.
+
+    They are the stage's keyword-only parameters, or the fields of the one named `options`.
+    """
+    hints = get_type_hints(stage, include_extras=True)
+    defaults = {
         key: parameter.default
         for key, parameter in inspect.signature(stage).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and key != "generator"
     }
-    hints = get_type_hints(stage, include_extras=True)
+    if "options" in defaults:
+        hints = get_type_hints(hints["options"], include_extras=True)
+        defaults = vars(defaults["options"])
+    return {key: (default, hints[key]) for key, default in defaults.items()}
+
+
+def _bound(what: str, stage: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    legal = options_of(stage)
     for key, value in options.items():
         if key not in legal:
             known = nearest(key, list(legal))
             raise MoefyError(f"{what} has no option {key!r}; {known}", code=2)
+        default, hint = legal[key]
         found = f"{what}, option {key}: found {value!r}"
-        more = get_args(hints[key])
-        if get_origin(hints[key]) is Literal and value not in more:
+        more = get_args(hint)
+        if get_origin(hint) is Literal and value not in more:
             raise MoefyError(f"{found}; {nearest(str(value), [*more])}", code=2)
-        kinds = (float, int) if type(legal[key]) is float else (type(legal[key]),)
+        kinds = (float, int) if type(default) is float else (type(default),)
         if type(value) not in kinds:
-            raise MoefyError(f"{found}; expected a value like {legal[key]!r}", code=2)
+            raise MoefyError(f"{found}; expected a value like {default!r}", code=2)
         for span in more:
             if isinstance(span, Range) and not span.least <= value <= span.most:
                 raise MoefyError(f"{found}; expected {span.least:g} to {span.most:g}", code=2)
+    if "options" in inspect.signature(stage).parameters:
+        return partial(stage, options=get_type_hints(stage)["options"](**options))
     return partial(stage, **options)

@@ -2,13 +2,12 @@
 
 import dataclasses
 import importlib
-import inspect
 import math
 import re
 import string
 import tomllib
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import pytest
 
@@ -23,7 +22,7 @@ from moefy.config.recipe import (
     read,
     render,
 )
-from moefy.convert.method import stages
+from moefy.convert.method import options_of, stages
 from moefy.errors import MoefyError
 
 EVERYTHING = Recipe(
@@ -320,9 +319,8 @@ def ranges(package: str, name: str) -> dict[str, tuple]:
     """Option -> its type and its range, of a method's numbers."""
     module = importlib.import_module(f"moefy.convert.{package}.{name}")
     stage = module.split if package == "partition" else module.fit
-    hints = get_type_hints(stage, include_extras=True)
-    keys = {k for k, p in inspect.signature(stage).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    kinds = {key: (get_args(hints[key]) or (hints[key], None)) for key in keys - {"generator"}}
+    hints = {key: hint for key, (_, hint) in options_of(stage).items()}
+    kinds = {key: (get_args(hint) or (hint, None)) for key, hint in hints.items()}
     return {key: kind for key, kind in kinds.items() if kind[0] in (int, float)}
 
 

@@ -21,6 +21,7 @@ from planted import (
 
 from moefy.convert.ffn import Block, Method, convert_block
 from moefy.convert.profile import observe
+from moefy.convert.router import linear
 from moefy.types import FFN, Partition, Shape
 
 SPLITS = methods("partition", "split")
@@ -198,7 +199,7 @@ def test_heldout_tokens_are_not_fitted_on():
     ffn, x_TD, residual_TD = inputs(5)
     other_TD = x_TD.clone()
     other_TD[-HELDOUT:] = torch.randn(HELDOUT, 12, generator=seeded(9)) * 3
-    how = Method(SPLITS["shuffle"], lambda *a, **k: FITS["linear"](*a, **k, steps=0), False)
+    how = Method(SPLITS["shuffle"], partial(linear.fit, options=linear.Options(steps=0)), False)
     first, second = (convert(ffn, x, residual_TD, how) for x in (x_TD, other_TD))
     profiles = [
         observe(ffn, x, num_heldout=HELDOUT, residual_TD=residual_TD) for x in (x_TD, other_TD)
@@ -287,7 +288,7 @@ def test_a_dead_expert_gets_no_token(fit):
         return partition
 
     # Balance would give a dead expert tokens: that is tested on its own.
-    fit_on = {"load_cv": 0.0} if fit == "linear" else {}
+    fit_on = {"options": linear.Options(load_cv=0.0)} if fit == "linear" else {}
     dead, alive = (
         convert_block(
             layer,

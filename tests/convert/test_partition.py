@@ -25,6 +25,7 @@ from moefy.convert.router import linear
 from moefy.types import FFN, Partition, Profile, Shape
 
 SPLITS = methods("partition", "split")
+CLOSED = linear.Options(steps=0)
 SHAPES = [Shape(48, 8, 5, 8, 2), Shape(48, 0, 4, 12, 1), Shape(48, 47, 1, 1, 1)]
 
 
@@ -222,7 +223,7 @@ def test_rounds_never_capture_less_than_the_clustering_they_start_from():
         for options in ({"rounds": 0, "routed_rounds": 0}, {}):
             found = SPLITS["alternating"](ffn, profile, shape, generator=seeded(seed), **options)
             # Rounds are told apart by the linear router, in closed form, that would serve them.
-            router = linear.fit(ffn, profile, found, shape, generator=seeded(0), steps=0)
+            router = linear.fit(ffn, profile, found, shape, generator=seeded(0), options=CLOSED)
             mask_TE = mask_of((x_TD[120:] @ router.weight_ED.T).numpy(), shape.experts_per_token)
             shares.append(captured(energy_TF, found, mask_TE))
         gains.append(shares[1] - shares[0])

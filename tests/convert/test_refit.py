@@ -15,6 +15,7 @@ from moefy.convert.refit import EXPERT_STRENGTHS, STRENGTHS, refit, refit_expert
 from moefy.convert.router import linear
 from moefy.types import FFN, Partition, Profile, Router, Shape
 
+CLOSED = linear.Options(steps=0)
 SHAPE = Shape(48, 8, 5, 8, 2)
 LADDER = sorted(strength for way in STRENGTHS for strength in way)
 NOTHING_ROUTED = Router(torch.zeros(0, 12))
@@ -29,7 +30,7 @@ def setting(seed: int, *, tokens: int = 300, weighed: bool = True):
         ffn, x_TD, num_heldout=tokens // 3, residual_TD=residual_TD if weighed else None
     )
     partition = shuffle.split(ffn, profile, SHAPE, generator=seeded(seed))
-    router = linear.fit(ffn, profile, partition, SHAPE, generator=seeded(seed), steps=0)
+    router = linear.fit(ffn, profile, partition, SHAPE, generator=seeded(seed), options=CLOSED)
     return ffn, profile, partition, router
 
 
@@ -327,7 +328,7 @@ def test_experts_are_refitted_on_their_own_tokens():
     ffn, profile, _, _ = setting(5, tokens=900)
     shape = Shape(48, 8, 4, 16, 1)
     partition = alternating.split(ffn, profile, shape, generator=seeded(0))
-    router = linear.fit(ffn, profile, partition, shape, generator=seeded(0), steps=0)
+    router = linear.fit(ffn, profile, partition, shape, generator=seeded(0), options=CLOSED)
     unfolded, spread, places = unfold(ffn, profile, partition)
     down_DF, error = refit_experts(unfolded, spread, places, router, 1)
     run_TF = running(spread, places, router, 1)

@@ -30,8 +30,10 @@ from moefy.convert.profile import (
     top_mask,
 )
 from moefy.convert.ridge import ridge, scorer
+from moefy.convert.router import linear
 from moefy.types import Partition, Profile, Router, Shape
 
+CLOSED = linear.Options(steps=0)
 FITS = methods("router", "fit")
 UNWRITABLE = {"oracle", "representative"}
 SHAPE = Shape(48, 8, 5, 8, 2)
@@ -189,7 +191,7 @@ def test_linear_finds_a_planted_routing_and_random_is_at_chance(seed):
     given = (planted.ffn, planted.profile, planted.partition, planted.shape)
     assert agreement(planted, FITS["oracle"](*given, generator=seeded(0))) > 0.99
     assert agreement(planted, FITS["linear"](*given, generator=seeded(0))) > 0.9
-    assert agreement(planted, FITS["linear"](*given, generator=seeded(0), steps=0)) > 0.9
+    assert agreement(planted, FITS["linear"](*given, generator=seeded(0), options=CLOSED)) > 0.9
     by_lot = [agreement(planted, FITS["random"](*given, generator=seeded(n))) for n in range(30)]
     chance = planted.shape.experts_per_token / planted.shape.num_experts
     assert np.mean(by_lot) == pytest.approx(chance, abs=0.05)
@@ -226,8 +228,7 @@ def test_steps_never_capture_less_than_the_closed_form_and_sometimes_more():
                         partition,
                         SHAPE,
                         generator=seeded(seed),
-                        steps=steps,
-                        load_cv=0.0,
+                        options=linear.Options(steps=steps, load_cv=0.0),
                     ),
                     SHAPE.experts_per_token,
                 ),
@@ -247,9 +248,8 @@ def test_steps_that_lead_astray_are_not_returned():
     energy_TF = energies(ffn, profile.h_TF)[160:]
     shares = []
     for options in ({"steps": 0}, {"steps": 100, "learning_rate": 1.0}):
-        router = FITS["linear"](
-            ffn, profile, partition, SHAPE, generator=seeded(0), strength=1.0, **options
-        )
+        options = linear.Options(strength=1.0, **options)
+        router = linear.fit(ffn, profile, partition, SHAPE, generator=seeded(0), options=options)
         shares.append(captured(energy_TF, partition, chosen(ffn, profile, partition, router, 2)))
     assert shares[1] >= shares[0] - 1e-6
 
@@ -260,7 +260,7 @@ def test_linear_reads_no_heldout_token_in_closed_form():
     x_TD[160:] *= -3
     other = observe(ffn, x_TD, num_heldout=80)
     first, second = (
-        FITS["linear"](ffn, p, partition, SHAPE, generator=seeded(0), steps=0)
+        FITS["linear"](ffn, p, partition, SHAPE, generator=seeded(0), options=CLOSED)
         for p in (profile, other)
     )
     assert torch.equal(first.weight_ED, second.weight_ED)

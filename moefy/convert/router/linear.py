@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -14,6 +15,20 @@ from moefy.convert.ridge import scorer
 from moefy.types import FFN, Partition, Profile, Range, Router, Shape
 
 
+@dataclass(frozen=True)
+class Options:
+    """The options of `fit` and `refine`."""
+
+    strength: Annotated[float, Range(1e-9)] = 1e-2
+    steps: Annotated[int, Range(0, 1e6)] = 100
+    batch: Annotated[int, Range(1)] = 2048
+    learning_rate: Annotated[float, Range(1e-9, 1e3)] = 1e-2
+    load_cv: Annotated[float, Range(0)] = 0.25
+
+
+DEFAULTS = Options()
+
+
 def fit(
     ffn: FFN,
     profile: Profile,
@@ -21,11 +36,7 @@ def fit(
     shape: Shape,
     *,
     generator: torch.Generator,
-    strength: Annotated[float, Range(1e-9)] = 1e-2,
-    steps: Annotated[int, Range(0, 1e6)] = 100,
-    batch: Annotated[int, Range(1)] = 2048,
-    learning_rate: Annotated[float, Range(1e-9, 1e3)] = 1e-2,
-    load_cv: Annotated[float, Range(0)] = 0.25,
+    options: Options = DEFAULTS,
 ) -> Router:
     """Fit by ridge regression, then take `steps` of ascent on the captured energy itself.
 
@@ -37,8 +48,7 @@ def fit(
     that captured most are returned: the closed form, if no step improved on it.
     """
     worth_TE = profile.group.gather(expert_energies(ffn, profile, partition, "all"))
-    router = _fit(profile, worth_TE, shape, generator, strength, steps, batch, learning_rate)
-    return _balanced(router, profile, worth_TE, shape, load_cv)
+    return _fit(profile, worth_TE, shape.experts_per_token, generator, options)
 
 
 def refine(
@@ -49,11 +59,7 @@ def refine(
     router: Router,
     *,
     generator: torch.Generator,
-    strength: Annotated[float, Range(1e-9)] = 1e-2,
-    steps: Annotated[int, Range(0, 1e6)] = 100,
-    batch: Annotated[int, Range(1)] = 2048,
-    learning_rate: Annotated[float, Range(1e-9, 1e3)] = 1e-2,
-    load_cv: Annotated[float, Range(0)] = 0.25,
+    options: Options = DEFAULTS,
 ) -> Router:
     """Fit again, to what the experts of a refitted `ffn` are worth beside those `router` chooses.
 
@@ -63,61 +69,55 @@ def refine(
     worth_TE = gains(ffn, profile, partition, router, shape.experts_per_token)
     worth_TE = profile.group.gather(worth_TE)
     worth_TE -= worth_TE.min(1, keepdim=True).values  # only differences decide
-    router = _fit(profile, worth_TE, shape, generator, strength, steps, batch, learning_rate)
-    return _balanced(router, profile, worth_TE, shape, load_cv)
+    return _fit(profile, worth_TE, shape.experts_per_token, generator, options)
 
 
 def _fit(
-    profile: Profile,
-    worth_TE: Tensor,
-    shape: Shape,
-    generator: torch.Generator,
-    strength: float,
-    steps: int,
-    batch: int,
-    learning_rate: float,
+    profile: Profile, worth_TE: Tensor, k: int, generator: torch.Generator, options: Options
 ) -> Router:
     """Rows whose k highest scores have most of the worth, which is at least zero."""
     x_TD, held_x_TD = profile.inputs()
-    energy_TE, held_energy_TE = worth_TE[: len(x_TD)], worth_TE[len(x_TD) :]
-    weight_ED = scorer(x_TD, strength)(energy_TE)
-    if steps == 0 or shape.experts_per_token == shape.num_experts:
+    fit_TE, held_TE = worth_TE[: len(x_TD)], worth_TE[len(x_TD) :]
+    weight_ED, curve = scorer(x_TD, options.strength)(fit_TE), []
+    if k == worth_TE.shape[1]:
         return Router(weight_ED)
 
     def captured(rows_ED: Tensor) -> float:
-        mask_TE = top_mask(held_x_TD @ rows_ED.T, shape.experts_per_token)
-        return float((held_energy_TE * mask_TE).sum())
+        return float((held_TE * top_mask(held_x_TD @ rows_ED.T, k)).sum())
 
+    if options.steps:
+        weight_ED = _ascended(weight_ED, x_TD, fit_TE, k, captured, generator, options)
+    if options.load_cv:
+        weight_ED, curve = balance(weight_ED, x_TD, fit_TE, k, options.load_cv)
+    return Router(weight_ED, balance=tuple(curve))
+
+
+def _ascended(
+    weight_ED: Tensor,
+    x_TD: Tensor,
+    worth_TE: Tensor,
+    k: int,
+    captured: Callable[[Tensor], float],
+    generator: torch.Generator,
+    options: Options,
+) -> Tensor:
+    """The rows that `captured` most during the ascent, which starts at `weight_ED`."""
     best_ED, most = weight_ED, captured(weight_ED)
     rows_ED = weight_ED.clone().requires_grad_()
-    optimiser = torch.optim.Adam([rows_ED], lr=learning_rate * float(weight_ED.std()))
-    scale = float(energy_TE.sum(1).mean())
-    for step in range(1, steps + 1):
-        pick = torch.randint(len(x_TD), (min(batch, len(x_TD)),), generator=generator).to(
-            x_TD.device
-        )
+    optimiser = torch.optim.Adam([rows_ED], lr=options.learning_rate * float(weight_ED.std()))
+    scale, batch = float(worth_TE.sum(1).mean()), min(options.batch, len(x_TD))
+    for step in range(1, options.steps + 1):
+        pick = torch.randint(len(x_TD), (batch,), generator=generator).to(x_TD.device)
         # Ten times as fast as x_TD[pick].
-        some_TD, some_TE = x_TD.index_select(0, pick), energy_TE.index_select(0, pick)
-        gain = _soft_energy(some_TD @ rows_ED.T, some_TE / scale, shape.experts_per_token)
+        some_TD, some_TE = x_TD.index_select(0, pick), worth_TE.index_select(0, pick)
+        gain = _soft_energy(some_TD @ rows_ED.T, some_TE / scale, k)
         optimiser.zero_grad()
         (-gain).backward()
         optimiser.step()
         if step % 25 == 0 and captured(rows_ED.detach()) > most:
             best_ED = rows_ED.detach().clone()
             most = captured(best_ED)
-    return Router(best_ED - best_ED.mean(0))
-
-
-def _balanced(
-    router: Router, profile: Profile, worth_TE: Tensor, shape: Shape, load_cv: float
-) -> Router:
-    if not load_cv or shape.experts_per_token == shape.num_experts:
-        return router
-    x_TD, _ = profile.inputs()
-    rows_ED, curve = balance(
-        router.weight_ED, x_TD, worth_TE[: len(x_TD)], shape.experts_per_token, load_cv
-    )
-    return dataclasses.replace(router, weight_ED=rows_ED, balance=tuple(curve))
+    return best_ED - best_ED.mean(0)
 
 
 def _soft_energy(score_TE: Tensor, energy_TE: Tensor, k: int, sharpness: float = 4.0) -> Tensor:
