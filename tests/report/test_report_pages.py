@@ -431,7 +431,7 @@ def test_every_method_names_its_source():
     from moefy.convert.method import _module
 
     recipe = {"refit": False, "drift": 0, "calibration": "x", "partition": "", "router": ""}
-    for table, package, stage in ((PARTITION, "partition", "split"), (ROUTER, "route", "fit")):
+    for table, package, stage in ((PARTITION, "partition", "split"), (ROUTER, "router", "fit")):
         for name, works in table.items():
             module = _module(package, name, "")
             text = inspect.getsource(module) + (getattr(module, stage).__doc__ or "")

@@ -337,9 +337,9 @@ CONVERT = """
 import hashlib, sys
 from pathlib import Path
 from pico import build_model, build_tokenizer
-from moefy.convert import convert
-from moefy.job import prepare
-from moefy.recipe import build
+from moefy.convert.run import convert
+from moefy.convert.prepare import prepare
+from moefy.config.recipe import build
 place, text, *families = sys.argv[1:]
 few = {"tokens": 512, "sequence_length": 64, "calibration": text}
 for family in families:
