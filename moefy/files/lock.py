@@ -1,16 +1,19 @@
-"""One process at a time on one folder."""
+"""One process at a time on one folder.
+
+Not by the library `filelock`: it gives up on file systems that answer ENOLCK or EOPNOTSUPP, as
+network file systems do, and its locks name no holder.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
-import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from moefy.errors import MoefyError
 
@@ -20,19 +23,18 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextlib.contextmanager
 def locked(file: Path, what: Path) -> Iterator[None]:
-    """Hold `file`, whose folder is made if need be, locked while the block runs.
+    """Lock `file` while the block runs; its folder is created where there is none.
 
-    The lock is the operating system's, which a killed process does not keep. The file tells who
-    holds it, for the others to say; where a file system has no locks, that is the lock.
+    The operating system holds the lock, so a killed process loses it. The file names its owner for
+    the error message. On a file system without locks, that name is the lock.
 
     Raises:
         MoefyError: code 5, when another process works on `what`.
     """
-    handle = _take(file, what)
+    handle = _acquire(file, what)
     try:
-        owner = {"process": os.getpid(), "host": socket.gethostname()}
         os.truncate(handle, 0)
-        os.pwrite(handle, json.dumps(owner).encode(), 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -40,22 +42,21 @@ def locked(file: Path, what: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _take(file: Path, what: Path) -> int:
+def _acquire(file: Path, what: Path) -> int:
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
-            continue  # whoever held it has just removed the folder
+            continue  # the last owner has just removed the folder
         if not _lock(handle):
-            owner = _owner(handle)
+            owner = _owner(handle) or "another process"
             os.close(handle)
-            who = f"process {owner['process']} on {owner['host']}" if owner else "another process"
-            raise MoefyError(f"{who} is writing {what}; wait until it is done", code=5)
+            raise MoefyError(f"{owner} is writing {what}; wait until it is done", code=5)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(file)):
                 return handle
-        os.close(handle)  # a lock on a file that is no longer there
+        os.close(handle)  # the last owner has removed this file
 
 
 def _lock(handle: int) -> bool:
@@ -70,20 +71,17 @@ def _lock(handle: int) -> bool:
     return True
 
 
-def _owner(handle: int) -> dict[str, Any]:
-    try:
-        found = json.loads(os.pread(handle, 1000, 0))
-        return {"process": int(found["process"]), "host": str(found["host"])}
-    except (ValueError, KeyError, TypeError):
-        return {}
+def _owner(handle: int) -> str:
+    return os.pread(handle, 1000, 0).decode(errors="replace")
 
 
-def _alive(owner: dict[str, Any]) -> bool:
-    """Whether the process that a lock file names may still run: of another host, always."""
-    if not owner or owner["host"] != socket.gethostname():
-        return bool(owner)
+def _alive(owner: str) -> bool:
+    """Whether the owner may still run. A process on another host counts as alive."""
+    match = re.fullmatch(r"process (\d+) on (.+)", owner)
+    if not match or match[2] != socket.gethostname():
+        return bool(match)
     try:
-        os.kill(owner["process"], 0)
+        os.kill(int(match[1]), 0)
     except ProcessLookupError:
         return False
     except PermissionError:

@@ -47,7 +47,6 @@ def main(
     state: str = typer.Option(
         ".out.moefy-part/state/*", help="What a killed attempt may leave to go on from."
     ),
-    again: list[str] = typer.Option([], help="Word to add where there is such a state."),
 ) -> None:
     """Kill, resume, compare; print one line a chain and a summary."""
     place.mkdir(parents=True)
@@ -64,13 +63,11 @@ def main(
     done = chains = resumed = late = 0
     while done < kills:
         out, killed = place / "out", 0
-        more: list[str] = []
-        while (status := attempt(command + more, out, dice.uniform(0, took))) == -signal.SIGKILL:
+        while (status := attempt(command, out, dice.uniform(0, took))) == -signal.SIGKILL:
             killed += 1
             if out.exists():  # killed between the publication and its end
                 late += 1
                 break
-            more = again if any(place.glob(state)) else []
             resumed += any(place.glob(state))
         if status > 0:
             raise SystemExit(f"the command ended with {status} after {killed} kills")

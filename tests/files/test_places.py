@@ -165,19 +165,18 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     file, what = tmp_path / "place" / "lock", tmp_path / "out"
     host = socket.gethostname()
     with lock.locked(file, what):
-        owner = json.loads(file.read_text())
-        assert owner == {"process": os.getpid(), "host": host}
+        assert file.read_text() == f"process {os.getpid()} on {host}"
         with pytest.raises(MoefyError, match=f"process {os.getpid()} on") as caught:
             with lock.locked(file, what):
                 pass
         assert caught.value.code == 5
     dead = subprocess.Popen(["true"])
     dead.wait()
-    for text in (json.dumps({"process": dead.pid, "host": host}), "", "{", "[]"):
+    for text in (f"process {dead.pid} on {host}", "", "{", "[]"):
         file.write_text(text)
         with lock.locked(file, what):
             pass
-    file.write_text(json.dumps({"process": dead.pid, "host": "elsewhere"}))
+    file.write_text(f"process {dead.pid} on elsewhere")
     with pytest.raises(MoefyError, match="on elsewhere"), lock.locked(file, what):
         pass
 
