@@ -96,7 +96,7 @@ def fine(num_neurons: int, active: float, fits: Callable[[Shape], bool]) -> Shap
     if what is shared then lies at most a sixteenth of the FFN further from a third. None where none
     `fits`. SmolLM2-135M at 0.75, three layers dense, loses 0.29 and 0.14 with 32 experts of 32
     neurons beside 512 on prose and code, where it loses 0.33 and 0.16 with 16 of them beside 1,024;
-    at 0.5, 64 of 16 lose 4 % less than 32 of 32 (recipes/README.md).
+    at 0.5, 64 of 16 lose 4 % less than 32 of 32 (recipes/results/shapes.md).
     """
     for count in FINE:
         fitting = [
@@ -187,7 +187,7 @@ def _overlapping(
     Of as many experts as there is room for at their widest, of 8 narrower ones where there is room
     for no more, or of the next lower number that has any. SmolLM2-135M at 0.25, three layers dense,
     32,768 tokens: 24 experts of 224 neurons lose 0.995 and 0.723 on prose and code, 8 of them 1.133
-    and 0.733 (recipes/README.md).
+    and 0.733 (recipes/results/shapes.md).
     """
     step = _step(num_neurons)
     running = round(active * num_neurons / step) * step

@@ -20,7 +20,7 @@ OPENINGS = Path(__file__).with_name("openings.txt")
 
 DOCUMENT = 64
 """Tokens of a document, its opening included: many short ones are better to calibrate on than few
-long ones (recipes/README.md, "What did not help")."""
+long ones (recipes/results/negative-results.md)."""
 
 TEMPERATURE = 1.0
 """What draws less than the model's whole distribution is worse to calibrate on (there, too)."""

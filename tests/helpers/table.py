@@ -1,6 +1,6 @@
 """Print a Markdown table of every family with every class that holds it.
 
-    python tests/helpers/table.py > recipes/families.md
+    python tests/helpers/table.py > recipes/results/families.md
 
 The identity error is the greatest difference of two logits relative to the largest of them, all
 experts active and the router's rows zero.
