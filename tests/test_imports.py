@@ -42,6 +42,7 @@ ROWS = {
         "method",
         "ffn partition router",
         "balance cluster refit",
+        "routed",
         "assign coverage forward gradients oracle pack profile ridge",
         "__init__",
     ],

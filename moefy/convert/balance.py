@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moefy.convert.profile import top_mask
 from moefy.convert.ridge import ridge
+from moefy.convert.routed import top_mask
 
 STEPS = 200
 """Of the descent on the biases."""

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from moefy.convert.assign import assign_balanced
-from moefy.convert.profile import CHUNK, top_mask
+from moefy.convert.profile import CHUNK
+from moefy.convert.routed import top_mask
 from moefy.errors import MoefyError
 from moefy.types import FFN, Partition, Profile
 

@@ -10,20 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.convert.profile import (
-    CHUNK,
-    active_neurons,
-    choose,
-    chunks,
-    energies_of,
-    observe,
-    top_mask,
-    unfold,
-)
-from moefy.convert.refit import refit, refit_experts
-from moefy.distributed import ALONE, Group
+from moefy.convert.profile import CHUNK, Inputs, chunks, observe
+from moefy.convert.refit import Refit, refit, refit_experts
+from moefy.convert.routed import RoutedFFN, energies_of, top_mask, unfold, unrouted
 from moefy.errors import MoefyError
-from moefy.files.buffers import MEMORY, Store
+from moefy.files.buffers import Store
 from moefy.timing import Clock
 from moefy.types import FFN, Partition, Profile, Router, Shape
 
@@ -48,10 +39,8 @@ class Method:
 class Block:
     """One converted FFN, ready to be written, and what it does to the calibration tokens."""
 
-    ffn: FFN
-    """The dense FFN, its `down_DF` refitted."""
-    partition: Partition
-    router: Router
+    routed: RoutedFFN
+    """The dense FFN, its `down_DF` refitted, split and routed."""
     y_TD: Tensor
     """Outputs under the actual routing, with weights as they will be stored."""
     figures: dict[str, Any]
@@ -59,137 +48,115 @@ class Block:
 
 
 def convert_block(
-    ffn: FFN,
-    x_TD: Tensor,
-    residual_TD: Tensor,
-    num_heldout: int,
-    shape: Shape,
-    method: Method,
-    *,
-    dtype: torch.dtype,
-    seed: int,
-    join: Callable[[Tensor], Tensor] | None = None,
-    dense_TD: Tensor | None = None,
-    gradient_TD: Tensor | None = None,
-    store: Store = MEMORY,
-    group: Group = ALONE,
+    ffn: FFN, inputs: Inputs, shape: Shape, method: Method, *, dtype: torch.dtype, seed: int
 ) -> Block:
-    """Split `ffn` on its inputs `x_TD`, of which the last `num_heldout` are only measured on.
+    """Split `ffn` on its inputs, and write weights as `dtype` holds them.
 
-    `residual_TD` is what the output is added to, having gone through `join`; it weighs the tokens
-    (see `Profile`, also for `gradient_TD`). `dense_TD` is what leaves the layer in the dense model.
-    What is made for all tokens lies in `store`. The processes of `group` have other tokens, and
-    all make the same block; only `y_TD` is of this one's.
+    All processes of the inputs' group make the same block; only `y_TD` is of this one's tokens.
 
     Raises:
         MoefyError: code 6, for outputs that are not finite.
     """
-    clock = Clock({})
-    with clock.stage("profile"):
-        profile = observe(
-            ffn,
-            x_TD,
-            num_heldout=num_heldout,
-            residual_TD=residual_TD,
-            join=join,
-            dense_TD=dense_TD,
-            drift=method.drift,
-            gradient_TD=gradient_TD,
-            store=store,
-            group=group,
-        )
-        finite = all(y_TD.isfinite().all() for y_TD in profile.y_TD.split(CHUNK))
-    if group.total(not finite) or not profile.energy_F.isfinite().all():
-        raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
-    num_silent = int((profile.energy_F == 0).sum())
+    clock, group = Clock({}), inputs.group
     generator = torch.Generator().manual_seed(seed)
+    with clock.stage("profile"):
+        profile = observe(ffn, inputs, method.drift)
+        _check_finite(profile)
+    num_silent = int((profile.energy_F == 0).sum())
     with clock.stage("split"):
         partition = group.agreed(method.split(ffn, profile, shape, generator=generator))
-    store.release()
-    router = _no_router(ffn)
+    profile.release()
     # Where all experts run there is nothing to choose, and zero rows make every gate one.
     choice = 1.0 if shape.experts_per_token < shape.num_experts else 0.0
 
     def stored(router: Router) -> Router:
         rows_ED = (router.weight_ED * choice).to(dtype).float()
-        return dataclasses.replace(router, weight_ED=rows_ED)
+        return group.agreed(dataclasses.replace(router, weight_ED=rows_ED))
 
+    routed = unrouted(ffn, partition)
     if method.fit is not None:
         with clock.stage("route"):
             router = stored(method.fit(ffn, profile, partition, shape, generator=generator))
-            router = group.agreed(router)
-    k = shape.experts_per_token if method.fit is not None else 0
+        routed = RoutedFFN(ffn, partition, router, shape.experts_per_token)
     with clock.stage("refit"):
-        fitted = group.agreed(refit(ffn, profile, partition, router, k, enabled=method.refit))
+        fitted = group.agreed(refit(routed, profile, enabled=method.refit))
     if method.refine is not None and choice and fitted.strength is not None:
         with clock.stage("route"):
-            changed = dataclasses.replace(ffn, down_DF=fitted.down_DF)
-            again = stored(
-                method.refine(changed, profile, partition, shape, router, generator=generator)
-            )
-            again = group.agreed(again)
-            del changed
+            refitted = routed.with_down(fitted.down_DF)
+            router = stored(method.refine(refitted, profile, generator=generator))
+            del refitted
         with clock.stage("refit"):
-            refitted = refit(ffn, profile, partition, again, k, known=fitted.strength)
-            refitted = group.agreed(refitted)
-        if refitted.error_after < fitted.error_after:
-            router, fitted = again, refitted
-        del refitted
+            routed, fitted = _better(routed, fitted, router, profile)
     with clock.stage("measure"):
-        shares = captured(ffn, profile, partition, router, shape, k)
-    kept, error = dataclasses.replace(ffn, down_DF=fitted.down_DF), fitted.error_after
-    if shape.overlaps and k:
+        shares = captured(routed, profile)
+    error = fitted.error_after
+    routed = routed.with_down(fitted.down_DF)
+    if shape.overlaps and routed.k:
         with clock.stage("refit"):
-            kept, profile, partition = unfold(kept, profile, partition)
+            routed, profile = unfold(routed, profile)
             if method.refit:
-                down_DF, error = refit_experts(kept, profile, partition, router, k)
-                kept = dataclasses.replace(kept, down_DF=group.agreed(down_DF))
-    kept = dataclasses.replace(kept, down_DF=kept.down_DF.to(dtype).float())
+                down_DF, error = refit_experts(routed, profile)
+                routed = routed.with_down(group.agreed(down_DF))
+    routed = routed.with_down(routed.ffn.down_DF.to(dtype).float())
     with clock.stage("run"):
-        y_TD, tokens_E = _run(kept, profile, partition, router, k, store)
+        y_TD, tokens_E = _run(routed, profile, inputs.store)
     seconds = clock.seconds()
     figures = {
         "shared_neurons": len(partition.shared_S),
         "experts": len(partition.experts_EN),
-        "expert_width": partition.experts_EN.shape[1] if k else 0,
-        "experts_per_token": k,
+        "expert_width": partition.experts_EN.shape[1] if routed.k else 0,
+        "experts_per_token": routed.k,
         "error_before_refit": fitted.error_before,
         "error_after_refit": error,
         "error_after_refit_on_fitting_tokens": fitted.error_fit,
         "refit_strength": fitted.strength,
         **shares,
-        **({"fit_tokens": tokens_E, "least_tokens": min(tokens_E)} if k else {}),
+        **({"fit_tokens": tokens_E, "least_tokens": min(tokens_E)} if routed.k else {}),
         "silent_neurons": num_silent,
-        "balance": list(router.balance),
+        "balance": list(routed.router.balance),
         "seconds": round(seconds.pop("total"), 3),
         "stage_seconds": {stage: round(value, 3) for stage, value in seconds.items()},
     }
-    return Block(kept, partition, router, y_TD, figures)
+    return Block(routed, y_TD, figures)
 
 
-def captured(
-    ffn: FFN, profile: Profile, partition: Partition, router: Router, shape: Shape, k: int
-) -> dict[str, Any]:
+def _check_finite(profile: Profile) -> None:
+    finite = all(y_TD.isfinite().all() for y_TD in profile.y_TD.split(CHUNK))
+    if profile.group.total(not finite) or not profile.energy_F.isfinite().all():
+        raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
+
+
+def _better(
+    routed: RoutedFFN, fitted: Refit, router: Router, profile: Profile
+) -> tuple[RoutedFFN, Refit]:
+    """The FFN behind another `router`, with a refit under that, if it errs less than `fitted`."""
+    again = dataclasses.replace(routed, router=router)
+    refitted = profile.group.agreed(refit(again, profile, known=fitted.strength))
+    return (again, refitted) if refitted.error_after < fitted.error_after else (routed, fitted)
+
+
+def captured(routed: RoutedFFN, profile: Profile) -> dict[str, Any]:
     """Shares of output energy on the held-out tokens, and how the router loads its experts.
 
     `energy_neurons` is the ceiling: the best active neurons of each token; `energy_static` keeps
     the same neurons for all tokens; `energy_random` picks experts by lot (in expectation).
     """
+    ffn, partition, k = routed.ffn, routed.partition, routed.k
     totals = dict.fromkeys(("all", "static", "neurons", "router", "oracle", "random"), 0.0)
     load_E = torch.zeros(len(partition.experts_EN))
     agree = tokens = 0.0
     norm_F = ffn.down_norm_sq_F
-    static_S = profile.energy_F.topk(shape.num_active).indices
+    static_S = profile.energy_F.topk(routed.num_active).indices
     for x_TD, h_TF, _ in chunks(ffn, profile, "heldout"):
         energy_TF = h_TF.square() * norm_F
         totals["all"] += float(energy_TF.sum())
         totals["static"] += float(energy_TF[:, static_S].sum())
-        totals["neurons"] += float(energy_TF.topk(shape.num_active, dim=1).values.sum())
+        totals["neurons"] += float(energy_TF.topk(routed.num_active, dim=1).values.sum())
         if not k:
             continue
         shared = float(energy_TF[:, partition.shared_S].sum())
         experts_TE = energies_of(ffn, partition, h_TF)
-        mask_TE = choose(partition, router, k, x_TD, h_TF)
+        mask_TE = routed.mask(x_TD, h_TF)
         best_TE = top_mask(experts_TE, k)
         totals["router"] += shared + float((experts_TE * mask_TE).sum())
         totals["oracle"] += shared + float((experts_TE * best_TE).sum())
@@ -215,22 +182,14 @@ def captured(
     return figures
 
 
-def _run(
-    ffn: FFN, profile: Profile, partition: Partition, router: Router, k: int, store: Store
-) -> tuple[Tensor, list[int]]:
+def _run(routed: RoutedFFN, profile: Profile, store: Store) -> tuple[Tensor, list[int]]:
     """Outputs on all tokens (T, D), and how many of the fitting tokens go to each expert."""
     y_TD, masks = store.empty(*profile.y_TD.shape, device=profile.y_TD.device), []
-    for number, (x_TD, h_TF, _) in enumerate(chunks(ffn, profile, "all")):
+    for number, (x_TD, h_TF, _) in enumerate(chunks(routed.ffn, profile, "all")):
         part = slice(number * CHUNK, (number + 1) * CHUNK)
-        mask_TE = choose(partition, router, k, x_TD, h_TF) if k else x_TD.new_zeros(len(x_TD), 0)
-        active_TF = active_neurons(partition, mask_TE, ffn.num_neurons)
-        run_TD = h_TF.mul(active_TF) @ ffn.down_DF.T
+        masks.append(routed.mask(x_TD, h_TF))
+        run_TD = routed.run(h_TF, masks[-1]) @ routed.ffn.down_DF.T
         y_TD[part] = run_TD.div_(profile.scale_T[part, None])
-        masks.append(mask_TE)
     tokens_E = torch.cat(masks)[: profile.num_fit].sum(0)
     profile.group.sum(tokens_E)
     return y_TD, [int(n) for n in tokens_E]
-
-
-def _no_router(ffn: FFN) -> Router:
-    return Router(ffn.up_FD.new_zeros(0, ffn.hidden_size))

@@ -14,7 +14,7 @@ from moefy.convert import forward, write
 from moefy.convert.coverage import gaps
 from moefy.convert.ffn import Block, convert_block
 from moefy.convert.prepare import Job, Watch
-from moefy.convert.profile import CHUNK
+from moefy.convert.profile import CHUNK, Inputs
 from moefy.distributed import ALONE, Group, Share
 from moefy.errors import MoefyError
 from moefy.files.buffers import Store
@@ -184,7 +184,7 @@ def _convert(
         return {}, [], None
     with clock.stage("write"):
         names = write.write_block(job, writer, layer, block) if writer else []
-    norm_EN = block.router.norm_EN
+    norm_EN = block.routed.router.norm_EN
     value: dict[str, Any] = {"layer": layer, **block.figures}
     seconds = {name: round(spent, 3) for name, spent in clock.seconds().items() if name != "total"}
     value["stage_seconds"] = {**seconds, **value["stage_seconds"]}
@@ -228,21 +228,18 @@ def _pass(
             store.release()
     if layer in job.layers:
         watch(f"layer {layer}: split and route", layer, job.num_layers)
-        block = convert_block(
-            ffn,
+        inputs = Inputs(
             x_TD[:num_tokens],
-            flat_TD[:num_tokens],
             tokens.num_heldout * tokens.ids_BT.shape[1],
-            job.shape,
-            job.method,
-            dtype=job.dtype,
-            seed=job.recipe.seed * 1_000_003 + layer,
-            join=join,
+            flat_TD[:num_tokens],
+            join,
             dense_TD=flat_TD[num_tokens:] if job.method.drift else None,
             gradient_TD=slopes.pop(layer, None),
             store=store,
             group=group,
         )
+        seed = job.recipe.seed * 1_000_003 + layer
+        block = convert_block(ffn, inputs, job.shape, job.method, dtype=job.dtype, seed=seed)
         for y_CD, flat_CD in zip(block.y_TD.split(CHUNK), flat_TD.split(CHUNK), strict=False):
             flat_CD[: len(y_CD)] += join(y_CD) if join else y_CD
             store.release()

@@ -17,7 +17,8 @@ from pathlib import Path
 from moefy.checkpoint.reload import fitting_layers
 from moefy.compute import ComputeDtype, compute_dtype
 from moefy.convert.prepare import Job
-from moefy.convert.profile import CHUNK, GAINS
+from moefy.convert.profile import CHUNK
+from moefy.convert.routed import GAINS
 from moefy.errors import MoefyError
 from moefy.files.shards import Slot
 from moefy.text.self_text import BATCHES, DOCUMENT

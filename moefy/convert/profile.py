@@ -1,22 +1,40 @@
-"""What an FFN does on calibration tokens, neuron by neuron and expert by expert."""
+"""What an FFN does on calibration tokens, neuron by neuron."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moefy.distributed import ALONE, Group
 from moefy.files.buffers import MEMORY, Store
-from moefy.types import FFN, Partition, Profile, Router
+from moefy.types import FFN, Profile
 
 CHUNK = 2048
 """Tokens whose activations are in memory at a time."""
 
-GAINS = 1 << 24
-"""Numbers in memory at a time when experts' outputs are compared."""
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the calibration tokens of one process bring to an FFN."""
+
+    x_TD: Tensor
+    num_heldout: int
+    """The last tokens, which nothing is fitted on."""
+    residual_TD: Tensor | None = None
+    """What the output is added to; without it all tokens weigh the same."""
+    join: Callable[[Tensor], Tensor] | None = None
+    """What the output goes through before it is added, where a layer does more than add."""
+    dense_TD: Tensor | None = None
+    """What leaves the layer in the dense model."""
+    gradient_TD: Tensor | None = None
+    """See `Profile`."""
+    store: Store = MEMORY
+    """Where tensors of all tokens lie."""
+    group: Group = ALONE
+    """The processes that have the other tokens."""
 
 
 def chunks(
@@ -45,91 +63,71 @@ def some_activations(ffn: FFN, profile: Profile, token_T: Tensor, neurons: Tenso
     return h_TN.mul_(profile.scale_T[token_T, None])
 
 
-def unfold(
-    ffn: FFN, profile: Profile, partition: Partition, cache_bytes: int = 1 << 30
-) -> tuple[FFN, Profile, Partition]:
-    """The same with every neuron as often as it stands in `partition`, which then is disjoint."""
-    num_shared, (num_experts, width) = len(partition.shared_S), partition.experts_EN.shape
-    neurons = torch.cat([partition.shared_S, partition.experts_EN.reshape(-1)])
-    keep = profile.x_TD.shape[0] * len(neurons) * 4 <= cache_bytes
-    h_TF = profile.h_TF[:, neurons] if profile.h_TF is not None and keep else None
-    place = torch.arange(len(neurons), device=neurons.device)
-    return (
-        ffn.some(neurons),
-        dataclasses.replace(profile, h_TF=h_TF, energy_F=profile.energy_F[neurons]),
-        Partition(place[:num_shared], place[num_shared:].view(num_experts, width)),
-    )
+def observe(ffn: FFN, inputs: Inputs, drift: float = 0.0) -> Profile:
+    """Profile `ffn` on its inputs.
 
-
-def observe(
-    ffn: FFN,
-    x_TD: Tensor,
-    *,
-    num_heldout: int,
-    residual_TD: Tensor | None = None,
-    join: Callable[[Tensor], Tensor] | None = None,
-    dense_TD: Tensor | None = None,
-    drift: float = 0.0,
-    gradient_TD: Tensor | None = None,
-    store: Store = MEMORY,
-    group: Group = ALONE,
-) -> Profile:
-    """Profile `ffn` on the inputs `x_TD`, of which the last `num_heldout` are held out.
-
-    `residual_TD` is what the output is added to, having gone through `join` where a layer does more
-    than add; without it all tokens weigh the same. `dense_TD` is what leaves the layer in the dense
-    model; the layers below, converted already, have let the residual stream drift from it, and the
-    FFN aims at making good the share `drift` of that. `gradient_TD` is kept as it is. What is made
-    for all tokens lies in `store`. The processes of `group` have other tokens, which count, too.
+    The layers below, converted already, have let the residual stream drift from the dense model's.
+    The FFN aims at making good the share `drift` of that.
 
     Source: `drift` is the propagation strength of QEP (arXiv 2504.09629), which corrects the
     weights of a quantised layer for the errors of those below it.
     """
+    x_TD, store, group = inputs.x_TD, inputs.store, inputs.group
     num_tokens, device = x_TD.shape[0], x_TD.device
-    num_fit = num_tokens - num_heldout
-    kept_TF = store.empty(num_tokens, ffn.num_neurons, device=device)
-    outputs_TD, aim_TD = store.empty(*x_TD.shape, device=device), None
-    scales, squares = [], []
-    if residual_TD is not None and dense_TD is not None and drift:
+    num_fit = num_tokens - inputs.num_heldout
+    all_TF = store.empty(num_tokens, ffn.num_neurons, device=device)
+    all_TD, aim_TD = store.empty(*x_TD.shape, device=device), None
+    if inputs.residual_TD is not None and inputs.dense_TD is not None and drift:
         aim_TD = store.empty(*x_TD.shape, device=device)
+    scales, squares = [], []
     for first in range(0, num_tokens, CHUNK):
         part = slice(first, first + CHUNK)
         h_TF = ffn.activations(x_TD[part])
         y_TD = h_TF @ ffn.down_DF.T
-        scale_T = torch.ones_like(y_TD[:, 0])
-        if residual_TD is not None:
-            added_TD = join(y_TD) if join else y_TD
-            leaving_TD = residual_TD[part] + added_TD
-            scale_T = leaving_TD.norm(dim=1).clamp_min(1e-6).reciprocal_()
-            if join:  # an error in the output arrives as much larger as the output itself does
-                scale_T *= added_TD.norm(dim=1) / y_TD.norm(dim=1).clamp_min(1e-12)
-            if dense_TD is not None and aim_TD is not None:
-                lacking_TD = (dense_TD[part] - leaving_TD).mul_(drift)
-                if join:  # what has to enter it, so that this leaves it
-                    lacking_TD.div_(_slopes(y_TD, added_TD))
-                aim_TD[part] = lacking_TD.add_(y_TD).mul_(scale_T[:, None])
+        scale_T, lacking_TD = _scale_and_drift(inputs, part, y_TD, drift)
+        if aim_TD is not None and lacking_TD is not None:
+            aim_TD[part] = lacking_TD.add_(y_TD).mul_(scale_T[:, None])
         h_TF.mul_(scale_T[:, None])
         squares.append(h_TF[: max(num_fit - first, 0)].square().sum(0))
-        outputs_TD[part] = y_TD.mul_(scale_T[:, None])
+        all_TD[part] = y_TD.mul_(scale_T[:, None])
         scales.append(scale_T)
-        kept_TF[part] = h_TF
+        all_TF[part] = h_TF
         store.release()
     total_F = torch.zeros(ffn.num_neurons, dtype=torch.float64, device=device)
     for square_F in group.gather(torch.stack(squares)):
         total_F += square_F
-    energy_F = (total_F / group.total(num_fit)).float() * ffn.down_norm_sq_F
     return Profile(
         x_TD,
-        outputs_TD,
+        all_TD,
         torch.cat(scales),
-        num_heldout,
-        energy_F,
-        kept_TF,
-        aim_TD,
-        gradient_TD,
-        store.release,
-        group,
+        inputs.num_heldout,
+        energy_F=(total_F / group.total(num_fit)).float() * ffn.down_norm_sq_F,
+        h_TF=all_TF,
+        aim_TD=aim_TD,
+        gradient_TD=inputs.gradient_TD,
+        release=store.release,
+        group=group,
     )
+
+
+def _scale_and_drift(
+    inputs: Inputs, part: slice, y_TD: Tensor, drift: float
+) -> tuple[Tensor, Tensor | None]:
+    """The weights of some tokens, and what their outputs `y_TD` lack to make the share `drift` of
+    the drift good, if there is a dense model's state to drift from."""
+    if inputs.residual_TD is None:
+        return torch.ones_like(y_TD[:, 0]), None
+    added_TD = inputs.join(y_TD) if inputs.join else y_TD
+    leaving_TD = inputs.residual_TD[part] + added_TD
+    scale_T = leaving_TD.norm(dim=1).clamp_min(1e-6).reciprocal_()
+    if inputs.join:  # an error in the output arrives as much larger as the output itself does
+        scale_T *= added_TD.norm(dim=1) / y_TD.norm(dim=1).clamp_min(1e-12)
+    if inputs.dense_TD is None or not drift:
+        return scale_T, None
+    lacking_TD = (inputs.dense_TD[part] - leaving_TD).mul_(drift)
+    if inputs.join:  # what has to enter it, so that this leaves it
+        lacking_TD.div_(_slopes(y_TD, added_TD))
+    return scale_T, lacking_TD
 
 
 def _slopes(y_TD: Tensor, added_TD: Tensor) -> Tensor:
@@ -141,88 +139,3 @@ def _slopes(y_TD: Tensor, added_TD: Tensor) -> Tensor:
     slope_TD = (added_TD / y_TD).nan_to_num_(0.0, 0.0, 0.0)
     least_T1 = slope_TD.abs().median(dim=1, keepdim=True).values.clamp_min(1e-12)
     return slope_TD.abs().maximum(least_T1).copysign_(slope_TD)
-
-
-def expert_energies(ffn: FFN, profile: Profile, partition: Partition, part: str) -> Tensor:
-    """Summed output energy of each routed expert's neurons on each token of `part`, (T, E)."""
-    return torch.cat(
-        [energies_of(ffn, partition, h_TF) for _, h_TF, _ in chunks(ffn, profile, part)]
-    )
-
-
-def gains(ffn: FFN, profile: Profile, partition: Partition, router: Router, k: int) -> Tensor:
-    """Squared output error that each expert takes away on each token, shape (T, E).
-
-    With r the error that is left and c the expert's output: |r + c|^2 - |r|^2 for an expert that
-    the router chooses, and for another |r|^2 - |r - c|^2 in the place of the weakest chosen one.
-    """
-    found = []
-    rows = max(1, GAINS // (len(partition.experts_EN) * ffn.hidden_size))
-    for x_TD, h_TF, goal_TD in chunks(ffn, profile, "all"):
-        mask_TE = choose(partition, router, k, x_TD, h_TF)
-        run_TF = h_TF * active_neurons(partition, mask_TE, ffn.num_neurons)
-        left_TD = goal_TD - run_TF @ ffn.down_DF.T
-        for part in zip(h_TF.split(rows), left_TD.split(rows), mask_TE.split(rows), strict=True):
-            found.append(_gains(ffn, partition, *part))
-    return torch.cat(found)
-
-
-def _gains(
-    ffn: FFN, partition: Partition, h_TF: Tensor, left_TD: Tensor, mask_TE: Tensor
-) -> Tensor:
-    part_TED = torch.stack(
-        [h_TF[:, neurons] @ ffn.down_DF[:, neurons].T for neurons in partition.experts_EN], 1
-    )
-    square_TE = part_TED.square().sum(2)
-    chosen_TE = 2 * torch.einsum("td,ted->te", left_TD, part_TED) + square_TE
-    weakest_T = chosen_TE.masked_fill(mask_TE == 0, float("inf")).argmin(1)
-    without_TD = left_TD + part_TED[torch.arange(len(h_TF)), weakest_T]
-    other_TE = 2 * torch.einsum("td,ted->te", without_TD, part_TED) - square_TE
-    return torch.where(mask_TE == 1, chosen_TE, other_TE)
-
-
-def energies_of(ffn: FFN, partition: Partition, h_TF: Tensor) -> Tensor:
-    """Summed h^2 * |down column|^2 over each expert's neurons, shape (T, E)."""
-    return _squares(partition, ffn.down_norm_sq_F[partition.experts_EN], h_TF)
-
-
-def _squares(partition: Partition, norm_EN: Tensor, h_TF: Tensor) -> Tensor:
-    return h_TF.square() @ _placed(partition, norm_EN, h_TF.shape[1])
-
-
-def membership(partition: Partition, num_neurons: int) -> Tensor:
-    """One where a neuron stands in an expert, shape (F, E)."""
-    return _placed(partition, torch.ones_like(partition.experts_EN).float(), num_neurons)
-
-
-def _placed(partition: Partition, value_EN: Tensor, num_neurons: int) -> Tensor:
-    """The value of a neuron where it stands in an expert, else zero; shape (F, E)."""
-    value_FE = torch.zeros(num_neurons, len(value_EN), device=value_EN.device)
-    for expert, neurons in enumerate(partition.experts_EN):
-        value_FE[neurons, expert] = value_EN[expert]
-    return value_FE
-
-
-def top_mask(score_TE: Tensor, k: int) -> Tensor:
-    """One where an expert is among the `k` highest of its token, else zero; shape (T, E)."""
-    return torch.zeros_like(score_TE).scatter_(1, score_TE.topk(k, dim=1).indices, 1.0)
-
-
-def level(weight_ED: Tensor, x_TD: Tensor) -> Tensor:
-    """Rows that rank the experts as `weight_ED` does, sum to zero, and score with variance one."""
-    weight_ED = weight_ED - weight_ED.mean(0)
-    return weight_ED / (x_TD @ weight_ED.T).std().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def choose(partition: Partition, router: Router, k: int, x_TD: Tensor, h_TF: Tensor) -> Tensor:
-    """The experts each token goes to, as ones in a (T, E) mask."""
-    if router.norm_EN is None:
-        return top_mask(x_TD @ router.weight_ED.T, k)
-    return top_mask(_squares(partition, router.norm_EN, h_TF), k)
-
-
-def active_neurons(partition: Partition, mask_TE: Tensor, num_neurons: int) -> Tensor:
-    """One where a neuron runs for a token (shared, or in a chosen expert), shape (T, F)."""
-    active_TF = mask_TE @ membership(partition, num_neurons).T
-    active_TF[:, partition.shared_S] = 1.0
-    return active_TF

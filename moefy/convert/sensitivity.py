@@ -14,6 +14,7 @@ from moefy.convert import forward
 from moefy.convert.ffn import Method, convert_block
 from moefy.convert.partition import static
 from moefy.convert.prepare import Job, Watch, prepare
+from moefy.convert.profile import Inputs
 from moefy.errors import MoefyError
 from moefy.models.shape import fine, pruned
 from moefy.text.packing import Tokens
@@ -93,24 +94,15 @@ def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:
     num_tokens, num_probed = ids_BT.numel(), probes.numel()
     config = model_config(job.checkpoint)
     activation = getattr(config, job.family.activation, "silu")
-    method = Method(static.split, None, refit=True)
+    method, shape = Method(static.split, None, refit=True), pruned(job.shape)
     states_BTD = forward.embed(job.checkpoint, job.family, ids_BT, job.device)
     for layer in range(job.num_layers):
         watch("sensitivity of the layers", layer, job.num_layers)
         ffn = forward.read_ffn(job.checkpoint, job.family, layer, activation, job.device)
         x_TD, join, leave = forward.tap(job.checkpoint, job.family, config, layer, states_BTD)
         flat_TD = states_BTD.view(x_TD.shape)
-        block = convert_block(
-            ffn,
-            x_TD[:num_tokens],
-            flat_TD[:num_tokens],
-            num_probed,
-            pruned(job.shape),
-            method,
-            dtype=torch.float32,
-            seed=0,
-            join=join,
-        )
+        inputs = Inputs(x_TD[:num_tokens], num_probed, flat_TD[:num_tokens], join)
+        block = convert_block(ffn, inputs, shape, method, dtype=torch.float32, seed=0)
         y_TD = block.y_TD[num_tokens - num_probed :]
         branch_TD = flat_TD[num_tokens - num_probed : num_tokens] + (join(y_TD) if join else y_TD)
         for start in range(0, len(x_TD), 2048):

@@ -138,8 +138,8 @@ def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> list
         MoefyError: code 6, when a rescaled weight is not finite in that dtype.
     """
     prefix = job.target.prefix + job.family.layer.format(layer=layer)
-    router_ED, k = block.router.weight_ED, job.shape.experts_per_token
-    split = Split(block.ffn, block.partition, router_ED, k, job.dtype)
+    routed, k = block.routed, job.shape.experts_per_token
+    split = Split(routed.ffn, routed.partition, routed.router.weight_ED, k, job.dtype)
     names = []
     for tail, tensor in job.target.tensors(split).items():
         if not torch.isfinite(tensor).all():

@@ -5,7 +5,7 @@ import torch
 from planted import seeded
 
 from moefy.convert.balance import SHARES, balance
-from moefy.convert.profile import top_mask
+from moefy.convert.routed import top_mask
 
 
 def skewed(seed: int = 0, experts: int = 8, size: int = 16):

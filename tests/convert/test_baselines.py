@@ -22,7 +22,7 @@ from moefy.convert.cluster import balanced_kmeans, marks, token_centroids
 from moefy.convert.gradients import ffn_gradients
 from moefy.convert.partition.gradient import importance
 from moefy.convert.partition.static import fluctuation
-from moefy.convert.profile import choose, expert_energies
+from moefy.convert.routed import RoutedFFN, expert_energies
 from moefy.errors import MoefyError
 from moefy.models import families
 from moefy.types import FFN, Partition, Profile, Shape
@@ -156,7 +156,7 @@ def test_the_representative_neuron_equals_plain_loops(unit):
         gate_D, up_D = ffn.gate_FD[neurons[chosen]].double(), ffn.up_FD[neurons[chosen]].double()
         score_TE[:, expert] = (torch.nn.functional.silu(x_TD @ gate_D) * (x_TD @ up_D)).abs()
     h_TF = profile.h_TF[FIT:]
-    mask_TE = choose(partition, router, 2, profile.x_TD[FIT:], h_TF)
+    mask_TE = RoutedFFN(ffn, partition, router, 2).mask(profile.x_TD[FIT:], h_TF)
     assert np.array_equal(mask_TE.numpy() > 0, mask_of(score_TE, 2))
 
 
@@ -426,7 +426,7 @@ def test_their_routers_send_tokens_where_they_belong(name):
         options = MARKS if router == "representative" else {}
         fitted = FITS[router](*given, found, planted.shape, generator=seeded(0), **options)
         x_TD, h_TF = planted.profile.x_TD[400:], planted.profile.h_TF[400:]
-        mask_TE = choose(found, fitted, 1, x_TD, h_TF)
+        mask_TE = RoutedFFN(planted.ffn, found, fitted, 1).mask(x_TD, h_TF)
         energy_TE = expert_energies(*given, found, "heldout")
         kept[router] = float((mask_TE * energy_TE).sum() / energy_TE.sum())
     assert kept[ROUTERS[name]] > 0.8 * kept["oracle"]

@@ -20,7 +20,7 @@ from planted import (
 )
 
 from moefy.convert.ffn import Block, Method, convert_block
-from moefy.convert.profile import observe
+from moefy.convert.profile import Inputs, observe
 from moefy.convert.router import linear
 from moefy.types import FFN, Partition, Shape
 
@@ -52,18 +52,8 @@ def convert(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Block:
-    gradient_TD = slopes(x_TD, HELDOUT)
-    return convert_block(
-        ffn,
-        x_TD,
-        residual_TD,
-        HELDOUT,
-        shape,
-        how,
-        dtype=dtype,
-        seed=seed,
-        gradient_TD=gradient_TD,
-    )
+    inputs = Inputs(x_TD, HELDOUT, residual_TD, gradient_TD=slopes(x_TD, HELDOUT))
+    return convert_block(ffn, inputs, shape, how, dtype=dtype, seed=seed)
 
 
 def dense(ffn: FFN, x_TD: torch.Tensor) -> torch.Tensor:
@@ -75,16 +65,18 @@ def dense(ffn: FFN, x_TD: torch.Tensor) -> torch.Tensor:
 
 def choices(block: Block, ffn: FFN, x_TD: torch.Tensor, k: int) -> np.ndarray:
     """True where a token goes to an expert, (T, E)."""
-    if block.router.norm_EN is not None:
-        return mask_of(squares(ffn.activations(x_TD), block.partition, block.router.norm_EN), k)
-    return mask_of(x_TD.double().numpy() @ block.router.weight_ED.double().numpy().T, k)
+    if block.routed.router.norm_EN is not None:
+        return mask_of(
+            squares(ffn.activations(x_TD), block.routed.partition, block.routed.router.norm_EN), k
+        )
+    return mask_of(x_TD.double().numpy() @ block.routed.router.weight_ED.double().numpy().T, k)
 
 
 def routed(block: Block, ffn: FFN, x_TD: torch.Tensor, k: int) -> np.ndarray:
     """Outputs of the shared neurons and the chosen experts, each a small FFN, in float64."""
-    parts = [block.partition.shared_S, *block.partition.experts_EN]
+    parts = [block.routed.partition.shared_S, *block.routed.partition.experts_EN]
     written_PTD = [
-        dense(FFN(ffn.gate_FD[n], ffn.up_FD[n], block.ffn.down_DF[:, n]), x_TD).numpy()
+        dense(FFN(ffn.gate_FD[n], ffn.up_FD[n], block.routed.ffn.down_DF[:, n]), x_TD).numpy()
         for n in parts
     ]
     out_TD = written_PTD[0].copy()
@@ -111,7 +103,7 @@ def test_with_all_experts_active_the_outputs_are_the_dense_ones(split, fit):
     shape = dataclasses.replace(SHAPE, experts_per_token=5)
     block = convert(ffn, x_TD, residual_TD, method(split, fit), shape=shape)
     assert_close(block.y_TD, dense(ffn, x_TD))
-    assert torch.equal(block.ffn.down_DF, ffn.down_DF)
+    assert torch.equal(block.routed.ffn.down_DF, ffn.down_DF)
     assert block.figures["refit_strength"] is None
     assert block.figures["error_after_refit"] < 1e-5
     for name in ("router", "oracle", "random", "neurons"):
@@ -128,7 +120,7 @@ def test_a_static_split_that_keeps_all_neurons_is_the_dense_layer():
     ffn, x_TD, residual_TD = inputs(0)
     block = convert(ffn, x_TD, residual_TD, method("static"), shape=Shape(48, 48, 0, 0, 0))
     assert_close(block.y_TD, dense(ffn, x_TD))
-    assert torch.equal(block.ffn.down_DF, ffn.down_DF)
+    assert torch.equal(block.routed.ffn.down_DF, ffn.down_DF)
 
 
 # Outputs
@@ -139,10 +131,10 @@ def test_a_static_split_that_keeps_all_neurons_is_the_dense_layer():
 def test_outputs_are_those_of_the_experts_as_they_will_be_stored(split, fit, dtype):
     ffn, x_TD, residual_TD = inputs(1)
     block = convert(ffn, x_TD, residual_TD, method(split, fit), dtype=dtype)
-    for weight in (block.ffn.down_DF, block.router.weight_ED):
+    for weight in (block.routed.ffn.down_DF, block.routed.router.weight_ED):
         assert torch.equal(weight, weight.to(dtype).float())
-    assert torch.equal(block.ffn.gate_FD, ffn.gate_FD)
-    assert torch.equal(block.ffn.up_FD, ffn.up_FD)
+    assert torch.equal(block.routed.ffn.gate_FD, ffn.gate_FD)
+    assert torch.equal(block.routed.ffn.up_FD, ffn.up_FD)
     assert_close(block.y_TD, routed(block, ffn, x_TD, SHAPE.experts_per_token))
 
 
@@ -174,11 +166,11 @@ def test_the_unit_of_the_residual_stream_does_not_matter(split, fit):
     louder = dataclasses.replace(ffn, down_DF=4 * ffn.down_DF)
     first = convert(ffn, x_TD, residual_TD, method(split, fit))
     second = convert(louder, x_TD, 4 * residual_TD, method(split, fit))
-    assert torch.equal(first.partition.shared_S, second.partition.shared_S)
-    assert torch.equal(first.partition.experts_EN, second.partition.experts_EN)
-    assert torch.equal(first.router.weight_ED, second.router.weight_ED)
+    assert torch.equal(first.routed.partition.shared_S, second.routed.partition.shared_S)
+    assert torch.equal(first.routed.partition.experts_EN, second.routed.partition.experts_EN)
+    assert torch.equal(first.routed.router.weight_ED, second.routed.router.weight_ED)
     assert torch.equal(4 * first.y_TD, second.y_TD)
-    assert torch.equal(4 * first.ffn.down_DF, second.ffn.down_DF)
+    assert torch.equal(4 * first.routed.ffn.down_DF, second.routed.ffn.down_DF)
 
 
 @pytest.mark.parametrize(("split", "fit"), [("shuffle", "random"), ("static", "none")])
@@ -188,7 +180,7 @@ def test_a_heldout_token_changes_nothing_for_others(split, fit):
     residual_TD = residual_TD.clone()
     residual_TD[-1] *= 1000
     after = convert(ffn, x_TD, residual_TD, method(split, fit, refit=False))
-    assert torch.equal(before.partition.shared_S, after.partition.shared_S)
+    assert torch.equal(before.routed.partition.shared_S, after.routed.partition.shared_S)
     assert torch.equal(before.y_TD[:-1], after.y_TD[:-1])
     assert_close(before.y_TD[-1], after.y_TD[-1], 1e-5)
     # What it is added to drowns it: its error counts for less.
@@ -201,13 +193,11 @@ def test_heldout_tokens_are_not_fitted_on():
     other_TD[-HELDOUT:] = torch.randn(HELDOUT, 12, generator=seeded(9)) * 3
     how = Method(SPLITS["shuffle"], partial(linear.fit, options=linear.Options(steps=0)), False)
     first, second = (convert(ffn, x, residual_TD, how) for x in (x_TD, other_TD))
-    profiles = [
-        observe(ffn, x, num_heldout=HELDOUT, residual_TD=residual_TD) for x in (x_TD, other_TD)
-    ]
+    profiles = [observe(ffn, Inputs(x, HELDOUT, residual_TD)) for x in (x_TD, other_TD)]
     assert torch.equal(profiles[0].energy_F, profiles[1].energy_F)
-    assert torch.equal(first.partition.shared_S, second.partition.shared_S)
-    assert torch.equal(first.partition.experts_EN, second.partition.experts_EN)
-    assert torch.equal(first.router.weight_ED, second.router.weight_ED)
+    assert torch.equal(first.routed.partition.shared_S, second.routed.partition.shared_S)
+    assert torch.equal(first.routed.partition.experts_EN, second.routed.partition.experts_EN)
+    assert torch.equal(first.routed.router.weight_ED, second.routed.router.weight_ED)
     assert torch.equal(first.y_TD[:-HELDOUT], second.y_TD[:-HELDOUT])
 
 
@@ -242,8 +232,8 @@ def test_shares_of_energy_are_in_their_order_and_equal_plain_loops(split, fit):
         "neurons": np.sort(held_TF, axis=1)[:, -SHAPE.num_active :].sum() / total,
     }
     if split not in NOT_ROUTED:
-        expert_TE = by_expert(held_TF, block.partition)
-        shared = held_TF[:, block.partition.shared_S.numpy()].sum()
+        expert_TE = by_expert(held_TF, block.routed.partition)
+        shared = held_TF[:, block.routed.partition.shared_S.numpy()].sum()
         mask_TE = choices(block, ffn, x_TD[-HELDOUT:], k)
         best_TE = mask_of(expert_TE, k)
         wanted["router"] = (shared + (expert_TE * mask_TE).sum()) / total
@@ -292,9 +282,7 @@ def test_a_dead_expert_gets_no_token(fit):
     dead, alive = (
         convert_block(
             layer,
-            x_TD,
-            torch.zeros_like(x_TD),
-            200,
+            Inputs(x_TD, 200, torch.zeros_like(x_TD)),
             shape,
             Method(split, partial(FITS[fit], **fit_on), True),
             dtype=torch.float32,
@@ -318,8 +306,10 @@ def test_experts_are_described_as_they_are():
     assert [told[name] for name in names] == [24, 0, 0, 0]
     block = convert(ffn, x_TD, residual_TD, method("alternating", "oracle"))
     squares_F = (ffn.down_DF.numpy().astype(np.float64) ** 2).sum(0)
-    for expert, neurons in enumerate(block.partition.experts_EN.numpy()):
-        np.testing.assert_allclose(block.router.norm_EN[expert], squares_F[neurons], rtol=1e-5)
+    for expert, neurons in enumerate(block.routed.partition.experts_EN.numpy()):
+        np.testing.assert_allclose(
+            block.routed.router.norm_EN[expert], squares_F[neurons], rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize(("split", "fit"), WAYS)
@@ -346,17 +336,19 @@ def test_overlapping_experts_write_what_is_stored(fit, k, refit):
     ffn, x_TD, residual_TD = inputs(2)
     shape = dataclasses.replace(OVERLAP, experts_per_token=k)
     block = convert(ffn, x_TD, residual_TD, method("alternating", fit, refit), shape=shape)
-    assert block.ffn.num_neurons == shape.num_stored == 88 and shape.overlaps
+    assert block.routed.ffn.num_neurons == shape.num_stored == 88 and shape.overlaps
     rows = {row.numpy().tobytes(): neuron for neuron, row in enumerate(ffn.up_FD)}
-    origin_F = torch.tensor([rows[row.numpy().tobytes()] for row in block.ffn.up_FD])
-    assert torch.equal(block.ffn.gate_FD, ffn.gate_FD[origin_F])
-    for neurons in block.partition.experts_EN:  # never twice in a token's run with one expert
-        active = torch.cat([block.partition.shared_S, neurons])
+    origin_F = torch.tensor([rows[row.numpy().tobytes()] for row in block.routed.ffn.up_FD])
+    assert torch.equal(block.routed.ffn.gate_FD, ffn.gate_FD[origin_F])
+    for (
+        neurons
+    ) in block.routed.partition.experts_EN:  # never twice in a token's run with one expert
+        active = torch.cat([block.routed.partition.shared_S, neurons])
         assert len(origin_F[active].unique()) == 24
     assert len(origin_F.unique()) < 88
-    assert_close(block.y_TD, routed(block, block.ffn, x_TD, k))
+    assert_close(block.y_TD, routed(block, block.routed.ffn, x_TD, k))
     if not refit:
-        assert torch.equal(block.ffn.down_DF, ffn.down_DF[:, origin_F])
+        assert torch.equal(block.routed.ffn.down_DF, ffn.down_DF[:, origin_F])
 
 
 def test_the_error_told_of_overlapping_experts_is_that_of_their_outputs():
@@ -365,7 +357,7 @@ def test_the_error_told_of_overlapping_experts_is_that_of_their_outputs():
     wanted_TD = dense(ffn, x_TD).numpy()
     scale_T1 = 1 / np.linalg.norm(residual_TD.numpy() + wanted_TD, axis=1, keepdims=True)
     held = slice(-HELDOUT, None)
-    found_TD = routed(block, block.ffn, x_TD, 1)
+    found_TD = routed(block, block.routed.ffn, x_TD, 1)
     wrong = np.linalg.norm(((found_TD - wanted_TD) * scale_T1)[held])
     told = block.figures["error_after_refit"]
     assert told == pytest.approx(wrong / np.linalg.norm((wanted_TD * scale_T1)[held]), rel=1e-3)

@@ -77,9 +77,9 @@ def test_sensitivities_are_what_the_stock_model_loses(family, changes, own_pico,
             pruned = AutoModelForCausalLM.from_pretrained(loud).eval()
             down_DF = pruned.get_parameter(down_of(family, layer))
             down_DF.zero_()
-            kept = block.partition.shared_S
+            kept = block.routed.partition.shared_S
             assert 0 < len(kept) < 96
-            down_DF[:, kept] = block.ffn.down_DF[:, kept]
+            down_DF[:, kept] = block.routed.ffn.down_DF[:, kept]
             loss_BTV = wanted_BTV.exp() * (wanted_BTV - pruned(probes).logits.log_softmax(-1))
             assert found[layer] == pytest.approx(float(loss_BTV.sum(-1).mean()), rel=1e-3, abs=1e-7)
 

@@ -10,15 +10,15 @@ from sklearn.linear_model import Ridge
 from torch import nn
 
 from moefy.convert.partition import alternating, shuffle, static
-from moefy.convert.profile import observe, unfold
+from moefy.convert.profile import Inputs, observe
 from moefy.convert.refit import EXPERT_STRENGTHS, STRENGTHS, refit, refit_experts
+from moefy.convert.routed import RoutedFFN, unfold, unrouted
 from moefy.convert.router import linear
 from moefy.types import FFN, Partition, Profile, Router, Shape
 
 CLOSED = linear.Options(steps=0)
 SHAPE = Shape(48, 8, 5, 8, 2)
 LADDER = sorted(strength for way in STRENGTHS for strength in way)
-NOTHING_ROUTED = Router(torch.zeros(0, 12))
 
 
 def setting(seed: int, *, tokens: int = 300, weighed: bool = True):
@@ -26,9 +26,7 @@ def setting(seed: int, *, tokens: int = 300, weighed: bool = True):
     ffn = random_ffn(seed)
     x_TD, residual_TD = torch.randn(2, tokens, 12, generator=seeded(50 + seed))
     residual_TD *= torch.rand(tokens, 1, generator=seeded(seed)) * 20
-    profile = observe(
-        ffn, x_TD, num_heldout=tokens // 3, residual_TD=residual_TD if weighed else None
-    )
+    profile = observe(ffn, Inputs(x_TD, tokens // 3, residual_TD if weighed else None))
     partition = shuffle.split(ffn, profile, SHAPE, generator=seeded(seed))
     router = linear.fit(ffn, profile, partition, SHAPE, generator=seeded(seed), options=CLOSED)
     return ffn, profile, partition, router
@@ -83,7 +81,7 @@ def missing(run_TF: np.ndarray, y_TD: torch.Tensor, down_DF: torch.Tensor) -> np
 @pytest.mark.parametrize("tokens", [300, 600, 1500])
 def test_the_correction_is_ridge_regression_on_what_runs(tokens):
     ffn, profile, partition, router = setting(0, tokens=tokens)
-    found = refit(ffn, profile, partition, router, 2)
+    found = refit(RoutedFFN(ffn, partition, router, 2), profile)
     assert found.strength in LADDER
     run_TF = running(profile, partition, router, 2)
     fit, held = slice(0, profile.num_fit), slice(profile.num_fit, None)
@@ -116,14 +114,14 @@ def test_no_other_strength_is_better_by_a_hundredth(tokens):
         for strength in LADDER:
             change_DF = torch.from_numpy(regression(run_TF[fit], missing_TD[fit], strength))
             errors[strength] = error(run_TF, profile.y_TD, ffn.down_DF + change_DF, held)
-        found = refit(ffn, profile, partition, router, 2)
+        found = refit(RoutedFFN(ffn, partition, router, 2), profile)
         assert errors[found.strength] <= 1.01 * min(errors.values())
 
 
 def test_the_static_correction_leaves_the_dropped_columns_alone():
     ffn, profile, _, _ = setting(3)
     partition = static.split(ffn, profile, SHAPE, generator=seeded(0))
-    found = refit(ffn, profile, partition, NOTHING_ROUTED, 0)
+    found = refit(unrouted(ffn, partition), profile)
     assert found.strength in LADDER
     kept = partition.shared_S.numpy()
     dropped = np.setdiff1d(np.arange(48), kept)
@@ -139,7 +137,7 @@ def test_heldout_error_never_rises(tokens):
     strengths = []
     for seed in range(8):
         ffn, profile, partition, router = setting(seed, tokens=tokens, weighed=seed % 2 == 0)
-        found = refit(ffn, profile, partition, router, 2)
+        found = refit(RoutedFFN(ffn, partition, router, 2), profile)
         held = slice(profile.num_fit, None)
         run_TF = running(profile, partition, router, 2)
         before = error(run_TF, profile.y_TD, ffn.down_DF, held)
@@ -172,7 +170,7 @@ def test_a_fit_of_few_tokens_does_harm_unless_heldout_tokens_decide():
 def test_with_all_experts_active_nothing_changes(weighed):
     for seed in range(4):
         ffn, profile, partition, router = setting(seed, weighed=weighed)
-        found = refit(ffn, profile, partition, router, 5)
+        found = refit(RoutedFFN(ffn, partition, router, 5), profile)
         assert found.strength is None
         assert torch.equal(found.down_DF, ffn.down_DF)
         assert found.error_before == found.error_after < 1e-5
@@ -181,7 +179,7 @@ def test_with_all_experts_active_nothing_changes(weighed):
 
 def test_switched_off_it_measures_and_changes_nothing():
     ffn, profile, partition, router = setting(0)
-    found = refit(ffn, profile, partition, router, 2, enabled=False)
+    found = refit(RoutedFFN(ffn, partition, router, 2), profile, enabled=False)
     assert found.strength is None
     assert torch.equal(found.down_DF, ffn.down_DF)
     run_TF = running(profile, partition, router, 2)
@@ -193,8 +191,8 @@ def test_switched_off_it_measures_and_changes_nothing():
 def test_a_dead_layer_is_left_as_it_is():
     ffn, profile, partition, router = setting(0)
     ffn.down_DF[:] = 0
-    profile = observe(ffn, profile.x_TD, num_heldout=100)
-    found = refit(ffn, profile, partition, router, 2)
+    profile = observe(ffn, Inputs(profile.x_TD, 100))
+    found = refit(RoutedFFN(ffn, partition, router, 2), profile)
     assert (found.error_before, found.error_after, found.error_fit) == (0, 0, 0)
     assert found.strength is None
 
@@ -214,7 +212,7 @@ def combinations(sign: float) -> tuple[FFN, Profile]:
 
 def test_neurons_that_are_combinations_of_kept_ones_are_not_missed():
     ffn, profile = combinations(1.0)
-    found = refit(ffn, profile, keep(12), NOTHING_ROUTED, 0)
+    found = refit(unrouted(ffn, keep(12)), profile)
     assert found.strength == LADDER[0]
     assert found.error_before > 0.5
     # Of what a neuron's share of variance is, ridge takes away about its strength.
@@ -223,7 +221,7 @@ def test_neurons_that_are_combinations_of_kept_ones_are_not_missed():
 
 def test_where_heldout_tokens_say_the_opposite_the_dense_weights_stay():
     ffn, profile = combinations(-1.0)
-    found = refit(ffn, profile, keep(12), NOTHING_ROUTED, 0)
+    found = refit(unrouted(ffn, keep(12)), profile)
     assert found.strength is None
     assert torch.equal(found.down_DF, ffn.down_DF)
     assert found.error_before == found.error_after
@@ -240,7 +238,7 @@ def test_where_heldout_tokens_say_the_opposite_the_dense_weights_stay():
 def test_where_dropped_neurons_are_silent_on_heldout_tokens_the_dense_weights_stay():
     ffn, profile = combinations(0.0)
     # Held out, the dropped neurons are silent: any correction is an error.
-    found = refit(ffn, profile, keep(12), NOTHING_ROUTED, 0)
+    found = refit(unrouted(ffn, keep(12)), profile)
     assert found.strength is None
     assert found.error_after < 1e-6
 
@@ -257,11 +255,11 @@ def test_an_expert_is_corrected_under_the_tokens_that_it_gets():
     profile = dataclasses.replace(profile, x_TD=x_TD)
     router = Router(torch.eye(8)[:1] * torch.tensor([[1.0], [-1.0]]))
     partition = Partition(torch.empty(0, dtype=torch.long), torch.arange(12).view(2, 6))
-    routed = refit(ffn, profile, partition, router, 1)
+    routed = refit(RoutedFFN(ffn, partition, router, 1), profile)
     assert routed.strength == LADDER[0]
     assert routed.error_before > 0.5
     assert routed.error_after < 0.05
-    everywhere = refit(ffn, profile, keep(6), NOTHING_ROUTED, 0)
+    everywhere = refit(unrouted(ffn, keep(6)), profile)
     assert everywhere.error_after > 0.5
 
 
@@ -275,16 +273,8 @@ def drifted(join=None, *, drift: float = 1.0):
     added_TD = ffn.activations(x_TD) @ ffn.down_DF.T
     leaving_TD = residual_TD + (join(added_TD) if join else added_TD)
     lost_TD = ffn.activations(x_TD) @ torch.randn(48, 12, generator=seeded(5)) * 0.05
-    profile = observe(
-        ffn,
-        x_TD,
-        num_heldout=100,
-        residual_TD=residual_TD,
-        join=join,
-        dense_TD=leaving_TD + lost_TD,
-        drift=drift,
-    )
-    return ffn, profile, lost_TD
+    inputs = Inputs(x_TD, 100, residual_TD, join, dense_TD=leaving_TD + lost_TD)
+    return ffn, observe(ffn, inputs, drift), lost_TD
 
 
 @pytest.mark.parametrize("drift", [0.0, 0.5, 1.0])
@@ -313,10 +303,10 @@ def test_a_refit_makes_good_what_its_activations_tell():
     """All neurons run, so nothing but the drift is there to fit; without it nothing is."""
     every = Partition(torch.arange(48), torch.zeros(0, 0, dtype=torch.long))
     ffn, profile, _ = drifted()
-    found = refit(ffn, profile, every, NOTHING_ROUTED, 0)
+    found = refit(unrouted(ffn, every), profile)
     assert found.error_after < 0.2 * found.error_before
     ffn, profile, _ = drifted(drift=0.0)
-    found = refit(ffn, profile, every, NOTHING_ROUTED, 0)
+    found = refit(unrouted(ffn, every), profile)
     assert found.strength is None and found.error_before < 1e-6
 
 
@@ -329,16 +319,17 @@ def test_experts_are_refitted_on_their_own_tokens():
     shape = Shape(48, 8, 4, 16, 1)
     partition = alternating.split(ffn, profile, shape, generator=seeded(0))
     router = linear.fit(ffn, profile, partition, shape, generator=seeded(0), options=CLOSED)
-    unfolded, spread, places = unfold(ffn, profile, partition)
-    down_DF, error = refit_experts(unfolded, spread, places, router, 1)
+    unfolded, spread = unfold(RoutedFFN(ffn, partition, router, 1), profile)
+    places = unfolded.partition
+    down_DF, error = refit_experts(unfolded, spread)
     run_TF = running(spread, places, router, 1)
-    plain_TD = run_TF @ unfolded.down_DF.double().numpy().T
+    plain_TD = run_TF @ unfolded.ffn.down_DF.double().numpy().T
     rest_TD = profile.y_TD.double().numpy() - plain_TD
     chosen_T = (profile.x_TD @ router.weight_ED.T).argmax(1).numpy()
     fit_T = np.arange(900) < profile.num_fit
     errors = []
     for strength in EXPERT_STRENGTHS:
-        wanted_DF = unfolded.down_DF.double().numpy().copy()
+        wanted_DF = unfolded.ffn.down_DF.double().numpy().copy()
         for expert, neurons in enumerate(places.experts_EN.numpy()):
             own_TN = run_TF[fit_T & (chosen_T == expert)][:, neurons]
             damping = strength * (own_TN**2).sum(0).mean()

@@ -18,18 +18,11 @@ from planted import (
     squares,
 )
 
-from moefy.convert import profile as profiles
+from moefy.convert import routed as routing
 from moefy.convert.partition import shuffle
-from moefy.convert.profile import (
-    active_neurons,
-    choose,
-    energies_of,
-    expert_energies,
-    membership,
-    observe,
-    top_mask,
-)
+from moefy.convert.profile import Inputs, observe
 from moefy.convert.ridge import ridge, scorer
+from moefy.convert.routed import RoutedFFN, energies_of, expert_energies, membership, top_mask
 from moefy.convert.router import linear
 from moefy.types import Partition, Profile, Router, Shape
 
@@ -43,7 +36,7 @@ def setting(seed: int, size: int = 12):
     """A random FFN, inputs whose mean is not zero, and a partition by lot."""
     ffn = random_ffn(seed, size=size)
     x_TD = torch.randn(240, size, generator=seeded(100 + seed)) + 0.5
-    profile = observe(ffn, x_TD, num_heldout=80)
+    profile = observe(ffn, Inputs(x_TD, 80))
     return ffn, profile, shuffle.split(ffn, profile, SHAPE, generator=seeded(seed))
 
 
@@ -88,7 +81,7 @@ def test_membership_and_active_neurons_equal_plain_loops():
     ffn, profile, partition = setting(2)
     member_FE = membership(partition, 48)
     mask_TE = top_mask(torch.randn(30, 5, generator=seeded(0)), 2)
-    active_TF = active_neurons(partition, mask_TE, 48)
+    active_TF = RoutedFFN(ffn, partition, Router(torch.zeros(5, 12)), 2).active(mask_TE)
     for neuron in range(48):
         homes = [e for e in range(5) if neuron in partition.experts_EN[e].tolist()]
         assert member_FE[neuron].nonzero().flatten().tolist() == homes
@@ -103,7 +96,7 @@ def test_choices_equal_plain_loops(k):
     ffn, profile, partition = setting(3)
     rows = Router(torch.randn(5, 12, generator=seeded(1)))
     for router in (rows, dataclasses.replace(rows, norm_EN=torch.rand(5, 8, generator=seeded(2)))):
-        mask_TE = choose(partition, router, k, profile.x_TD, profile.h_TF)
+        mask_TE = RoutedFFN(ffn, partition, router, k).mask(profile.x_TD, profile.h_TF)
         assert mask_TE.sum(1).tolist() == [k] * 240
         wanted_TE = chosen(ffn, profile, partition, router, k)
         assert np.array_equal(mask_TE[160:].numpy() > 0, wanted_TE)
@@ -113,7 +106,7 @@ def test_the_oracle_chooses_the_experts_of_greatest_energy():
     ffn, profile, partition = setting(3)
     router = FITS["oracle"](ffn, profile, partition, SHAPE, generator=seeded(0))
     wanted_TE = mask_of(by_expert(energies(ffn, profile.h_TF), partition), 2)
-    found_TE = choose(partition, router, 2, profile.x_TD, profile.h_TF)
+    found_TE = RoutedFFN(ffn, partition, router, 2).mask(profile.x_TD, profile.h_TF)
     assert np.array_equal(found_TE.numpy() > 0, wanted_TE)
 
 
@@ -121,8 +114,8 @@ def test_the_weight_of_a_token_does_not_change_where_it_goes():
     ffn, profile, partition = setting(4)
     scale_T1 = torch.rand(240, 1, generator=seeded(0)) * 9 + 1
     router = Router(torch.zeros(5, 12), torch.rand(5, 8, generator=seeded(1)))
-    plain_TE = choose(partition, router, 2, profile.x_TD, profile.h_TF)
-    scaled_TE = choose(partition, router, 2, profile.x_TD, profile.h_TF * scale_T1)
+    plain_TE = RoutedFFN(ffn, partition, router, 2).mask(profile.x_TD, profile.h_TF)
+    scaled_TE = RoutedFFN(ffn, partition, router, 2).mask(profile.x_TD, profile.h_TF * scale_T1)
     assert torch.equal(plain_TE, scaled_TE)
 
 
@@ -175,10 +168,10 @@ def test_dead_and_equal_experts_are_routed_like_others(name):
                 weight[partition.experts_EN] = weight[partition.experts_EN[0]].clone()
         else:
             ffn.down_DF[:, partition.experts_EN[0] if change == "dead expert" else slice(None)] = 0
-        profile = observe(ffn, profile.x_TD, num_heldout=80)
+        profile = observe(ffn, Inputs(profile.x_TD, 80))
         router = FITS[name](ffn, profile, partition, SHAPE, generator=seeded(0))
         assert router.weight_ED.isfinite().all()
-        mask_TE = choose(partition, router, 2, profile.x_TD, profile.h_TF)
+        mask_TE = RoutedFFN(ffn, partition, router, 2).mask(profile.x_TD, profile.h_TF)
         assert mask_TE.sum(1).tolist() == [2] * 240
 
 
@@ -258,7 +251,7 @@ def test_linear_reads_no_heldout_token_in_closed_form():
     ffn, profile, partition = setting(1)
     x_TD = profile.x_TD.clone()
     x_TD[160:] *= -3
-    other = observe(ffn, x_TD, num_heldout=80)
+    other = observe(ffn, Inputs(x_TD, 80))
     first, second = (
         FITS["linear"](ffn, p, partition, SHAPE, generator=seeded(0), options=CLOSED)
         for p in (profile, other)
@@ -310,14 +303,14 @@ def test_ridge_survives_a_matrix_that_rounding_left_indefinite():
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_gains_are_differences_of_squared_errors(k, monkeypatch):
-    monkeypatch.setattr(profiles, "GAINS", 100)  # several parts
+    monkeypatch.setattr(routing, "GAINS", 100)  # several parts
     ffn = random_ffn(0)
     shape = dataclasses.replace(SHAPE, experts_per_token=k)
-    profile = observe(ffn, torch.randn(60, 12, generator=seeded(1)), num_heldout=20)
+    profile = observe(ffn, Inputs(torch.randn(60, 12, generator=seeded(1)), 20))
     partition = shuffle.split(ffn, profile, shape, generator=seeded(0))
     router = FITS["random"](ffn, profile, partition, shape, generator=seeded(0))
     changed = dataclasses.replace(ffn, down_DF=ffn.down_DF * 1.1)
-    found_TE = profiles.gains(changed, profile, partition, router, k)
+    found_TE = routing.gains(RoutedFFN(changed, partition, router, k), profile)
     parts = [(profile.h_TF[:, n] @ changed.down_DF[:, n].T).double() for n in partition.experts_EN]
     shared_TD = profile.h_TF[:, partition.shared_S] @ changed.down_DF[:, partition.shared_S].T
     score_TE = profile.x_TD @ router.weight_ED.T

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 import moefy
-from moefy.convert.profile import observe
+from moefy.convert.profile import Inputs, observe
 from moefy.types import FFN, Partition, Profile, Shape
 
 PACKAGE = Path(moefy.__file__).parent
@@ -79,7 +79,7 @@ def plant(
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
     ffn = FFN(tensor(gate_FD @ rotation_DD), tensor(up_FD @ rotation_DD), tensor(down_DF))
-    profile = observe(ffn, tensor(plain_TD @ rotation_DD), num_heldout=heldout)
+    profile = observe(ffn, Inputs(tensor(plain_TD @ rotation_DD), heldout))
     profile = replace(profile, gradient_TD=profile.y_TD[: profile.num_fit])
     return Plant(ffn, profile, shape, group_F, chosen_TE)
 
@@ -87,7 +87,7 @@ def plant(
 def observed(ffn: FFN, x_TD: torch.Tensor, *, num_heldout: int, **rest: object) -> Profile:
     """A profile with all that a partition may ask for: a gradient, too, that means nothing."""
     gradient_TD = slopes(x_TD, num_heldout)
-    return observe(ffn, x_TD, num_heldout=num_heldout, gradient_TD=gradient_TD, **rest)
+    return observe(ffn, Inputs(x_TD, num_heldout, gradient_TD=gradient_TD, **rest))
 
 
 def slopes(x_TD: torch.Tensor, num_heldout: int) -> torch.Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from moefy.convert.assign import assign_balanced
 from moefy.convert.cluster import gathered
-from moefy.convert.profile import CHUNK, activations, membership, top_mask
+from moefy.convert.profile import CHUNK, activations
 from moefy.convert.ridge import scorer
+from moefy.convert.routed import membership, top_mask
 from moefy.errors import MoefyError
 from moefy.types import FFN, Partition, Profile, Range, Shape
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moefy.convert.balance import balance
-from moefy.convert.profile import expert_energies, gains, top_mask
 from moefy.convert.ridge import scorer
+from moefy.convert.routed import RoutedFFN, expert_energies, gains, top_mask
 from moefy.types import FFN, Partition, Profile, Range, Router, Shape
 
 
@@ -52,24 +52,20 @@ def fit(
 
 
 def refine(
-    ffn: FFN,
+    routed: RoutedFFN,
     profile: Profile,
-    partition: Partition,
-    shape: Shape,
-    router: Router,
     *,
     generator: torch.Generator,
     options: Options = DEFAULTS,
 ) -> Router:
-    """Fit again, to what the experts of a refitted `ffn` are worth beside those `router` chooses.
+    """Fit again, to what the experts of a refitted FFN are worth beside those that are chosen.
 
     The worth of an expert on a token is the squared error that it takes away (`gains`). Energies
     know neither what the refit has made up for nor what the experts of a token say alike.
     """
-    worth_TE = gains(ffn, profile, partition, router, shape.experts_per_token)
-    worth_TE = profile.group.gather(worth_TE)
+    worth_TE = profile.group.gather(gains(routed, profile))
     worth_TE -= worth_TE.min(1, keepdim=True).values  # only differences decide
-    return _fit(profile, worth_TE, shape.experts_per_token, generator, options)
+    return _fit(profile, worth_TE, routed.k, generator, options)
 
 
 def _fit(
