@@ -42,7 +42,7 @@ VERSIONS = {
 
 
 @dataclass(frozen=True)
-class Store:
+class Cache:
     """The measurements of one run."""
 
     folder: Path

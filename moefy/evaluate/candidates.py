@@ -24,7 +24,7 @@ PROBE = "The 3 quick brown foxes cost $12.50;\n\tdef f(x):\n    return x**2  # n
 
 
 @dataclass(frozen=True)
-class Stage:
+class Candidate:
     """One column of a report."""
 
     label: str
@@ -43,15 +43,15 @@ class Stage:
     """Share of the FFN's neurons that are active."""
 
 
-def dense_stage(dense: DenseModel, *, converted: bool) -> Stage:
+def dense_candidate(dense: DenseModel, *, converted: bool) -> Candidate:
     """The dense model, which was `converted` or else given in the place of the one that was."""
     folder = dense.folder
     meaning = "the model that was converted" if converted else "a model that --dense names"
     digest = folder_digest(folder, dense.digests)
-    return Stage("dense", "dense", meaning, digest, opener(folder), folder, active=1.0)
+    return Candidate("dense", "dense", meaning, digest, opener(folder), folder, active=1.0)
 
 
-def run_stages(run: Path, name: str | None = None) -> tuple[list[Stage], list[str]]:
+def run_candidates(run: Path, name: str | None = None) -> tuple[list[Candidate], list[str]]:
     """Every stage of a run, the first first, and what is missing of them.
 
     A fine-tuned run knows the one that it started from, which is a stage as long as it is there.
@@ -60,7 +60,7 @@ def run_stages(run: Path, name: str | None = None) -> tuple[list[Stage], list[st
     Raises:
         MoefyError: code 3, when `run` is no whole run.
     """
-    found: list[Stage] = []
+    found: list[Candidate] = []
     missing: list[str] = []
     folder: Path | None = run
     while folder is not None:
@@ -74,7 +74,9 @@ def run_stages(run: Path, name: str | None = None) -> tuple[list[Stage], list[st
         )
         active = _active(summary)
         digest = folder_digest(folder)
-        found.append(Stage(kind, kind, meaning, digest, opener(folder), folder, summary, active))
+        found.append(
+            Candidate(kind, kind, meaning, digest, opener(folder), folder, summary, active)
+        )
         folder = _parent(folder, tuned, missing) if tuned else None
         if folder is not None and any(stage.folder == folder for stage in found):
             raise MoefyError(f"{run}: moefy/finetune.json names a parent that it comes before")
@@ -88,7 +90,7 @@ def _active(summary: dict[str, Any]) -> float:
     return (dense + converted * share) / (dense + converted)
 
 
-def finetuning(stage: Stage) -> dict[str, Any] | None:
+def finetuning(stage: Candidate) -> dict[str, Any] | None:
     """What `moefy finetune` told of a stage: its summary and its curve; None if it told nothing."""
     folder = stage.folder
     if stage.kind != "finetuned" or folder is None:
@@ -103,7 +105,7 @@ def finetuning(stage: Stage) -> dict[str, Any] | None:
     return {"summary": read_tuning(folder), "curve": curve}
 
 
-def check_tokenizer(dense: Any, stage: Stage) -> None:
+def check_tokenizer(dense: Any, stage: Candidate) -> None:
     """Refuse a stage whose tokenizer is another than the dense model's.
 
     Raises:
@@ -126,7 +128,7 @@ def opener(folder: Path) -> Callable[[torch.dtype], Any]:
     return partial(load_model, folder)
 
 
-def _labelled(found: list[Stage], name: str | None) -> list[Stage]:
+def _labelled(found: list[Candidate], name: str | None) -> list[Candidate]:
     """With labels that differ: a second fine-tuning is numbered."""
     labels: list[str] = []
     for stage in found:

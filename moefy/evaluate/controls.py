@@ -16,7 +16,7 @@ from moefy.convert.prepare import Job, Watch, prepare
 from moefy.convert.run import convert
 from moefy.errors import MoefyError
 from moefy.evaluate.cache import VERSIONS, digest
-from moefy.evaluate.candidates import Stage
+from moefy.evaluate.candidates import Candidate
 from moefy.evaluate.load import load_model
 from moefy.models import routing
 from moefy.text.packing import Tokens
@@ -115,17 +115,17 @@ def control_jobs(recipe: Recipe, others: Mapping[str, Recipe]) -> dict[str, Job]
     return jobs
 
 
-def control_stages(
+def control_candidates(
     recipe: Recipe,
     others: Mapping[str, Recipe],
-    dense: Stage,
+    dense: Candidate,
     tokens: Tokens,
     place: Path,
     watch: Watch,
-) -> list[Stage]:
+) -> list[Candidate]:
     """The controls that take a conversion each, which is made in `place` when one is opened."""
 
-    def stage(number: int, name: str, job: Job) -> Stage:
+    def stage(number: int, name: str, job: Job) -> Candidate:
         def load(dtype: torch.dtype) -> Any:
             def named(what: str, done: int, total: int) -> None:
                 watch(f"{name}: {what}", done, total)
@@ -140,13 +140,13 @@ def control_stages(
         kind = "control" if name in MEANING else "other"
         active = job.shape.active_fraction
         meaning = MEANING.get(name, CHANGED)
-        return Stage(name, kind, meaning, digest(made_of), load, active=active)
+        return Candidate(name, kind, meaning, digest(made_of), load, active=active)
 
     jobs = control_jobs(recipe, others)
     return [stage(number, name, job) for number, (name, job) in enumerate(jobs.items())]
 
 
-def as_written(run: Stage) -> list[Stage]:
+def as_written(run: Candidate) -> list[Candidate]:
     """The run's own weights behind an oracle."""
     assert run.folder is not None
     folder = run.folder
@@ -156,7 +156,7 @@ def as_written(run: Stage) -> list[Stage]:
         return attach(model, true_norms(model))
 
     return [
-        Stage(name, "control", meaning, digest([name, run.digest]), load, active=run.active)
+        Candidate(name, "control", meaning, digest([name, run.digest]), load, active=run.active)
         for name, meaning in AS_WRITTEN.items()
     ]
 

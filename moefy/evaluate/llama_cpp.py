@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
+from moefy.evaluate.implementations import Grid, stretches
 from moefy.evaluate.speed import cores, schedule, speed_rows
-from moefy.evaluate.ways import Grid, stretches
 from moefy.runs.gguf import export
 
 PROMPT = 16

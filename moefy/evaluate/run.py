@@ -12,10 +12,9 @@ from moefy.compute import name_of
 from moefy.convert.prepare import Watch
 from moefy.environment import processor
 from moefy.errors import MoefyError
-from moefy.evaluate import advice, benchmarks, measure
-from moefy.evaluate import conditions as gate
+from moefy.evaluate import advice, benchmarks, conditions, measure
 from moefy.evaluate.candidates import finetuning
-from moefy.evaluate.session import Bench, prepare
+from moefy.evaluate.session import Session, prepare
 from moefy.evaluate.settings import Settings, check
 from moefy.files.publish import write_json
 from moefy.models import families
@@ -47,7 +46,7 @@ def evaluate(
             measured.
     """
     check(settings)
-    conditions = [gate.parse(text) for text in settings.conditions]
+    parsed = [conditions.parse(text) for text in settings.conditions]
     summary = open_run(run)
     if "ForCausalLM" not in families.load(summary["family"]).tasks:
         raise MoefyError(
@@ -57,37 +56,38 @@ def evaluate(
         )
     manager = benchmarks.check_tasks(settings.tasks, settings.include) if settings.tasks else None
     with tempfile.TemporaryDirectory(prefix=".moefy-report-", dir=run.resolve().parent) as place:
-        bench = prepare(run, summary, settings, Path(place), watch)
-        report = _measured(bench, settings, manager)
-    report["advice"] = advice.advice(report, bench.main)
+        session = prepare(run, summary, settings, Path(place), watch)
+        report = _measured(session, settings, manager)
+    report["advice"] = advice.advice(report, session.main)
     report["failed"] = [
-        line for one in conditions for line in gate.failures(one, report, bench.main)
+        line for one in parsed for line in conditions.failures(one, report, session.main)
     ]
     write_json(run / "moefy" / "report.json", report)
     redraw(run)
     return report
 
 
-def _measured(bench: Bench, settings: Settings, manager: Any) -> dict[str, Any]:
+def _measured(session: Session, settings: Settings, manager: Any) -> dict[str, Any]:
     """All parts, each of which may fail without the others."""
     report: dict[str, Any] = {
         "moefy": __version__,
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings.told(),
-        "main": bench.main,
+        "main": session.main,
         "compute": {
-            "dtype": bench.compute.name,
-            "stored": name_of(bench.stored),
-            "note": bench.compute.note,
+            "dtype": session.compute.name,
+            "stored": name_of(session.stored),
+            "note": session.compute.note,
             "processor": processor(),
         },
-        "run": bench.summary,
-        "runs": measure.other_runs(bench),
+        "run": session.summary,
+        "runs": measure.other_runs(session),
         "models": {},
         "texts": {},
         "seen_in_calibration": {
-            name: overlap(bench.tokens.ids_BT, windows) for name, windows in bench.windows.items()
+            name: overlap(session.tokens.ids_BT, windows)
+            for name, windows in session.windows.items()
         },
         "robustness": {},
         "benchmarks": {},
@@ -96,40 +96,42 @@ def _measured(bench: Bench, settings: Settings, manager: Any) -> dict[str, Any]:
         "routing": {},
         "speed": {},
         "finetune": {
-            stage.label: told for stage in bench.stages if (told := finetuning(stage)) is not None
+            stage.label: told for stage in session.stages if (told := finetuning(stage)) is not None
         },
         "frontier": [],
         "advice": [],
-        "not_run": bench.not_run,
-        "notes": bench.notes,
-        "seconds": bench.seconds,
+        "not_run": session.not_run,
+        "notes": session.notes,
+        "seconds": session.seconds,
     }
-    measured = {} if settings.effort == "quick" else measure.peaks(bench)
-    with bench.part("scores"):
-        report |= measure.quality(bench)
+    measured = {} if settings.effort == "quick" else measure.peaks(session)
+    with session.part("scores"):
+        report |= measure.quality(session)
     if not report["texts"]:
-        raise _no_text(bench)
-    with bench.part("sizes"):
-        report["models"] = measure.models(bench, measured)
-    report["frontier"] = measure.frontier(bench, report["texts"])
+        raise _no_text(session)
+    with session.part("sizes"):
+        report["models"] = measure.models(session, measured)
+    report["frontier"] = measure.frontier(session, report["texts"])
     if settings.wants(settings.robustness):
-        with bench.part("robustness"):
-            report["robustness"] = measure.robustness(bench, report["models"], settings)
-    with bench.part("generation"):
-        report["generation"] = measure.generation(bench)
-    if bench.prompts:
-        with bench.part("prompts"):
-            report["prompts"] = measure.regression(bench, bench.prompts)
+        with session.part("robustness"):
+            report["robustness"] = measure.robustness(session, report["models"], settings)
+    with session.part("generation"):
+        report["generation"] = measure.generation(session)
+    if session.prompts:
+        with session.part("prompts"):
+            report["prompts"] = measure.regression(session, session.prompts)
     for task in settings.tasks:
-        with bench.part(f"benchmark {task}"):
-            report["benchmarks"][task] = measure.benchmark(bench, task, manager, settings.limit)
+        with session.part(f"benchmark {task}"):
+            report["benchmarks"][task] = measure.benchmark(session, task, manager, settings.limit)
     if settings.speed is not False:
-        with bench.part("speed"):
-            measure.speed(bench, report, settings)
+        with session.part("speed"):
+            measure.speed(session, report, settings)
     return report
 
 
-def _no_text(bench: Bench) -> MoefyError:
+def _no_text(session: Session) -> MoefyError:
     """What kept the first text from being scored."""
-    row = next(row for row in bench.not_run if row["what"].startswith("scores"))
-    return MoefyError(f"no text was scored: {row['reason']}", code=bench.codes.get(row["what"], 5))
+    row = next(row for row in session.not_run if row["what"].startswith("scores"))
+    return MoefyError(
+        f"no text was scored: {row['reason']}", code=session.codes.get(row["what"], 5)
+    )

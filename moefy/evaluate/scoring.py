@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
-from moefy.evaluate.cache import VERSIONS, Store, tensors_digest
-from moefy.evaluate.candidates import Stage
+from moefy.evaluate.cache import VERSIONS, Cache, tensors_digest
+from moefy.evaluate.candidates import Candidate
 from moefy.evaluate.metrics import Score, compare
 from moefy.models import routing
 
@@ -38,7 +38,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Reading:
+class TextResult:
     """A model on a text; a dense one chooses nothing."""
 
     score: Score
@@ -46,11 +46,11 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Readers:
+class Scorer:
     """The models that read, loaded when there is something that they have not read."""
 
-    store: Store
-    stages: Sequence[Stage]
+    cache: Cache
+    stages: Sequence[Candidate]
     """The dense model first."""
     opened: Callable[[str], Any]
     """The model of a label."""
@@ -62,7 +62,7 @@ class Readers:
         labels: Sequence[str] | None = None,
         keep: int | None = None,
         watch: Callable[[int, int], None] = lambda *_: None,
-    ) -> dict[str, Reading]:
+    ) -> dict[str, TextResult]:
         """What every stage, or those of `labels`, makes of `windows`; see `compare`.
 
         Raises:
@@ -73,7 +73,7 @@ class Readers:
             stages = [dense, *(stage for stage in stages[1:] if stage.label in labels)]
         key = {"windows": tensors_digest(windows), "keep": keep, "dense": dense.digest, **VERSIONS}
         keys = {stage.label: key | {"model": stage.digest} for stage in stages}
-        kept = {label: self.store.get("reading", one) for label, one in keys.items()}
+        kept = {label: self.cache.get("reading", one) for label, one in keys.items()}
         found: dict[str, Any] = {label: value for label, value in kept.items() if value}
         lacking = [label for label in keys if label not in found]
         if lacking:
@@ -83,11 +83,11 @@ class Readers:
             _check_finite(readings, stages)
             for label, reading in readings.items():
                 value = dataclasses.asdict(reading)
-                found[label] = self.store.put("reading", keys[label], value)
+                found[label] = self.cache.put("reading", keys[label], value)
         return {label: _reading(found[label]) for label in keys}
 
 
-def _check_finite(readings: Mapping[str, Reading], stages: Sequence[Stage]) -> None:
+def _check_finite(readings: Mapping[str, TextResult], stages: Sequence[Candidate]) -> None:
     for stage in stages:
         loss = readings[stage.label].score.nll if stage.label in readings else 0.0
         if math.isfinite(loss):
@@ -106,7 +106,7 @@ def read(
     windows: list[Tensor],
     keep: int | None = None,
     watch: Callable[[int, int], None] = lambda *_: None,
-) -> dict[str, Reading]:
+) -> dict[str, TextResult]:
     """The scores of `compare`, and what routers chose meanwhile."""
     with contextlib.ExitStack() as stack:
         seen = {
@@ -115,7 +115,7 @@ def read(
         scores = compare(dense, models, windows, keep=keep, watch=watch)
     ids_T = torch.cat(windows)
     return {
-        label: Reading(
+        label: TextResult(
             score,
             [
                 _counted(layer, torch.cat(parts), ids_T, _experts(models[label], layer))
@@ -160,6 +160,6 @@ def _counted(layer: int, index_TK: Tensor, ids_T: Tensor, experts: int) -> Choic
     return Choices(layer, len(index_TK), both_EE.diagonal().tolist(), both_EE.tolist(), of_token)
 
 
-def _reading(value: Mapping[str, Any]) -> Reading:
+def _reading(value: Mapping[str, Any]) -> TextResult:
     score = Score(**{name: tuple(sums) for name, sums in value["score"].items()})
-    return Reading(score, [Choices(**layer) for layer in value["choices"]])
+    return TextResult(score, [Choices(**layer) for layer in value["choices"]])

@@ -17,19 +17,19 @@ from torch import Tensor
 from moefy.compute import ComputeDtype
 from moefy.convert.prepare import Watch
 from moefy.errors import MoefyError
-from moefy.evaluate.cache import Store
-from moefy.evaluate.candidates import Stage, check_tokenizer, dense_stage, run_stages
-from moefy.evaluate.computing import one_dtype
+from moefy.evaluate.cache import Cache
+from moefy.evaluate.candidates import Candidate, check_tokenizer, dense_candidate, run_candidates
 from moefy.evaluate.controls import (
     SHOWN,
     as_written,
     calibration_tokens,
     changed,
-    control_stages,
+    control_candidates,
     controls,
 )
+from moefy.evaluate.dtypes import one_dtype
 from moefy.evaluate.prompts import read_prompts
-from moefy.evaluate.scoring import Readers
+from moefy.evaluate.scoring import Scorer
 from moefy.evaluate.settings import Settings
 from moefy.evaluate.texts import own_texts
 from moefy.files.shards import stored_dtype
@@ -40,13 +40,13 @@ from moefy.text.windows import text_windows
 
 
 @dataclass(frozen=True)
-class Bench:
+class Session:
     """Everything that measurements need, checked and opened."""
 
     summary: Mapping[str, Any]
-    stages: list[Stage]
+    stages: list[Candidate]
     """Dense first, then the run's own, then other runs."""
-    others: list[Stage]
+    others: list[Candidate]
     """Controls and methods, which are only scored on texts."""
     main: str
     """The label of the run's last stage."""
@@ -55,7 +55,7 @@ class Bench:
     prompts: list[dict[str, Any]]
     windows: dict[str, list[Tensor]]
     tokens: packing.Tokens
-    store: Store
+    cache: Cache
     stored: torch.dtype
     """Of the dense model."""
     compute: ComputeDtype
@@ -74,9 +74,9 @@ class Bench:
     """What each part took, by the clock and of the processor."""
 
     @property
-    def readers(self) -> Readers:
+    def scorer(self) -> Scorer:
         """The models that are scored on texts."""
-        return Readers(self.store, [*self.stages, *self.others], self.opened)
+        return Scorer(self.cache, [*self.stages, *self.others], self.opened)
 
     @property
     def labels(self) -> list[str]:
@@ -106,7 +106,7 @@ class Bench:
 
 def prepare(
     run: Path, summary: dict[str, Any], settings: Settings, place: Path, watch: Watch
-) -> Bench:
+) -> Session:
     """Check all that can be checked without a model, and give what is left to measure with.
 
     Raises:
@@ -121,12 +121,12 @@ def prepare(
     methods = {name: changed(recipe, name) for name in settings.against if not _is_folder(name)}
     check_folder(model.folder)
     converted = model.made(summary)
-    dense = dense_stage(model, converted=converted)
-    own, missing = run_stages(run)
+    dense = dense_candidate(model, converted=converted)
+    own, missing = run_candidates(run)
     stages, names = [dense, *own], [folder.resolve().name for folder in folders]
     for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
         unique = names.count(name) == 1 and name not in ("dense", "converted", "finetuned")
-        found, more = run_stages(folder, name if unique else f"{name} ({number + 1})")
+        found, more = run_candidates(folder, name if unique else f"{name} ({number + 1})")
         stages, missing = [*stages, *found], [*missing, *more]
     tokenizer = load_tokenizer(model.folder)
     for stage in stages[1:]:
@@ -148,7 +148,7 @@ def prepare(
             )
         missing.append(f"controls are made from the model that was converted, not {model.folder}")
         wanted = {}
-    others = control_stages(recipe, wanted, dense, tokens, place, watch)
+    others = control_candidates(recipe, wanted, dense, tokens, place, watch)
     if settings.wants(settings.controls) and summary["shape"]["num_experts"]:
         others += as_written(own[-1])
     paths = list(settings.texts) or own_texts(place)
@@ -177,7 +177,7 @@ def prepare(
             return by_label[label].open(dtype)
         return kept(label)
 
-    return Bench(
+    return Session(
         summary,
         stages,
         others,
@@ -187,7 +187,7 @@ def prepare(
         prompts,
         windows,
         tokens,
-        Store(run / "moefy" / "measured", {"dtype": compute.name}),
+        Cache(run / "moefy" / "measured", {"dtype": compute.name}),
         stored_dtype(model.folder),
         compute,
         lambda label: opened_in(label, compute.dtype),
@@ -199,7 +199,7 @@ def prepare(
     )
 
 
-def _other_weights(model: DenseModel, stages: Sequence[Stage], *, given: bool) -> list[str]:
+def _other_weights(model: DenseModel, stages: Sequence[Candidate], *, given: bool) -> list[str]:
     """What is to be said of runs that were converted from other weights than those of `model`.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 
 from moefy.compute import AUTO, check_asked
 from moefy.errors import MoefyError
-from moefy.evaluate.ways import Grid
+from moefy.evaluate.implementations import Grid
 from moefy.text.windows import SHORTEST_WINDOW
 
 GRIDS = {

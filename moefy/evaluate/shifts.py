@@ -27,7 +27,7 @@ MEANING = {
 
 
 @dataclass(frozen=True)
-class Condition:
+class Shift:
     """Windows to read, of which only the last `keep` tokens are scored."""
 
     windows: list[Tensor]
@@ -43,7 +43,7 @@ def reference(tokens: Tokens, num_tokens: int) -> list[Tensor]:
     return list(fitted_BT[: max(1, num_tokens // fitted_BT.shape[1])])
 
 
-def conditions(
+def shifts(
     tokens: Tokens,
     texts: Mapping[str, str],
     tokenizer: Any,
@@ -53,27 +53,27 @@ def conditions(
     num_tokens: int,
     length: int,
     seed: int = 0,
-) -> tuple[dict[str, Condition], dict[str, str]]:
+) -> tuple[dict[str, Shift], dict[str, str]]:
     """The conditions by name, and for those that cannot be made the reason.
 
     `texts` are strings; `longest` is the longest context of the models.
     """
     generator = torch.Generator().manual_seed(seed)
     count = max(1, num_tokens // length)
-    made = {"in-domain": Condition(list(tokens.ids_BT[-tokens.num_heldout :][:count]))}
+    made = {"in-domain": Shift(list(tokens.ids_BT[-tokens.num_heldout :][:count]))}
     size = (count, min(length, longest))
     random_WT = torch.randint(vocabulary, size, generator=generator)
-    made["random tokens"] = Condition(list(random_WT))
+    made["random tokens"] = Shift(list(random_WT))
     lacking: dict[str, str] = {}
     cut = truncated("\n\n".join(texts.values()), tokenizer, count=count * 8, generator=generator)
     if cut:
-        made["truncated prompts"] = Condition(cut)
+        made["truncated prompts"] = Shift(cut)
     else:
         lacking["truncated prompts"] = "the texts are too short"
     ids = tokenizer("\n\n".join(texts.values()), verbose=False)["input_ids"]
     long = min(LONG * length, longest, len(ids))
     if long > length:
-        made["long context"] = Condition([torch.tensor(ids[:long])], min(length, long - length))
+        made["long context"] = Shift([torch.tensor(ids[:long])], min(length, long - length))
     else:
         lacking["long context"] = (
             f"texts of {len(ids):,} tokens and a model of {longest:,} give no context longer than "

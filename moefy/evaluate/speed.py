@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moefy.compute import name_of
-from moefy.evaluate.ways import PHASES, Clock, Grid, Work, fastest, fastest_round
+from moefy.evaluate.implementations import PHASES, Clock, Grid, Work, fastest, fastest_round
 
 LONG = 15.0
 """Seconds in all rounds, of all models: a piece of work that took as long gets no third round, for

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moefy.evaluate.metrics import Score, standard_error
-from moefy.evaluate.scoring import Choices, Reading, merged
+from moefy.evaluate.scoring import Choices, TextResult, merged
 from moefy.models import routing
 
 TOP_TOKENS = 8
@@ -26,7 +26,7 @@ MOST_PAIRED = 32
 """Experts up to which it is told which are chosen together."""
 
 
-def score_rows(readings: Mapping[str, Reading], num_bytes: int) -> dict[str, dict[str, Any]]:
+def score_rows(readings: Mapping[str, TextResult], num_bytes: int) -> dict[str, dict[str, Any]]:
     """One text's scores by label; the first is dense."""
     dense = next(iter(readings.values())).score
     rows = {label: _row(reading.score, dense, num_bytes) for label, reading in readings.items()}
@@ -65,7 +65,7 @@ def num_bytes(tokenizer: Any, windows: Sequence[Tensor]) -> int:
 
 
 def routing_tables(
-    by_text: Mapping[str, Mapping[str, Reading]],
+    by_text: Mapping[str, Mapping[str, TextResult]],
     labels: Sequence[str],
     piece: Callable[[int], str],
 ) -> dict[str, dict[str, Any]]:
@@ -133,7 +133,7 @@ def load_of(layer: Choices) -> Tensor:
 
 
 def robustness_row(
-    reading: Reading, dense: Reading, reference: Sequence[Choices]
+    reading: TextResult, dense: TextResult, reference: Sequence[Choices]
 ) -> dict[str, Any]:
     """A model on a text, and how its routing there differs from that on the `reference`."""
     row: dict[str, Any] = {

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from moefy.checkpoint.resolve import resolve
 from moefy.compute import name_of
 from moefy.environment import processor
-from moefy.evaluate.computing import one_dtype
+from moefy.evaluate.dtypes import one_dtype
 from moefy.evaluate.load import load_model
 from moefy.evaluate.metrics import compare, standard_error
 from moefy.files.shards import stored_dtype

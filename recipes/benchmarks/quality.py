@@ -28,7 +28,7 @@ from moefy.convert.prepare import prepare
 from moefy.convert.run import calibration_tokens, convert
 from moefy.environment import processor
 from moefy.errors import MoefyError
-from moefy.evaluate.computing import one_dtype
+from moefy.evaluate.dtypes import one_dtype
 from moefy.evaluate.load import load_model
 from moefy.evaluate.metrics import compare, standard_error
 from moefy.files.shards import stored_dtype

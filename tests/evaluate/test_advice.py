@@ -11,9 +11,9 @@ from moefy.errors import MoefyError
 from moefy.evaluate import conditions, prompts
 from moefy.evaluate.advice import advice, needed_errors
 from moefy.evaluate.benchmarks import compared
+from moefy.evaluate.implementations import Grid, stretches
 from moefy.evaluate.sizes import ideals
 from moefy.evaluate.speed import measure, speed_rows
-from moefy.evaluate.ways import Grid, stretches
 
 
 def speed_row(ratio, low, high, phase="decode", batch=1):

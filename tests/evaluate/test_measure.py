@@ -15,10 +15,10 @@ from moefy.environment import code
 from moefy.errors import MoefyError
 from moefy.evaluate import cache, scoring, sizes
 from moefy.evaluate import measure as parts
-from moefy.evaluate.cache import Store
+from moefy.evaluate.cache import Cache
+from moefy.evaluate.implementations import Grid
 from moefy.evaluate.run import evaluate
 from moefy.evaluate.settings import Settings
-from moefy.evaluate.ways import Grid
 
 SMALL = Grid(((1, 16), (2, 16)), rounds=1, new_tokens=2)
 FEW = {"num_tokens": 200, "length": 64}
@@ -87,7 +87,7 @@ def test_every_part_of_a_report(run, text, tmp_path, monkeypatch):
 
     for module, name in ((scoring, "read"), (parts, "sizes"), (parts, "peak_bytes")):
         monkeypatch.setattr(module, name, never)
-    monkeypatch.setattr(parts.clock, "measure", never)
+    monkeypatch.setattr(parts.transformers_speed, "measure", never)
     monkeypatch.setattr(parts.prompts, "written", never)
     monkeypatch.setattr(parts.prompts, "likelihood", never)
     again = evaluate(run, settings)
@@ -253,16 +253,16 @@ def test_what_is_neither_a_run_nor_a_method(run, text):
 
 
 def test_a_measurement_is_kept_under_all_that_it_depends_on(tmp_path):
-    store, calls = Store(tmp_path), []
+    stored, calls = Cache(tmp_path), []
 
     def measure():
         calls.append(1)
         return {"value": len(calls)}
 
-    assert store.once("kind", {"a": 1, "b": 2}, measure) == {"value": 1}
-    assert store.once("kind", {"b": 2, "a": 1}, measure) == {"value": 1}
-    assert store.once("kind", {"a": 1, "b": 3}, measure) == {"value": 2}
-    assert store.once("other", {"a": 1, "b": 2}, measure) == {"value": 3}
+    assert stored.once("kind", {"a": 1, "b": 2}, measure) == {"value": 1}
+    assert stored.once("kind", {"b": 2, "a": 1}, measure) == {"value": 1}
+    assert stored.once("kind", {"a": 1, "b": 3}, measure) == {"value": 2}
+    assert stored.once("other", {"a": 1, "b": 2}, measure) == {"value": 3}
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 

@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moefy import compute, pipeline
 from moefy.errors import MoefyError
-from moefy.evaluate import candidates, computing, controls, scoring
-from moefy.evaluate.computing import dtypes_to_try, num_bytes, one_dtype
+from moefy.evaluate import candidates, controls, dtypes, scoring
+from moefy.evaluate.dtypes import dtypes_to_try, num_bytes, one_dtype
+from moefy.evaluate.implementations import Grid
 from moefy.evaluate.run import evaluate
 from moefy.evaluate.settings import Settings
 from moefy.evaluate.sizes import sizes
-from moefy.evaluate.ways import Grid
 from moefy.files.shards import stored_dtype
 from moefy.report.format import computed_in
 
@@ -136,9 +136,9 @@ def test_every_open_model_counts_and_what_does_not_fit_stays_as_stored(pair, mac
     folders = [pair[0], pair[1], pair[1]]
     takes = num_bytes(folders, WHOLE)
     assert takes == num_bytes(folders[:1], WHOLE) + 2 * num_bytes(folders[1:2], WHOLE)
-    monkeypatch.setattr(computing, "room", lambda: takes)
+    monkeypatch.setattr(dtypes, "room", lambda: takes)
     assert one_dtype("auto", folders).dtype == WHOLE
-    monkeypatch.setattr(computing, "room", lambda: takes - 1)
+    monkeypatch.setattr(dtypes, "room", lambda: takes - 1)
     result = one_dtype("auto", folders)
     assert result.dtype == HALF and "200.0 times slower than in float32" in result.note
     with pytest.raises(MoefyError, match="--compute-dtype float32") as error:
@@ -149,16 +149,16 @@ def test_every_open_model_counts_and_what_does_not_fit_stays_as_stored(pair, mac
 def test_dtypes_whose_speed_is_tried(pair, machine, monkeypatch):
     machine(native=True)
     both = num_bytes(pair, HALF) + num_bytes(pair, WHOLE)
-    monkeypatch.setattr(computing, "room", lambda: both)
+    monkeypatch.setattr(dtypes, "room", lambda: both)
     assert dtypes_to_try("auto", HALF, HALF, pair) == ([HALF, WHOLE], {})
     assert dtypes_to_try("auto", WHOLE, WHOLE, pair) == ([WHOLE], {})
     assert dtypes_to_try("bfloat16", HALF, HALF, pair) == ([HALF], {})
-    monkeypatch.setattr(computing, "room", lambda: both - 1)
-    dtypes, left_out = dtypes_to_try("auto", HALF, HALF, pair)
-    assert dtypes == [HALF] and "GB that are left" in left_out["float32"]
+    monkeypatch.setattr(dtypes, "room", lambda: both - 1)
+    tried, left_out = dtypes_to_try("auto", HALF, HALF, pair)
+    assert tried == [HALF] and "GB that are left" in left_out["float32"]
     machine(native=False)
-    dtypes, left_out = dtypes_to_try("auto", HALF, WHOLE, pair)
-    assert dtypes == [WHOLE] and "200.0 times as long" in left_out["bfloat16"]
+    tried, left_out = dtypes_to_try("auto", HALF, WHOLE, pair)
+    assert tried == [WHOLE] and "200.0 times as long" in left_out["bfloat16"]
 
 
 def test_bytes_are_those_of_the_stored_dtype():

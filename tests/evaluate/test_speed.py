@@ -8,9 +8,10 @@ from pico import PICO
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moefy.errors import MoefyError
-from moefy.evaluate import sizes, ways
+from moefy.evaluate import implementations as module
+from moefy.evaluate import sizes
+from moefy.evaluate.implementations import IMPLEMENTATIONS, Grid, implementations
 from moefy.evaluate.speed import measure
-from moefy.evaluate.ways import IMPLEMENTATIONS, Grid, implementations
 
 SMALL = Grid(((1, 16), (2, 16)), rounds=1, new_tokens=2)
 IDS_T = torch.arange(200) % 128
@@ -44,7 +45,7 @@ def test_a_model_that_no_way_computes_is_no_slow_model(monkeypatch):
     def broken(*_):
         raise RuntimeError("a fault\nof two lines")
 
-    monkeypatch.setattr(ways, "one_round", broken)
+    monkeypatch.setattr(module, "one_round", broken)
     with pytest.raises(MoefyError, match="eager: RuntimeError: a fault of two lines") as caught:
         implementations(mixture(16), IDS_T, SMALL, lambda: 0.0)
     assert caught.value.code == 6
@@ -56,7 +57,7 @@ def test_a_way_that_fails_at_more_sequences_is_left_out_there(monkeypatch):
             raise RuntimeError("too many")
         return 1.0, {"eager": 1.0, "grouped_mm": 1.5, "batched_mm": 9.0}[used["decode", batch]]
 
-    monkeypatch.setattr(ways, "one_round", round_)
+    monkeypatch.setattr(module, "one_round", round_)
     result = implementations(mixture(16), IDS_T, SMALL, lambda: 0.0)
     assert result.ways["decode", 1] == "eager" and result.ways["decode", 2] == "grouped_mm"
     assert result.left_out == {"eager": "RuntimeError: too many"}
