@@ -68,7 +68,7 @@ ROWS = {
         "checkpoints collapse_guard losses settings teacher",
         "__init__",
     ],
-    "models": ["targets", "families opening routing shape", "__init__"],
+    "models": ["engines", "targets", "families opening routing shape", "__init__"],
     "report": [
         "printed __init__",
         "draw",

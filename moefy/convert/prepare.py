@@ -20,27 +20,12 @@ from moefy.convert.method import stages
 from moefy.errors import MoefyError
 from moefy.files.shards import DTYPES
 from moefy.models import families, targets
+from moefy.models.engines import ENGINES, Engine, by_reason, engine_issues
 from moefy.models.families.family import Family
 from moefy.models.shape import pruned, solve
 from moefy.models.targets.dense import narrower
 from moefy.models.targets.target import Dense, Target
 from moefy.types import Shape
-
-ENGINES = {
-    "transformers": "transformers",
-    "vllm": "vLLM",
-    "sglang": "SGLang",
-    "llama.cpp": "llama.cpp",
-    "mlx": "MLX",
-    "ollama": "Ollama",
-}
-"""What `--engines` takes, and the names in full."""
-
-OWN = "moefy"
-"""The class of moefy's own, which is written only if asked for."""
-
-NO_SHAPE = Shape(1, 1, 1, 1, 1)
-"""For the question which engines run a model, before it has a shape."""
 
 Watch = Callable[[str, int, int], None]
 """Called with the name of a stage, how much of it is done, and how much there is."""
@@ -196,8 +181,8 @@ def choose_target(recipe: Recipe, family: Family, dense: Dense) -> tuple[Target,
         raise MoefyError(
             f"unknown --target {recipe.target!r}; {nearest(recipe.target, targets.names())}", code=2
         )
-    own = f"{OWN}, which runs in transformers only"
-    if recipe.target not in ("auto", OWN, *family.targets):
+    own = f"{targets.OWN}, which runs in transformers only"
+    if recipe.target not in ("auto", targets.OWN, *family.targets):
         raise MoefyError(
             f"--target {recipe.target} cannot hold {family.model_type} exactly; "
             f"expected one of {', '.join([*family.targets, own])}",
@@ -205,28 +190,22 @@ def choose_target(recipe: Recipe, family: Family, dense: Dense) -> tuple[Target,
         )
     if recipe.target == "auto" and not family.targets:
         raise MoefyError(
-            f"no stock MoE class holds {family.model_type} exactly: none has {family.unheld}; "
-            f"ask for --target {own}, if that will do",
+            f"no stock MoE class holds {family.model_type} exactly: none has "
+            f"{family.missing_feature}; ask for --target {own}, if that will do",
             code=4,
         )
-    wanted = [name.strip() for name in recipe.engines.split(",") if name.strip()]
-    for name in wanted:
-        if name not in ENGINES:
-            raise MoefyError(f"unknown --engines {name!r}; {nearest(name, [*ENGINES])}", code=2)
+    options = [name.strip() for name in recipe.engines.split(",") if name.strip()]
+    known = {engine.option: engine for engine in ENGINES}
+    for name in options:
+        if name not in known:
+            raise MoefyError(f"unknown --engines {name!r}; {nearest(name, [*known])}", code=2)
+    engines = [known[name] for name in options]
     candidates = family.targets if recipe.target == "auto" else (recipe.target,)
     against: list[str] = []
     for name in candidates:
         target = targets.load(name, family)
-        if reason := target.cannot(dense):
+        if reason := _why_not(target, dense, engines):
             against.append(f"{name}: {reason}")
-            continue
-        missing = [ENGINES[engine] for engine in wanted if ENGINES[engine] not in target.engines]
-        balks = target.balks(dense, NO_SHAPE)
-        balking = [f"{ENGINES[e]} {balks[ENGINES[e]]}" for e in wanted if ENGINES[e] in balks]
-        if missing:
-            against.append(f"{name}: not in {', '.join(missing)}")
-        elif balking:
-            against.append(f"{name}: {'; '.join(balking)}")
         elif recipe.target != "auto":
             return target, "asked for"
         else:
@@ -234,34 +213,35 @@ def choose_target(recipe: Recipe, family: Family, dense: Dense) -> tuple[Target,
             return target, f"the first choice for {family.model_type}{after}"
     raise MoefyError(
         f"no class holds this {family.model_type} model"
-        + (f" for {', '.join(wanted)}" if wanted else "")
+        + (f" for {', '.join(options)}" if options else "")
         + f": {'; '.join(against)}",
         code=4,
     )
 
 
+def _why_not(target: Target, dense: Dense, engines: list[Engine]) -> str | None:
+    """Why a class cannot hold a model, or which of the engines do not run it."""
+    name = target.model_type
+    if reason := target.why_unsupported(dense):
+        return reason
+    if missing := [engine.name for engine in engines if name not in engine.classes]:
+        return f"not in {', '.join(missing)}"
+    issues = [
+        f"{engine.name} {issue}" for engine in engines for issue in engine.issues(name, dense)
+    ]
+    return "; ".join(issues) or None
+
+
 def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:
-    """What engines will not do with the result."""
-    reasons: dict[str, list[str]] = {}
-    for engine, reason in target.balks(dense, shape).items():
-        if engine in target.engines:
-            reasons.setdefault(reason, []).append(engine)
-    notes = [f"{', '.join(engines)}: {reason}" for reason, engines in reasons.items()]
+    """What the engines do wrong with the result, and what slows it down."""
+    issues = by_reason(engine_issues(target.model_type, dense, shape))
+    notes = [f"{engines}: {reason}" for reason, engines in issues.items()]
     if dense.rope_type == "longrope":
         length = dense.config.get("original_max_position_embeddings", "the original length")
         notes.append(f"text that grows past {length} tokens keeps keys rotated for short text")
-    if shape.expert_width % 128 and "vLLM" in target.engines:
-        found = f"expert width {shape.expert_width}, no multiple of 128"
-        notes.append(f"fused kernels of vLLM and SGLang may refuse {found}, or be slow")
-    if shape.expert_width % 8:
-        notes.append(
-            f"transformers runs experts of width {shape.expert_width}, no multiple of 8, only with "
-            "experts_implementation='eager'"
-        )
-    count = shape.num_experts
-    if count & (count - 1) and "vLLM" in target.engines:
-        notes.append(f"vLLM routes to {count} experts, no power of two, by a slower kernel")
-    return notes
+    known = [engine for engine in ENGINES if target.model_type in engine.classes]
+    slow = by_reason({engine.name: engine.heed(dense, shape) for engine in known})
+    return notes + [f"{engines}: {reason}" for reason, engines in slow.items()]
 
 
 def _dtype_notes(checkpoint: Checkpoint, dtype: str) -> list[str]:

@@ -17,6 +17,7 @@ from moefy.convert.prepare import Job
 from moefy.environment import machine, versions
 from moefy.files.publish import file_digests, write_json, write_text
 from moefy.files.shards import save
+from moefy.models.engines import known_engines
 from moefy.text import packing
 
 END = "end"
@@ -44,7 +45,7 @@ def summarise(
         "target": job.target.model_type,
         "target_reason": job.reason,
         "licence": licence(job.checkpoint.folder),
-        "engines": list(job.target.engines),
+        "engines": known_engines(job.target.model_type) if job.method.fit else ["every engine"],
         "shape": {**dataclasses.asdict(job.shape), "active_fraction": job.shape.active_fraction},
         "parameters_dense": sum(entry.num_elements for entry in entries.values()),
         "layers": layers,

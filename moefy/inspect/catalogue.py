@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from moefy.models import families, targets
+from moefy.models.engines import known_engines
 from moefy.models.families.family import Family
 from moefy.models.targets.target import Dense, Target
 from moefy.types import Shape
@@ -27,30 +28,25 @@ LEFT = {"first": (0, 1), "last": (4,), "between": (2,)}
 """Layers of the specimen that are left dense."""
 
 
-OWN = "moefy"
-"""The class that is not stock: it holds every family, and runs in transformers only."""
-
-
 def catalogue() -> dict[str, Any]:
     """Every family with its targets, best first, and what each target can express."""
     known = {name: families.load(name) for name in families.names()}
+    names = [*(name for name in targets.names() if name != targets.OWN), targets.OWN]
     return {
         "families": {
-            name: {"targets": list(family.targets), "unheld": family.unheld or None}
+            name: {
+                "targets": list(family.targets),
+                "missing_feature": family.missing_feature or None,
+            }
             for name, family in known.items()
         },
-        "targets": {name: _expresses(*_loaded(name, known.values())) for name in (*stock(), OWN)},
+        "targets": {name: _expresses(*_loaded(name, known.values())) for name in names},
     }
-
-
-def stock() -> list[str]:
-    """The stock classes."""
-    return [name for name in targets.names() if name != OWN]
 
 
 def _loaded(name: str, known: Iterable[Family]) -> tuple[Target, Family]:
     """A target, and a family that it can hold."""
-    family = next(family for family in known if name in (*family.targets, OWN))
+    family = next(family for family in known if name in (*family.targets, targets.OWN))
     return targets.load(name, family), family
 
 
@@ -61,14 +57,8 @@ def _expresses(target: Target, family: Family) -> dict[str, Any]:
         "dense_layers": dense_layers(target, family),
         "selection_bias": target.selection_bias,
         "elastic": target.elastic,
-        "engines": list(target.engines),
+        "engines": known_engines(target.model_type),
     }
-
-
-def engines() -> list[str]:
-    """The engines that any class is known to, in the order of the class that most know."""
-    known = sorted((targets.load(name).engines for name in stock()), key=len)
-    return list(dict.fromkeys(engine for some in reversed(known) for engine in some))
 
 
 def shared_expert(target: Target) -> str:
@@ -84,6 +74,6 @@ def dense_layers(target: Target, family: Family) -> str:
     held = [
         place
         for place, left in LEFT.items()
-        if target.cannot(Dense(family, config, left_dense=left)) is None
+        if target.why_unsupported(Dense(family, config, left_dense=left)) is None
     ]
     return "any" if len(held) == len(LEFT) else " and ".join(held) or "none"

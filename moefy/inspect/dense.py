@@ -11,9 +11,10 @@ from moefy.checkpoint.tensors import Checkpoint
 from moefy.checkpoint.validate import open_checkpoint
 from moefy.errors import MoefyError
 from moefy.inspect import MISREAD, Config, Entries, head_dim, misread
-from moefy.inspect.catalogue import OWN, engines, shared_expert
+from moefy.inspect.catalogue import shared_expert
 from moefy.inspect.settled import as_dense
 from moefy.models import families, targets
+from moefy.models.engines import ENGINES, NO_SHAPE, engine_issues, known_engines
 from moefy.models.shape import solve
 from moefy.models.targets.target import Dense, Target
 from moefy.types import Shape
@@ -48,7 +49,7 @@ def _told(checkpoint: Checkpoint, entries: Entries) -> dict[str, Any]:
     num_neurons = family.num_neurons(checkpoint.config)
     shapes: dict[Fits, dict[float, Shape | None]] = {}
     held = {}
-    for name in (*family.targets, OWN):
+    for name in (*family.targets, targets.OWN):
         target = targets.load(name, family)
         if target.fits not in shapes:
             shapes[target.fits] = {active: _solve(num_neurons, active, target) for active in ACTIVE}
@@ -61,11 +62,11 @@ def _told(checkpoint: Checkpoint, entries: Entries) -> dict[str, Any]:
         },
         "tied": dense.tied,
         "convertible": any(found["holds"] for found in held.values()),
-        "unheld": None if family.targets else family.unheld,
+        "missing_feature": None if family.targets else family.missing_feature,
         "targets": held,
         "engines": {
-            engine: [name for name in family.targets if engine in held[name]["engines"]]
-            for engine in engines()
+            engine.name: [name for name in family.targets if engine.name in held[name]["engines"]]
+            for engine in ENGINES
         },
         "problems": [],
     }
@@ -75,18 +76,18 @@ def _held(
     target: Target, dense: Dense, num_neurons: int, shapes: dict[float, Shape | None]
 ) -> dict[str, Any]:
     """Whether and how a class can hold a model, and which engines run the result."""
-    reason = target.cannot(dense)
+    reason = target.why_unsupported(dense)
     shape = next((shapes[active] for active in (0.5, *ACTIVE) if shapes[active]), None)
-    balks = {} if reason else target.balks(dense, shape or Shape(1, 1, 1, 1, 1))
-    known = [] if reason else target.engines
+    known = [] if reason else known_engines(target.model_type)
+    issues = {} if reason else engine_issues(target.model_type, dense, shape or NO_SHAPE)
     return {
-        "stock": target.model_type != OWN,
+        "stock": target.model_type != targets.OWN,
         "holds": reason is None,
         "reason": reason,
         "shared": shared_expert(target),
         "elastic": target.elastic,
-        "engines": [engine for engine in known if engine not in balks],
-        "balks": {engine: why for engine, why in balks.items() if engine in known},
+        "engines": [engine for engine in known if engine not in issues],
+        "engine_issues": issues,
         "shapes": {
             f"{active:g}": shape and {**dataclasses.asdict(shape), "active": shape.active_fraction}
             for active, shape in ({} if reason else shapes).items()

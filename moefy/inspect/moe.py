@@ -11,11 +11,11 @@ from moefy.checkpoint.validate import open_checkpoint
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import Entry
 from moefy.inspect import MISREAD, SIZES, Config, Entries, head_dim, misread, number
-from moefy.inspect.catalogue import engines
 from moefy.inspect.settled import as_dense
 from moefy.models import families, targets
+from moefy.models.engines import ENGINES, known_engines
 from moefy.models.families.family import Family
-from moefy.models.targets.target import Dense, Target
+from moefy.models.targets.target import Dense
 from moefy.types import Shape
 
 ROUTED = re.compile(
@@ -43,6 +43,8 @@ class Experts:
     """Of each layer; None when sizes are missing or differ between layers."""
     count: int | None
     per_token: int | None
+    dense_layers: tuple[int, ...]
+    """Layers that have none."""
 
     @property
     def idle(self) -> int:
@@ -67,30 +69,29 @@ def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
     told: dict[str, Any] = {
         "sizes": {**sizes, "ffn": found.shape.num_neurons} if found.shape else sizes,
         "parameters_active": total - found.idle,
-        "experts": _told(found, config),
+        "experts": _told(found),
         "problems": [*_refused(folder), *_contradictions(found, config)],
         "serving": {},
     }
     model_type = config.get("model_type")
     if not found.shape or told["problems"] or model_type not in targets.names():
         return told
-    left_dense = tuple(told["experts"]["dense_layers"])
     try:
-        return told | _served(config, entries, left_dense, found.shape)
+        dense = as_stored(config, entries, found)
+        return told | {"tied": dense.tied, "serving": serving(model_type, dense, found.shape)}
     except MISREAD as error:
         return told | {"problems": [misread(folder, error)]}
 
 
-def _served(
-    config: Config, entries: Entries, left_dense: tuple[int, ...], shape: Shape
-) -> dict[str, Any]:
-    """Which engines run a model of a class that is known."""
-    # What a class with experts does with these keys, its target says.
-    known = _sibling(config["model_type"], config)
-    family = dataclasses.replace(known, windows="some", partial_rotary=True)
-    dense = as_dense(family, config, entries, left_dense)
-    target = targets.load(config["model_type"], family)
-    return {"tied": dense.tied, "serving": serving(target, dense, shape)}
+def as_stored(config: Config, entries: Entries, experts: Experts) -> Dense:
+    """A checkpoint of a known class as engines see it, dense or with experts."""
+    model_type = config["model_type"]
+    if not experts.layers:
+        return as_dense(families.load(model_type, config), config, entries)
+    family = _sibling(model_type, config)
+    # A class with experts may read these keys, whatever the dense class does.
+    family = dataclasses.replace(family, windows="some", partial_rotary=True)
+    return as_dense(family, config, entries, experts.dense_layers)
 
 
 def read_experts(config: Config, entries: Entries) -> Experts:
@@ -121,7 +122,9 @@ def read_experts(config: Config, entries: Entries) -> Experts:
         num_shared, expert_width = min(shared, default=0), width.pop()
         neurons = num_shared + count * expert_width
         shape = Shape(neurons, num_shared, count, expert_width, per_token)
-    return Experts(tuple(sorted(widths)), parameters, shape, count, per_token)
+    num_layers = min(number(config, SIZES["layers"]) or 0, MOST_LAYERS)
+    dense_layers = tuple(n for n in range(num_layers) if n not in widths)
+    return Experts(tuple(sorted(widths)), parameters, shape, count, per_token, dense_layers)
 
 
 def _width(entry: Entry, hidden: int | None, rank: int) -> list[int]:
@@ -131,40 +134,23 @@ def _width(entry: Entry, hidden: int | None, rank: int) -> list[int]:
     return [next((side for side in entry.shape[-2:] if side != hidden), entry.shape[-1])]
 
 
-def serving(target: Target, dense: Dense, shape: Shape) -> dict[str, dict[str, Any]]:
+def serving(model_type: str, dense: Dense, shape: Shape) -> dict[str, dict[str, Any]]:
     """For each engine: whether it runs the model (None: not known), why not, and what to heed."""
-    balks = target.balks(dense, shape)
     verdicts = {}
-    for engine in engines():
-        if engine not in target.engines:
-            known = ", ".join(target.engines)
-            reasons = [f"not known to run {target.model_type}; known: {known}"]
-            verdicts[engine] = {"runs": None, "reasons": reasons, "notes": []}
+    for engine in ENGINES:
+        if model_type not in engine.classes:
+            known = ", ".join(known_engines(model_type))
+            reasons = [f"not known to run {model_type}; known: {known}"]
+            verdicts[engine.name] = {"runs": None, "reasons": reasons, "notes": []}
             continue
-        reasons = [balks[engine]] if engine in balks else []
-        reasons += [why for names, why in target.foreign(dense) if engine in names.split(",")]
-        notes = _heed(engine, target, shape.expert_width, dense)
-        verdicts[engine] = {"runs": not reasons, "reasons": reasons, "notes": notes}
+        reasons = engine.issues(model_type, dense, shape, stored=True)
+        notes = engine.heed(dense, shape, stored=True)
+        verdicts[engine.name] = {"runs": not reasons, "reasons": reasons, "notes": notes}
     return verdicts
 
 
-def _heed(engine: str, target: Target, width: int, dense: Dense) -> list[str]:
-    """What does not keep an engine from running a model, but is to be known."""
-    if engine == "transformers":
-        notes = [] if width % 8 == 0 else ["needs experts_implementation='eager'"]
-        older = "versions before 5 read rope_theta, which config.json lacks"
-        return notes + ([] if "rope_theta" in dense.config or target.native else [older])
-    if engine in ("vLLM", "SGLang") and width % 128:
-        return [f"fused kernels may refuse expert width {width}, no multiple of 128, or be slow"]
-    if engine in ("llama.cpp", "Ollama") and width % 256:
-        least = "K-quants" if width % 32 == 0 else "quantised formats"
-        unit = 256 if width % 32 == 0 else 32
-        return [f"{least} fall back to others: expert width {width} is no multiple of {unit}"]
-    return []
-
-
-def _told(found: Experts, config: Config) -> dict[str, Any]:
-    shape, num_layers = found.shape, number(config, SIZES["layers"]) or 0
+def _told(found: Experts) -> dict[str, Any]:
+    shape = found.shape
     return {
         "count": found.count,
         "per_token": found.per_token,
@@ -172,7 +158,7 @@ def _told(found: Experts, config: Config) -> dict[str, Any]:
         "shared_width": shape and shape.num_shared,
         "active_fraction": shape and round(shape.active_fraction, 4),
         "layers": len(found.layers),
-        "dense_layers": [n for n in range(min(num_layers, MOST_LAYERS)) if n not in found.layers],
+        "dense_layers": list(found.dense_layers),
         "parameters": found.parameters,
         "parameters_idle": found.idle,
     }

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moefy.models.engines import by_reason
 from moefy.report.format import shape_text
 
 
@@ -200,15 +201,14 @@ def _target_notes(found: Mapping[str, Any]) -> list[str]:
     if best:
         lines.append("Engines: " + "; ".join(f"{', '.join(best[name])}: {name}" for name in best))
     else:
-        unheld = f"none has {found['unheld']}" if found["unheld"] else "for the reasons below"
-        lines.append(f"No stock class: {unheld}. --target moefy runs in transformers only.")
+        missing = found["missing_feature"]
+        reason = f"none has {missing}" if missing else "for the reasons below"
+        lines.append(f"No stock class: {reason}. --target moefy runs in transformers only.")
     for name, target in found["targets"].items():
         if not target["holds"]:
             lines.append(f"Not {name}: {target['reason']}")
-        reasons: dict[str, list[str]] = {}
-        for engine, reason in target["balks"].items():
-            reasons.setdefault(reason, []).append(engine)
-        lines += [f"{name}: {', '.join(names)} {reason}" for reason, names in reasons.items()]
+        issues = by_reason(target["engine_issues"])
+        lines += [f"{name}: {engines} {reason}" for reason, engines in issues.items()]
     return lines
 
 
@@ -251,7 +251,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 def show_catalogue(known: Mapping[str, Any]) -> None:
     """Print the families with their targets, and what each target can express."""
     rows = [
-        (name, ", ".join(told["targets"]) or f"no stock class has {told['unheld']}")
+        (name, ", ".join(told["targets"]) or f"no stock class has {told['missing_feature']}")
         for name, told in known["families"].items()
     ]
     show_table(("family", "classes that hold it, best first"), rows)

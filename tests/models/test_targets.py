@@ -28,9 +28,10 @@ from transformers import AutoModelForCausalLM
 
 from moefy.checkpoint.validate import open_checkpoint
 from moefy.config.recipe import build
-from moefy.convert.prepare import ENGINES, describe, prepare, serving_notes
+from moefy.convert.prepare import describe, prepare, serving_notes
 from moefy.errors import MoefyError
 from moefy.models import families, targets
+from moefy.models.engines import ENGINES, known_engines
 from moefy.types import Shape
 
 
@@ -61,6 +62,7 @@ def refused(planned):
 
 # --- which class ---------------------------------------------------------------------------------
 
+OPTIONS = [engine.option for engine in ENGINES]
 BIASED = {"attention_bias": True}
 HALF = rope(1000.0, partial_rotary_factor=0.5)
 CHOICES = [
@@ -137,7 +139,7 @@ def test_its_own_class_is_taken_only_when_asked_for(family, planned, refused):
     assert (job.target.model_type, job.reason) == (OWN, "asked for")
     assert "vLLM" in refused(4, family, target=OWN, engines="vllm")
     if family in UNHELD:
-        reason = families.load(family).unheld
+        reason = families.load(family).missing_feature
         says = [family, reason, f"--target {OWN}"]
         for recipe in ({}, {"engines": "transformers"}):
             message = refused(4, family, **recipe)
@@ -184,7 +186,7 @@ def test_its_own_class_is_taken_only_when_asked_for(family, planned, refused):
         (4, "llama", {}, {"target": "qwen2_moe", "engines": "ollama"}, ["not in Ollama"]),
         (4, "llama", BIASED, {"target": "mixtral"}, ["mixtral: it has no bias on k, o, q, v"]),
         (2, "llama", {}, {"target": "mixtrall"}, ["'mixtrall'", "did you mean mixtral?"]),
-        (2, "llama", {}, {"engines": "vlm"}, ["'vlm'", "did you mean vllm?", *ENGINES]),
+        (2, "llama", {}, {"engines": "vlm"}, ["'vlm'", "did you mean vllm?", *OPTIONS]),
         (2, "llama", {}, {"engines": "vllm,lama.cpp"}, ["did you mean llama.cpp?"]),
     ],
 )
@@ -196,8 +198,8 @@ def test_what_no_class_does_is_refused_with_every_reason(
 
 
 def test_every_engine_has_a_class_and_every_class_a_known_engine():
-    named = {name for _, target in HELD for name in targets.load(target).engines}
-    assert named == set(ENGINES.values())
+    named = {name for _, target in HELD for name in known_engines(target)}
+    assert named == {engine.name for engine in ENGINES}
 
 
 # --- what is said of engines ---------------------------------------------------------------------
@@ -246,7 +248,7 @@ NOTES = [
     ("llama", {}, 1, "qwen2_moe", SHAPE, [("SGLang", "cannot load dense layers, and 1 stay")]),
     ("qwen3", {}, 1, "qwen3_moe", UNSHARED, [("llama.cpp:", "cannot load dense layers")]),
     ("llama", {}, 2, "mixtral", Shape(131072, 0, 1024, 128, 4), [("llama.cpp", "most 512")]),
-    ("llama", {}, 2, "qwen2_moe", Shape(2048, 1280, 8, 96, 4), [("vLLM and SGLang", "width 96")]),
+    ("llama", {}, 2, "qwen2_moe", Shape(2048, 1280, 8, 96, 4), [("vLLM, SGLang", "width 96")]),
     (
         "llama",
         {"hidden_act": "gelu"},
@@ -261,7 +263,11 @@ NOTES = [
         1,
         "qwen2_moe",
         SHAPE,
-        [("vLLM, SGLang, llama.cpp, MLX", "silu only, not relu")],
+        [
+            ("vLLM, SGLang, llama.cpp, MLX", "silu only, not relu"),
+            ("vLLM, llama.cpp", "head_dim 8, not 16"),
+            ("SGLang, llama.cpp, MLX", "cannot load dense layers"),
+        ],
     ),
 ]
 

@@ -215,7 +215,7 @@ def test_what_is_refused_would_be_wrong(name, pico, converted, to_gguf, monkeypa
     with pytest.raises(MoefyError) as caught:
         to_gguf(run)
     assert caught.value.code == 4
-    monkeypatch.setattr(module, "llama_cpp_problem", lambda config: None)
+    monkeypatch.setattr(module, "llama_cpp_issues", lambda run: [])
     found = gap(run, to_gguf(run))
     print(f"\n{name}: {found:.1e}")
     assert found > 100 * TOLERANCE

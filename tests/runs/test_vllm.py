@@ -20,6 +20,7 @@ from stock import HELD, UNLIKE, Plant, planted
 from transformers import AutoModelForCausalLM
 
 from moefy.models import targets
+from moefy.models.engines import VLLM
 
 PYTHON = os.environ.get("MOEFY_VLLM_PYTHON")
 pytestmark = [
@@ -35,7 +36,7 @@ LLAMAS = ("exaone", "helium", "internlm3", "iquestcoder")  # written as Llama is
 PAIRS = [
     (family, target)
     for family, target in HELD
-    if "vLLM" in targets.load(target).engines
+    if target in VLLM.classes
     and family != "gemma"  # GELU, which it refuses
     and family not in LLAMAS
     and (family, target) not in (("qwen2", "granitemoeshared"), *SOME_WINDOWS)
@@ -127,7 +128,7 @@ def one_of(target: str) -> str:
 def recipe(target: str) -> dict:
     """Two experts for each token, and a quarter of the neurons shared where they can be."""
     known = targets.load(target)
-    if "vLLM" not in known.engines:
+    if target not in VLLM.classes:
         pytest.skip(f"vLLM does not run {target}")
     active = 1 / 2 if known.has_shared else 2 / EXPERTS
     return {"target": target, "experts": EXPERTS, "experts_per_token": 2, "active": active}

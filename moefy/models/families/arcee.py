@@ -25,7 +25,7 @@ def variant(config: Config) -> dict[str, Any]:
 
 FAMILY = Family(
     "arcee",
-    unheld="an FFN without a gate",
+    missing_feature="an FFN without a gate",
     refuse=nothing_wrong,
     ffn=("mlp.up_proj.weight", "mlp.down_proj.weight"),
     read=read_plain,

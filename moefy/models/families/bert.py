@@ -27,7 +27,7 @@ def named(name: str) -> str:
 
 FAMILY = Family(
     "bert",
-    unheld="an encoder's layers, which attend to both sides",
+    missing_feature="an encoder's layers, which attend to both sides",
     refuse=refuse,
     tasks=("ForMaskedLM", "ForSequenceClassification", "Model"),
     layer="bert.encoder.layer.{layer}.",

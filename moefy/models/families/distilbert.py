@@ -14,7 +14,7 @@ from moefy.models.families.family import (
 
 FAMILY = Family(
     "distilbert",
-    unheld="an encoder's layers, which attend to both sides",
+    missing_feature="an encoder's layers, which attend to both sides",
     refuse=nothing_wrong,
     tasks=("ForMaskedLM", "ForSequenceClassification", "Model"),
     layer="distilbert.transformer.layer.{layer}.",

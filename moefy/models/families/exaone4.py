@@ -6,6 +6,6 @@ from moefy.models.families.family import Family
 
 FAMILY = Family(
     "exaone4",
-    unheld="norms on heads together with norms behind attention and FFN",
+    missing_feature="norms on heads together with norms behind attention and FFN",
     join=lambda layer: layer.post_feedforward_layernorm,
 )

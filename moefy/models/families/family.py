@@ -93,7 +93,7 @@ class Family:
     model_type: str
     targets: tuple[str, ...] = ()
     """Stock MoE classes that hold this family exactly, best first."""
-    unheld: str = ""
+    missing_feature: str = ""
     """What this family has and no stock MoE class, where there are no targets."""
     refuse: Callable[[dict[str, Any]], str | None] = no_ffn_bias
     """Why a checkpoint with this configuration cannot be converted; None if it can."""

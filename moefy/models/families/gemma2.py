@@ -6,7 +6,7 @@ from moefy.models.families.family import Family
 
 FAMILY = Family(
     "gemma2",
-    unheld="norms before and behind the FFN, and capped attention scores",
+    missing_feature="norms before and behind the FFN, and capped attention scores",
     activation="hidden_activation",
     embedding_scale=lambda config: config["hidden_size"] ** 0.5,
     join=lambda layer: layer.post_feedforward_layernorm,

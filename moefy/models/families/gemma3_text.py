@@ -12,5 +12,5 @@ from moefy.models.families import gemma2
 FAMILY = dataclasses.replace(
     gemma2.FAMILY,
     model_type="gemma3_text",
-    unheld="norms before and behind the FFN, and two rotary frequencies",
+    missing_feature="norms before and behind the FFN, and two rotary frequencies",
 )

@@ -10,7 +10,7 @@ FAMILY = dataclasses.replace(
     glm.FAMILY,
     model_type="glm4",
     targets=(),
-    unheld="norms before and behind attention and FFN without more",
+    missing_feature="norms before and behind attention and FFN without more",
     rest=None,
     canonical=lambda config: config,
     join=lambda layer: layer.post_mlp_layernorm,

@@ -50,7 +50,7 @@ def neurons(config: Config) -> int:
 
 FAMILY = Family(
     "gpt2",
-    unheld="an FFN with biases and without a gate",
+    missing_feature="an FFN with biases and without a gate",
     refuse=refuse,
     layer="transformer.h.{layer}.",
     ffn=("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight"),

@@ -12,7 +12,7 @@ from moefy.models.families.family import (
 
 FAMILY = Family(
     "gpt_neox",
-    unheld="an FFN with biases and without a gate",
+    missing_feature="an FFN with biases and without a gate",
     refuse=nothing_wrong,
     layer="gpt_neox.layers.{layer}.",
     ffn=(

@@ -33,7 +33,7 @@ FAMILY = dataclasses.replace(
     granite.FAMILY,
     model_type="hyperclovax",
     targets=(),
-    unheld="norms before and behind attention and FFN",
+    missing_feature="norms before and behind attention and FFN",
     join=join,
     canonical=canonical,
     variant=variant,

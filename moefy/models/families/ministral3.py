@@ -20,6 +20,6 @@ FAMILY = dataclasses.replace(
     mistral.FAMILY,
     model_type="ministral3",
     targets=(),
-    unheld="queries that grow with their position (llama_4_scaling_beta)",
+    missing_feature="queries that grow with their position (llama_4_scaling_beta)",
     variant=variant,
 )

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from moefy.models.families.family import Family
 
-FAMILY = Family("olmo", unheld="norms without weights that take off the mean")
+FAMILY = Family("olmo", missing_feature="norms without weights that take off the mean")

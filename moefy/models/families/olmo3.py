@@ -10,5 +10,5 @@ FAMILY = dataclasses.replace(
     olmo2.FAMILY,
     model_type="olmo3",
     targets=(),
-    unheld="norms on whole queries and keys together with sliding windows",
+    missing_feature="norms on whole queries and keys together with sliding windows",
 )

@@ -27,7 +27,7 @@ def variant(config: Config) -> dict[str, Any]:
 
 FAMILY = Family(
     "opt",
-    unheld="an FFN with biases and without a gate",
+    missing_feature="an FFN with biases and without a gate",
     refuse=nothing_wrong,
     layer="model.decoder.layers.{layer}.",
     ffn=("fc1.weight", "fc1.bias", "fc2.weight"),

@@ -12,7 +12,7 @@ from moefy.models.families.family import (
 
 FAMILY = Family(
     "phi",
-    unheld="an FFN with biases and without a gate",
+    missing_feature="an FFN with biases and without a gate",
     refuse=nothing_wrong,
     ffn=("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight"),
     read=read_plain,

@@ -12,7 +12,7 @@ def refuse(config: dict) -> str | None:
 
 FAMILY = Family(
     "starcoder2",
-    unheld="an FFN with biases and without a gate",
+    missing_feature="an FFN with biases and without a gate",
     refuse=refuse,
     ffn=("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight"),
     read=read_plain,

@@ -44,7 +44,7 @@ def variant(config: Config) -> dict[str, Any]:
 
 FAMILY = Family(
     "t5",
-    unheld="T5's layers with several experts per token",
+    missing_feature="T5's layers with several experts per token",
     refuse=refuse,
     tasks=("ForSeq2SeqLM",),
     layer="encoder.block.{layer}.",

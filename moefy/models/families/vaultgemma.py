@@ -7,5 +7,5 @@ import dataclasses
 from moefy.models.families import gemma2
 
 FAMILY = dataclasses.replace(
-    gemma2.FAMILY, model_type="vaultgemma", unheld="capped logits", join=None
+    gemma2.FAMILY, model_type="vaultgemma", missing_feature="capped logits", join=None
 )

@@ -9,6 +9,9 @@ from moefy.models.families.family import Family
 from moefy.models.families.llama import FAMILY
 from moefy.models.targets.target import Target
 
+OWN = "moefy"
+"""The class that is not stock: it holds every family, and runs in transformers only."""
+
 
 def names() -> list[str]:
     """The stock MoE classes that can be written, sorted."""

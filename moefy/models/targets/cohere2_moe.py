@@ -16,7 +16,6 @@ from moefy.models.targets.target import (
     Target,
     Tensors,
     copied,
-    engine_reasons,
     expert_tensors,
     mismatch,
     shared_tensors,
@@ -68,9 +67,7 @@ TARGET = Target(
     tensors,
     shared_multiple,
     elastic=True,
-    engines=("transformers", "llama.cpp"),
-    cannot=lambda dense: mismatch(dense, biases="qkvo", windows="any", dense_layers="any"),
-    balks=engine_reasons,
+    why_unsupported=lambda dense: mismatch(dense, biases="qkvo", windows="any", dense_layers="any"),
     biases=lambda dense: "qkvo" if dense.biases else "",
     ties=True,
 )

@@ -25,7 +25,6 @@ def narrower(family: Family) -> Target:
         tensors,
         lambda shape: True,
         elastic=False,
-        engines=("every engine",),
         native=True,
         ties=True,
     )

@@ -15,7 +15,6 @@ from moefy.models.targets.target import (
     Target,
     Tensors,
     copied,
-    engine_reasons,
     expert_tensors,
     mismatch,
     shared_tensors,
@@ -63,7 +62,7 @@ def tensors(split: Split) -> Tensors:
     }
 
 
-def cannot(dense: Dense) -> str | None:
+def why_unsupported(dense: Dense) -> str | None:
     """Dense layers between converted ones."""
     converted = [n for n in range(dense.num_layers) if n not in dense.left_dense]
     if converted != list(range(converted[0], converted[-1] + 1)):
@@ -78,8 +77,6 @@ TARGET = Target(
     shared_multiple,
     elastic=False,
     selection_bias=True,
-    engines=("transformers", "vLLM", "llama.cpp"),
-    cannot=cannot,
-    balks=lambda dense, shape: engine_reasons(dense, shape, dense_layers="llama.cpp"),
+    why_unsupported=why_unsupported,
     ties=True,
 )

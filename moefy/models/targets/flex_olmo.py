@@ -15,7 +15,6 @@ from moefy.models.targets.target import (
     Target,
     Tensors,
     copied,
-    engine_reasons,
     expert_tensors,
     mismatch,
 )
@@ -53,7 +52,5 @@ TARGET = Target(
     tensors,
     no_shared,
     elastic=True,
-    engines=("transformers", "vLLM"),
-    cannot=lambda dense: mismatch(dense, biases="qkvo", wide_heads=False),
-    balks=engine_reasons,
+    why_unsupported=lambda dense: mismatch(dense, biases="qkvo", wide_heads=False),
 )

@@ -11,14 +11,11 @@ from typing import Any
 from moefy.models.shape import shared_multiple
 from moefy.models.targets.target import (
     Dense,
-    Reasons,
     Split,
     Target,
     Tensors,
     copied,
-    engine_reasons,
     expert_tensors,
-    foreign_reasons,
     mismatch,
     shared_tensors,
 )
@@ -63,20 +60,9 @@ def tensors(split: Split) -> Tensors:
     }
 
 
-def cannot(dense: Dense) -> str | None:
+def why_unsupported(dense: Dense) -> str | None:
     """Sliding windows, a bias at the attention's output, dense layers behind converted ones."""
     return mismatch(dense, biases="qkv", rotary_share=True, dense_layers="first")
-
-
-def balks(dense: Dense, shape: Shape) -> Reasons:
-    """Several shared experts, which SGLang fuses only one at a time."""
-    found = engine_reasons(dense, shape)
-    if shape.num_shared != shape.expert_width:
-        units = shape.num_shared // shape.expert_width
-        found.setdefault(
-            "SGLang", f"needs --disable-shared-experts-fusion for {units} shared experts"
-        )
-    return found
 
 
 TARGET = Target(
@@ -86,9 +72,6 @@ TARGET = Target(
     shared_multiple,
     elastic=True,
     selection_bias=True,
-    engines=("transformers", "vLLM", "SGLang", "MLX"),
-    cannot=cannot,
-    balks=balks,
-    foreign=lambda dense: foreign_reasons(dense, head="vLLM,SGLang,MLX", theta="MLX"),
+    why_unsupported=why_unsupported,
     biases=lambda dense: "qkv" if dense.biases else "",
 )

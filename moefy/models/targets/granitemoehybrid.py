@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from moefy.models.targets import granitemoeshared
-from moefy.models.targets.target import Dense, Foreign, Reasons, engine_reasons
+from moefy.models.targets.target import Dense
 from moefy.types import Shape
 
 
@@ -30,23 +30,8 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     }
 
 
-def balks(dense: Dense, shape: Shape) -> Reasons:
-    """Scaled frequencies, which llama.cpp's converter refuses and MLX ignores."""
-    return engine_reasons(dense, shape, rope="llama.cpp,MLX", biases="vLLM")
-
-
-def foreign(dense: Dense) -> Foreign:
-    """Layer types by the name that newer versions of transformers give them."""
-    if "full_attention" not in (dense.config.get("layer_types") or ()):
-        return []
-    return [("SGLang", "wants layer_types to say attention, not full_attention")]
-
-
 TARGET = dataclasses.replace(
     granitemoeshared.TARGET,
     model_type="granitemoehybrid",
     configure=configure,
-    engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"),
-    balks=balks,
-    foreign=foreign,
 )

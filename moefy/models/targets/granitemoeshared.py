@@ -12,12 +12,10 @@ from moefy.models.families.family import write_fused
 from moefy.models.shape import any_shared
 from moefy.models.targets.target import (
     Dense,
-    Reasons,
     Split,
     Target,
     Tensors,
     copied,
-    engine_reasons,
     mismatch,
 )
 from moefy.types import Shape
@@ -65,20 +63,13 @@ def tensors(split: Split) -> Tensors:
     }
 
 
-def balks(dense: Dense, shape: Shape) -> Reasons:
-    """Scaled frequencies, which llama.cpp's converter refuses, and biases, which vLLM ignores."""
-    return engine_reasons(dense, shape, rope="llama.cpp", biases="vLLM")
-
-
 TARGET = Target(
     "granitemoeshared",
     configure,
     tensors,
     any_shared,
     elastic=False,
-    engines=("transformers", "vLLM", "llama.cpp"),
-    cannot=lambda dense: mismatch(dense, biases="qkvo", wide_heads=False),
-    balks=balks,
+    why_unsupported=lambda dense: mismatch(dense, biases="qkvo", wide_heads=False),
     biases=lambda dense: "qkvo" if dense.biases else "",
     ties=True,
 )

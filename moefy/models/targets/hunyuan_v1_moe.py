@@ -15,7 +15,6 @@ from moefy.models.targets.target import (
     Target,
     Tensors,
     copied,
-    engine_reasons,
     expert_tensors,
     mismatch,
     shared_tensors,
@@ -58,9 +57,7 @@ TARGET = Target(
     tensors,
     one_shared,
     elastic=False,
-    engines=("transformers",),
-    cannot=lambda dense: mismatch(dense, biases="qkvo"),
-    balks=engine_reasons,
+    why_unsupported=lambda dense: mismatch(dense, biases="qkvo"),
     biases=lambda dense: "qkvo" if dense.biases else "",
     ties=True,
 )

@@ -12,14 +12,11 @@ from moefy.models.shape import no_shared
 from moefy.models.targets.target import (
     NUMBERED,
     Dense,
-    Reasons,
     Split,
     Target,
     Tensors,
     copied,
-    engine_reasons,
     expert_tensors,
-    foreign_reasons,
     mismatch,
 )
 from moefy.types import Shape
@@ -57,14 +54,6 @@ def tensors(split: Split) -> Tensors:
     }
 
 
-def balks(dense: Dense, shape: Shape) -> Reasons:
-    """A head beside the embedding, which llama.cpp's converter has no place for."""
-    found = engine_reasons(dense, shape)
-    if not dense.tied:
-        found.setdefault("llama.cpp", "knows this class with the embedding as its head only")
-    return found
-
-
 TARGET = Target(
     "lfm2_moe",
     configure,
@@ -72,9 +61,6 @@ TARGET = Target(
     no_shared,
     elastic=False,
     selection_bias=True,
-    engines=("transformers", "llama.cpp"),
-    cannot=lambda dense: mismatch(dense, dense_layers="first"),
-    balks=balks,
-    foreign=lambda dense: foreign_reasons(dense, normed="llama.cpp"),
+    why_unsupported=lambda dense: mismatch(dense, dense_layers="first"),
     ties=True,
 )

@@ -12,14 +12,11 @@ from moefy.models.shape import no_shared
 from moefy.models.targets.target import (
     NUMBERED,
     Dense,
-    Reasons,
     Split,
     Target,
     Tensors,
     copied,
-    engine_reasons,
     expert_tensors,
-    foreign_reasons,
     mismatch,
 )
 from moefy.types import Shape
@@ -52,20 +49,12 @@ def tensors(split: Split) -> Tensors:
     }
 
 
-def balks(dense: Dense, shape: Shape) -> Reasons:
-    """Windows and wide heads, and in MLX scaled frequencies."""
-    return engine_reasons(dense, shape, rope="MLX", window="llama.cpp,MLX", wide_heads="MLX")
-
-
 TARGET = Target(
     "mixtral",
     configure,
     tensors,
     no_shared,
     elastic=False,
-    engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX", "Ollama"),
-    cannot=lambda dense: mismatch(dense, windows="all layers or none"),
-    balks=balks,
-    foreign=lambda dense: foreign_reasons(dense, theta="MLX"),
+    why_unsupported=lambda dense: mismatch(dense, windows="all layers or none"),
     ties=True,
 )

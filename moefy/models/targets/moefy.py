@@ -69,7 +69,6 @@ def target(family: Family) -> Target:
         tensors,
         any_shared,
         elastic=True,
-        engines=("transformers",),
         native=True,
         prefix="dense.",
         ties=True,

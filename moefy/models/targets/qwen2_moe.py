@@ -12,14 +12,11 @@ from typing import Any
 from moefy.models.shape import any_shared
 from moefy.models.targets.target import (
     Dense,
-    Reasons,
     Split,
     Target,
     Tensors,
     copied,
-    engine_reasons,
     expert_tensors,
-    foreign_reasons,
     mismatch,
     shared_tensors,
     sliding,
@@ -62,22 +59,9 @@ def tensors(split: Split) -> Tensors:
     }
 
 
-def cannot(dense: Dense) -> str | None:
+def why_unsupported(dense: Dense) -> str | None:
     """A bias at the attention's output."""
     return mismatch(dense, biases="qkv", windows="any", dense_layers="any")
-
-
-def balks(dense: Dense, shape: Shape) -> Reasons:
-    """Scaled frequencies, windows, wide heads and dense layers, which only some engines know."""
-    return engine_reasons(
-        dense,
-        shape,
-        rope="llama.cpp,MLX",
-        window="llama.cpp,MLX",
-        mixed="vLLM",
-        wide_heads="vLLM,llama.cpp",
-        dense_layers="llama.cpp,SGLang,MLX",
-    )
 
 
 TARGET = Target(
@@ -86,11 +70,6 @@ TARGET = Target(
     tensors,
     any_shared,
     elastic=True,
-    engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"),
-    cannot=cannot,
-    balks=balks,
-    foreign=lambda dense: foreign_reasons(
-        dense, head="SGLang,llama.cpp,MLX", unnormed="llama.cpp,MLX"
-    ),
+    why_unsupported=why_unsupported,
     biases=lambda dense: "qkv",  # engines create them unconditionally
 )

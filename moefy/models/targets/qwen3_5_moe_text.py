@@ -15,7 +15,6 @@ from moefy.models.targets.target import (
     Target,
     Tensors,
     copied,
-    engine_reasons,
     expert_tensors,
     mismatch,
     shared_tensors,
@@ -65,8 +64,6 @@ TARGET = Target(
     tensors,
     any_shared,
     elastic=False,
-    engines=("transformers",),
-    cannot=lambda dense: mismatch(dense, biases="qkvo"),
-    balks=engine_reasons,
+    why_unsupported=lambda dense: mismatch(dense, biases="qkvo"),
     ties=True,
 )

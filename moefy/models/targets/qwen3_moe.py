@@ -11,14 +11,11 @@ from typing import Any
 from moefy.models.shape import no_shared
 from moefy.models.targets.target import (
     Dense,
-    Reasons,
     Split,
     Target,
     Tensors,
     copied,
-    engine_reasons,
     expert_tensors,
-    foreign_reasons,
     mismatch,
     sliding,
 )
@@ -54,24 +51,14 @@ def tensors(split: Split) -> Tensors:
     }
 
 
-def balks(dense: Dense, shape: Shape) -> Reasons:
-    """Scaled frequencies, windows and dense layers, which llama.cpp does not know here."""
-    return engine_reasons(
-        dense, shape, rope="llama.cpp", window="llama.cpp,MLX", dense_layers="llama.cpp"
-    )
-
-
 TARGET = Target(
     "qwen3_moe",
     configure,
     tensors,
     no_shared,
     elastic=False,
-    engines=("transformers", "vLLM", "SGLang", "llama.cpp", "MLX"),
-    cannot=lambda dense: mismatch(
+    why_unsupported=lambda dense: mismatch(
         dense, biases="qkvo", windows="all layers or none", dense_layers="any"
     ),
-    balks=balks,
-    foreign=lambda dense: foreign_reasons(dense, normed="llama.cpp"),
     biases=lambda dense: "qkvo" if dense.biases else "",
 )

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 ROUTER_SCALE = 2.0**-10
 """Router rows are written this small, so that every softmax gate is 1 / E to about 0.1 %."""
 
-LLAMA_CPP_MOST = 512
-"""Experts that llama.cpp is built for."""
-
 NAMES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 """An expert's tensors in most classes: gate, up and down."""
 
@@ -118,13 +115,6 @@ class Split:
         return float(torch.tensor(value, dtype=torch.float64, device="cpu").to(self.dtype))
 
 
-Reasons = dict[str, str]
-"""Engine -> why it cannot run the result, or not rightly."""
-
-Foreign = list[tuple[str, str]]
-"""The same as pairs of engines, by name and comma-separated, and a reason that they share."""
-
-
 @dataclass(frozen=True)
 class Target:
     """How a split FFN is written as a stock MoE class."""
@@ -138,14 +128,8 @@ class Target:
     """Whether a shape's shared neurons are of a number that the class can hold."""
     elastic: bool
     """Whether the gate of a chosen expert is independent of how many are chosen."""
-    engines: tuple[str, ...]
-    """Engines that know the class."""
-    cannot: Callable[[Dense], str | None] = lambda dense: None
+    why_unsupported: Callable[[Dense], str | None] = lambda dense: None
     """Why the class cannot hold this model exactly; None if it can."""
-    balks: Callable[[Dense, Shape], Reasons] = lambda dense, shape: {}
-    """Engines that know the class and yet would not run this model rightly, and why."""
-    foreign: Callable[[Dense], Foreign] = lambda dense: []
-    """Likewise, if the model is one of the class already: for what moefy never writes."""
     selection_bias: bool = False
     """Whether the class has a bias that moves which experts are chosen, and not their gates."""
     biases: Callable[[Dense], str] = lambda dense: ""
@@ -233,66 +217,6 @@ def mismatch(
     ):
         return f"its heads have width hidden_size / heads, not {dense.head_dim}"
     return None
-
-
-def engine_reasons(
-    dense: Dense,
-    shape: Shape,
-    *,
-    rope: str = "",
-    window: str = "",
-    mixed: str = "",
-    wide_heads: str = "",
-    dense_layers: str = "",
-    biases: str = "",
-) -> Reasons:
-    """Which engines, by name and comma-separated, do not do what a model needs, and why."""
-    found: Reasons = {}
-
-    def add(engines: str, reason: str) -> None:
-        found.update({name: reason for name in engines.split(",") if name and name not in found})
-
-    if dense.config.get("hidden_act", "silu") not in ("silu", "swish"):
-        add("vLLM,SGLang,llama.cpp,MLX", f"runs silu only, not {dense.config['hidden_act']}")
-    if dense.rope_type != "default":
-        plain = dense.rope_type in ("linear", "yarn")  # which a GGUF file's own keys hold
-        known = [name for name in rope.split(",") if not (plain and name == "llama.cpp")]
-        add(",".join(known), f"ignores or refuses rope_type {dense.rope_type} in this class")
-    if any(dense.windowed):
-        size = dense.config["sliding_window"]
-        add(window, f"ignores the sliding window: wrong past {size} tokens")
-        if not all(dense.windowed):
-            add(mixed, f"ignores windows that only some layers have: wrong past {size} tokens")
-    hidden, heads = dense.config["hidden_size"], dense.config["num_attention_heads"]
-    if heads * dense.head_dim != hidden:
-        add(wide_heads, f"assumes head_dim {hidden / heads:g}, not {dense.head_dim}")
-    if dense.biases:
-        add(biases, "ignores the attention's biases in this class")
-    if dense.left_dense:
-        add(dense_layers, f"cannot load dense layers, and {len(dense.left_dense)} stay dense")
-    if shape.num_experts > LLAMA_CPP_MOST:
-        add("llama.cpp", f"has at most {LLAMA_CPP_MOST} experts, not {shape.num_experts}")
-    return found
-
-
-def foreign_reasons(
-    dense: Dense, *, head: str = "", theta: str = "", normed: str = "", unnormed: str = ""
-) -> Foreign:
-    """Which engines do not run what others than moefy may have written of a class, and why.
-
-    `head` need a head beside the embedding; `theta` read `rope_theta`, which newer versions of
-    transformers no longer write; `normed` and `unnormed` know one value of `norm_topk_prob`.
-    """
-    found = []
-    if dense.tied:
-        found.append((head, "needs lm_head.weight, and the head is the embedding"))
-    if dense.config.get("norm_topk_prob", False):
-        found.append((unnormed, "computes as if norm_topk_prob were false"))
-    else:
-        found.append((normed, "computes as if norm_topk_prob were true"))
-    if "rope_theta" not in dense.config:
-        found.append((theta, "reads rope_theta, which config.json lacks"))
-    return found
 
 
 def expert_tensors(
