@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moefy.cli.report import FAILED
-from moefy.cli.shared import Json, Quiet, quiet_libraries, show
+from moefy.cli.report import exit_if_failed
+from moefy.cli.shared import Json, Quiet, note, quiet_libraries, show
+from moefy.config.recipe import build
 
 
 def run(
@@ -28,28 +28,28 @@ def run(
     The fine-tune, if there is a table [finetune], goes to OUT-finetuned. The table [report] says
     what to measure.
     """
-    from moefy.config.recipe import build
-
     build(recipe, {}, [])  # most mistakes are found here, before anything slow is imported
     quiet_libraries()
     from moefy import pipeline
     from moefy.progress import watching
 
-    declared = pipeline.declared(recipe)
-    place = Path(recipe.stem) if out is None else out
-    wanted = pipeline.stages(declared, place, force=force)
-    made: dict[str, Any] = {}
+    declared = pipeline.declared(recipe, note)
+    folder = Path(recipe.stem) if out is None else out
+    stages = pipeline.stages(declared, folder, force=force)
+    results: dict[str, Any] = {}
     with watching(quiet=quiet) as watch:
-        for stage, told in pipeline.run(wanted, force=force, watch=watch):
-            made[stage.name] = {"folder": str(stage.folder), "skipped": told is None, "told": told}
-    show({"stages": made}, _ran, as_json, quiet)
-    failed = (made["report"]["told"] or {}).get("failed")
-    if failed:
-        print(f"moefy: {'; '.join(failed)}", file=sys.stderr)
-        raise typer.Exit(FAILED)
+        for stage, result in pipeline.run(stages, force=force, watch=watch):
+            results[stage.name] = {
+                "folder": str(stage.folder),
+                "skipped": result is None,
+                "told": result,
+            }
+    show({"stages": results}, _show, as_json, quiet)
+    if report := results["report"]["told"]:
+        exit_if_failed(report)
 
 
-def _ran(made: dict[str, Any]) -> None:
+def _show(result: dict[str, Any]) -> None:
     from moefy.report import printed
 
-    printed.show_run(made["stages"])
+    printed.show_run(result["stages"])

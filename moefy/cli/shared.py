@@ -9,15 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Force = Annotated[
-    bool,
-    typer.Option("--force", help="Replace OUT, and another run that was stopped there."),
-]
-Restart = Annotated[
-    bool, typer.Option("--restart", help="Start over where a stopped run could go on.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")]
+from moefy.config.options import Option
+
+JSON = Option("Result as JSON on standard output.", flag="json")
+QUIET = Option("No progress, no summary.")
+FORCE = Option("Replace OUT, and another run that was stopped there.")
+RESTART = Option("Start over where a stopped run could go on.")
+SETTINGS = Option("Any key of a recipe as key=value; may be repeated.", flag="set")
+"""Options of the commands that `moefy.cli.options` makes, and below of the others."""
+
+Json = Annotated[bool, typer.Option("--json", help=JSON.help)]
+Quiet = Annotated[bool, typer.Option("--quiet", help=QUIET.help)]
 
 
 def show(

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from moefy.config.recipe import Recipe, nearest
+from moefy.config.options import nearest
+from moefy.config.recipe import Recipe
 from moefy.convert.ffn import Method
 from moefy.errors import MoefyError
 from moefy.types import Range

@@ -14,7 +14,8 @@ from moefy.checkpoint.model_config import model_config
 from moefy.checkpoint.resolve import resolve
 from moefy.checkpoint.tensors import Checkpoint
 from moefy.checkpoint.validate import beside, check_tensors, open_checkpoint
-from moefy.config.recipe import Recipe, chosen_layers, nearest
+from moefy.config.options import nearest
+from moefy.config.recipe import Recipe, chosen_layers
 from moefy.convert.ffn import Method
 from moefy.convert.method import stages
 from moefy.errors import MoefyError

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from scipy import stats
 
-from moefy.config.recipe import nearest
+from moefy.config.options import nearest
 from moefy.errors import MoefyError
 from moefy.evaluate.cache import digest
 from moefy.files.publish import sha256

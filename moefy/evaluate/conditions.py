@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moefy.config.recipe import nearest
+from moefy.config.options import nearest
 from moefy.errors import MoefyError
 
 BY_TEXT = {

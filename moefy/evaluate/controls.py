@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from moefy.config.recipe import Recipe, build, nearest
+from moefy.config.options import nearest
+from moefy.config.recipe import Recipe, build
 from moefy.convert.oracle import attach
 from moefy.convert.prepare import Job, Watch, prepare
 from moefy.convert.run import convert

@@ -52,6 +52,18 @@ class Grid:
     new_tokens: int = 8
 
 
+GRIDS = {
+    "quick": Grid(((1, 128),), rounds=3),
+    "usual": Grid(((1, 128), (1, 512), (8, 128), (32, 128)), rounds=3),
+    "full": Grid(
+        ((1, 128), (1, 512), (1, 1536), (8, 128), (8, 512), (32, 128), (32, 512)),
+        rounds=5,
+        new_tokens=16,
+    ),
+}
+"""By the effort of a report."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """How a model computes in one dtype: the fastest way for each piece of work."""

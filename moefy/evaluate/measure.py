@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moefy.compute import name_of
+from moefy.config.report import Settings
 from moefy.environment import processor
 from moefy.errors import MoefyError
 from moefy.evaluate import benchmarks, llama_cpp, prompts, shifts, tables
@@ -19,9 +20,9 @@ from moefy.evaluate import speed as transformers_speed
 from moefy.evaluate.cache import VERSIONS, tensors_digest
 from moefy.evaluate.candidates import Candidate
 from moefy.evaluate.dtypes import dtypes_to_try
+from moefy.evaluate.implementations import GRIDS
 from moefy.evaluate.scoring import TextResult
 from moefy.evaluate.session import Session
-from moefy.evaluate.settings import Settings
 from moefy.evaluate.sizes import ideals, peak_bytes, sizes
 from moefy.evaluate.tables import robustness_row, routing_tables, score_rows
 from moefy.text.documents import beginning
@@ -119,19 +120,19 @@ def robustness(
         session.tokens,
         {
             name: beginning(
-                path, 32 * settings.tokens, session.tokenizer, text_field=settings.text_field
+                path, 32 * settings.num_tokens, session.tokenizer, text_field=settings.text_field
             )
             for name, path in session.texts.items()
         },
         session.tokenizer,
         vocabulary=min(len(session.tokenizer), dense.get("vocabulary") or len(session.tokenizer)),
         longest=dense.get("longest") or LONGEST,
-        num_tokens=min(settings.tokens // 4, 2048),
-        length=settings.length,
+        num_tokens=min(settings.num_tokens // 4, 2048),
+        length=settings.sequence_length,
     )
     for name, reason in lacking.items():
         session.not_run.append({"what": f"robustness, {name}", "reason": reason})
-    count = settings.tokens // 2
+    count = settings.num_tokens // 2
     reference = session.scorer.read(
         shifts.reference(session.tokens, count),
         labels=session.labels,
@@ -238,7 +239,7 @@ def benchmark(session: Session, task: str, manager: Any, limit: int | None) -> d
 
 def speed(session: Session, report: dict[str, Any], settings: Settings) -> None:
     """Tokens per second of every stage, in transformers and in llama.cpp, into `report`."""
-    grid, labels = settings.work, session.labels
+    grid, labels = settings.grid or GRIDS[settings.effort], session.labels
     ids_T = torch.cat([ids_T for windows in session.windows.values() for ids_T in windows])
     batches = sorted({batch for batch, _ in grid.work})
     key = {
@@ -275,9 +276,9 @@ def speed(session: Session, report: dict[str, Any], settings: Settings) -> None:
             for label, reasons in found.get("left_out", {}).items()
             for way, reason in reasons.items()
         )
-    wanted = settings.wants(settings.engines)
+    wanted = settings.wants(settings.llama_cpp)
     if not wanted or (reason := llama_cpp.available()) is not None:
-        if wanted and settings.engines:
+        if wanted and settings.llama_cpp:
             session.not_run.append({"what": "speed in llama.cpp", "reason": str(reason)})
         return
     with session.part("speed in llama.cpp"):

@@ -9,13 +9,13 @@ from typing import Any
 
 from moefy import __version__
 from moefy.compute import name_of
+from moefy.config.report import Settings
 from moefy.convert.prepare import Watch
 from moefy.environment import processor
 from moefy.errors import MoefyError
 from moefy.evaluate import advice, benchmarks, conditions, measure
 from moefy.evaluate.candidates import finetuning
 from moefy.evaluate.session import Session, prepare
-from moefy.evaluate.settings import Settings, check
 from moefy.files.publish import write_json
 from moefy.models import families
 from moefy.report import redraw
@@ -45,8 +45,7 @@ def evaluate(
             when a model computes no finite likelihood. Where no text can be scored, nothing else is
             measured.
     """
-    check(settings)
-    parsed = [conditions.parse(text) for text in settings.conditions]
+    parsed = [conditions.parse(text) for text in settings.fail_if]
     summary = open_run(run)
     if "ForCausalLM" not in families.load(summary["family"]).tasks:
         raise MoefyError(
@@ -54,7 +53,8 @@ def evaluate(
             "compared here; what each layer lost is in moefy/conversion.md",
             code=4,
         )
-    manager = benchmarks.check_tasks(settings.tasks, settings.include) if settings.tasks else None
+    tasks, include_path = settings.tasks, settings.include_path
+    manager = benchmarks.check_tasks(tasks, include_path) if tasks else None
     with tempfile.TemporaryDirectory(prefix=".moefy-report-", dir=run.resolve().parent) as place:
         session = prepare(run, summary, settings, Path(place), watch)
         report = _measured(session, settings, manager)
@@ -73,7 +73,7 @@ def _measured(session: Session, settings: Settings, manager: Any) -> dict[str, A
         "moefy": __version__,
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": settings.told(),
+        "settings": settings.as_json(),
         "main": session.main,
         "compute": {
             "dtype": session.compute.name,
@@ -123,7 +123,7 @@ def _measured(session: Session, settings: Settings, manager: Any) -> dict[str, A
     for task in settings.tasks:
         with session.part(f"benchmark {task}"):
             report["benchmarks"][task] = measure.benchmark(session, task, manager, settings.limit)
-    if settings.speed is not False:
+    if settings.speed:
         with session.part("speed"):
             measure.speed(session, report, settings)
     return report

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moefy.compute import ComputeDtype
+from moefy.config.report import Settings
 from moefy.convert.prepare import Watch
 from moefy.errors import MoefyError
 from moefy.evaluate.cache import Cache
@@ -30,7 +31,6 @@ from moefy.evaluate.controls import (
 from moefy.evaluate.dtypes import one_dtype
 from moefy.evaluate.prompts import read_prompts
 from moefy.evaluate.scoring import Scorer
-from moefy.evaluate.settings import Settings
 from moefy.evaluate.texts import own_texts
 from moefy.files.shards import stored_dtype
 from moefy.runs.folder import DenseModel, check_folder, dense_model, read_recipe
@@ -151,15 +151,15 @@ def prepare(
     others = control_candidates(recipe, wanted, dense, tokens, place, watch)
     if settings.wants(settings.controls) and summary["shape"]["num_experts"]:
         others += as_written(own[-1])
-    paths = list(settings.texts) or own_texts(place)
+    paths = list(settings.text) or own_texts(place)
     stems = [path.stem for path in paths]
     texts = {path.stem if stems.count(path.stem) == 1 else str(path): path for path in paths}
     windows = {
         name: text_windows(
             tokenizer,
             path,
-            num_tokens=settings.tokens,
-            length=settings.length,
+            num_tokens=settings.num_tokens,
+            length=settings.sequence_length,
             text_field=settings.text_field,
         )
         for name, path in texts.items()

@@ -6,11 +6,11 @@ import importlib.util
 import os
 from pathlib import Path
 
+from moefy.config.finetune import Settings
 from moefy.convert.prepare import check_device
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import read_entries
 from moefy.finetune.inputs import Opened
-from moefy.finetune.settings import Settings
 from moefy.models import families
 
 LOGGERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}

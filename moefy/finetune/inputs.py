@@ -12,6 +12,7 @@ import torch
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from moefy.compute import ComputeDtype, compute_dtype, name_of
+from moefy.config.finetune import Settings
 from moefy.config.recipe import Recipe
 from moefy.convert.memory import available
 from moefy.convert.prepare import Watch
@@ -20,7 +21,6 @@ from moefy.files.publish import sha256
 from moefy.files.safetensors_header import read_config, read_entries
 from moefy.files.shards import stored_dtype
 from moefy.finetune.routing import layers
-from moefy.finetune.settings import Settings
 from moefy.finetune.train import Text, device, num_steps, tokens_per_step
 from moefy.models import families
 from moefy.models.opening import check_loaded, open_model, plain_config

@@ -20,7 +20,8 @@ from accelerate import PartialState
 from torch import Tensor
 
 from moefy import __version__
-from moefy.config.recipe import render_table
+from moefy.config.finetune import TABLE, Settings
+from moefy.config.toml import render_table
 from moefy.convert.prepare import Watch
 from moefy.errors import MoefyError
 from moefy.files.lock import locked
@@ -39,7 +40,6 @@ from moefy.finetune.inputs import (
     read_text,
     teacher_folder,
 )
-from moefy.finetune.settings import TABLE, Settings
 from moefy.finetune.train import Text, Tuned, Watchers, device, tune
 from moefy.finetune.trainer import Targets
 from moefy.finetune.write import check_checkpoint, save, write_checkpoint

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments
 
+from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
 from moefy.finetune import losses
 from moefy.finetune.checkpoints import last_good
@@ -23,7 +24,6 @@ from moefy.finetune.lora import adapted, merged
 from moefy.finetune.optim import round_weights
 from moefy.finetune.router_noise import Explore
 from moefy.finetune.routing import Routing, figures
-from moefy.finetune.settings import Settings
 from moefy.finetune.trainer import Finetuner, Rows, Targets
 
 STRONGER = 4.0

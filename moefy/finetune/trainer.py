@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
+from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
 from moefy.finetune import losses
 from moefy.finetune.checkpoints import Checkpointed
 from moefy.finetune.collapse_guard import Guard
 from moefy.finetune.optim import MasterAdamW, groups
 from moefy.finetune.routing import Layer, Routing, even_out, figures
-from moefy.finetune.settings import Settings
 from moefy.models.targets.target import ROUTER_SCALE
 
 Targets = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

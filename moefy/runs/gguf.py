@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moefy.config.recipe import nearest
+from moefy.config.options import nearest
 from moefy.convert.pack import pack
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import read_config, read_entries

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.config.report import SHORTEST_WINDOW
 from moefy.errors import MoefyError
 from moefy.text.documents import TEXT, beginning
 from moefy.text.tokenizer import encode, first_ids, require_rows
-
-SHORTEST_WINDOW = 64
-"""Shorter evaluation windows tell more about how texts start than about the model."""
 
 
 def text_windows(

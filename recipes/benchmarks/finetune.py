@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from moefy.checkpoint.resolve import resolve
 from moefy.compute import name_of
+from moefy.config.finetune import Settings, build
 from moefy.environment import processor
 from moefy.evaluate.dtypes import one_dtype
 from moefy.evaluate.load import load_model
@@ -28,7 +29,6 @@ from moefy.evaluate.metrics import compare, standard_error
 from moefy.files.shards import stored_dtype
 from moefy.finetune.inputs import computing, open_run, read_text, teacher_folder
 from moefy.finetune.run import finetune
-from moefy.finetune.settings import Settings, build
 from moefy.finetune.train import Watchers, tune
 from moefy.progress import watching
 from moefy.text.tokenizer import load_tokenizer

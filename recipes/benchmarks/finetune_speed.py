@@ -20,6 +20,7 @@ import torch
 import typer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from moefy.config.finetune import build
 from moefy.environment import processor
 from moefy.finetune import teacher
 from moefy.finetune.collapse_guard import Guard
@@ -32,7 +33,6 @@ from moefy.finetune.inputs import (
     teacher_folder,
 )
 from moefy.finetune.routing import Routing
-from moefy.finetune.settings import build
 from moefy.finetune.trainer import Finetuner, Rows
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import typer
 
+from moefy.config.finetune import build
 from moefy.environment import processor
 from moefy.evaluate.metrics import compare
 from moefy.finetune import teacher
@@ -28,7 +29,6 @@ from moefy.finetune.inputs import (
     read_text,
     teacher_folder,
 )
-from moefy.finetune.settings import build
 from moefy.finetune.train import Watchers, device, num_steps, tokens_per_step, tune
 from moefy.text.tokenizer import load_tokenizer
 from moefy.text.windows import text_windows

@@ -6,13 +6,16 @@ The rows are in `refusal_cases`; those of `convert` and `inspect` are run by `te
 
 import shutil
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 from command import assert_refused, listing
 from refusal_cases import CASES, WHOLE, arrange
 
-from moefy import cli, pipeline
+from moefy import pipeline
+from moefy.cli.finetune import Finetune
+from moefy.config import finetune, report
+from moefy.config.options import fields
+from moefy.config.recipe import Recipe
 from moefy.runs import gguf
 
 pytestmark = pytest.mark.usefixtures("never_hangs")
@@ -87,21 +90,19 @@ def test_rows_are_not_repeated():
 # --- numbers -------------------------------------------------------------------------------------
 
 COMMANDS = {
-    cli.convert: "convert model new --calibration text.txt --quiet",
-    cli.finetune: WHOLE["finetune"],
-    cli.report: WHOLE["report"],
-    cli.verify: WHOLE["verify"],
-    cli.push: WHOLE["push"],
-    cli.run: WHOLE["run"],
-    cli.gguf: WHOLE["export"],
+    "convert model new --calibration text.txt --quiet": (Recipe,),
+    WHOLE["finetune"]: (finetune.Settings, Finetune),
+    WHOLE["report"]: (report.Settings,),
 }
 NUMBERS = {int: ("-1",), float: ("-1", "nan", "inf")}
 """What no option can be."""
 RANGES = [
-    (line, f"--{name.replace('_', '-')}", number)
-    for command, line in COMMANDS.items()
-    for name, kind in get_type_hints(command).items()
-    for number in NUMBERS.get(next(iter(get_args(kind)), kind), ())
+    (line, option.flag, number)
+    for line, tables in COMMANDS.items()
+    for table in tables
+    for option in fields(table).values()
+    for number in NUMBERS.get(option.kind, ())
+    if option.option.flag
 ]
 
 

@@ -93,7 +93,7 @@ def test_what_a_run_did_is_in_its_folder(finished):
     again = pipeline.declared(folder / "recipe.toml")  # a run's own recipe is one to run again
     assert (again.recipe, again.finetune) == (wanted.recipe, wanted.finetune)
     told = json.loads((folder / "report.json").read_text())["settings"]
-    assert told == pipeline.report_settings(wanted.report).told()
+    assert told == wanted.report.as_json()
 
 
 def test_a_stage_that_is_gone_is_done_again(copied):
@@ -135,13 +135,13 @@ def test_other_measurements_are_made_without_the_rest(copied):
 def test_a_report_made_by_hand_counts_for_what_it_is_of(copied):
     file, out = copied
     tuned = out.with_name("out-finetuned")
-    settings = pipeline.report_settings(pipeline.declared(file).report)
+    settings = pipeline.declared(file).report
     evaluate(tuned, settings)
     assert go(file, out)["report"] is False
-    evaluate(tuned, dataclasses.replace(settings, num_tokens=100))
+    evaluate(tuned, dataclasses.replace(settings, tokens=100))
     assert go(file, out) == {"convert": False, "finetune": False, "report": True}
     told = json.loads((tuned / "moefy" / "report.json").read_text())
-    assert told["settings"] == settings.told()
+    assert told["settings"] == settings.as_json()
 
 
 @pytest.mark.parametrize(
@@ -237,12 +237,12 @@ def test_what_only_tells_of_a_fine_tune_may_differ(copied):
 @pytest.mark.parametrize(
     ("table", "says"),
     [
-        ("[report]\ntxt = 'a'", "unknown key 'txt' in [report]"),
-        ("[report]\ntokens = 'many'", "[report] tokens is 'many'; expected int"),
+        ("[report]\ntxt = 'a'", "unknown [report] key 'txt'"),
+        ("[report]\ntokens = 'many'", "--tokens is 'many'; expected int"),
         ("[report]\ntokens = true", "expected int"),
         ("[report]\ntext = [1]", "expected a list of strings"),
         ("[report]\neffort = 'ful'", "did you mean full"),
-        ("[report]\nlimit = 0", "expected 1 or more"),
+        ("[report]\nlimit = 0", "--limit is 0; expected at least 1"),
         ("report = 3", "expected a table"),
         ("[finetune]\nbatch = 1", "did you mean batch_size"),
         ("finetune = 3", "no table [finetune]"),
@@ -295,7 +295,7 @@ def test_the_gallery_holds_recipes_with_results(file, pico, text, tmp_path):
 
 @pytest.mark.parametrize("file", TUNING, ids=lambda file: file.stem)
 def test_the_gallery_tells_what_fine_tunes_came_to(file):
-    from moefy.finetune.settings import build
+    from moefy.config.finetune import build
 
     assert build(file, {"data": "text.txt"}, []).tokens > 0
     assert "moefy finetune" in head(file)

@@ -12,16 +12,8 @@ from typing import get_args
 import pytest
 
 import moefy
-from moefy.config.recipe import (
-    FIELDS,
-    Recipe,
-    build,
-    chosen_layers,
-    nearest,
-    num_bytes,
-    read,
-    render,
-)
+from moefy.config.options import fields, nearest
+from moefy.config.recipe import Recipe, build, chosen_layers, num_bytes, read, render
 from moefy.convert.method import options_of, stages
 from moefy.errors import MoefyError
 
@@ -140,7 +132,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(key, meant, tmp_path):
     file.write_text(f'model = "demo"\n{key} = 1\n')
     message = refusal(f"unknown recipe key '{key}'", f"did you mean {meant}?", file=file)
     assert message == refusal(settings=[f"{key}=1"])
-    assert all(name in message for name in FIELDS)
+    assert all(name in message for name in fields(Recipe))
 
 
 def test_a_key_like_no_other_gets_no_suggestion():
@@ -171,22 +163,22 @@ def test_of_many_names_the_nearest_are_named():
         ("refit=yes", "bool"),
         ("layers=3", "str"),
         ("model=7", "str"),
-        ("partition_options=5", "Mapping"),
+        ("partition_options=5", "table"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(setting, expected):
     key, _, value = setting.partition("=")
     expected = {"tokens=many": "int"}.get(setting, expected)
-    refusal(f"recipe key {key} is ", f"expected {expected}", settings=[setting])
+    refusal(f"{fields(Recipe)[key].flag} is ", f"expected {expected}", settings=[setting])
 
 
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
         ("sequence_length=7", "at least 8"),
-        ("tokens=4095", "at least 4096"),
+        ("tokens=4095", "at least 4,096"),
         ("seed=-1", "at least 0"),
-        ("seed=4294967296", "less than 4294967296"),
+        ("seed=4294967296", "at most 4,294,967,295"),
         ("dtype=float8", "float16"),
     ],
 )

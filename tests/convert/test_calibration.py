@@ -9,13 +9,13 @@ from stock import auto_class
 
 from moefy import compute
 from moefy.config.recipe import build, read
+from moefy.config.report import Settings
 from moefy.convert import memory
 from moefy.convert.calibration import NO_TOKENIZER, calibration_tokens
 from moefy.convert.prepare import prepare
 from moefy.convert.run import convert
 from moefy.errors import MoefyError
 from moefy.evaluate.run import evaluate
-from moefy.evaluate.settings import Settings
 from moefy.text.self_text import BATCHES
 
 FEW = {"tokens": 512, "sequence_length": 64}
@@ -69,7 +69,7 @@ def test_a_model_without_a_tokenizer_converts_and_says_so(own_pico, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("some words " * 400)
     with pytest.raises(MoefyError, match="no tokenizer"):
-        evaluate(out, Settings(texts=(text,)))
+        evaluate(out, Settings(text=(text,)))
 
 
 def test_a_broken_tokenizer_is_not_taken_for_none(own_pico, tmp_path):

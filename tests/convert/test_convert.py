@@ -30,6 +30,7 @@ from transformers import (
 from moefy import __version__
 from moefy.checkpoint.reload import reopen
 from moefy.config.recipe import Recipe, build, read
+from moefy.config.report import Settings
 from moefy.convert import forward, layers
 from moefy.convert.calibration import calibration_tokens
 from moefy.convert.prepare import Job, prepare
@@ -38,7 +39,6 @@ from moefy.errors import MoefyError
 from moefy.evaluate.controls import AS_WRITTEN, changed, control_jobs, controls
 from moefy.evaluate.metrics import compare
 from moefy.evaluate.run import evaluate
-from moefy.evaluate.settings import Settings
 from moefy.models import families
 from moefy.models.shape import pruned
 from moefy.text import packing
@@ -477,7 +477,7 @@ def test_a_random_router_routes_worse(pico, converted):
 
 def few(texts, **more) -> Settings:
     """Scores and text, and nothing that takes long."""
-    return Settings(texts=tuple(texts), effort="quick", speed=False, **more)
+    return Settings(text=tuple(texts), effort="quick", speed=False, **more)
 
 
 @pytest.mark.parametrize(
@@ -494,7 +494,7 @@ def few(texts, **more) -> Settings:
 )
 def test_an_evaluation_with_controls(family, recipe, pico, converted, text, tmp_path):
     run = Path(shutil.copytree(converted(pico(family), **recipe), tmp_path / "run"))
-    report = evaluate(run, few([text], num_tokens=500, length=128, controls=True))
+    report = evaluate(run, few([text], tokens=500, sequence_length=128, controls=True))
     assert report["not_run"] == []
     rows = report["texts"]["text"]
     expected = {"static", "random router", "oracle router"} | AS_WRITTEN.keys()
@@ -536,7 +536,7 @@ def test_an_evaluation_against_the_published_methods(family, pico, converted, te
     against = [*PUBLISHED, "partition=weights partition.restarts=2", "seed=1"]
     assert len(against) == 7
     report = evaluate(
-        run, few([text], num_tokens=300, length=100, controls=False, against=tuple(against))
+        run, few([text], tokens=300, sequence_length=100, controls=False, against=tuple(against))
     )
     rows = report["texts"]["text"]
     assert list(rows) == ["dense", "converted", *against]
@@ -580,7 +580,7 @@ def test_a_model_compared_with_itself(pico):
 def test_sequences_and_windows_shorter_than_what_is_looked_up(pico, converted, text, tmp_path):
     run = converted(pico("llama"), sequence_length=16)
     run = Path(shutil.copytree(run, tmp_path / "run"))
-    report = evaluate(run, few([text], num_tokens=60, length=20, controls=False))
+    report = evaluate(run, few([text], tokens=60, sequence_length=20, controls=False))
     assert report["texts"]["text"]["converted"]["tokens"] == 57
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moefy.config.finetune import build
+from moefy.config.report import Settings
 from moefy.evaluate.run import evaluate
-from moefy.evaluate.settings import Settings
 from moefy.finetune.run import finetune
-from moefy.finetune.settings import build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or it is hidden")
 
@@ -45,7 +45,7 @@ def test_a_fine_tune_learns(cache, pico, converted, text, tmp_path):
 
 
 def test_a_report_makes_its_controls(pico, converted, text):
-    settings = Settings(texts=(text,), num_tokens=512, length=64, controls=True, speed=False)
+    settings = Settings(text=(text,), tokens=512, sequence_length=64, controls=True, speed=False)
     found = evaluate(converted(pico("llama")), settings)
     assert {"static", "random router", "oracle router"} <= set(found["models"])
     assert not found["not_run"]

@@ -11,6 +11,7 @@ from pico import write_tuning
 from safetensors.torch import load_file, save_file
 from stock import some_active
 
+from moefy.config.report import Settings
 from moefy.environment import code
 from moefy.errors import MoefyError
 from moefy.evaluate import cache, scoring, sizes
@@ -18,10 +19,9 @@ from moefy.evaluate import measure as parts
 from moefy.evaluate.cache import Cache
 from moefy.evaluate.implementations import Grid
 from moefy.evaluate.run import evaluate
-from moefy.evaluate.settings import Settings
 
 SMALL = Grid(((1, 16), (2, 16)), rounds=1, new_tokens=2)
-FEW = {"num_tokens": 200, "length": 64}
+FEW = {"tokens": 200, "sequence_length": 64}
 
 
 @pytest.fixture
@@ -31,18 +31,18 @@ def run(pico, converted, tmp_path) -> Path:
 
 
 def scores(text, **more) -> Settings:
-    return Settings(texts=(text,), effort="quick", speed=False, **FEW, **more)
+    return Settings(text=(text,), effort="quick", speed=False, **FEW, **more)
 
 
 def test_every_part_of_a_report(run, text, tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_text('{"prompt": "The", "answer": "river"}\n{"prompt": "A"}\n')
     settings = Settings(
-        texts=(text,),
+        text=(text,),
         prompts=tmp_path / "p.jsonl",
         grid=SMALL,
-        engines=False,
+        llama_cpp=False,
         controls=False,
-        conditions=("dnll>-99", "dead>1000"),
+        fail_if=("dnll>-99", "dead>1000"),
         **FEW,
     )
     with monkeypatch.context() as patch:

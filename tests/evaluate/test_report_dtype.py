@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moefy import compute, pipeline
+from moefy.config.report import Settings
 from moefy.errors import MoefyError
 from moefy.evaluate import candidates, controls, dtypes, scoring
 from moefy.evaluate.dtypes import dtypes_to_try, num_bytes, one_dtype
 from moefy.evaluate.implementations import Grid
 from moefy.evaluate.run import evaluate
-from moefy.evaluate.settings import Settings
 from moefy.evaluate.sizes import sizes
 from moefy.files.shards import stored_dtype
 from moefy.report.format import computed_in
@@ -70,8 +70,8 @@ def opened(monkeypatch) -> list[torch.dtype]:
 
 
 def settings(pair, text, **more) -> Settings:
-    basic = {"effort": "quick", "speed": False, "num_tokens": 200, "length": 64}
-    return Settings(texts=(text,), dense=str(pair[0]), **{**basic, **more})
+    basic = {"effort": "quick", "speed": False, "tokens": 200, "sequence_length": 64}
+    return Settings(text=(text,), dense=str(pair[0]), **{**basic, **more})
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -115,14 +115,14 @@ def test_what_was_measured_in_another_dtype_is_measured_again(pair, text, machin
 def test_speed_is_tried_in_both_dtypes_where_both_are_native(pair, text, machine, opened):
     grid = Grid(((1, 16), (2, 16)), rounds=1, new_tokens=2)
     machine(native=True)
-    found = evaluate(pair[1], settings(pair, text, speed=None, grid=grid, engines=False))
+    found = evaluate(pair[1], settings(pair, text, speed=True, grid=grid, llama_cpp=False))
     speed = found["speed"]["transformers"]
     assert opened.count(HALF) == opened.count(WHOLE) == 2 and speed["processor"]
     assert {row["dtype"] for row in speed["rows"]} <= {"bfloat16", "float32"}
     assert len(speed["rows"]) == 8
     opened.clear()
     machine(native=False)
-    found = evaluate(pair[1], settings(pair, text, speed=None, grid=grid, engines=False))
+    found = evaluate(pair[1], settings(pair, text, speed=True, grid=grid, llama_cpp=False))
     assert set(opened) == {WHOLE}
     assert {row["dtype"] for row in found["speed"]["transformers"]["rows"]} == {"float32"}
     assert any(

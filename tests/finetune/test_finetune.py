@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moefy import compute
+from moefy.config.finetune import build
 from moefy.errors import MoefyError
 from moefy.files.lock import locked
 from moefy.files.safetensors_header import read_entries
@@ -20,7 +21,6 @@ from moefy.finetune.checks import check_machine
 from moefy.finetune.optim import MasterAdamW, parts
 from moefy.finetune.routing import Routing, activations, layers
 from moefy.finetune.run import finetune, home_of
-from moefy.finetune.settings import build
 from moefy.finetune.trainer import BALANCED
 
 SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import moefy
 from moefy.cli.finetune import _of_steps
+from moefy.config.finetune import build
 from moefy.finetune.router_noise import Explore
 from moefy.finetune.routing import Routing, even_out
 from moefy.finetune.run import finetune
-from moefy.finetune.settings import build
 from moefy.finetune.train import num_steps
 
 ROOT = Path(moefy.__file__).parent.parent

@@ -10,12 +10,12 @@ from command import assert_refused, listing
 from pico import write_tuning
 from safetensors.torch import load_file, save_file
 
+from moefy.config.finetune import Settings as Tuning
 from moefy.config.recipe import build
+from moefy.config.report import Settings
 from moefy.errors import MoefyError
 from moefy.evaluate.run import evaluate
-from moefy.evaluate.settings import Settings
 from moefy.finetune import inputs
-from moefy.finetune.settings import Settings as Tuning
 from moefy.runs import folder as runs
 
 FINETUNED = "moefy/finetune.json"
@@ -193,8 +193,8 @@ def pair(own_pico, text, tmp_path) -> tuple[Path, Path]:
 
 
 def scored(run: Path, text: Path, **more) -> dict:
-    few = {"num_tokens": 128, "length": 64, "speed": False, "effort": "quick"}
-    return evaluate(run, Settings(texts=(text,), **(few | more)))
+    few = {"tokens": 128, "sequence_length": 64, "speed": False, "effort": "quick"}
+    return evaluate(run, Settings(text=(text,), **(few | more)))
 
 
 def taught(run: Path, **more) -> Path:

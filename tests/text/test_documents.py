@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from words import BOS, EOS, assert_refused, word_tokenizer, words
 
 from moefy import cli, pipeline
-from moefy.config.recipe import read_toml
+from moefy.config.toml import read_toml
 from moefy.errors import MoefyError
 from moefy.evaluate.prompts import likelihood, read_prompts
 from moefy.text import chat, documents, packing, rows
@@ -689,13 +689,13 @@ def written_files(tmp_path):
 
 
 def test_every_command_reads_conversations_alike(chat_model, converted, tmp_path):
+    from moefy.config.finetune import Settings
     from moefy.config.recipe import build
+    from moefy.config.report import Settings as ReportSettings
     from moefy.convert.calibration import calibration_tokens
     from moefy.convert.prepare import prepare
     from moefy.evaluate import session
-    from moefy.evaluate.settings import Settings as ReportSettings
     from moefy.finetune import inputs
-    from moefy.finetune.settings import Settings
     from moefy.runs import folder as runs
 
     files = written_files(tmp_path)
@@ -717,7 +717,7 @@ def test_every_command_reads_conversations_alike(chat_model, converted, tmp_path
 
     def windows(file, **more):
         """What a report scores, and what it asks."""
-        asked = ReportSettings(texts=(file,), length=64, num_tokens=256, controls=False, **more)
+        asked = ReportSettings(text=(file,), sequence_length=64, tokens=256, controls=False, **more)
         prepared = session.prepare(run, runs.open_run(run), asked, tmp_path, lambda *_: None)
         return [ids_T.tolist() for ids_T in prepared.windows[file.stem]], prepared.prompts
 
@@ -759,8 +759,8 @@ def test_every_command_names_the_field_of_rows(
 
 
 def test_finetune_takes_rows_of_ids(converted, pico, tmp_path):
+    from moefy.config.finetune import Settings
     from moefy.finetune import inputs
-    from moefy.finetune.settings import Settings
 
     run = converted(pico("llama"))
     held = [{"input_ids": [(7 * row + 3 * n) % 128 for n in range(80)]} for row in range(20)]

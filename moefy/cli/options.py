@@ -1,0 +1,119 @@
+"""Commands whose parameters are the fields of dataclasses; see `moefy.config.options`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from moefy.cli.shared import note
+from moefy.config.options import Field, check, fields, number
+
+Given = Mapping[str, Any]
+"""The options of a recipe that the command line names, without defaults."""
+Switches = TypeVar("Switches")
+
+
+def command(
+    recipe: type, switches: type[Switches]
+) -> Callable[[Callable[[Given, Switches], None]], Callable[..., None]]:
+    """A command that takes the fields of `recipe` and of `switches`.
+
+    The function gets a table of those of `recipe` that were given, so that a file's values stand
+    where none was, and a value of the class `switches`.
+    """
+
+    def decorate(function: Callable[[Given, Switches], None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def invoke(**values: Any) -> None:
+            given = _named_as_now(switches, _named_as_now(recipe, values))
+            given = {name: value for name, value in given.items() if value is not None}
+            others = {name: given.pop(name) for name in fields(switches) if name in given}
+            function(given, switches(**check(switches, others)))
+
+        parameters = [*_parameters(recipe, optional=True), *_parameters(switches, optional=False)]
+        parameters.sort(key=lambda parameter: not _is_argument(parameter))
+        # typer reads the signature, and the annotations for what the signature lacks.
+        invoke.__dict__["__signature__"] = inspect.Signature(parameters)
+        invoke.__annotations__ = {}
+        return invoke
+
+    return decorate
+
+
+def help_line(option: Field) -> str:
+    """What an option is, its choices, and what it is if not given."""
+    line = option.option.help
+    if choices := ", ".join(filter(None, option.option.choices)):
+        line += f" One of {choices}."
+    if default := default_of(option):
+        line += f" (default: {default})"
+    return line
+
+
+def default_of(option: Field) -> str:
+    """What an option is if not given, in words; empty where it has no value then."""
+    value = option.default
+    if option.option.unset:
+        return option.option.unset
+    if isinstance(value, bool):
+        return option.flag.removeprefix("--") if value else ""
+    if isinstance(value, int | float):
+        return number(value)
+    return value if isinstance(value, str) else ""
+
+
+def _parameters(options: type, *, optional: bool) -> Iterator[inspect.Parameter]:
+    """The parameters of a command, a hidden one for each name of an earlier version."""
+    for option in fields(options).values():
+        if not option.option.flag:
+            continue
+        kind: Any = list[option.kind] if option.many else option.kind
+        default = None if optional or option.many else option.default
+        if default is MISSING:
+            default = inspect.Parameter.empty
+        yield _parameter(option.name, kind | None, default, _declared(option))
+        if option.option.old:
+            hidden = typer.Option(_flag(option.option.old), hidden=True)
+            yield _parameter(option.option.old, kind | None, None, hidden)
+
+
+def _parameter(name: str, kind: Any, default: Any, declared: Any) -> inspect.Parameter:
+    annotation = Annotated[kind, declared]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=annotation)
+
+
+def _declared(option: Field) -> Any:
+    """What typer wants to know of an option."""
+    line = help_line(option).replace("[", "\\[")  # brackets are markup to typer
+    if option.option.argument:
+        return typer.Argument(help=line, show_default=False)
+    names = option.flag
+    if option.kind is bool and option.default is not False:
+        names += f"/--no-{names.removeprefix('--')}"
+    return typer.Option(names, help=line, show_default=False, hidden=option.option.hidden)
+
+
+def _is_argument(parameter: inspect.Parameter) -> bool:
+    return isinstance(parameter.annotation.__metadata__[0], typer.models.ArgumentInfo)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _named_as_now(recipe: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, where those given by a flag of an earlier version stand under today's name."""
+    result = dict(values)
+    for option in fields(recipe).values():
+        old = result.pop(option.option.old, None)
+        if old is not None:
+            note(f"{_flag(option.option.old)} is called {option.flag} now")
+            if result[option.name] is None:
+                result[option.name] = old
+    return result

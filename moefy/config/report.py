@@ -1,0 +1,133 @@
+"""What a report measures, and how much of it: the `[report]` table of a recipe, or flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from moefy.config.options import COMPUTE_DTYPES, Note, Option, check, renamed
+from moefy.errors import MoefyError
+
+TABLE = "report"
+"""The table of a recipe that these are."""
+
+TOKENS = {"quick": 2048, "usual": 4096, "full": 20480}
+"""Scored on each text, by effort."""
+
+BY_EFFORT = "{usual}; {quick} with --quick, {full} with --full".format(**TOKENS)
+
+SHORTEST_WINDOW = 64
+"""Tokens of a window at least, where windows may be that long; shorter ones tell more about how
+texts start than about the model."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure of a run."""
+
+    text: Annotated[
+        tuple[Path, ...],
+        Option(
+            "File of text, JSON or parquet rows, or chats to evaluate on; may be repeated.",
+            unset="Python's own manual",
+        ),
+    ] = ()
+    text_field: Annotated[str, Option("Field of the rows of --text.")] = "text"
+    dense: Annotated[
+        str | None, Option("Dense model to compare with.", unset="that of the run")
+    ] = None
+    against: Annotated[
+        tuple[str, ...],
+        Option(
+            "Folder of another run; or another method, which is converted and scored, e.g. "
+            "`partition=weights refit=false`; may be repeated."
+        ),
+    ] = ()
+    effort: Annotated[str, Option("Amount of measurements.", choices=tuple(TOKENS), flag=False)] = (
+        "usual"
+    )
+    tokens: Annotated[
+        int | None,
+        Option("Tokens per text.", unset=BY_EFFORT),
+    ] = None
+    # Fewer tokens in a window tell nothing of a model, and a single one predicts none.
+    sequence_length: Annotated[int, Option("Tokens per window.", least=8)] = 1024
+    controls: Annotated[
+        bool | None,
+        Option(
+            "Conversion and refit of all controls, each as long as the run's own; or no controls.",
+            unset="static, and an oracle that is not refitted",
+        ),
+    ] = None
+    tasks: Annotated[
+        tuple[str, ...],
+        Option("Tasks of lm-eval, e.g. `piqa,arc_easy`.", separator=","),
+    ] = ()
+    include_path: Annotated[
+        Path | None, Option("Folder of task files of your own, for --tasks.")
+    ] = None
+    limit: Annotated[int | None, Option("Samples per task at most.", least=1)] = None
+    prompts: Annotated[
+        Path | None,
+        Option(
+            "File of rows with a `prompt`, and an `answer` or none, or of chats, to find "
+            "regressions."
+        ),
+    ] = None
+    robustness: Annotated[
+        bool | None,
+        Option(
+            "Scores on random tokens, cut-off prompts and long contexts.", unset="unless --quick"
+        ),
+    ] = None
+    speed: Annotated[bool, Option("Tokens per second.")] = True
+    llama_cpp: Annotated[
+        bool | None,
+        Option("Speed in llama.cpp, too.", unset="if it is installed, unless --quick"),
+    ] = None
+    compute_dtype: Annotated[
+        str,
+        Option(
+            "Dtype in which all models compute; `auto` is the stored one, or float32 where the "
+            "machine lacks it.",
+            choices=COMPUTE_DTYPES,
+        ),
+    ] = "auto"
+    fail_if: Annotated[
+        tuple[str, ...],
+        Option("Condition that ends with exit code 1, e.g. `dnll>0.1`; may be repeated."),
+    ] = ()
+    grid: Any = None
+    """What speed is measured on; by the effort, if not given."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Scored on each text."""
+        return self.tokens or TOKENS[self.effort]
+
+    def wants(self, part: bool | None) -> bool:
+        """Whether a part is to be measured that a quick report leaves out."""
+        return self.effort != "quick" if part is None else part
+
+    def as_json(self) -> dict[str, Any]:
+        """As `report.json` holds them, so that `moefy run` knows what has been measured."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def build(values: Mapping[str, Any], note: Note = lambda line: None) -> Settings:
+    """Checked settings from a `[report]` table or from flags.
+
+    Raises:
+        MoefyError: code 2 for an unknown key, a value of the wrong type or out of range.
+    """
+    settings = Settings(**check(Settings, renamed(Settings, values, note), f"[{TABLE}]"))
+    least = min(SHORTEST_WINDOW, settings.sequence_length)
+    if settings.tokens is not None and settings.tokens < least:
+        raise MoefyError(
+            f"--tokens is {settings.tokens}; expected at least {least}, which is one window", code=2
+        )
+    return settings
