@@ -10,9 +10,10 @@ import math
 import os
 import re
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moefy.checkpoint.reload import fitting_layers
 from moefy.compute import ComputeDtype, compute_dtype
@@ -20,6 +21,7 @@ from moefy.convert.prepare import Job
 from moefy.convert.profile import CHUNK
 from moefy.convert.routed import GAINS
 from moefy.errors import MoefyError
+from moefy.files.safetensors_header import Entry
 from moefy.files.shards import Slot
 from moefy.text.self_text import BATCHES, DOCUMENT
 
@@ -67,6 +69,40 @@ class Writing:
     """Documents at a time."""
     num_bytes: int
     """What that takes."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """What decides the memory of a dense model that writes text."""
+
+    stored_bytes: int
+    """Of its files."""
+    num_weights: int
+    cached: int
+    """Keys and values of a token, in all layers."""
+    vocab_size: int
+
+    def num_bytes(self, itemsize: int, batch_size: int) -> int:
+        """Bytes of the files, the weights, the keys and values, and the chances of all ids."""
+        document = DOCUMENT * self.cached * itemsize + 16 * self.vocab_size
+        return self.stored_bytes + itemsize * self.num_weights + batch_size * document
+
+    def batch_size(self, itemsize: int, room: int) -> int:
+        """The most documents at a time that fit in `room` bytes, of `BATCHES`."""
+        fitting = (number for number in BATCHES if self.num_bytes(itemsize, number) <= room)
+        return next(fitting, BATCHES[-1])
+
+
+def writer(entries: Iterable[Entry], config: Mapping[str, Any], num_layers: int) -> Writer:
+    """The sizes of a dense model, by its tensors and its configuration in transformers' keys."""
+    entries, heads = list(entries), int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    return Writer(
+        sum(entry.num_bytes for entry in entries),
+        sum(entry.num_elements for entry in entries),
+        2 * num_layers * int(config.get("num_key_value_heads") or heads) * head_dim,
+        int(config["vocab_size"]),
+    )
 
 
 def state_bytes(job: Job) -> int:
@@ -158,7 +194,7 @@ def predicted(
     """Resident bytes at most of every stage, where there are `most`. Pages of mapped files that the
     system can take back whenever it needs them count only where they are read in whole (see
     `reopen`)."""
-    base = _base(job)
+    base = base_bytes(job.checkpoint.folder)
     states = 0 if in_files else state_arrays(job)
     slopes = 2 * len(job.layers) * job.recipe.tokens * job.size("hidden_size")
     kept = base + states + (slopes if job.method.gradient else 0)
@@ -168,9 +204,9 @@ def predicted(
     return stages
 
 
-def _base(job: Job) -> int:
-    """What is held all the time."""
-    tokenizer = job.checkpoint.folder / "tokenizer.json"
+def base_bytes(folder: Path) -> int:
+    """What is held all the time: libraries, and the tokenizer in a checkpoint's folder."""
+    tokenizer = folder / "tokenizer.json"
     return LIBRARIES + (TEXT * tokenizer.stat().st_size if tokenizer.is_file() else 0)
 
 
@@ -227,28 +263,18 @@ def writing(job: Job, most: int | None = None) -> Writing:
     Raises:
         MoefyError: code 5 where a dtype that was asked for does not fit.
     """
-    room = (most or available()) - _base(job)
-    entries, config = job.checkpoint.entries.values(), job.dense.config
-    stored, count = sum(e.num_bytes for e in entries), sum(e.num_elements for e in entries)
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    cached = 2 * job.num_layers * int(heads) * job.dense.head_dim
-
-    def needed(itemsize: int, batch_size: int) -> int:
-        """Bytes of the files, the weights, the keys and values, and the chances of all ids."""
-        document = DOCUMENT * cached * itemsize + 16 * job.size("vocab_size")
-        return stored + itemsize * count + batch_size * document
-
+    room = (most or available()) - base_bytes(job.checkpoint.folder)
+    sizes = writer(job.checkpoint.entries.values(), job.dense.config, job.num_layers)
     compute = compute_dtype(
         job.recipe.compute_dtype,
         job.stored_dtype,
         job.device,
-        float32_bytes=needed(4, BATCHES[-1]),
+        float32_bytes=sizes.num_bytes(4, BATCHES[-1]),
         room=room,
     )
     size = compute.dtype.itemsize
-    fitting = (number for number in BATCHES if needed(size, number) <= room)
-    batch_size = next(fitting, BATCHES[-1])
-    return Writing(compute, batch_size, needed(size, batch_size))
+    batch_size = sizes.batch_size(size, room)
+    return Writing(compute, batch_size, sizes.num_bytes(size, batch_size))
 
 
 def _whole(job: Job, most: int | None) -> dict[str, int]:

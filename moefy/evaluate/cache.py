@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,7 @@ import transformers
 from torch import Tensor
 
 from moefy.environment import code
-from moefy.files.publish import sha256
+from moefy.files.publish import replacing, sha256
 
 FORMAT = 1
 """Of the stored values; raised when what a measurement means has changed."""
@@ -65,14 +63,10 @@ class Cache:
         """Keep `value`, and give it as it will be read."""
         file = self._file(kind, key)
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-        try:
-            whole = {"kind": kind, "key": {**self.common, **key}, "value": value}
-            text = json.dumps(whole, ensure_ascii=False)
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)
+        whole = {"kind": kind, "key": {**self.common, **key}, "value": value}
+        text = json.dumps(whole, ensure_ascii=False)
+        with replacing(file, shared=True) as draft:
+            draft.write_text(text, encoding="utf-8")
         return json.loads(text)["value"]
 
     def _file(self, kind: str, key: Mapping[str, Any]) -> Path:

@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from moefy.errors import MoefyError
 from moefy.files.lock import locked
@@ -39,12 +41,53 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 so that at any moment the old text is there whole, or the new."""
-    draft = path.with_name(path.name + ".tmp")
-    write_text(draft, text)
-    draft.replace(path)
-    sync(path.parent)
+@contextlib.contextmanager
+def replacing(file: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Give a path to write to, and put what is written there in the place of `file`.
+
+    At any moment `file` is the old one, whole, or the new one. Where several processes may write it
+    at a time, `shared` gives each a draft of its own.
+    """
+    middle = secrets.token_hex(4) if shared else "part"
+    draft = file.with_name(f".{file.stem}.{middle}{file.suffix}")
+    try:
+        yield draft
+        sync(draft)
+        draft.replace(file)
+        sync(file.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_sealed(file: Path, value: object) -> None:
+    """Put `value` in a JSON file, with a digest by which damage is seen."""
+    text = json.dumps(value)
+    sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "value": text}
+    with replacing(file) as draft:
+        draft.write_text(json.dumps(sealed), encoding="utf-8")
+
+
+def read_sealed(file: Path) -> Any:
+    """The value that `write_sealed` has put in a file; None where there is no file.
+
+    Raises:
+        MoefyError: code 7 when it is damaged.
+    """
+    if not file.exists():
+        return None
+    try:
+        sealed = json.loads(file.read_text(encoding="utf-8"))
+        text = sealed["value"]
+        if hashlib.sha256(text.encode()).hexdigest() == sealed["sha256"]:
+            return json.loads(text)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise damaged_state(file)
+
+
+def damaged_state(file: Path) -> MoefyError:
+    """The error for a saved file that is not what it was when it was written."""
+    return MoefyError(f"{file} is damaged; start over with --restart", code=7)
 
 
 def sha256(path: Path) -> str:

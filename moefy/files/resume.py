@@ -6,7 +6,6 @@ there are two generations, so that one that is damaged costs a layer.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,11 +17,20 @@ from torch import Tensor
 from moefy.environment import differences
 from moefy.errors import MoefyError
 from moefy.files.buffers import MEMORY, Store
-from moefy.files.publish import PART, STATE, clear, has_state, place_of, replace_text, sync
+from moefy.files.publish import (
+    PART,
+    STATE,
+    clear,
+    damaged_state,
+    has_state,
+    place_of,
+    read_sealed,
+    replacing,
+    write_sealed,
+)
 from moefy.files.safetensors_header import read_header, some
 from moefy.files.shards import ShardWriter, read, save, sha256
 
-FORMAT = 1
 FACTS = "facts"
 RESTART = "start over with --restart"
 
@@ -74,40 +82,23 @@ class State:
         if name != FACTS and self._stored != self._facts:
             self.save(FACTS, self._facts)
             self._stored = dict(self._facts)
-        text = json.dumps(value)
-        sealed = {"format": FORMAT, "sha256": _sha256(text), "value": text}
-        replace_text(self.folder / f"{name}.json", json.dumps(sealed))
+        write_sealed(self.folder / f"{name}.json", value)
 
     def load(self, name: str) -> Any:
         """A recorded value, None if there is none.
 
         Raises:
-            MoefyError: code 7, when the record is damaged, or of a newer moefy.
+            MoefyError: code 7 when the record is damaged.
         """
-        if self.folder is None or not (file := self.folder / f"{name}.json").exists():
-            return None
-        try:
-            sealed = json.loads(file.read_text(encoding="utf-8"))
-            form, text = sealed["format"], sealed["value"]
-            whole = sealed["sha256"] == _sha256(text)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise MoefyError(f"{file} is damaged; {RESTART}", code=7) from None
-        if form != FORMAT:
-            found = f"{file} has format {form}, of another moefy; expected {FORMAT}"
-            raise MoefyError(f"{found}; use that moefy, or {RESTART}", code=7)
-        if not whole:
-            raise MoefyError(f"{file} is damaged; {RESTART}", code=7)
-        return json.loads(text)
+        return None if self.folder is None else read_sealed(self.folder / f"{name}.json")
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], value: Any = None) -> None:
         """Record tensors, and with them a value."""
         if self.folder is None:
             return
         self.folder.mkdir(exist_ok=True)
-        digests = save(self.folder, f"{name}.tmp", tensors)
-        draft = self.folder / f"{name}.tmp.safetensors"
-        draft.replace(self.folder / f"{name}.safetensors")
-        sync(self.folder)
+        with replacing(self.folder / f"{name}.safetensors") as draft:
+            digests = save(self.folder, draft.stem, tensors)
         self.save(name, {"digests": digests, "value": value})
 
     def load_tensors(
@@ -129,7 +120,7 @@ class State:
         except (OSError, MoefyError):
             digests = {}
         if digests != record["digests"]:
-            raise MoefyError(f"{file} is damaged; {RESTART}", code=7)
+            raise damaged_state(file)
         return tensors, record["value"]
 
     def save_layer(
@@ -197,7 +188,3 @@ def unfinished(out: Path) -> int | None:
     """How many layers a stopped run has left beside `out` for a rerun; None where it left none."""
     place = place_of(Path(os.path.abspath(out)))
     return num_layers(place / STATE) if has_state(place) else None
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a fine-tune refuses before it opens a model: what fits not this machine, or not this run."""
+"""Checks before a fine-tune opens a model: of the machine, and of the run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from moefy.config.finetune import Settings
 from moefy.convert.prepare import check_device
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import read_entries
-from moefy.finetune.inputs import Opened
+from moefy.finetune import losses
+from moefy.finetune.inputs import Run
 from moefy.models import families
 
 LOGGERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
-"""Packages, one of which a value of `log_to` needs."""
+"""Values of `log_to`, and the packages of which each needs one."""
 
 
 def check_machine(settings: Settings) -> None:
-    """Refuse what this machine, its packages or the number of processes cannot do.
+    """Check the settings against this machine, its packages and the number of processes.
 
     Raises:
-        MoefyError: code 2 for what was asked wrongly, 5 for what is not there.
+        MoefyError: code 2 for settings that do not fit, 5 for a missing device, package or folder.
     """
     check_device(settings.device)
     if ":" in settings.device:
@@ -54,18 +55,19 @@ def check_machine(settings: Settings) -> None:
             ) from None
 
 
-def check_run(opened: Opened, settings: Settings) -> None:
-    """Refuse what cannot be done with this run.
+def check_run(run: Run, settings: Settings) -> None:
+    """Check the settings against the run.
 
     Raises:
         MoefyError: code 2.
     """
-    experts = opened.summary["shape"]["num_experts"]
+    experts = run.summary["shape"]["num_experts"]
     if not experts and settings.train == "router":
         raise MoefyError(
             "--train router: a static run has no routers; expected all, experts or lora", code=2
         )
-    if not experts and not (settings.kl or settings.ce or settings.hidden):
+    weights = [getattr(settings, loss.weight) for loss in losses.active(settings, routers=False)]
+    if not experts and not any(weights):
         raise MoefyError(
             "router_ce alone: a static run has no routers; give kl, ce or hidden a weight", code=2
         )
@@ -75,9 +77,9 @@ def check_run(opened: Opened, settings: Settings) -> None:
             "expected a number that divides them",
             code=2,
         )
-    family = families.load(opened.summary["family"])
-    table = opened.prefix + (family.positions or "")
-    if (entry := read_entries(opened.folder).get(table)) is not None:
+    family = families.load(run.summary["family"])
+    table = run.prefix + (family.positions or "")
+    if (entry := read_entries(run.folder).get(table)) is not None:
         positions = entry.shape[0] - family.first_position
         if settings.sequence_length > positions:
             raise MoefyError(

@@ -1,4 +1,4 @@
-"""Stop a fine-tune that goes wrong: experts that die, a loss that rises or is not finite."""
+"""Stop a fine-tune where experts die, or where the loss rises or is not finite."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from moefy.errors import MoefyError
 
 
 @dataclass(frozen=True)
-class Trip:
-    """Why the guard stopped a training, and up to which step it was good."""
+class Failure:
+    """Why the guard stopped a training."""
 
     step: int
     reason: str
-    good_until: int
+    last_good_step: int
 
 
 def check_start(loss: float) -> None:
@@ -39,34 +39,35 @@ def check_start(loss: float) -> None:
 
 
 @dataclass
-class Guard(TrainerCallback):
-    """Watches the loss and the load of the experts, step by step.
+class CollapseGuard(TrainerCallback):
+    """Checks the loss and the load of the experts at every step.
 
-    An expert that was dead in the model that training began with does not count: it is no worse.
+    Experts that were dead before training do not count.
     """
 
     steps: int
     dead_below: float
     most_loss: float
+    """As a multiple of the least mean loss so far."""
     dead_before: list[int] = field(default_factory=list)
     """Dead experts of each layer before training."""
     enabled: bool = True
-    """Whether it looks at more than that the loss is finite."""
-    trip: Trip | None = None
+    """Without this it only checks that the loss is finite."""
+    failure: Failure | None = None
 
     def __post_init__(self) -> None:
         self._loads: deque[list[Tensor]] = deque(maxlen=self.steps)
         self._losses: deque[float] = deque(maxlen=self.steps)
         self._least = math.inf
 
-    def saw(self, step: int, loss: float, load_LE: list[Tensor]) -> None:
-        """Take in one step, and note a `trip` if it is one too many."""
+    def observe(self, step: int, loss: float, load_LE: list[Tensor]) -> None:
+        """Add one step, and set `failure` if training goes wrong."""
         self._loads.append(load_LE)
         self._losses.append(loss)
-        if self.trip:
+        if self.failure:
             return
         if not math.isfinite(loss):
-            self.trip = Trip(step, f"the loss is {loss}", step - 1)
+            self.failure = Failure(step, f"the loss is {loss}", step - 1)
             return
         if not self.enabled or len(self._losses) < self.steps:
             return
@@ -74,9 +75,9 @@ class Guard(TrainerCallback):
         self._least = min(self._least, mean)
         if mean > self.most_loss * self._least:
             reason = f"the loss is {mean:.3g}, and was {self._least:.3g}"
-            self.trip = Trip(step, reason, step - self.steps)
+            self.failure = Failure(step, reason, step - self.steps)
         elif reason := self._collapsed():
-            self.trip = Trip(step, reason, step - self.steps)
+            self.failure = Failure(step, reason, step - self.steps)
 
     def _collapsed(self) -> str | None:
         for layer, loads in enumerate(zip(*self._loads, strict=True)):
@@ -91,9 +92,9 @@ class Guard(TrainerCallback):
                 )
         return None
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Stop where there is a reason to; before a checkpoint of it can be written."""
-        if self.trip:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop after a failure, before a checkpoint of it can be written."""
+        if self.failure:
             control.should_training_stop = True
             control.should_save = False
             control.should_evaluate = False

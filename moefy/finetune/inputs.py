@@ -1,10 +1,11 @@
-"""The run that is to be fine-tuned, its text and its teacher: all that can be refused at once."""
+"""The inputs of a fine-tune, checked before it starts: a run, its text and its teacher."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,27 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from moefy.compute import ComputeDtype, compute_dtype, name_of
 from moefy.config.finetune import Settings
 from moefy.config.recipe import Recipe
-from moefy.convert.memory import available
+from moefy.convert.memory import available, base_bytes, require, writer
 from moefy.convert.prepare import Watch
 from moefy.errors import MoefyError
 from moefy.files.publish import sha256
 from moefy.files.safetensors_header import read_config, read_entries
 from moefy.files.shards import stored_dtype
-from moefy.finetune.routing import layers
-from moefy.finetune.train import Text, device, num_steps, tokens_per_step
+from moefy.finetune import losses
+from moefy.finetune.routing import moe_layers
+from moefy.finetune.train import device, num_steps, tokens_per_step
 from moefy.models import families
 from moefy.models.opening import check_loaded, open_model, plain_config
 from moefy.runs import folder as runs
 from moefy.text import packing
+from moefy.text.packing import Tokens
 from moefy.text.self_text import sample
 from moefy.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A finished run of ours."""
+class Run:
+    """A finished run of moefy."""
 
     folder: Path
     summary: dict[str, Any]
@@ -40,34 +43,33 @@ class Opened:
     recipe: Recipe
     config: dict[str, Any]
     digests: dict[str, str]
-    """Of the files that its weights are in."""
+    """SHA-256 of its weight files."""
 
     @property
     def layer(self) -> str:
-        """What the names of a layer's tensors begin with."""
+        """The prefix of a layer's tensor names."""
         return self.prefix + families.load(self.summary["family"]).layer
 
     @property
     def prefix(self) -> str:
-        """What the names of all tensors begin with, before the dense model's."""
+        """The prefix that the target adds to the dense model's tensor names."""
         return "dense." if self.summary["target"] == "moefy" else ""
 
     @property
     def vocab_size(self) -> int:
-        """Embedding rows."""
-        inner = self.config.get("dense", self.config)
-        return int(inner["vocab_size"])
+        """Number of embedding rows."""
+        return int(self.config.get("dense", self.config)["vocab_size"])
 
 
-def open_run(folder: Path) -> Opened:
-    """Read what is known of the run in `folder`, without a weight.
+def open_run(folder: Path) -> Run:
+    """Read the records of the run in `folder`, but no weight.
 
     Raises:
         MoefyError: code 3, when it is no whole run of ours; 4, for a model that predicts no next
             token.
     """
     summary = runs.open_run(folder)
-    runs.read_tuning(folder)  # for one that is broken
+    runs.read_tuning(folder)  # raises if it is broken
     family, target = summary["family"], summary["target"]
     config = read_config(folder)
     if config.get("model_type") != target:
@@ -76,14 +78,14 @@ def open_run(folder: Path) -> Opened:
             "convert again"
         )
     if summary.get("task", "ForCausalLM") != "ForCausalLM":
-        raise MoefyError(f"{family} predicts no next token, by which models are tuned here", code=4)
+        raise MoefyError(f"{family} predicts no next token; expected a model that does", code=4)
     digests = {f.name: sha256(f) for f in sorted({e.file for e in read_entries(folder).values()})}
-    return Opened(folder, summary, runs.read_recipe(folder), config, digests)
+    return Run(folder, summary, runs.read_recipe(folder), config, digests)
 
 
 @dataclass(frozen=True)
-class Computing:
-    """The dtypes that student and teacher are opened in."""
+class ComputeDtypes:
+    """The dtypes in which student and teacher compute."""
 
     student: ComputeDtype
     teacher: ComputeDtype
@@ -91,7 +93,7 @@ class Computing:
     """Of the run's weights."""
 
     def summary(self) -> dict[str, Any]:
-        """What the report holds of it."""
+        """The entry `compute` of the report."""
         notes = dict.fromkeys(note for note in (self.student.note, self.teacher.note) if note)
         return {
             "student": self.student.name,
@@ -101,29 +103,28 @@ class Computing:
         }
 
 
-def computing(opened: Opened, teacher: Path | None, settings: Settings) -> Computing:
-    """The dtypes to compute in on this machine; `teacher` is its folder, None where there is none.
+def compute_dtypes(run: Run, teacher: Path | None, settings: Settings) -> ComputeDtypes:
+    """The dtypes to compute in on this machine; `teacher` is its folder, None without a teacher.
 
     Raises:
-        MoefyError: code 5, where what was asked for takes more memory than there is.
+        MoefyError: code 5 when the requested dtype takes more memory than there is.
     """
     place = device(settings)
     trained = settings.train not in ("router", "lora")
-    # In float32: a weight, and of one that is trained its gradient and two averages of those.
-    needed = _num_weights(opened.folder) * (16 if trained else 4)
+    # In float32: a weight, and for a trained one its gradient and two moments.
+    needed = _num_weights(run.folder) * (16 if trained else 4)
     needed += _num_weights(teacher) * 4 if teacher else 0
     copies = 1 if settings.fsdp else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     room = available() // copies
     if place.type == "cuda":
         room = torch.cuda.get_device_properties(place).total_memory
 
-    def chosen(stored: torch.dtype) -> ComputeDtype:
-        asked = settings.compute_dtype
-        return compute_dtype(asked, stored, place, float32_bytes=needed, room=room)
-
-    stored = stored_dtype(opened.folder)
-    student = chosen(stored)
-    return Computing(student, chosen(stored_dtype(teacher)) if teacher else student, stored)
+    choose = partial(
+        compute_dtype, settings.compute_dtype, device=place, float32_bytes=needed, room=room
+    )
+    stored = stored_dtype(run.folder)
+    student = choose(stored)
+    return ComputeDtypes(student, choose(stored_dtype(teacher)) if teacher else student, stored)
 
 
 def _num_weights(folder: Path) -> int:
@@ -135,53 +136,53 @@ def one_dtype(folder: Path) -> bool:
     return len({entry.dtype for entry in read_entries(folder).values()}) == 1
 
 
-def load_student(opened: Opened, settings: Settings, dtype: torch.dtype) -> Any:
-    """The model of the run in `dtype`, ready to be trained.
+def load_student(run: Run, settings: Settings, dtype: torch.dtype) -> Any:
+    """The model of the run in `dtype`.
 
     Raises:
-        MoefyError: code 3, when keys are missing or left over; 6, when not all of its routers are
-            where they are looked for.
+        MoefyError: code 3 for missing or unexpected keys; 6 for a number of routers that is not
+            the run's.
     """
     shared = {}
     if settings.fsdp:
         shared["distributed_config"] = DistributedConfig(
             fsdp_size=settings.fsdp, ep_size=settings.expert_parallel or None
         )
-    model, info = open_model(opened.folder, dtype=dtype, **shared)
-    check_loaded(opened.folder, info)
-    count = len(opened.summary["layers"]) if opened.summary["shape"]["num_experts"] else 0
-    if len(found := layers(model)) != count:
+    model, info = open_model(run.folder, dtype=dtype, **shared)
+    check_loaded(run.folder, info)
+    count = len(run.summary["layers"]) if run.summary["shape"]["num_experts"] else 0
+    if (num_found := len(moe_layers(model))) != count:
         raise MoefyError(
-            f"{len(found)} of {count} routers found in {type(model).__name__}; expected all, or "
+            f"{num_found} of {count} routers found in {type(model).__name__}; expected all, or "
             "experts go without balance; use the transformers that the run was made with",
             code=6,
         )
     return model
 
 
-def teacher_folder(opened: Opened, settings: Settings) -> tuple[Path, dict[str, str]]:
-    """Where the teacher lies, and the digests of its files.
+def teacher_folder(run: Run, settings: Settings) -> tuple[Path, dict[str, str]]:
+    """The folder of the teacher, and the digests of its files.
 
     Raises:
         MoefyError: code 3, when it is not the model that was converted, or has another vocabulary.
     """
-    recipe = opened.recipe
-    given = settings.teacher is not None
-    dense = runs.dense_model(opened.folder, opened.summary, recipe, settings.teacher, "--teacher")
+    dense = runs.dense_model(run.folder, run.summary, run.recipe, settings.teacher, "--teacher")
     folder = dense.folder
-    config = read_config(folder)
-    size = int(config.get("vocab_size", opened.vocab_size))
-    if size != opened.vocab_size:
+    size = int(read_config(folder).get("vocab_size", run.vocab_size))
+    if size != run.vocab_size:
         raise MoefyError(
-            f"the teacher {folder} has {size:,} tokens, the run {opened.vocab_size:,}; expected a "
+            f"the teacher {folder} has {size:,} tokens, the run {run.vocab_size:,}; expected a "
             "teacher of the same vocabulary"
         )
-    if given and _vocabulary(folder) != _vocabulary(opened.folder):
+    if settings.teacher is None:
+        return folder, dense.digests
+    if _vocabulary(folder) != _vocabulary(run.folder):
         raise MoefyError(
-            f"the tokenizer of the teacher {folder} is not that of {opened.folder}; expected a "
+            f"the tokenizer of the teacher {folder} is not that of {run.folder}; expected a "
             "teacher of the same vocabulary"
         )
-    if given and settings.hidden and (sizes := _sizes(folder)) != _sizes(opened.folder):
+    states = losses.STATES in losses.needs(settings)
+    if states and (sizes := _sizes(folder)) != _sizes(run.folder):
         raise MoefyError(
             f"hidden is not 0, and the teacher {folder} has {sizes[0]} layers of {sizes[1]}; "
             "expected one of the run's sizes, or --set hidden=0"
@@ -200,7 +201,7 @@ def _vocabulary(folder: Path) -> dict[str, int]:
 
 
 def load_teacher(folder: Path, settings: Settings, dtype: torch.dtype) -> Any:
-    """The dense model in `dtype`, to be asked only."""
+    """The dense model in `dtype`, without gradients."""
     model, info = open_model(folder, dtype=dtype)
     check_loaded(folder, info)
     model.requires_grad_(False)
@@ -208,35 +209,30 @@ def load_teacher(folder: Path, settings: Settings, dtype: torch.dtype) -> Any:
 
 
 def read_text(
-    opened: Opened, settings: Settings, world: int, writer: Callable[[], Any], watch: Watch
-) -> tuple[Text, Any]:
-    """The tokens to train and to measure on, and what is known of them. `writer` gives the model
-    that writes them, if it must.
+    run: Run, settings: Settings, world: int, write: Callable[..., Tokens], watch: Watch
+) -> Tokens:
+    """The tokens to train and to measure on. `write` gives text that the dense model writes, if
+    the settings ask for that: see `self_text.sample` for its arguments.
 
     Raises:
-        MoefyError: code 3, for a text that is too short, or a tokenizer that does not match.
+        MoefyError: code 3 for a text that is too short, or a tokenizer that does not match.
     """
     length = settings.sequence_length
-    wanted = num_steps(settings, world) * tokens_per_step(settings, world)
-    total = wanted + settings.validation_tokens // length * length
+    train_tokens = num_steps(settings, world) * tokens_per_step(settings, world)
+    total = train_tokens + settings.validation_tokens // length * length
     share = settings.validation_tokens / total
-    tokenizer = load_tokenizer(opened.folder)
     shape = {"num_tokens": total, "length": length, "seed": settings.seed, "heldout": share}
     if settings.data == "self":
-
-        def tick(done: int, of: int) -> None:
-            watch("write text", done, of)
-
-        tokens = sample(writer(), tokenizer, progress=tick, **shape)
+        tokens = write(progress=partial(watch, "write text"), **shape)
     elif settings.text_field == packing.IDS:
-        tokens = packing.load_ids(settings.data, vocab_size=opened.vocab_size, **shape)
+        tokens = packing.load_ids(settings.data, vocab_size=run.vocab_size, **shape)
     else:
         watch("read text", 0, 1)
         tokens = packing.load(
-            tokenizer,
+            load_tokenizer(run.folder),
             settings.data,
             text_field=settings.text_field,
-            vocab_size=opened.vocab_size,
+            vocab_size=run.vocab_size,
             **shape,
         )
     rows, step = len(tokens.ids_BT) - tokens.num_heldout, settings.batch_size * settings.accumulate
@@ -245,4 +241,21 @@ def read_text(
             f"{settings.data}: {rows} sequences of {length} tokens to train on, and a step takes "
             f"{step * world}; give more text, or lower --batch-size or --accumulate"
         )
-    return Text(tokens.ids_BT, tokens.num_heldout, tokens.sha256), tokens
+    return tokens
+
+
+def write_text(folder: Path, settings: Settings, dtype: torch.dtype, **shape: Any) -> Tokens:
+    """Text that the dense model in `folder` writes, as many documents at a time as fit in memory.
+
+    Raises:
+        MoefyError: code 5 when not even one fits.
+    """
+    config = plain_config(folder).get_text_config()
+    entries = read_entries(folder).values()
+    sizes = writer(entries, config.to_dict(), config.num_hidden_layers)
+    room = available() - base_bytes(folder)
+    batch_size = sizes.batch_size(dtype.itemsize, room)
+    needed = sizes.num_bytes(dtype.itemsize, batch_size)
+    require(needed, "a model that writes its own training text", "give a --data FILE")
+    model = load_teacher(folder, settings, dtype)
+    return sample(model, load_tokenizer(folder), batch_size=batch_size, **shape)

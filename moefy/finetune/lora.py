@@ -12,7 +12,9 @@ from moefy.finetune.optim import parts
 
 
 def adapted(model: Any, rank: int) -> Any:
-    """The model with adapters on all its FFNs: stacked experts as parameters, the rest as modules.
+    """The model with adapters on all its FFNs.
+
+    Adapters target stacked experts as parameters, and other layers as modules.
 
     Raises:
         MoefyError: code 5, where PEFT is not installed.
@@ -26,7 +28,7 @@ def adapted(model: Any, rank: int) -> Any:
         home = model.get_submodule(name.rpartition(".")[0])
         if isinstance(home, nn.Linear) and parameter.ndim == 2:
             linear.append(name.removesuffix(".weight"))
-        elif parameter.ndim == 3:  # the others are biases
+        elif parameter.ndim == 3:  # not a bias
             stacked.append(name)
     config = LoraConfig(
         r=rank,
@@ -40,5 +42,5 @@ def adapted(model: Any, rank: int) -> Any:
 
 
 def merged(model: Any) -> Any:
-    """The model with its adapters added to the weights, and gone."""
+    """The plain model, with the adapters added to its weights."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

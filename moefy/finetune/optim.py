@@ -1,4 +1,4 @@
-"""AdamW with learning rates by part, for weights of less precision than a step needs."""
+"""AdamW with a learning rate per part, also for weights in bfloat16 or float16."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from moefy.finetune.routing import BIASES, layers
+from moefy.finetune.routing import BIASES, moe_layers
 from moefy.models.targets.target import ROUTER_SCALE
 
 PARTS = ("router", "experts", "rest")
-"""What parameters are told apart by: the routers' rows, all FFNs, everything else."""
+"""The parts of a model: the routers' rows, all FFNs, everything else."""
 
 
 def parts(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters of each part, by name.
 
-    The shared expert's gate and a selection bias are in none: they hold the written gates at one,
-    and the choices at what the balancing makes them.
+    The shared expert's gate and a selection bias are in no part. The gate must stay at one, and the
+    balancing moves the bias.
     """
-    blocks = layers(model)
+    blocks = moe_layers(model)
     rows = {id(layer.rows) for layer in blocks}
     fixed = {id(p) for layer in blocks for p in _fixed(layer.block)}
     inside = {id(p) for layer in blocks for p in layer.block.parameters()}
-    found: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PARTS}
+    result: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PARTS}
     for name, parameter in model.named_parameters():
         if id(parameter) in fixed:
             continue
         ffn = id(parameter) in inside or ".mlp." in name or ".feed_forward." in name
         part = "router" if id(parameter) in rows else "experts" if ffn else "rest"
-        found[part][name] = parameter
-    return found
+        result[part][name] = parameter
+    return result
 
 
 def _fixed(block: nn.Module) -> Iterable[nn.Parameter]:
@@ -44,27 +44,25 @@ def _fixed(block: nn.Module) -> Iterable[nn.Parameter]:
 def groups(model: nn.Module, train: str, rates: dict[str, float]) -> list[dict[str, Any]]:
     """Parameter groups for what is to be trained; freezes all else.
 
-    The router's rows are written `ROUTER_SCALE` as large as they are meant: so is their rate.
+    The router's rows are scaled by `ROUTER_SCALE`, and so is their rate.
     """
-    chosen = {"all": PARTS, "lora": ("router", "experts")}.get(train, train.split("+"))
-    found = parts(model)
+    names = {"all": PARTS, "lora": ("router", "experts")}.get(train, train.split("+"))
+    by_part = parts(model)
     if train == "lora":
-        found["experts"] = {n: p for n, p in model.named_parameters() if "lora_" in n}
+        by_part["experts"] = {n: p for n, p in model.named_parameters() if "lora_" in n}
     model.requires_grad_(False)
-    made = []
-    for part in chosen:
-        if not found[part]:
-            continue
+    result = []
+    for part in names:
         scale = ROUTER_SCALE if part == "router" else 1.0
-        for parameter in found[part].values():
+        for parameter in by_part[part].values():
             parameter.requires_grad_(True)
         rate = {"lr": rates[part] * scale, "part": part}
-        made += [{"params": group, **rate} for group in _by_mesh(found[part].values())]
-    return made
+        result += [{"params": group, **rate} for group in _by_mesh(by_part[part].values())]
+    return result
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters that share a mesh of processes, if any: one fused step takes no others."""
+    """Parameters in groups of one device mesh: a fused step takes no others together."""
     by_mesh: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
@@ -72,7 +70,7 @@ def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW on float32 copies of weights that are of another dtype; the weights follow rounded.
+    """AdamW on float32 copies of low-precision weights; the weights are the copies, rounded.
 
     In bfloat16 itself most steps would be lost: it has 8 bits, and a step is often smaller than the
     last of them. The copies are part of `state_dict`.
@@ -85,7 +83,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of all copies, and of the weights after them."""
+        """Step the copies, then round them into the weights."""
         for weights, group in zip(self.weights, self.param_groups, strict=True):
             for weight, copy in zip(weights, group["params"], strict=True):
                 copy.grad = None if weight.grad is None else weight.grad.to(copy.dtype)
@@ -96,15 +94,15 @@ class MasterAdamW(torch.optim.AdamW):
                 weight.copy_(copy)
 
     def state_dict(self) -> dict[str, Any]:
-        """As AdamW's, with the copies under `copies`."""
+        """The state of AdamW, with the copies under `copies`."""
         copies = [[p.detach() for p in group["params"]] for group in self.param_groups]
         return {**super().state_dict(), "copies": copies}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Load what `state_dict` gave."""
         state = dict(state_dict)
-        for kept, group in zip(state.pop("copies"), self.param_groups, strict=True):
-            for source, copy in zip(kept, group["params"], strict=True):
+        for sources, group in zip(state.pop("copies"), self.param_groups, strict=True):
+            for source, copy in zip(sources, group["params"], strict=True):
                 copy.data.copy_(source)
         super().load_state_dict(state)
 
@@ -115,7 +113,7 @@ def _copy(weight: nn.Parameter) -> nn.Parameter:
 
 @torch.no_grad()
 def round_weights(model: Any, dtype: torch.dtype) -> None:
-    """Round the weights to a dtype, in their own."""
+    """Round the weights to a dtype, but store them in their own."""
     for parameter in model.parameters():
         if parameter.dtype != dtype:
             parameter.copy_(parameter.to(dtype))

@@ -1,16 +1,16 @@
-"""What the routers of a loaded model do, and how they learn, by hooks on stock modules.
+"""Hooks on the routers and experts of a loaded model: they record choices and give gradients.
 
-Every stock MoE block has a router, which gives (logits, gates, indices), and stacked experts, which
-are given (tokens, indices, gates). moefy's router rows are written small (`ROUTER_SCALE`), so that
-every gate is one; everything here is in the logits of the rows before that, whose softmax means
-something. In training a router's forward is as written, its gates constants; its gradient is that
-of a soft choice (see `SOFT`). Nothing of this is in the model that is saved.
+In every stock MoE block a router returns (logits, gates, indices), and stacked experts take
+(tokens, indices, gates). moefy writes router rows small (`ROUTER_SCALE`), so that every gate is
+one. All logits here are those of the rows before that, whose softmax means something. In training
+the forward pass is the written one with constant gates. The gradient is that of a soft choice (see
+`SOFT`). The saved model holds none of this.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,21 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefy.finetune.router_noise import Explore, disturbed
+from moefy.finetune.losses import Routed
+from moefy.finetune.router_noise import RouterNoise, noisy_choices
 from moefy.models.routing import balance
 from moefy.models.targets.target import ROUTER_SCALE
 
 SOFT = ("all", "chosen", "none")
-"""Whose outputs a router learns from: those of all experts (a token's gradient tells what each one
-would have added, chosen or not), of the chosen ones, or only from losses of its own."""
+"""Whose outputs a router learns from: those of all experts (a token's gradient says what each one
+would have added, chosen or not), those of the chosen ones, or none but its own losses."""
 
 BIASES = ("e_score_correction_bias", "expert_bias")
-"""What stock classes call the bias that moves which experts are chosen, and not their gates."""
+"""Names in stock classes of the selection bias: it changes the chosen experts, not their gates."""
 
 
 @dataclass
 class Layer:
-    """One MoE block: its parts, and what its router did last."""
+    """One MoE block: its parts, and what its router did in the last forward pass."""
 
     name: str
     block: nn.Module
@@ -41,11 +42,11 @@ class Layer:
     logits_TE: Tensor | None = None
     index_TK: Tensor | None = None
     soft_TE: Tensor | None = None
-    worth_TE: Tensor | None = None
+    energy_TE: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of routed experts."""
         return len(self.experts.down_proj)
 
     @property
@@ -56,21 +57,21 @@ class Layer:
 
     @property
     def rows(self) -> nn.Parameter:
-        """The router's rows, as they are written."""
+        """The router's weight, as it is written."""
         return next(p for n, p in self.router.named_parameters() if not n.endswith(BIASES))
 
 
-def layers(model: nn.Module) -> list[Layer]:
+def moe_layers(model: nn.Module) -> list[Layer]:
     """The MoE blocks of a model, in order; none for a dense one."""
-    found = []
+    layers = []
     for name, module in model.named_modules():
         experts: Any = getattr(module, "experts", None)
         while hasattr(experts, "base_layer"):  # PEFT's wrappers, whose sum is inside at work
             experts = experts.base_layer
         if isinstance(getattr(experts, "down_proj", None), Tensor):
             router: Any = module.gate if hasattr(module, "gate") else module.router
-            found.append(Layer(name, module, router, experts))
-    return found
+            layers.append(Layer(name, module, router, experts))
+    return layers
 
 
 class Routing:
@@ -81,11 +82,11 @@ class Routing:
         model: nn.Module,
         *,
         soft: str = "all",
-        explore: Explore = Explore(),  # noqa: B008 - frozen
-        worth: bool = False,
+        noise: RouterNoise = RouterNoise(),  # noqa: B008 - frozen
+        energy: bool = False,
     ) -> None:
-        self.layers = layers(model)
-        self.soft, self.explore, self.worth = soft, explore, worth
+        self.layers = moe_layers(model)
+        self.soft, self.noise, self.energy = soft, noise, energy
         self.progress = 0.0
         """Share of the training that is done."""
         self._recording = False
@@ -95,25 +96,25 @@ class Routing:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Layer]]:
-        """Keep in the layers what the routers do in the block; a recomputed forward is not kept."""
+        """Record in the layers what the routers do in the block, but not in recomputed passes."""
         self._recording = True
         try:
             yield self.layers
         finally:
             self._recording = False
 
-    def forget(self) -> None:
-        """Let go of what was kept, and of the graphs that hang on it."""
+    def clear(self) -> None:
+        """Release the records and their autograd graphs."""
         for layer in self.layers:
-            layer.logits_TE = layer.index_TK = layer.soft_TE = layer.worth_TE = None
+            layer.logits_TE = layer.index_TK = layer.soft_TE = layer.energy_TE = None
 
     def _routed(self, layer: Layer, router: nn.Module, args: Any, out: Any) -> Any:
         logits_TE, gate_TK, index_TK = out
         z_TE = logits_TE.float() / ROUTER_SCALE
         if router.training:
-            if self.explore.active(self.progress):
-                chosen = disturbed(self.explore, self.progress, z_TE.detach(), index_TK.shape[1])
-                # Every gate is the same, but for the little that small logits leave.
+            if self.noise.active(self.progress):
+                chosen = noisy_choices(self.noise, self.progress, z_TE.detach(), index_TK.shape[1])
+                # All gates are the same, but for the little that small logits leave.
                 gate_TK = gate_TK.detach().mean(-1, keepdim=True) * (chosen >= 0)
                 index_TK = chosen.clamp(0)
             gate_TK = gate_TK.detach()
@@ -128,27 +129,27 @@ class Routing:
         return logits_TE, gate_TK, index_TK
 
     def _computed(self, layer: Layer, experts: Any, args: Any, out: Tensor) -> Tensor:
-        wanted = self._recording and self.worth
+        energy = self._recording and self.energy
         soft = experts.training and self.soft == "all" and torch.is_grad_enabled()
-        if not (soft or wanted):
+        if not (soft or energy):
             return out
         x_TD, gate_TK = args[0].detach(), max(args[1:], key=torch.is_floating_point)
         with torch.no_grad():
             h_TEN = activations(experts, x_TD)
-            if wanted:
+            if energy:
                 norm_EN = experts.down_proj.float().square().sum(1)
-                layer.worth_TE = torch.einsum("ten,en->te", h_TEN.float().square(), norm_EN)
+                layer.energy_TE = torch.einsum("ten,en->te", h_TEN.float().square(), norm_EN)
         if not soft:
             return out
         gate = gate_TK.detach().max()
-        return _Worth.apply(out, layer.soft_TE, h_TEN, experts.down_proj.detach(), gate)
+        return _SoftGates.apply(out, layer.soft_TE, h_TEN, experts.down_proj.detach(), gate)
 
 
-class _Worth(torch.autograd.Function):
-    """Passes the output on, and gives the soft gates the gradient that all experts would give.
+class _SoftGates(torch.autograd.Function):
+    """Returns the output as it is, and gives the soft gates the gradient of all experts.
 
-    Source: Yao et al., 2025, DenseMixer; here without computing outputs that are not used: the
-    slope of expert e's gate is (down_e^T dy) . h_e.
+    Source: Yao et al., 2025, DenseMixer. Here no unused output is computed: the gradient of expert
+    e's gate is (down_e^T dy) . h_e.
     """
 
     @staticmethod
@@ -168,21 +169,23 @@ class _Worth(torch.autograd.Function):
 
 
 def activations(experts: Any, x_TD: Tensor) -> Tensor:
-    """What the neurons of all experts answer to all tokens, (T, E, N)."""
+    """Activations of all experts' neurons on all tokens, (T, E, N)."""
     if hasattr(experts, "activations"):  # moefy's own class, whose experts may have no gate
-        found = [experts.activations(number, x_TD) for number in range(len(experts.down_proj))]
-        return torch.stack(found, 1)
+        each = [experts.activations(number, x_TD) for number in range(len(experts.down_proj))]
+        return torch.stack(each, 1)
     rows_ED = experts.gate_up_proj
     both_TEM = nn.functional.linear(x_TD, rows_ED.flatten(0, 1)).view(-1, *rows_ED.shape[:2])
     gate_TEN, up_TEN = both_TEM.chunk(2, dim=-1)
     return experts.act_fn(gate_TEN) * up_TEN
 
 
-def even_out(layer: Layer, load_E: Tensor, rate: float) -> None:
+def update_bias(layer: Layer, load_E: Tensor, rate: float) -> None:
     """Move the selection bias towards balance by `rate`, in units of the unscaled logits.
 
-    Source: Wang et al., 2024, arXiv:2408.15664; the bias is added to sigmoids (slope 1/4) or, in
-    one class, to softmax shares (slope about 1/E) of small logits, so it is as small as they are.
+    The bias is added to sigmoids of small logits (slope 1/4) or, in one class, to their softmax
+    (slope about 1/E). So it is as small as they are.
+
+    Source: Wang et al., 2024, arXiv:2408.15664.
     """
     bias_E = layer.bias_E
     if bias_E is not None:
@@ -191,10 +194,52 @@ def even_out(layer: Layer, load_E: Tensor, rate: float) -> None:
         bias_E.data += step_E.to(bias_E)
 
 
-def figures(load_E: Tensor, entropy: float, dead_below: float) -> dict[str, Any]:
-    """What is told of a layer: as `routing.balance`, but with the entropy of the router.
+class RouterStatistics:
+    """Loads and entropies of the routers, summed over batches."""
 
-    That is the mean over tokens of its softmax's, in nats. An expert is dead below `dead_below` of
-    the mean load.
-    """
-    return balance(load_E / load_E.sum().clamp(1), dead_below) | {"entropy": entropy}
+    def __init__(self, dead_below: float) -> None:
+        self.dead_below = dead_below
+        self.loads: list[Tensor] = []
+        self._entropies: list[float] = []
+        self._weight = 0.0
+
+    def add(self, layers: Sequence[Routed], weight: float = 1.0) -> None:
+        """Add a batch; `weight` is its weight in the mean entropy."""
+        self._weight += weight
+        if not self.loads:
+            self.loads = [torch.zeros_like(layer.load_E) for layer in layers]
+            self._entropies = [0.0] * len(layers)
+        for number, layer in enumerate(layers):
+            self.loads[number] += layer.load_E
+            log_p_TE = layer.logits_TE.detach().log_softmax(-1)
+            entropy = -(log_p_TE.exp() * log_p_TE).sum(-1).mean()
+            self._entropies[number] += weight * float(entropy)
+
+    def layers(self) -> list[dict[str, Any]]:
+        """A row per layer, as `routing.balance` gives it, but with the entropy of the router.
+
+        That is the mean over tokens of its softmax's, in nats. An expert is dead below
+        `dead_below` of the mean load.
+        """
+        return [
+            {
+                "layer": number,
+                **balance(load_E / load_E.sum().clamp(1), self.dead_below),
+                "entropy": entropy / self._weight,
+            }
+            for number, (load_E, entropy) in enumerate(
+                zip(self.loads, self._entropies, strict=True)
+            )
+        ]
+
+
+def over_layers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean variation of the load, mean entropy and number of dead experts of the rows of
+    `RouterStatistics.layers`; nothing for no row."""
+    if not rows:
+        return {}
+    return {
+        "load_cv": sum(row["load_cv"] for row in rows) / len(rows),
+        "entropy": sum(row["entropy"] for row in rows) / len(rows),
+        "dead": sum(row["dead"] for row in rows),
+    }

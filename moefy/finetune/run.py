@@ -10,50 +10,88 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
 
 from moefy import __version__
 from moefy.config.finetune import TABLE, Settings
 from moefy.config.toml import render_table
 from moefy.convert.prepare import Watch
 from moefy.errors import MoefyError
+from moefy.files import publish
 from moefy.files.lock import locked
-from moefy.files.publish import FINAL, check_free, file_digests, publishing, write_json, write_text
+from moefy.files.publish import FINAL, check_free, file_digests, publishing, write_json
 from moefy.files.safetensors_header import some
-from moefy.finetune import teacher
-from moefy.finetune.checkpoints import foreign, steps
+from moefy.finetune import losses
+from moefy.finetune.checkpoints import Checkpoints, steps
 from moefy.finetune.checks import check_machine, check_run
 from moefy.finetune.inputs import (
-    Opened,
-    computing,
+    ComputeDtypes,
+    Run,
+    compute_dtypes,
     load_student,
     load_teacher,
     one_dtype,
     open_run,
     read_text,
     teacher_folder,
+    write_text,
 )
-from moefy.finetune.train import Text, Tuned, Watchers, device, tune
-from moefy.finetune.trainer import Targets
+from moefy.finetune.teacher import Teacher, Truncation, cache_name, cached, live, states
+from moefy.finetune.train import Callbacks, Trained, device, train
 from moefy.finetune.write import check_checkpoint, save, write_checkpoint
 from moefy.report import model_card
+from moefy.text.packing import Tokens
 
 LOG = "finetune.jsonl"
 LOCK, SAVED = "lock", "saved"
-"""In the folder of the checkpoints: who works on it, and the weights at the end of the training."""
+"""In the folder of the checkpoints: its lock, and the weights at the end of the training."""
 
 NOT_OF_A_RUN = (
     "log_every", "log_to", "save_every", "teacher_cache", "device", "data", "teacher",
     "guard_restarts",
 )  # fmt: skip
 """Settings that do not change the weights, or that a digest stands for."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A fine-tune whose inputs have passed all checks."""
+
+    run: Run
+    settings: Settings
+    dtypes: ComputeDtypes
+    teacher: Path
+    """The folder of the dense model."""
+    digests: dict[str, str]
+    """Of the teacher's files; empty where no loss needs the teacher."""
+    tokens: Tokens
+    process: PartialState
+    watch: Watch
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights: checkpoints of another identity are not resumed."""
+        settings = dataclasses.asdict(self.settings)
+        return {
+            "run": self.run.digests,
+            "text": self.tokens.sha256,
+            "teacher": self.digests,
+            "processes": self.process.num_processes,
+            "torch": torch.__version__,
+            "transformers": _version("transformers"),
+            **{key: value for key, value in settings.items() if key not in NOT_OF_A_RUN},
+            "compute_dtype": {
+                "student": self.dtypes.student.name,
+                "teacher": self.dtypes.teacher.name,
+            },
+        }
 
 
 def finetune(
@@ -67,9 +105,9 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune the run in `run` and publish the folder `out` whole; return its report.
 
-    `out` is `run` with `-finetuned` behind it, if not given. Until then checkpoints lie beside it,
-    from the last of which a fine-tune that was stopped goes on, unless `restart`. Those of another
-    one are removed with `force`, which also replaces `out`.
+    The default of `out` is `run` with `-finetuned` behind it. Until the end, checkpoints lie beside
+    `out`. A fine-tune that was stopped resumes from the last one, unless `restart`. `force` removes
+    checkpoints of another fine-tune, and replaces `out`.
 
     Raises:
         MoefyError: code 2 for places that are taken and for what cannot be done with this run, 3
@@ -78,76 +116,80 @@ def finetune(
     """
     check_machine(settings)
     process = PartialState(cpu=device(settings).type == "cpu")
-    watch = watch if process.is_main_process else lambda *_: None
     out = check_free(out or run.with_name(f"{run.resolve().name}-finetuned"), force=force)
     if out == run.resolve():
         raise MoefyError(f"OUT {out} is the run itself; give another name", code=2)
-    opened = open_run(run)
-    check_run(opened, settings)
-    taught = settings.kl or settings.hidden
-    asked = taught or settings.data == "self"
-    folder, digests = teacher_folder(opened, settings) if asked else (run, {})
-    computed = computing(opened, folder if asked else None, settings)
-    load = partial(load_teacher, folder, settings, computed.teacher.dtype)
-    text, tokens = read_text(opened, settings, process.num_processes, load, watch)
-    identity = {
-        "run": opened.digests,
-        "text": text.sha256,
-        "teacher": digests if taught else {},
-        "processes": process.num_processes,
-        "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        **{k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_OF_A_RUN},
-        "compute_dtype": {"student": computed.student.name, "teacher": computed.teacher.name},
-    }
-    home = home_of(out)
-    with _begun(home, out, process):
+    plan = _plan(run, settings, process, watch if process.is_main_process else lambda *_: None)
+    checkpoints = Checkpoints(home_of(out), plan.identity)
+    with _open_home(checkpoints.home, out, process):
         if process.is_main_process:
-            _claim(home, identity, force=force, restart=restart)
+            _claim(checkpoints, force=force, restart=restart)
         process.wait_for_everyone()
-        keep = teacher.Keep(
-            settings.top_p, min(settings.top_tokens, opened.vocab_size), settings.temperature
-        )
-        name = teacher.key(digests, text.sha256, keep, computed.teacher.name)
-        targets, states = _teacher(load, settings, text, keep, name, process, watch)
-        log = home / LOG
-        if not steps(home):
-            log.unlink(missing_ok=True)
-        tuned = tune(
-            partial(load_student, opened, settings, computed.student.dtype),
-            text,
-            settings,
-            home,
-            targets=targets,
-            states=states,
-            identity=identity,
-            stored=computed.stored if one_dtype(opened.folder) else None,
-            watchers=(
-                Watchers(partial(_append, log), partial(_rewind, log), watch)
-                if process.is_main_process  # one of several processes writes the log
-                else Watchers()
-            ),
-        )
-        summary = _summary(opened, settings, tuned, tokens, digests if taught else {})
-        summary["compute"] = computed.summary()
-        saved = home / SAVED
-        save(tuned.model, saved)
+        if not steps(checkpoints.home):
+            (checkpoints.home / LOG).unlink(missing_ok=True)
+        trained = _train(plan, checkpoints)
+        save(trained.model, checkpoints.home / SAVED)
         process.wait_for_everyone()
+        summary = _summary(plan, trained)
         if process.is_main_process:
             with publishing(out, force=force) as part:
-                watch("write", 0, 1)
-                write_checkpoint(saved, opened, part)
-                # Of a model that is shared among processes, none has all: then what they saved.
-                model = (
-                    load_teacher(saved, settings, computed.student.dtype)
-                    if settings.fsdp
-                    else tuned.model
-                )
-                summary["reopened"] = check_checkpoint(model, opened, part, text.ids_BT[-1])
-                _write_reports(opened, settings, summary, log, part)
-            _remove(home)
+                _write(plan, trained, checkpoints.home, summary, part)
+            _remove(checkpoints.home)
         process.wait_for_everyone()
     return summary
+
+
+def _plan(folder: Path, settings: Settings, process: PartialState, watch: Watch) -> Plan:
+    """Open the inputs of a fine-tune, but no weights to train."""
+    run = open_run(folder)
+    check_run(run, settings)
+    distils = bool(losses.needs(settings) & {losses.TEACHER, losses.STATES})
+    opens = distils or settings.data == "self"
+    teacher, digests = teacher_folder(run, settings) if opens else (folder, {})
+    dtypes = compute_dtypes(run, teacher if opens else None, settings)
+    write = partial(write_text, teacher, settings, dtypes.teacher.dtype)
+    tokens = read_text(run, settings, process.num_processes, write, watch)
+    digests = digests if distils else {}
+    return Plan(run, settings, dtypes, teacher, digests, tokens, process, watch)
+
+
+def _train(plan: Plan, checkpoints: Checkpoints) -> Trained:
+    run, settings = plan.run, plan.settings
+    callbacks = Callbacks()
+    if plan.process.is_main_process:  # one of several processes writes the log
+        log = checkpoints.home / LOG
+        callbacks = Callbacks(partial(_append, log), partial(_rewind, log), plan.watch)
+    return train(
+        partial(load_student, run, settings, plan.dtypes.student.dtype),
+        plan.tokens,
+        settings,
+        checkpoints,
+        teacher=_teacher(plan),
+        stored=plan.dtypes.stored if one_dtype(run.folder) else None,
+        callbacks=callbacks,
+    )
+
+
+def _teacher(plan: Plan) -> Teacher:
+    """The teacher as far as the losses need it, or a cache of what they need."""
+    settings, needs = plan.settings, losses.needs(plan.settings)
+    if not needs & {losses.TEACHER, losses.STATES}:
+        return Teacher()
+    load = partial(load_teacher, plan.teacher, settings, plan.dtypes.teacher.dtype)
+    size = min(settings.top_tokens, plan.run.vocab_size)
+    truncation = Truncation(settings.top_p, size, settings.temperature)
+    if settings.teacher_cache:
+        name = cache_name(plan.digests, plan.tokens.sha256, truncation, plan.dtypes.teacher.name)
+        file = Path(settings.teacher_cache).expanduser() / name
+        progress = partial(plan.watch, "teacher")
+        with plan.process.main_process_first():
+            ids_BT, size = plan.tokens.ids_BT, settings.batch_size
+            return Teacher(cached(file, load, ids_BT, truncation, size, progress))
+    model = load()
+    return Teacher(
+        live(model, truncation) if losses.TEACHER in needs else None,
+        states(model) if losses.STATES in needs else None,
+    )
 
 
 def home_of(out: Path) -> Path:
@@ -161,8 +203,8 @@ def last_step(out: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def _begun(home: Path, out: Path, process: PartialState) -> Iterator[None]:
-    """Hold the folder of the checkpoints, which stays only if a rerun can go on from it."""
+def _open_home(home: Path, out: Path, process: PartialState) -> Iterator[None]:
+    """Lock the folder of the checkpoints; remove it at the end if no rerun can resume from it."""
     if not process.is_main_process:
         yield
         return
@@ -178,20 +220,20 @@ def _begun(home: Path, out: Path, process: PartialState) -> Iterator[None]:
                 _remove(home)
 
 
-def _claim(home: Path, identity: dict[str, Any], *, force: bool, restart: bool) -> None:
-    """See that the checkpoints are of this fine-tune, or start over where that is asked for.
+def _claim(checkpoints: Checkpoints, *, force: bool, restart: bool) -> None:
+    """Check that the checkpoints are of this fine-tune, or remove them where that is asked for.
 
     Raises:
         MoefyError: code 7, when they are of another one.
     """
-    other = foreign(home, identity)
-    if other and not (force or restart):
+    home, lines = checkpoints.home, checkpoints.differences()
+    if lines and not (force or restart):
         raise MoefyError(
-            f"{home} is of another fine-tune: {some(other)}; give the command that began it, or "
+            f"{home} is of another fine-tune: {some(lines)}; give the command that began it, or "
             "--force to start over",
             code=7,
         )
-    if other or restart:
+    if lines or restart:
         for file in home.iterdir():
             if file.name != LOCK:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
@@ -201,58 +243,34 @@ def _remove(home: Path) -> None:
     shutil.rmtree(home, ignore_errors=True)
 
 
-def _teacher(
-    load: Callable[[], Any],
-    settings: Settings,
-    text: Text,
-    keep: teacher.Keep,
-    name: str,
-    process: PartialState,
-    watch: Watch,
-) -> tuple[Targets | None, Callable[[Tensor], list[Tensor]] | None]:
-    """What gives the teacher's expectations and its hidden states; `name` is that of a cache."""
-    if not settings.kl and not settings.hidden:
-        return None, None
-    if settings.teacher_cache:
-        file = Path(settings.teacher_cache).expanduser() / name
-        with process.main_process_first():
-            tick = partial(watch, "teacher")
-            found = teacher.cached(file, load, text.ids_BT, keep, settings.batch_size, tick)
-        return found, None
-    model = load()
-    states = teacher.states(model) if settings.hidden else None
-    return teacher.live(model, keep) if settings.kl else None, states
-
-
 def _append(log: Path, row: dict[str, Any]) -> None:
     with log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def _rewind(log: Path, step: int) -> None:
-    """Drop what was logged after `step`; what the guard did stays."""
+    """Remove the rows after `step`, but not those of the guard."""
     rows = [row for row in _rows(log) if row["step"] <= step or "guard" in row]
-    write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
+    publish.write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _rows(log: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a log; a line that a kill or a crash has torn is passed over."""
+    """The rows of a log, without a line that a kill or a crash has cut."""
     text = log.read_text("utf-8", errors="replace") if log.exists() else ""
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             yield json.loads(line)
 
 
-def _summary(
-    opened: Opened, settings: Settings, tuned: Tuned, tokens: Any, taught: dict[str, str]
-) -> dict[str, Any]:
-    """What `moefy/finetune.json` holds, less the digests of the output."""
+def _summary(plan: Plan, trained: Trained) -> dict[str, Any]:
+    """The content of `moefy/finetune.json`, without the digests of the output."""
+    run, settings, tokens = plan.run, plan.settings, plan.tokens
     return {
         "moefy": __version__,
         "format": 1,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "parent": {"folder": os.path.abspath(opened.folder), "files": opened.digests},
-        "teacher": {"model": settings.teacher or opened.recipe.model, "files": taught},
+        "parent": {"folder": os.path.abspath(run.folder), "files": run.digests},
+        "teacher": {"model": settings.teacher or run.recipe.model, "files": plan.digests},
         "train": {
             "source": tokens.source,
             "sha256": tokens.sha256,
@@ -263,29 +281,39 @@ def _summary(
             "notes": list(tokens.notes),
         },
         "settings": dataclasses.asdict(settings),
-        "tokens": tuned.tokens,
-        "steps": tuned.steps,
-        "seconds": tuned.seconds,
-        "tokens_per_second": tuned.tokens_per_second,
-        "validation": tuned.validation,
-        "routing": tuned.routing,
-        "guard": tuned.guard,
+        "tokens": trained.tokens,
+        "steps": trained.steps,
+        "seconds": trained.seconds,
+        "tokens_per_second": trained.tokens_per_second,
+        "validation": trained.validation,
+        "routing": trained.routing,
+        "guard": trained.guard,
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("torch", "transformers", "accelerate")},
         },
+        "compute": plan.dtypes.summary(),
     }
 
 
-def _write_reports(
-    opened: Opened, settings: Settings, summary: dict[str, Any], log: Path, part: Path
-) -> None:
-    """The curve, the recipe with its table, the card, and last the report: it means whole."""
+def _write(plan: Plan, trained: Trained, home: Path, summary: dict[str, Any], part: Path) -> None:
+    """Write the checkpoint, the log, the recipe with its table and the card.
+
+    The report is written last: its existence means that the folder is whole.
+    """
+    run, settings, saved, log = plan.run, plan.settings, home / SAVED, home / LOG
+    plan.watch("write", 0, 1)
+    write_checkpoint(saved, run, part)
+    model = trained.model
+    if settings.fsdp:  # no process has all of the model, but the saved one is whole
+        model = load_teacher(saved, settings, plan.dtypes.student.dtype)
+    summary["reopened"] = check_checkpoint(model, run, part, plan.tokens.ids_BT[-1])
     folder = part / "moefy"
-    write_text(folder / LOG, log.read_text("utf-8") if log.exists() else "")
-    recipe = (opened.folder / "moefy" / "recipe.toml").read_text("utf-8").split(f"\n[{TABLE}]")[0]
-    write_text(folder / "recipe.toml", recipe + render_table(TABLE, dataclasses.asdict(settings)))
-    write_text(part / "README.md", model_card(opened.summary, trained=summary))
+    publish.write_text(folder / LOG, log.read_text("utf-8") if log.exists() else "")
+    recipe = (run.folder / "moefy" / "recipe.toml").read_text("utf-8").split(f"\n[{TABLE}]")[0]
+    table = render_table(TABLE, dataclasses.asdict(settings))
+    publish.write_text(folder / "recipe.toml", recipe + table)
+    publish.write_text(part / "README.md", model_card(run.summary, trained=summary))
     summary["outputs"] = file_digests(part, without=("README.md",))
     write_json(folder / "finetune.json", summary)
 

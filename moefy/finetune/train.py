@@ -1,58 +1,47 @@
-"""Train a loaded model: the student's side of a fine-tune, without files of a run."""
+"""Train a loaded model: the student's side of a fine-tune, without the files of a run."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments
 
 from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
 from moefy.finetune import losses
-from moefy.finetune.checkpoints import last_good
-from moefy.finetune.collapse_guard import Guard, Trip, check_start
+from moefy.finetune.checkpoints import Checkpoints
+from moefy.finetune.collapse_guard import CollapseGuard, Failure, check_start
 from moefy.finetune.lora import adapted, merged
 from moefy.finetune.optim import round_weights
-from moefy.finetune.router_noise import Explore
-from moefy.finetune.routing import Routing, figures
-from moefy.finetune.trainer import Finetuner, Rows, Targets
+from moefy.finetune.router_noise import RouterNoise
+from moefy.finetune.routing import Routing
+from moefy.finetune.teacher import Teacher
+from moefy.finetune.trainer import Finetuner, Rows, Setup
+from moefy.finetune.validation import measure
+from moefy.text.packing import Tokens
 
 STRONGER = 4.0
-"""What the weight of the balance is multiplied by after a collapse; rates are halved after a loss
-that rises."""
+"""Factor on the balance weight after a collapse. After a loss that rises, rates are halved."""
 
 CHECKPOINTING: dict[str, Any] = {
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
 }
 
-
-@dataclass(frozen=True)
-class Text:
-    """Packed sequences: those to train on, then those to measure on; numbered throughout."""
-
-    ids_BT: Tensor
-    num_heldout: int
-    sha256: str
-
-    @property
-    def train_BT(self) -> Tensor:
-        """What is trained on."""
-        return self.ids_BT[: -self.num_heldout]
+Measured = tuple[dict[str, Any], list[dict[str, Any]]]
+"""What `validation.measure` gives."""
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """A trained model and what is told of the training."""
+class Trained:
+    """A trained model and the figures of its training."""
 
     model: Any
     steps: int
@@ -65,18 +54,19 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Watchers:
-    """Who is told what happens."""
+class Callbacks:
+    """Functions that are called while training runs."""
 
-    row: Callable[[dict[str, Any]], None] = lambda row: None
-    """Takes a row of figures."""
+    log: Callable[[dict[str, Any]], None] = lambda row: None
+    """With a row of figures."""
     rewind: Callable[[int], None] = lambda step: None
-    """Told that rows after a step are void."""
-    watch: Callable[[str, int, int], None] = lambda *_: None
+    """With a step; the rows after it are void."""
+    progress: Callable[[str, int, int], None] = lambda *_: None
+    """With a stage, and how much of it is done."""
 
 
 def device(settings: Settings) -> torch.device:
-    """Where models are put."""
+    """The device of the models."""
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,138 +84,153 @@ def tokens_per_step(settings: Settings, world: int) -> int:
     return rows * settings.sequence_length
 
 
-def tune(
+def train(
     load: Callable[[], Any],
-    text: Text,
+    tokens: Tokens,
     settings: Settings,
-    home: Path,
+    checkpoints: Checkpoints,
     *,
-    targets: Targets | None = None,
-    states: Callable[[Tensor], list[Tensor]] | None = None,
-    identity: Mapping[str, Any] | None = None,
+    teacher: Teacher = Teacher(),  # noqa: B008 - frozen
     stored: torch.dtype | None = None,
-    watchers: Watchers = Watchers(),  # noqa: B008 - frozen
-) -> Tuned:
-    """Train what `load` gives, from the last checkpoint in `home` if there is one.
+    callbacks: Callbacks = Callbacks(),  # noqa: B008 - frozen
+) -> Trained:
+    """Train the model that `load` gives, from the last checkpoint if there is one.
 
-    `stored` is the dtype that the weights will be written in, to which they are rounded before they
-    are measured.
+    `stored` is the dtype of the weights on disk; the weights are rounded to it before they are
+    measured.
 
-    Where the guard stops the training, it goes back to the last good checkpoint, at most
+    Where the guard stops the training, it restarts from the last good checkpoint, at most
     `guard_restarts` times, with stronger balancing or lower rates.
 
     Raises:
         MoefyError: code 6 when it goes wrong again after the last time.
     """
-    identity = dict(identity or {})
-    told: list[dict[str, Any]] = []
-    weight, before = settings.balance_weight, None
-    until: int | None = None
+    restarts: list[dict[str, Any]] = []
+    before: Measured | None = None
+    until = math.inf
     while True:
-        checkpoint = last_good(home, identity, until)
-        model = load()
-        if not settings.fsdp:  # then transformers has put each part where it belongs
-            model = model.to(device(settings))
-        if settings.train == "lora":
-            model = adapted(model, settings.lora_rank)
-        explore = Explore(
-            settings.noise,
-            settings.expert_dropout,
-            settings.capacity,
-            settings.warm_start,
-            settings.explore_until,
-        )
-        routing = Routing(model, soft=settings.soft, explore=explore, worth=settings.router_ce > 0)
-        measured = partial(measure, model, routing, text, targets, settings)
+        model, routing = _student(load, settings)
         if before is None:
-            watchers.watch("measure", 0, 1)
-            before = measured()
+            callbacks.progress("measure", 0, 1)
+            before = measure(model, routing, tokens, teacher, settings)
             check_start(before[0]["loss"])
-        guard = Guard(
-            settings.guard_steps,
-            settings.dead_below,
-            settings.guard_loss,
-            [layer["dead"] for layer in before[1]],
-            enabled=settings.guard_restarts > 0,
-        )
-        trainer = _trainer(model, text, settings, home, routing, guard, targets, states, watchers)
-        trainer.balance_weight, trainer.identity = weight, identity
-        trainer.measure = lambda measured=measured: measured()[0]
+        guard = _guard(settings, before[1])
+        setup = Setup(settings, routing, guard, teacher, checkpoints)
+        trainer = _trainer(model, tokens, setup, callbacks)
+        checkpoint = checkpoints.last(until)
         if checkpoint:
-            watchers.rewind(int(checkpoint.name.rpartition("-")[2]))
+            callbacks.rewind(int(checkpoint.name.rpartition("-")[2]))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if guard.trip is None:
+        if guard.failure is None:
             break
-        if len(told) == settings.guard_restarts:
+        if len(restarts) == settings.guard_restarts:
             raise MoefyError(
-                f"step {guard.trip.step}: {guard.trip.reason}, after {len(told)} restarts; nothing "
-                "was written; lower the learning rates or raise --balance-weight",
+                f"step {guard.failure.step}: {guard.failure.reason}, after {len(restarts)} "
+                "restarts; nothing was written; lower the learning rates or raise --balance-weight",
                 code=6,
             )
-        settings, weight, action = _stronger(guard.trip, settings, weight)
-        until = guard.trip.good_until if until is None else min(until, guard.trip.good_until)
-        back = last_good(home, identity, until)
-        action = f"back to {back.name if back else 'the start'}, {action}"
-        told.append({"step": guard.trip.step, "reason": guard.trip.reason, "action": action})
-        watchers.row({"step": guard.trip.step, "guard": told[-1]})
-        watchers.watch(f"guard: {guard.trip.reason}; {action}", 0, 1)
+        settings, change = _stronger(guard.failure, settings)
+        until = min(until, guard.failure.last_good_step)
+        back = checkpoints.last(until)
+        action = f"back to {back.name if back else 'the start'}, {change}"
+        row = {"step": guard.failure.step, "reason": guard.failure.reason, "action": action}
+        restarts.append(row)
+        callbacks.log({"step": guard.failure.step, "guard": row})
+        callbacks.progress(f"guard: {guard.failure.reason}; {action}", 0, 1)
     model = merged(model)
     if stored is not None:
         round_weights(model, stored)
-    after = measure(model, routing, text, targets, settings)
-    done = trainer.state.global_step
-    return Tuned(
+    after = measure(model, routing, tokens, teacher, settings)
+    steps = trainer.state.global_step
+    return Trained(
         model,
-        done,
-        done * tokens_per_step(settings, trainer.args.world_size),
+        steps,
+        steps * tokens_per_step(settings, trainer.args.world_size),
         trainer.last["seconds"],
         trainer.last["tokens_per_second"],
         {"before": before[0], "after": after[0]},
         {"before": before[1], "after": after[1]},
-        told,
+        restarts,
     )
 
 
-def _stronger(trip: Trip, settings: Settings, weight: float) -> tuple[Settings, float, str]:
-    """What is changed before the training goes on from a good checkpoint."""
-    if "loss" in trip.reason:
+def _student(load: Callable[[], Any], settings: Settings) -> tuple[Any, Routing]:
+    """A fresh model on its device, and the hooks on its routers."""
+    model = load()
+    if not settings.fsdp:  # then transformers has put each part where it belongs
+        model = model.to(device(settings))
+    if settings.train == "lora":
+        model = adapted(model, settings.lora_rank)
+    noise = RouterNoise(
+        settings.noise,
+        settings.expert_dropout,
+        settings.capacity,
+        settings.warm_start,
+        settings.explore_until,
+    )
+    energy = losses.ENERGY in losses.needs(settings)
+    return model, Routing(model, soft=settings.soft, noise=noise, energy=energy)
+
+
+def _guard(settings: Settings, routing_before: list[dict[str, Any]]) -> CollapseGuard:
+    return CollapseGuard(
+        settings.guard_steps,
+        settings.dead_below,
+        settings.guard_loss,
+        [layer["dead"] for layer in routing_before],
+        enabled=settings.guard_restarts > 0,
+    )
+
+
+def _stronger(failure: Failure, settings: Settings) -> tuple[Settings, str]:
+    """The settings after a restart, and what has changed in words."""
+    if "loss" in failure.reason:
         lower = {
             name: getattr(settings, name) / 2
             for name in ("learning_rate", "router_learning_rate", "rest_learning_rate")
         }
-        return dataclasses.replace(settings, **lower), weight, "learning rates halved"
-    stronger = weight * STRONGER or Settings.balance_weight
+        return dataclasses.replace(settings, **lower), "learning rates halved"
+    weight = settings.balance_weight * STRONGER or Settings.balance_weight
     balance = settings.balance if settings.balance in ("switch", "variation") else "switch"
-    changed = dataclasses.replace(settings, balance=balance)
-    return changed, stronger, f"{balance} balancing at weight {stronger:g}"
+    changed = dataclasses.replace(settings, balance=balance, balance_weight=weight)
+    return changed, f"{balance} balancing at weight {weight:g}"
 
 
-def _trainer(
-    model: Any,
-    text: Text,
-    settings: Settings,
-    home: Path,
-    routing: Routing,
-    guard: Guard,
-    targets: Targets | None,
-    states: Any,
-    watchers: Watchers,
-) -> Finetuner:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    total = num_steps(settings, world)
+def _trainer(model: Any, tokens: Tokens, setup: Setup, callbacks: Callbacks) -> Finetuner:
+    settings = setup.settings
+    arguments = _arguments(settings, setup.checkpoints.home)
 
-    def tell(row: dict[str, Any]) -> None:
-        watchers.row(row)
+    def log(row: dict[str, Any]) -> None:
+        callbacks.log(row)
         if "loss" in row:
-            about = f"loss {row['loss']:.3f}"
+            figures = f"loss {row['loss']:.3f}"
             if "load_cv" in row:
-                about += f", load CV {row['load_cv']:.2f}, {row['dead']} dead"
-            rate = f"{row['tokens_per_second']:.0f} tokens/s"
-            watchers.watch(f"train: {about}, {rate}", row["step"], total)
+                figures += f", load CV {row['load_cv']:.2f}, {row['dead']} dead"
+            figures += f", {row['tokens_per_second']:.0f} tokens/s"
+            callbacks.progress(f"train: {figures}", row["step"], arguments.max_steps)
 
+    def validate() -> dict[str, Any]:
+        return measure(model, setup.routing, tokens, setup.teacher, settings)[0]
+
+    if arguments.process_index == 0:
+        setup = dataclasses.replace(setup, log=log)
+    trainer = Finetuner(
+        dataclasses.replace(setup, measure=validate),
+        model=model,
+        args=arguments,
+        train_dataset=Rows(tokens.ids_BT[: -tokens.num_heldout]),
+        eval_dataset=Rows(tokens.ids_BT[-tokens.num_heldout :]),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(settings: Settings, home: Path) -> TrainingArguments:
+    """The settings as Trainer's arguments."""
     if settings.log_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(home.parent / f"{home.name}-logs"))
-    arguments = TrainingArguments(
+    total = num_steps(settings, int(os.environ.get("WORLD_SIZE", "1")))
+    return TrainingArguments(
         output_dir=str(home),
         max_steps=total,
         per_device_train_batch_size=settings.batch_size,
@@ -253,67 +258,3 @@ def _trainer(
         disable_tqdm=True,
         ddp_find_unused_parameters=settings.soft == "none",
     )
-    trainer = Finetuner(
-        model=model,
-        args=arguments,
-        train_dataset=Rows(text.train_BT),
-        eval_dataset=Rows(text.ids_BT[-text.num_heldout :]),
-        routing=routing,
-        settings=settings,
-        guard=guard,
-        targets=targets,
-        states=states,
-        tell=tell if arguments.process_index == 0 else lambda row: None,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def measure(
-    model: Any, routing: Routing, text: Text, targets: Targets | None, settings: Settings
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Loss and KL on the text that is not trained on, and what the routers do there."""
-    was_training = model.training
-    model.eval()
-    sums, loads, entropies = {"loss": 0.0}, [], []
-    first, batch = len(text.train_BT), settings.batch_size
-    count = 0
-    for at in range(first, len(text.ids_BT), batch):
-        ids_BT = text.ids_BT[at : at + batch].to(model.device)
-        with torch.no_grad(), routing.recording() as layers:
-            logits_TV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
-        log_z_T = logits_TV.float().logsumexp(-1)
-        next_T = ids_BT[:, 1:].flatten()
-        rows = len(ids_BT)
-        sums["loss"] += rows * float(losses.next_token(logits_TV, next_T, log_z_T=log_z_T))
-        if targets is not None:
-            row_B = torch.arange(at, at + rows)
-            ids_TP, log_p_TP = (t[:, :-1].flatten(0, 1) for t in targets(row_B, ids_BT))
-            kl = losses.distillation(
-                logits_TV.float(), ids_TP, log_p_TP, temperature=settings.temperature
-            )
-            sums["kl"] = sums.get("kl", 0.0) + rows * float(kl)
-        for number, layer in enumerate(layers):
-            assert layer.logits_TE is not None and layer.index_TK is not None
-            load_E = losses.load(layer.index_TK, layer.num_experts)
-            log_p_TE = layer.logits_TE.log_softmax(-1)
-            entropy = rows * float(-(log_p_TE.exp() * log_p_TE).sum(-1).mean())
-            if number == len(loads):
-                loads.append(load_E)
-                entropies.append(entropy)
-            else:
-                loads[number] = loads[number] + load_E
-                entropies[number] += entropy
-        routing.forget()
-        count += rows
-    model.train(was_training)
-    told = [
-        {"layer": n, **figures(load_E, entropy / count, settings.dead_below)}
-        for n, (load_E, entropy) in enumerate(zip(loads, entropies, strict=True))
-    ]
-    found = {name: value / count for name, value in sums.items()}
-    if told:
-        found["load_cv"] = sum(t["load_cv"] for t in told) / len(told)
-        found["entropy"] = sum(t["entropy"] for t in told) / len(told)
-        found["dead"] = sum(t["dead"] for t in told)
-    return found, told

@@ -1,4 +1,4 @@
-"""The checkpoint that a fine-tune leaves: in the files, names and dtypes that `convert` wrote."""
+"""Write the checkpoint of a fine-tune, with the files, names and dtypes that `convert` wrote."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from moefy.checkpoint.validate import beside
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import CONFIG, read_entries, some
 from moefy.files.shards import DTYPES, ShardWriter, Slot, read
-from moefy.finetune.inputs import Opened
+from moefy.finetune.inputs import Run
 from moefy.models.opening import states_of
 
 OF_RUN = ("recipe.toml", "conversion.json", "conversion.md", "calibration.safetensors")
-"""What is taken over of a run's `moefy` folder: what tells of the conversion."""
+"""Files of a run's `moefy` folder that are copied: the records of the conversion."""
 
 
 def save(model: Any, place: Path) -> None:
-    """Save the weights as transformers does; all processes call it, for each may have a part."""
+    """Save the weights as transformers does. All processes must call it: each may have a part."""
     model.save_pretrained(place, save_original_format=True)
 
 
-def write_checkpoint(place: Path, opened: Opened, part: Path) -> None:
-    """Write the weights in `place` under the run's names, and the run's other files as they are.
+def write_checkpoint(place: Path, run: Run, part: Path) -> None:
+    """Write the weights in `place` under the run's names, and copy the run's other files.
 
-    config.json is the run's, byte for byte: `save_pretrained` would drop keys that other engines
-    and older versions read.
+    config.json is copied, too: `save_pretrained` would drop keys that other engines and older
+    versions read.
 
     Raises:
         MoefyError: code 6, for a weight that is missing, or not finite in the run's dtype.
     """
-    entries = read_entries(opened.folder)
+    entries = read_entries(run.folder)
     saved = read_entries(place)
     if missing := sorted(entries.keys() - saved.keys()):
         raise MoefyError(f"the trained model has lost {some(missing)}", code=6)
@@ -43,14 +43,14 @@ def write_checkpoint(place: Path, opened: Opened, part: Path) -> None:
     for name, entry in entries.items():
         trained = read(name, saved[name]).reshape(entry.shape)
         if torch.equal(trained, read(name, entry).to(trained.dtype)):
-            writer.copy(name, entry)  # what training has left alone keeps its bytes
+            writer.copy(name, entry)  # a tensor that training left alone keeps its bytes
             continue
         tensor = trained.to(DTYPES[entry.dtype])
         if not torch.isfinite(tensor).all():
             raise MoefyError(f"{name} is not finite after training; nothing written", code=6)
         writer.write(name, tensor)
     writer.finish()
-    folder = opened.folder
+    folder = run.folder
     for file in [*beside(folder), Path(CONFIG)]:
         (part / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / file, part / file)
@@ -60,19 +60,19 @@ def write_checkpoint(place: Path, opened: Opened, part: Path) -> None:
             shutil.copyfile(folder / "moefy" / name, part / "moefy" / name)
 
 
-def check_checkpoint(model: Any, opened: Opened, part: Path, ids_T: Tensor) -> dict[str, Any]:
-    """Open the folder with plain transformers and compare with the model that was trained.
+def check_checkpoint(model: Any, run: Run, part: Path, ids_T: Tensor) -> dict[str, Any]:
+    """Open the folder with plain transformers and compare it with the trained model.
 
-    The model is left in float32.
+    The model is then in float32.
 
     Raises:
-        MoefyError: code 6, for keys or hidden states that are not the trained model's.
+        MoefyError: code 6 for keys or hidden states that differ from the trained model's.
     """
     model = model.float().eval().cpu()
     ends: dict[int, Tensor] = {}
     hooks = []
     for number in range(_num_layers(model)):
-        layer = model.get_submodule(opened.layer.format(layer=number).rstrip("."))
+        layer = model.get_submodule(run.layer.format(layer=number).rstrip("."))
 
         def keep(module: Any, args: Any, out: Any, number: int = number) -> None:
             ends[number] = states_of(out)[0].float()
@@ -83,7 +83,7 @@ def check_checkpoint(model: Any, opened: Opened, part: Path, ids_T: Tensor) -> d
     for hook in hooks:
         hook.remove()
     states = [ends[number] for number in sorted(ends)]
-    return reopen(part, ids_T.cpu(), states, layer=opened.layer)
+    return reopen(part, ids_T.cpu(), states, layer=run.layer)
 
 
 def _num_layers(model: Any) -> int:

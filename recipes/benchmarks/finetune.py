@@ -27,9 +27,17 @@ from moefy.evaluate.dtypes import one_dtype
 from moefy.evaluate.load import load_model
 from moefy.evaluate.metrics import compare, standard_error
 from moefy.files.shards import stored_dtype
-from moefy.finetune.inputs import computing, open_run, read_text, teacher_folder
+from moefy.finetune.checkpoints import Checkpoints
+from moefy.finetune.inputs import (
+    compute_dtypes,
+    open_run,
+    read_text,
+    teacher_folder,
+    write_text,
+)
 from moefy.finetune.run import finetune
-from moefy.finetune.train import Watchers, tune
+from moefy.finetune.train import Callbacks
+from moefy.finetune.train import train as train_model
 from moefy.progress import watching
 from moefy.text.tokenizer import load_tokenizer
 from moefy.text.windows import text_windows
@@ -83,25 +91,25 @@ def main(
 
 def tune_dense(run: Path, out: Path, settings: Settings, watch: Callable[..., None]) -> None:
     """Train the dense model itself on the same tokens, and save it."""
-    opened = open_run(run)
-    folder, digests = teacher_folder(opened, settings)
-    dtype = computing(opened, None, settings).student.dtype
+    parent = open_run(run)
+    folder, digests = teacher_folder(parent, settings)
+    dtype = compute_dtypes(parent, None, settings).student.dtype
     load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
-    tokens, _ = read_text(opened, settings, 1, load, watch)
+    write = partial(write_text, folder, settings, dtype)
+    tokens = read_text(parent, settings, 1, write, watch)
     lower = {key: getattr(settings, key) / 10 for key in ("learning_rate", "rest_learning_rate")}
     home = out.with_name(f".{out.name}.moefy-finetune")
     home.mkdir(exist_ok=True)
-    tuned = tune(
+    trained = train_model(
         load,
         tokens,
         build(None, {**vars(settings), **lower}, []),
-        home,
-        identity={"text": tokens.sha256, "teacher": sorted(digests.values())},
-        watchers=Watchers(watch=watch),
+        Checkpoints(home, {"text": tokens.sha256, "teacher": sorted(digests.values())}),
+        callbacks=Callbacks(progress=watch),
     )
-    tuned.model.save_pretrained(out)
-    told = {"tokens": tuned.tokens, "seconds": tuned.seconds, "rate": tuned.tokens_per_second}
-    (out / "training.json").write_text(json.dumps({**told, "validation": tuned.validation}))
+    trained.model.save_pretrained(out)
+    told = {"tokens": trained.tokens, "seconds": trained.seconds, "rate": trained.tokens_per_second}
+    (out / "training.json").write_text(json.dumps({**told, "validation": trained.validation}))
 
 
 def score_all(

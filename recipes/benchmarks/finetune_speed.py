@@ -22,18 +22,20 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from moefy.config.finetune import build
 from moefy.environment import processor
-from moefy.finetune import teacher
-from moefy.finetune.collapse_guard import Guard
+from moefy.finetune import losses, teacher
+from moefy.finetune.checkpoints import Checkpoints
+from moefy.finetune.collapse_guard import CollapseGuard
 from moefy.finetune.inputs import (
-    computing,
+    compute_dtypes,
     load_student,
     load_teacher,
     open_run,
     read_text,
     teacher_folder,
+    write_text,
 )
 from moefy.finetune.routing import Routing
-from moefy.finetune.trainer import Finetuner, Rows
+from moefy.finetune.trainer import Finetuner, Rows, Setup
 
 
 class Clock(TrainerCallback):
@@ -69,21 +71,23 @@ def main(
     """Print CPU seconds per step of both, and the ratio of their medians."""
     text_of = {"data": data, "batch_size": batch_size, "tokens": batch_size * 512 * steps}
     built = build(None, {**text_of, "validation_tokens": 512, "guard_restarts": 0}, settings)
-    opened = open_run(run)
-    folder, _ = teacher_folder(opened, built)
-    computed = computing(opened, folder, built)
+    parent = open_run(run)
+    folder, _ = teacher_folder(parent, built)
+    computed = compute_dtypes(parent, folder, built)
     print(f"{computed.student.name}, {processor()}")
     load = partial(load_teacher, folder, built, computed.student.dtype)
-    text, _ = read_text(opened, built, 1, load, lambda *_: None)
+    write = partial(write_text, folder, built, computed.student.dtype)
+    tokens = read_text(parent, built, 1, write, lambda *_: None)
     dense = load()
-    keep = teacher.Keep(built.top_p, built.top_tokens, built.temperature)
-    ids_BT = text.ids_BT[:batch_size]
-    live = teacher.live(dense, keep)
+    truncation = teacher.Truncation(built.top_p, built.top_tokens, built.temperature)
+    ids_BT = tokens.ids_BT[:batch_size]
+    live = teacher.live(dense, truncation)
     start = time.process_time()
     kept = live(torch.arange(batch_size), ids_BT)
     asked = time.process_time() - start
     dense.train().requires_grad_(True)
-    student = load_student(opened, built, computed.student.dtype)
+    train_BT = tokens.ids_BT[: -tokens.num_heldout]
+    student = load_student(parent, built, computed.student.dtype)
     with tempfile.TemporaryDirectory() as place:
         arguments = TrainingArguments(
             output_dir=place,
@@ -98,15 +102,20 @@ def main(
             dataloader_pin_memory=False,
             optim="adamw_torch_fused",
         )
-        plain = Trainer(dense, arguments, train_dataset=Labelled(text.train_BT))
+        plain = Trainer(dense, arguments, train_dataset=Labelled(train_BT))
+        energy = losses.ENERGY in losses.needs(built)
+        setup = Setup(
+            built,
+            Routing(student, soft=built.soft, energy=energy),
+            CollapseGuard(10**6, 0.05, 1e9, enabled=False),
+            teacher.Teacher(lambda row_B, ids_BT: kept),
+            Checkpoints(Path(place)),
+        )
         ours = Finetuner(
+            setup,
             model=student,
             args=arguments,
-            train_dataset=Rows(text.train_BT),
-            routing=Routing(student, soft=built.soft, worth=built.router_ce > 0),
-            settings=built,
-            guard=Guard(10**6, 0.05, 1e9, enabled=False),
-            targets=lambda row_B, ids_BT: kept,
+            train_dataset=Rows(train_BT),
         )
         clocks = []
         for trainer in (plain, ours):
@@ -118,9 +127,9 @@ def main(
             for one in rounds:
                 next(one, None)
     plain_s, ours_s = (statistics.median(clock.seconds[1:]) for clock in clocks)
-    tokens = batch_size * 512
-    print(f"plain Trainer, dense: {plain_s:.2f} s a step, {tokens / plain_s:.0f} tokens/CPU-second")
-    print(f"moefy finetune:       {ours_s:.2f} s a step, {tokens / ours_s:.0f} tokens/CPU-second")
+    step = batch_size * 512
+    print(f"plain Trainer, dense: {plain_s:.2f} s a step, {step / plain_s:.0f} tokens/CPU-second")
+    print(f"moefy finetune:       {ours_s:.2f} s a step, {step / ours_s:.0f} tokens/CPU-second")
     print(f"ratio {plain_s / ours_s:.2f}; teacher at every step {plain_s / (ours_s + asked):.2f}")
     print([[round(s, 2) for s in clock.seconds] for clock in clocks])
 

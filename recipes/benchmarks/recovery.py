@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from moefy.config.finetune import build
 from moefy.environment import processor
 from moefy.evaluate.metrics import compare
 from moefy.finetune import teacher
+from moefy.finetune.checkpoints import Checkpoints
 from moefy.finetune.inputs import (
-    computing,
+    compute_dtypes,
     load_student,
     load_teacher,
     open_run,
     read_text,
     teacher_folder,
+    write_text,
 )
-from moefy.finetune.train import Watchers, device, num_steps, tokens_per_step, tune
+from moefy.finetune.train import Callbacks, device, num_steps, tokens_per_step, train
 from moefy.text.tokenizer import load_tokenizer
 from moefy.text.windows import text_windows
 
@@ -44,12 +47,13 @@ def main(
     eval_tokens: int = 20480,
 ) -> None:
     """Train, score along the way, and print the curve."""
-    opened = open_run(run)
+    parent = open_run(run)
     chosen = build(None, {"data": data_source}, settings)
-    folder, _ = teacher_folder(opened, chosen)
-    computed = computing(opened, folder, chosen)
+    folder, _ = teacher_folder(parent, chosen)
+    computed = compute_dtypes(parent, folder, chosen)
     dense = load_teacher(folder, chosen, computed.teacher.dtype)
-    tokens, _ = read_text(opened, chosen, 1, lambda: dense, lambda *_: None)
+    write = partial(write_text, folder, chosen, computed.teacher.dtype)
+    tokens = read_text(parent, chosen, 1, write, lambda *_: None)
     tokenizer = load_tokenizer(folder)
     windows = {
         path.stem: text_windows(tokenizer, path, num_tokens=eval_tokens, length=1024)
@@ -62,7 +66,7 @@ def main(
 
     def load() -> Any:
         nonlocal student
-        student = load_student(opened, chosen, computed.student.dtype)
+        student = load_student(parent, chosen, computed.student.dtype)
         return student
 
     def score(step: int, rate: float | None) -> None:
@@ -72,7 +76,7 @@ def main(
         student.train(was_training)
         row = {
             "run": run.name,
-            "active": opened.summary["shape"]["active_fraction"],
+            "active": parent.summary["shape"]["active_fraction"],
             "tokens": step * tokens_per_step(chosen, 1),
             "tokens_per_second": rate,
             "dtype": computed.student.name,
@@ -92,20 +96,21 @@ def main(
 
     load().to(device(chosen))
     score(0, None)
-    keep = teacher.Keep(chosen.top_p, chosen.top_tokens, chosen.temperature)
+    truncation = teacher.Truncation(chosen.top_p, chosen.top_tokens, chosen.temperature)
+    targets = teacher.live(dense, truncation) if chosen.kl else None
     with tempfile.TemporaryDirectory(dir=out.parent) as home:
-        tuned = tune(
+        trained = train(
             load,
             tokens,
             chosen,
-            Path(home),
-            targets=teacher.live(dense, keep) if chosen.kl else None,
-            watchers=Watchers(row=seen),
+            Checkpoints(Path(home)),
+            teacher=teacher.Teacher(targets),
+            callbacks=Callbacks(log=seen),
         )
-    told = {"settings": vars(chosen), "validation": tuned.validation, "guard": tuned.guard}
-    told |= {"tokens": tuned.tokens, "seconds": tuned.seconds, "routing": tuned.routing}
+    told = {"settings": vars(chosen), "validation": trained.validation, "guard": trained.guard}
+    told |= {"tokens": trained.tokens, "seconds": trained.seconds, "routing": trained.routing}
     out.with_suffix(".json").write_text(json.dumps(told))
-    print(f"{tuned.tokens_per_second:.0f} tokens/s with the scores, guard: {tuned.guard}")
+    print(f"{trained.tokens_per_second:.0f} tokens/s with the scores, guard: {trained.guard}")
 
 
 if __name__ == "__main__":

@@ -400,13 +400,7 @@ def both(*changes: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda folder: [change(folder) for change in changes]
 
 
-def newer(folder: Path) -> None:
-    sealed = json.loads((folder / "facts.json").read_text())
-    (folder / "facts.json").write_text(json.dumps(sealed | {"format": 2}))
-
-
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "newer": (newer, "format 2"),
     "facts cut": (cut("facts.json", 50), "facts.json is damaged"),
     "facts empty": (cut("facts.json", 0), "facts.json is damaged"),
     "facts changed": (flip("facts.json", -60), "facts.json is damaged"),

@@ -15,13 +15,11 @@ from moefy.config.finetune import build
 from moefy.errors import MoefyError
 from moefy.files.lock import locked
 from moefy.files.safetensors_header import read_entries
-from moefy.finetune import inputs as opened
-from moefy.finetune import losses, teacher
+from moefy.finetune import inputs, losses, teacher
 from moefy.finetune.checks import check_machine
 from moefy.finetune.optim import MasterAdamW, parts
-from moefy.finetune.routing import Routing, activations, layers
+from moefy.finetune.routing import Routing, activations, moe_layers
 from moefy.finetune.run import finetune, home_of
-from moefy.finetune.trainer import BALANCED
 
 SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
 FAST = {"learning_rate": 3e-3, "rest_learning_rate": 3e-3, "router_learning_rate": 1e-2}
@@ -81,7 +79,7 @@ def test_gates_stay_at_one(once):
     _, out = once
     model = AutoModelForCausalLM.from_pretrained(out)
     seen = []
-    for layer in layers(model):
+    for layer in moe_layers(model):
         layer.router.register_forward_hook(lambda module, args, made: seen.append(made[1]))
     with torch.no_grad():
         model(torch.arange(100)[None])
@@ -185,7 +183,7 @@ def test_a_teacher_is_asked_where_it_lies():
         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 7))
 
     elsewhere.device = torch.device("meta")
-    ids_BTP, log_p_BTP = teacher.live(elsewhere, teacher.Keep())(
+    ids_BTP, log_p_BTP = teacher.live(elsewhere, teacher.Truncation())(
         torch.arange(2), torch.zeros(2, 3, dtype=torch.long)
     )
     assert ids_BTP.shape == log_p_BTP.shape == (2, 3, 7)
@@ -209,19 +207,19 @@ def test_a_cache_holds_more_tokens_a_place_than_16_bits_count(tmp_path):
         return SimpleNamespace(logits=logits_BTV[: len(input_ids)])
 
     model.device = torch.device("cpu")
-    ids_BT, keep = torch.zeros(2, 4, dtype=torch.long), teacher.Keep(top_p=1.0, most=40_000)
+    ids_BT = torch.zeros(2, 4, dtype=torch.long)
+    truncation = teacher.Truncation(top_p=1.0, top_tokens=40_000)
     file = tmp_path / "cache.safetensors"
-    live = teacher.live(model, keep)(torch.arange(2), ids_BT)
-    kept = teacher.cached(file, lambda: model, ids_BT, keep, 2, lambda *_: None)(
-        torch.arange(2), ids_BT
-    )
+    live = teacher.live(model, truncation)(torch.arange(2), ids_BT)
+    kept = teacher.cached(file, lambda: model, ids_BT, truncation, 2)(torch.arange(2), ids_BT)
     assert live[1].isfinite().sum(-1).min() > 2**15
     assert torch.equal(kept[1], live[1])
 
 
 def test_a_cache_is_of_one_dtype_of_the_teacher():
     names = {
-        teacher.key({"a": "1"}, "text", teacher.Keep(), dtype) for dtype in ("float32", "bfloat16")
+        teacher.cache_name({"a": "1"}, "text", teacher.Truncation(), dtype)
+        for dtype in ("float32", "bfloat16")
     }
     assert len(names) == 2
 
@@ -230,8 +228,8 @@ def test_a_damaged_cache_is_refused(pico, tmp_path):
     ids = torch.arange(64).view(2, 32)
     load = partial(AutoModelForCausalLM.from_pretrained, pico("llama"))
     file = tmp_path / "cache.safetensors"
-    arguments = (file, load, ids, teacher.Keep(), 2, lambda *_: None)
-    live = teacher.live(load(), teacher.Keep())(torch.arange(2), ids)
+    arguments = (file, load, ids, teacher.Truncation(), 2)
+    live = teacher.live(load(), teacher.Truncation())(torch.arange(2), ids)
     kept = teacher.cached(*arguments)(torch.arange(2), ids)
     used = live[1].isfinite()
     width = live[1].shape[-1]
@@ -254,8 +252,8 @@ def test_the_routers_gradient_is_that_of_a_soft_choice(run, soft):
         logits = model(ids).logits
     assert torch.allclose(logits, plain, atol=1e-5)
     block, layer = routing.layers[-1].block, routing.layers[-1]
-    inputs = {}
-    hook = layer.router.register_forward_hook(lambda m, a, o: inputs.update(x=a[0].detach(), o=o))
+    seen = {}
+    hook = layer.router.register_forward_hook(lambda m, a, o: seen.update(x=a[0].detach(), o=o))
     slope = torch.randn(1, 60, 32, generator=torch.Generator().manual_seed(0))
     x = torch.randn(1, 60, 32, generator=torch.Generator().manual_seed(1))
     y = block(x)
@@ -263,9 +261,9 @@ def test_the_routers_gradient_is_that_of_a_soft_choice(run, soft):
     (found,) = torch.autograd.grad((y * slope).sum(), layer.rows)
     # Naive: every expert alone, one at a time, weighted by a softmax that is differentiated.
     x_TD, rows = x[0], layer.rows.detach().clone().requires_grad_()
-    k, num = inputs["o"][2].shape[1], layer.num_experts
+    k, num = seen["o"][2].shape[1], layer.num_experts
     share_TE = (x_TD @ rows.T * 1024).softmax(-1) * k
-    chosen_TE = torch.zeros(60, num).scatter(1, inputs["o"][2], 1.0)
+    chosen_TE = torch.zeros(60, num).scatter(1, seen["o"][2], 1.0)
     h_TEN = activations(layer.experts, x_TD).detach()
     y_TED = torch.stack(
         [h_TEN[:, e] @ layer.experts.down_proj[e].detach().T / num for e in range(num)], 1
@@ -328,14 +326,14 @@ def test_balancing_that_has_no_say_is_refused(run, text, tmp_path, monkeypatch):
         assert caught.value.code == 6 and not (tmp_path / "out").exists()
 
     with monkeypatch.context() as planted:
-        planted.setattr(losses, "switch", None)  # so it is not the one that is asked for
+        others = tuple(loss for loss in losses.LOSSES if loss.name != "aux")
+        planted.setattr(losses, "LOSSES", others)
         refused("first step is missing")
     with monkeypatch.context() as planted:
         planted.setattr(losses, "switch", lambda z_TE, _: 0 * z_TE.sum())
-        planted.setitem(BALANCED, "switch", losses.switch)
         refused("first step is 0")
     with monkeypatch.context() as planted:
-        planted.setattr(opened, "layers", lambda model: layers(model)[1:])
+        planted.setattr(inputs, "moe_layers", lambda model: moe_layers(model)[1:])
         refused("1 of 2 routers")
     assert tuned(run, tmp_path / "out", text, force=True)["steps"] == 8
 
@@ -382,13 +380,13 @@ def test_a_machine_without_the_stored_dtype_computes_in_float32(
     low, text, tmp_path, slow_in_bfloat16, monkeypatch
 ):
     seen = []
-    load = opened.open_model
+    load = inputs.open_model
 
     def opening(*args, **options):
         seen.append(options["dtype"])
         return load(*args, **options)
 
-    monkeypatch.setattr(opened, "open_model", opening)
+    monkeypatch.setattr(inputs, "open_model", opening)
     out = tmp_path / "out"
     summary = tuned(low, out, text, train="router", **FAST)
     assert seen[:2] == [torch.float32, torch.float32]  # the teacher, the student
@@ -413,7 +411,7 @@ def test_a_machine_without_the_stored_dtype_computes_in_float32(
 def test_a_machine_with_too_little_memory_computes_as_stored(
     low, text, tmp_path, slow_in_bfloat16, monkeypatch
 ):
-    monkeypatch.setattr(opened, "available", lambda: 10**4)
+    monkeypatch.setattr(inputs, "available", lambda: 10**4)
     summary = tuned(low, tmp_path / "out", text, tokens=1024)
     assert summary["compute"]["student"] == "bfloat16"
     assert "30.0 times slower" in summary["compute"]["notes"][0]
@@ -524,7 +522,7 @@ def test_what_a_run_cannot_do_is_refused_before_a_model_is_opened(
 ):
     static, whole = converted(pico("llama"), partition="static"), converted(pico("llama"))
     own, other = converted(pico("gpt2"), target="moefy"), str(pico("llama", hidden_size=64))
-    monkeypatch.setattr(opened, "open_model", None)
+    monkeypatch.setattr(inputs, "open_model", None)
     long = {"sequence_length": 256, "tokens": 2048, "batch_size": 1}
     for folder, settings, says in (
         (static, {"train": "router"}, "a static run has no routers"),

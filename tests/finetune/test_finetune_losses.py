@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from moefy.finetune import losses
-from moefy.finetune.router_noise import Explore, disturbed, within
-from moefy.finetune.teacher import Keep, likeliest
+from moefy.finetune.router_noise import RouterNoise, noisy_choices, with_capacity
+from moefy.finetune.teacher import Truncation, likeliest
 
 T, V, E, K = 7, 11, 5, 2
 
@@ -28,40 +28,31 @@ def routed():
     return torch.randn(T, E, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-@pytest.fixture
-def mask():
-    return torch.tensor([True, False, True, True, False, True, True])
-
-
-def test_next_token_is_transformers_cross_entropy(logits, mask):
+def test_next_token_is_transformers_cross_entropy(logits):
     ids_T = torch.arange(T) % V
     assert torch.allclose(
         losses.next_token(logits, ids_T), nn.functional.cross_entropy(logits, ids_T)
     )
-    padded = torch.where(mask, ids_T, -100)
-    expected = nn.functional.cross_entropy(logits, padded)
-    assert torch.allclose(losses.next_token(logits, ids_T, mask), expected)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_distillation_from_all_tokens_is_the_whole_kl(logits, teacher, mask, temperature):
-    ids, log_p = likeliest(teacher, Keep(top_p=1.1, most=V, temperature=temperature))
-    found = losses.distillation(logits, ids, log_p.double(), mask, temperature=temperature)
+def test_distillation_from_all_tokens_is_the_whole_kl(logits, teacher, temperature):
+    ids, log_p = likeliest(teacher, Truncation(top_p=1.1, top_tokens=V, temperature=temperature))
+    found = losses.distillation(logits, ids, log_p.double(), temperature=temperature)
     whole = sum(
         float(p * (math.log(p) - math.log(q)))
         for t in range(T)
-        if mask[t]
         for p, q in zip(
             (teacher[t] / temperature).softmax(0).tolist(),
             (logits[t] / temperature).softmax(0).tolist(),
             strict=True,
         )
     )
-    assert float(found) == pytest.approx(temperature**2 * whole / int(mask.sum()), rel=1e-4)
+    assert float(found) == pytest.approx(temperature**2 * whole / T, rel=1e-4)
 
 
 def test_distillation_from_a_few_counts_the_rest_as_one_token(logits, teacher):
-    ids, log_p = likeliest(teacher, Keep(top_p=0.7, most=4))
+    ids, log_p = likeliest(teacher, Truncation(top_p=0.7, top_tokens=4))
     found = float(losses.distillation(logits, ids, log_p.double()))
     total = 0.0
     for t in range(T):
@@ -75,38 +66,34 @@ def test_distillation_from_a_few_counts_the_rest_as_one_token(logits, teacher):
         parts.append((1 - sum(p for p, _ in parts), 1 - sum(q for _, q in parts)))
         total += sum(p * math.log(p / q) for p, q in parts)
     assert found == pytest.approx(total / T, rel=1e-4)
-    ids, log_p = likeliest(teacher, Keep(top_p=1.1, most=V))
+    ids, log_p = likeliest(teacher, Truncation(top_p=1.1, top_tokens=V))
     assert found < float(losses.distillation(logits, ids, log_p.double()))
 
 
 def test_a_student_that_equals_its_teacher_has_no_gradient(teacher):
     student = teacher.clone().requires_grad_()
-    ids, log_p = likeliest(teacher, Keep(top_p=0.5))
+    ids, log_p = likeliest(teacher, Truncation(top_p=0.5))
     losses.distillation(student, ids, log_p.double()).backward()
     assert float(student.grad.abs().max()) < 1e-6
 
 
-def test_switch_is_one_at_balance_and_as_transformers_has_it(routed, mask):
+def test_switch_is_one_at_balance_and_as_transformers_has_it(routed):
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     routed = routed.float()
     load_E = losses.load(routed.topk(K).indices, E)
     ours = losses.switch(routed, load_E / load_E.sum())
     assert torch.allclose(K * ours, load_balancing_loss_func((routed,), E, K))
-    load_E = losses.load(routed.topk(K).indices, E, mask)
-    ours = losses.switch(routed, load_E / load_E.sum(), mask)
-    theirs = load_balancing_loss_func((routed,), E, K, mask[None].long())
-    assert torch.allclose(K * ours, theirs)
     even = torch.zeros(E, E, dtype=torch.float64)
     assert float(losses.switch(even, torch.full((E,), 1 / E))) == pytest.approx(1)
     one = 100 * nn.functional.one_hot(torch.zeros(T, dtype=torch.long), E).double()
     assert float(losses.switch(one, torch.eye(E)[0])) == pytest.approx(E)
 
 
-def test_variation_and_z(routed, mask):
-    share_E = routed[mask].softmax(-1).mean(0)
+def test_variation_and_z(routed):
+    share_E = routed.softmax(-1).mean(0)
     naive = float(share_E.var(correction=0) / share_E.mean() ** 2)
-    assert float(losses.variation(routed, mask_T=mask)) == pytest.approx(naive)
+    assert float(losses.variation(routed)) == pytest.approx(naive)
     naive = sum(math.log(sum(math.exp(v) for v in row)) ** 2 for row in routed.tolist()) / T
     assert float(losses.router_z(routed)) == pytest.approx(naive)
 
@@ -130,29 +117,29 @@ def test_router_cross_entropy_is_least_where_the_best_experts_are_chosen(routed)
     assert float(losses.router_cross_entropy(-right, worth_TE, K)) > 10
 
 
-def test_hidden_match(logits, teacher, mask):
-    naive = sum(float((logits[t] - teacher[t]).square().sum()) for t in range(T) if mask[t])
-    naive /= sum(float(teacher[t].square().sum()) for t in range(T) if mask[t])
-    assert float(losses.hidden_match([logits], [teacher], mask)) == pytest.approx(naive, rel=1e-5)
+def test_hidden_match(logits, teacher):
+    naive = sum(float((logits[t] - teacher[t]).square().sum()) for t in range(T))
+    naive /= sum(float(teacher[t].square().sum()) for t in range(T))
+    assert float(losses.hidden_match([logits], [teacher])) == pytest.approx(naive, rel=1e-5)
 
 
 def test_nothing_is_disturbed_by_default(routed):
-    assert not Explore().active(0.0)
-    assert torch.equal(disturbed(Explore(), 0.0, routed, K), routed.topk(K).indices)
+    assert not RouterNoise().active(0.0)
+    assert torch.equal(noisy_choices(RouterNoise(), 0.0, routed, K), routed.topk(K).indices)
 
 
 def test_noise_ends(routed):
-    explore = Explore(noise=5.0, until=0.5)
+    noise = RouterNoise(std=5.0, until=0.5)
     torch.manual_seed(0)
-    assert explore.active(0.1) and not explore.active(0.5)
-    assert not torch.equal(disturbed(explore, 0.0, routed, K), routed.topk(K).indices)
-    assert torch.equal(disturbed(explore, 0.5, routed, K), routed.topk(K).indices)
+    assert noise.active(0.1) and not noise.active(0.5)
+    assert not torch.equal(noisy_choices(noise, 0.0, routed, K), routed.topk(K).indices)
+    assert torch.equal(noisy_choices(noise, 0.5, routed, K), routed.topk(K).indices)
 
 
 def test_expert_dropout_leaves_enough(routed):
     torch.manual_seed(0)
     for _ in range(20):
-        index_TK = disturbed(Explore(dropout=0.9), 0.0, routed, K)
+        index_TK = noisy_choices(RouterNoise(dropout=0.9), 0.0, routed, K)
         assert len(index_TK.unique()) >= K and all(len(set(row)) == K for row in index_TK.tolist())
 
 
@@ -161,7 +148,7 @@ def test_warm_start_sends_tokens_to_the_coldest_expert(routed):
     routed[:, 3] -= 100
     torch.manual_seed(0)
     assert 3 not in routed.topk(K).indices
-    index_TK = disturbed(Explore(warm=0.5), 0.0, routed, K)
+    index_TK = noisy_choices(RouterNoise(warm=0.5), 0.0, routed, K)
     assert 0.3 < int((index_TK == 3).sum()) / len(routed) < 0.7
     assert torch.equal(index_TK[:, 0], routed.topk(K).indices[:, 0])
 
@@ -169,7 +156,7 @@ def test_warm_start_sends_tokens_to_the_coldest_expert(routed):
 @pytest.mark.parametrize("room", [1, 2, 3, 7])
 def test_no_expert_has_more_than_its_capacity(routed, room):
     routed[:, 0] += 3  # all tokens want this one
-    index_TK = within(routed, routed.topk(K).indices, room)
+    index_TK = with_capacity(routed, routed.topk(K).indices, room)
     assert losses.load(index_TK, E).max() <= room
     for row in index_TK.tolist():
         kept = [e for e in row if e >= 0]

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import moefy
 from moefy.cli.finetune import _of_steps
 from moefy.config.finetune import build
-from moefy.finetune.router_noise import Explore
-from moefy.finetune.routing import Routing, even_out
+from moefy.finetune.router_noise import RouterNoise
+from moefy.finetune.routing import Routing, update_bias
 from moefy.finetune.run import finetune
 from moefy.finetune.train import num_steps
 
@@ -56,7 +56,7 @@ def test_routers_of_every_class_are_read_and_learn(pico, converted, family, targ
     ids = torch.arange(64)[None]
     with torch.no_grad():
         plain = model.eval()(ids, use_cache=False).logits
-    routing = Routing(model.train(), worth=True)
+    routing = Routing(model.train(), energy=True)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -68,7 +68,7 @@ def test_routers_of_every_class_are_read_and_learn(pico, converted, family, targ
     for layer in routing.layers:
         assert layer.logits_TE is not None and layer.index_TK is not None
         k = layer.index_TK.shape[1]
-        assert layer.worth_TE.shape == (64, layer.num_experts)
+        assert layer.energy_TE.shape == (64, layer.num_experts)
         # As long as nothing is moved, what is highest is what is chosen.
         best = layer.logits_TE.topk(k).indices.sort(-1).values
         assert (best == layer.index_TK.sort(-1).values).float().mean() > 0.98
@@ -91,7 +91,7 @@ def test_a_selection_bias_evens_out_the_load(pico, converted, target):
         found = []
         for layer in layers:
             load_E = layer.index_TK.flatten().bincount(minlength=layer.num_experts).float()
-            even_out(layer, load_E, 0.02)
+            update_bias(layer, load_E, 0.02)
             found.append(float(load_E.std(correction=0) / load_E.mean()))
         return sum(found) / len(found)
 
@@ -263,7 +263,7 @@ def test_exploration_ends_with_the_written_forward(pico, converted):
     ids = torch.arange(64)[None]
     with torch.no_grad():
         plain = model(ids, use_cache=False).logits
-        routing = Routing(model, explore=Explore(noise=5.0, warm=0.5, until=0.5))
+        routing = Routing(model, noise=RouterNoise(std=5.0, warm=0.5, until=0.5))
         assert torch.equal(model(ids, use_cache=False).logits, plain)
         model.train()
         assert not torch.allclose(model(ids, use_cache=False).logits, plain, atol=1e-3)

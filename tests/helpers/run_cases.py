@@ -403,10 +403,9 @@ def collapsing(place: Place) -> Done:
 
 def no_balancing() -> None:
     """Take the balancing loss away."""
-    from moefy.finetune import losses, trainer
+    from moefy.finetune import losses
 
-    assert trainer.BALANCED["switch"] is losses.switch
-    losses.switch = None  # pyright: ignore[reportAttributeAccessIssue]
+    losses.LOSSES = tuple(loss for loss in losses.LOSSES if loss.name != "aux")
 
 
 def reported(*flags: str) -> Callable[[Place], Done]:

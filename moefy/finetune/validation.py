@@ -1,0 +1,51 @@
+"""Loss, KL and routing of a model on the text that is not trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moefy.config.finetune import Settings
+from moefy.finetune import losses
+from moefy.finetune.losses import Routed
+from moefy.finetune.routing import Layer, RouterStatistics, Routing, over_layers
+from moefy.finetune.teacher import Teacher
+from moefy.finetune.trainer import text_batch
+from moefy.text.packing import Tokens
+
+CURVES = {"ce": "loss", "kl": "kl"}
+"""The losses that are measured, and their names there."""
+
+
+def measure(
+    model: Any, routing: Routing, tokens: Tokens, teacher: Teacher, settings: Settings
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The mean losses with a summary of the routing, and a row per MoE layer."""
+    was_training = model.training
+    model.eval()
+    curves = [loss for loss in losses.active(settings) if loss.name in CURVES]
+    sums = dict.fromkeys((CURVES[loss.name] for loss in curves), 0.0)
+    statistics, count = RouterStatistics(settings.dead_below), 0
+    size = settings.batch_size
+    for first in range(len(tokens.ids_BT) - tokens.num_heldout, len(tokens.ids_BT), size):
+        ids_BT = tokens.ids_BT[first : first + size].to(model.device)
+        row_B = torch.arange(first, first + len(ids_BT))
+        with torch.no_grad(), routing.recording() as layers:
+            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        targets = teacher.targets(row_B, ids_BT) if teacher.targets else None
+        batch = text_batch(logits_BTV, ids_BT, targets, settings.temperature)
+        for loss in curves:
+            sums[CURVES[loss.name]] += len(ids_BT) * float(loss.value(batch))
+        statistics.add([_routed(layer) for layer in layers], len(ids_BT))
+        routing.clear()
+        count += len(ids_BT)
+    model.train(was_training)
+    rows = statistics.layers()
+    return {name: value / count for name, value in sums.items()} | over_layers(rows), rows
+
+
+def _routed(layer: Layer) -> Routed:
+    assert layer.logits_TE is not None and layer.index_TK is not None
+    load_E = losses.load(layer.index_TK, layer.num_experts)
+    return Routed(layer.logits_TE, layer.index_TK, load_E)
