@@ -72,14 +72,14 @@ ROWS = {
     ],
     "models": ["engines", "targets", "families opening routing shape", "__init__"],
     "report": [
-        "printed __init__",
+        "terminal __init__",
         "draw",
         "card",
         "pages web",
         "sections",
         "section_inside",
         "heatmaps section_cost section_quality section_tuned",
-        "figures markdown terminal",
+        "figures markdown",
         "chart citations document format",
     ],
     "runs": ["push", "reproduce verify", "folder gguf", "__init__"],
@@ -96,7 +96,7 @@ ROW = {
     room: {name: number for number, names in enumerate(rows) for name in names.split()}
     for room, rows in ROWS.items()
 }
-TERMINAL = "cli __main__ progress report"
+TERMINAL = "cli __main__ progress report inspect.terminal"
 ONLY_IN = {
     "typer": TERMINAL,
     "rich": TERMINAL,

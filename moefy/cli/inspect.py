@@ -20,8 +20,7 @@ def inspect(
     Where something is wrong with it, tells as well what can be read. The exit code is 3 for a
     broken checkpoint and 4 for one that cannot be converted.
     """
-    from moefy.inspect import describe
-    from moefy.report import terminal
+    from moefy.inspect import describe, terminal
 
     found = describe(path, revision=revision)
     show(found, terminal.show_inspection, as_json, quiet=False)
@@ -31,7 +30,7 @@ def inspect(
 
 def families(as_json: Json = False) -> None:
     """List the dense families that can be converted, and the stock classes that hold them."""
+    from moefy.inspect import terminal
     from moefy.inspect.catalogue import catalogue
-    from moefy.report import terminal
 
     show(catalogue(), terminal.show_catalogue, as_json, quiet=False)

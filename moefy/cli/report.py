@@ -73,10 +73,10 @@ def _effort(asked: Report) -> dict[str, Any]:
 
 def _redraw(asked: Report) -> None:
     from moefy import report
-    from moefy.report import printed
+    from moefy.report import terminal
 
     result = report.redraw(asked.run)
-    show(result, lambda _: printed.show_page(asked.run), asked.as_json, asked.quiet)
+    show(result, lambda _: terminal.show_page(asked.run), asked.as_json, asked.quiet)
     if asked.open_page:
         _open(asked.run)
 
@@ -92,6 +92,6 @@ def _open(run: Path) -> None:
 
 
 def _show(result: dict[str, Any], run: Path) -> None:
-    from moefy.report import printed
+    from moefy.report import terminal
 
-    printed.show_report(result, run)
+    terminal.show_report(result, run)

@@ -50,6 +50,6 @@ def run(
 
 
 def _show(result: dict[str, Any]) -> None:
-    from moefy.report import printed
+    from moefy.report import terminal
 
-    printed.show_run(result["stages"])
+    terminal.show_run(result["stages"])

@@ -20,6 +20,8 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     folded: bool = False
     """Behind a line to open it, where a page can: for what few will read."""
+    on_terminal: bool = True
+    """Whether `moefy report` prints it."""
 
 
 @dataclass(frozen=True)

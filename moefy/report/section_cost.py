@@ -9,7 +9,7 @@ from typing import Any
 from moefy.report import figures
 from moefy.report.chart import Look
 from moefy.report.document import Picture, Section, Table
-from moefy.report.format import computed_in, fixed, large, row_dtype, times
+from moefy.report.format import computed_in, fixed, large, row_dtype
 
 Looks = Mapping[str, Look]
 
@@ -95,14 +95,22 @@ def _speed_table(engine: str, told: Mapping[str, Any]) -> Table:
             row["label"],
             row_dtype(told, row),
             fixed(row["tokens_per_second"], 1),
-            f"{fixed(row.get('low'), 1)} to {fixed(row.get('high'), 1)}" if row.get("low") else "",
-            "" if row["label"] == "dense" else times(row.get("ratio")),
+            *([""] * 3 if row["label"] == "dense" else _relative(told, row)),
         )
         for row in told["rows"]
     )
-    header = ("what", "model", "dtype", "tokens/s", "spread", "relative to dense")
+    header = ("what", "model", "dtype", "tokens/s", "times dense", "over rounds", "ideal")
     named = ", ".join(str(word) for word in words if word)
-    return Table(f"{engine} ({named})" if named else engine, header, rows, folded=True)
+    caption = f"Speed in {engine}" + (f" ({named})" if named else "")
+    return Table(caption, header, rows, folded=True)
+
+
+def _relative(engine: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """A speed relative to the dense model's, its least and its greatest, and the ideal."""
+    low, high = row.get("ratio_low"), row.get("ratio_high")
+    spread = "" if low is None else f"{fixed(low)} to {fixed(high)}"
+    ideal = dict(_ideal(engine, row["phase"], [row["label"]])).get(row["batch"])
+    return fixed(row.get("ratio")), spread, fixed(ideal)
 
 
 def _values(told: Any) -> list[str]:
@@ -130,8 +138,8 @@ def size(report: Mapping[str, Any], looks: Looks) -> Section:
         )
         pictures.append(Picture("parameters", "Parameters", alt, draw))
     header = (
-        "model", "parameters", "active per token", "FLOPs per token", "weights",
-        "KV cache per token", f"peak memory{computed_in(report)}",
+        "model", "parameters", "active", "FLOPs/token", "weights", "KV cache/token",
+        f"peak memory{computed_in(report)}",
     )  # fmt: skip
     rows = tuple(
         (

@@ -41,7 +41,7 @@ def routing(report: Mapping[str, Any], looks: Looks) -> Section:
         tables += _tokens(label, layers)
     if found:
         pictures += [*together, *_per_layer(found, looks)]
-        tables.insert(0, _summary(found))
+        tables = _balance(found) + tables
     lead = (
         "An expert's load is its share of all choices, shown against an even share. A dead expert "
         "(a cross) is never chosen. The coefficient of variation (CV) of the loads is 0 where all "
@@ -106,25 +106,34 @@ def _per_layer(found: Mapping[str, Mapping[str, Any]], looks: Looks) -> list[Pic
     return [Picture("load-cv", "How uneven the loads are (CV)", alt, draw)]
 
 
-def _summary(found: Mapping[str, Mapping[str, Any]]) -> Table:
-    rows = []
-    for label, told in found.items():
-        parts = {"": told["layers"]}
-        parts |= {name: part["layers"] for name, part in (told.get("by_text") or {}).items()}
-        for name, layers in parts.items():
-            cv = [row["load_cv"] for row in layers if row.get("load_cv") is not None]
-            entropy = [row["entropy"] for row in layers if row.get("entropy") is not None]
-            rows.append(
-                (
-                    f"{label}: {name}" if name else label,
-                    fixed(sum(cv) / len(cv) if cv else None),
-                    fixed(max(cv, default=None)),
-                    fixed(sum(entropy) / len(entropy) if entropy else None, 3),
-                    str(sum(_dead(row) for row in layers)),
-                )
-            )
-    header = ("model", "mean CV", "greatest CV", "mean entropy", "dead experts")
-    return Table("Balance of the experts", header, tuple(rows))
+BALANCE = ("model", "mean CV", "largest CV", "mean entropy", "least entropy", "dead experts")
+
+
+def _balance(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """How evenly each model uses its experts, over all texts and on each one."""
+    total = tuple(_balance_row(label, routing["layers"]) for label, routing in models.items())
+    by_text = tuple(
+        _balance_row(f"{label}: {text}", part["layers"])
+        for label, routing in models.items()
+        for text, part in (routing.get("by_text") or {}).items()
+    )
+    tables = [Table("Balance of the experts, over all texts", BALANCE, total)]
+    if by_text:
+        tables.append(Table("Balance by text", BALANCE, by_text, folded=True, on_terminal=False))
+    return tables
+
+
+def _balance_row(name: str, layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    cv = [row["load_cv"] for row in layers if row.get("load_cv") is not None]
+    entropy = [row["entropy"] for row in layers if row.get("entropy") is not None]
+    return (
+        name,
+        fixed(_mean(cv) if cv else None),
+        fixed(max(cv, default=None)),
+        fixed(_mean(entropy) if entropy else None, 3),
+        fixed(min(entropy, default=None), 3),
+        str(sum(_dead(row) for row in layers)),
+    )
 
 
 def _dead(row: Mapping[str, Any]) -> int:
@@ -150,7 +159,8 @@ def _tokens(label: str, layers: Sequence[Mapping[str, Any]]) -> list[Table]:
         )
     )
     header = ("expert", "load", "chosen most for")
-    return [Table(f"Top tokens of each expert: {label}", header, rows, folded=True)] if rows else []
+    caption = f"Top tokens of each expert: {label}"
+    return [Table(caption, header, rows, folded=True, on_terminal=False)] if rows else []
 
 
 def _token(token: Any) -> str:
@@ -236,6 +246,7 @@ def _evenness(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Picture], list[Ta
         header,
         tuple((f"{s:.0%}", fixed(cv), fixed(top), f"{w:.2%}") for s, cv, top, w in points),
         folded=True,
+        on_terminal=False,
     )
     return [Picture("evenness", title, alt, draw)], [table]
 

@@ -45,19 +45,24 @@ def quality(report: Mapping[str, Any], looks: Looks) -> Section:
         for text, rows in texts.items()
         if rows
     ]
-    meanings = [
-        f"{label}: {told['meaning']}."
-        for label, told in report["models"].items()
-        if told.get("kind") in ("control", "other") and told.get("meaning")
-    ]
     warnings = [f"Warning: {warning}." for warning in seen_warnings(report)]
+    explained = " ".join(meanings(report))
     return Section(
         "quality",
         "What did it cost?",
-        (*warnings, QUALITY, *([" ".join(meanings)] if meanings else [])),
+        (*warnings, QUALITY, *([explained] if explained else [])),
         tuple(pictures),
         tuple(tables),
     )
+
+
+def meanings(report: Mapping[str, Any]) -> list[str]:
+    """What each control stands for."""
+    return [
+        f"{label}: {model['meaning']}."
+        for label, model in report["models"].items()
+        if model.get("kind") in ("control", "other") and model.get("meaning")
+    ]
 
 
 def seen_warnings(report: Mapping[str, Any]) -> list[str]:
@@ -131,7 +136,8 @@ def frontier(report: Mapping[str, Any], looks: Looks) -> Section:
         for point in points
     )
     header = ("model", "text", "FFN active", "dNLL")
-    tables = (Table("Every point", header, rows, folded=True),) if rows else ()
+    table = Table("Every point", header, rows, folded=True, on_terminal=False)
+    tables = (table,) if rows else ()
     return Section("frontier", "Quality against compute", lead, tuple(pictures), tables)
 
 
@@ -181,13 +187,14 @@ def _signed(value: float | None) -> str:
 
 def robustness(report: Mapping[str, Any], looks: Looks) -> Section:
     """What happens away from ordinary text."""
-    rows, lost, moved = [], {}, {}
-    for condition, found in report["robustness"].items():
-        for label, row in found.items():
+    rows: dict[str, list[tuple[str, ...]]] = {}
+    lost, moved = {}, {}
+    for condition, scores in report["robustness"].items():
+        for label, row in scores.items():
             dense = label == "dense"
-            rows.append(
+            rows.setdefault(label, []).append(
                 (
-                    f"{condition}: {label}",
+                    condition,
                     fixed(row.get("perplexity")),
                     "" if dense else fixed(row.get("dnll"), 3),
                     "" if dense else fixed(row.get("kl"), 3),
@@ -195,10 +202,10 @@ def robustness(report: Mapping[str, Any], looks: Looks) -> Section:
                     fixed(row.get("routing_drift"), 3),
                 )
             )
-        lost[condition] = _losses(found, looks)
+        lost[condition] = _losses(scores, looks)
         moved[condition] = [
             (label, looks[label], row["routing_drift"], None)
-            for label, row in found.items()
+            for label, row in scores.items()
             if row.get("routing_drift") is not None
         ]
     pictures = []
@@ -215,8 +222,12 @@ def robustness(report: Mapping[str, Any], looks: Looks) -> Section:
         "Entropy is how evenly the experts are used, 1 being even. Drift is how far the use of the "
         "experts moved from that on ordinary text: 0 not at all, 1 altogether.",
     )
-    header = ("condition: model", "perplexity", "dNLL", "KL to dense", "entropy", "drift")
-    tables = (Table("Other conditions", header, tuple(rows)),) if rows else ()
+    header = ("condition", "perplexity", "dNLL", "KL to dense", "entropy", "drift")
+    main = report.get("main")
+    tables = tuple(
+        Table(f"Other conditions: {label}", header, tuple(own), on_terminal=main in (None, label))
+        for label, own in rows.items()
+    )
     return Section("robustness", "Off the beaten track", lead, tuple(pictures), tables)
 
 
@@ -224,23 +235,27 @@ def prompts(report: Mapping[str, Any]) -> Section:
     """The user's own prompts, those that lost most first."""
     found = sorted(report["prompts"], key=lambda row: -(row.get("drop") or 0))
     labels = _in_order(label for row in found for label in row["scores"])
-    rows = tuple(
-        (
-            figures.short(row["prompt"], 80),
-            figures.short(str(row.get("answer", "")), 40),
-            *(fixed(row["scores"].get(label), 3) for label in labels),
-            fixed(row.get("drop"), 3),
-            "fell most" if row.get("flagged") else "",
+    header = ("prompt", "answer", *labels, "drop")
+    rows: dict[bool, list[tuple[str, ...]]] = {True: [], False: []}
+    for row in found:
+        scores = (row["scores"].get(label) for label in labels)
+        cells = (figures.short(row["prompt"], 80), figures.short(str(row.get("answer", "")), 40))
+        numbers = (fixed(number, 3) for number in (*scores, row.get("drop")))
+        rows[bool(row.get("flagged"))].append((*cells, *numbers))
+    captions = {True: "Answers that fell most, in nats per token", False: "The other answers"}
+    tables = tuple(
+        Table(
+            captions[flagged],
+            header,
+            tuple(some),
+            folded=not flagged and bool(rows[True]),
+            on_terminal=flagged,
         )
-        for row in found
-    )
-    table = Table(
-        "Mean log-likelihood of a token of the answer",
-        ("prompt", "answer", *labels, "drop", "flag"),
-        rows,
+        for flagged, some in rows.items()
+        if some
     )
     lead = ("How likely each model finds the answer that was given to it.",)
-    return Section("prompts", "Your prompts", lead, tables=(table,) if rows else ())
+    return Section("prompts", "Your prompts", lead, tables=tables)
 
 
 def generation(report: Mapping[str, Any]) -> Section:

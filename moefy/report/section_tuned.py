@@ -77,4 +77,5 @@ def _trained(label: str, summary: Mapping[str, Any]) -> list[Table]:
         for event in summary.get("guard") or []
     ]
     rows = tuple(row for row in told if row[1])
-    return [Table(f"Fine-tuning of {label}", ("what", "figure"), rows)] if rows else []
+    table = Table(f"Fine-tuning of {label}", ("what", "figure"), rows, on_terminal=False)
+    return [table] if rows else []

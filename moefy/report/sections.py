@@ -99,10 +99,10 @@ def made(report: Mapping[str, Any]) -> Section:
     rows += [
         ("note", str(note)) for note in (*run["notes"], *calibration["notes"], *report["notes"])
     ]
-    tables = [Table("The conversion", ("what", "figure"), tuple(rows))]
+    tables = [Table("The conversion", ("what", "figure"), tuple(rows), on_terminal=False)]
     if report["not_run"]:
         missing = tuple((row["what"], row["reason"]) for row in report["not_run"])
-        tables.append(Table("Not run", ("what", "why"), missing))
+        tables.append(Table("Not run", ("what", "why"), missing, on_terminal=False))
     return Section("made", "How it was made", tables=tuple(tables))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moefy.models.engines import by_reason
+from moefy.report.draw import HTML
+from moefy.report.figures import short
 from moefy.report.format import shape_text
+from moefy.report.section_quality import meanings, seen_warnings
+from moefy.report.sections import sections
+from moefy.report.web import NO_PICTURES, can_draw
+
+COLOURS = {"pays": "green", "does not pay": "bold red", "not measured": "yellow"}
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
@@ -21,7 +27,7 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str 
         box=box.SIMPLE_HEAD, title=title or None, title_justify="left", padding=(0, 1, 0, 0)
     )
     for number, name in enumerate(header):
-        numeric = number > 0 and any(row[number][:1].isdigit() for row in rows)
+        numeric = number > 0 and any(row[number].lstrip("+-< ")[:1].isdigit() for row in rows)
         justify = "right" if numeric else "left"
         table.add_column(name, justify=justify, no_wrap=number == 0)
     for row in rows:
@@ -119,158 +125,6 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     Console(soft_wrap=True).print(table)
 
 
-def show_inspection(found: Mapping[str, Any]) -> None:
-    """Print what a checkpoint is, and what can become of it or who runs it."""
-    console = Console(highlight=False)
-    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, value in _facts(found):
-        facts.add_row(Text(name), Text(value))
-    console.print(facts)
-    if found.get("targets"):
-        show_table(*_target_rows(found))
-        for line in _target_notes(found):
-            console.print(line, markup=False)
-    if found.get("serving"):
-        show_table(("engine", "runs it", "why, and what to heed"), _serving_rows(found["serving"]))
-
-
-def _facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What is told of every checkpoint, and of experts if there are any."""
-    sizes = {name: "?" if size is None else f"{size:,}" for name, size in found["sizes"].items()}
-    classes = ", ".join(map(str, found["architectures"]))
-    rows = [
-        ("model", found["model"]),
-        ("kind", f"{found['kind']}, {found['model_type']}" + (f" ({classes})" if classes else "")),
-        ("sizes", f"{sizes['layers']} layers, hidden {sizes['hidden']}, FFN {sizes['ffn']}"),
-        (
-            "",
-            f"{sizes['heads']} heads of {sizes['head_dim']}, {sizes['kv_heads']} for keys and "
-            f"values, vocabulary {sizes['vocabulary']}",
-        ),
-    ]
-    if not found["parameters"]:
-        return rows
-    active = ""
-    if found["parameters_active"] != found["parameters"]:
-        active = f", {found['parameters_active'] / 1e6:,.1f} M active per token"
-    kinds = ", ".join(f"{count} {dtype}" for dtype, count in found["dtypes"].items())
-    files = "1 file" if found["shards"] == 1 else f"{found['shards']} files"
-    tied = ", the embedding is the head" if found.get("tied") else ""
-    rows += [
-        (
-            "parameters",
-            f"{found['parameters'] / 1e6:,.1f} M{active}; {found['ffn_share']:.0%} in FFNs",
-        ),
-        ("tensors", f"{kinds}; {found['disk_bytes'] / 1e6:,.0f} MB in {files}{tied}"),
-    ]
-    if experts := found.get("experts"):
-        rows += _expert_facts(experts)
-    return rows
-
-
-def _expert_facts(experts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    told = f"{experts['count']} routed, {experts['per_token']} per token"
-    if experts["width"]:
-        told += f", width {experts['width']:,}; shared {experts['shared_width']:,}"
-        told += f"; {experts['active_fraction']:.1%} of the FFN active"
-    dense = experts["dense_layers"]
-    left = f", dense: {_ranges(dense)}" if dense else ""
-    return [("experts", told), ("", f"in {experts['layers']} layers{left}")]
-
-
-def _target_rows(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and rows of the table of targets: the shape for each `--active`, and aligned counts."""
-    held = {name: target for name, target in found["targets"].items() if target["holds"]}
-    stock = {name: target for name, target in held.items() if target["stock"]}
-    shares = next((list(target["shapes"]) for target in held.values()), [])
-    header = ("target", *(f"--active {share}" for share in shares), "experts n x 128 wide")
-    rows = []
-    for name, target in (stock or held).items():
-        shapes = [_short(target["shapes"][share]) for share in shares]
-        rows.append((name, *shapes, _ranges(map(int, target["widths"]["128"])) or "none"))
-    return header, rows
-
-
-def _target_notes(found: Mapping[str, Any]) -> list[str]:
-    """Who runs which target, and why not all do."""
-    lines: list[str] = []
-    best: dict[str, list[str]] = {}
-    for engine, names in found["engines"].items():
-        if names:
-            best.setdefault(names[0], []).append(engine)
-    if best:
-        lines.append("Engines: " + "; ".join(f"{', '.join(best[name])}: {name}" for name in best))
-    else:
-        missing = found["missing_feature"]
-        reason = f"none has {missing}" if missing else "for the reasons below"
-        lines.append(f"No stock class: {reason}. --target moefy runs in transformers only.")
-    for name, target in found["targets"].items():
-        if not target["holds"]:
-            lines.append(f"Not {name}: {target['reason']}")
-        issues = by_reason(target["engine_issues"])
-        lines += [f"{name}: {engines} {reason}" for reason, engines in issues.items()]
-    return lines
-
-
-def _short(shape: Mapping[str, Any] | None) -> str:
-    """A shape in few letters.
-
-    >>> _short({"num_shared": 512, "num_experts": 8, "expert_width": 128, "experts_per_token": 2})
-    '512 + 2 of 8x128'
-    """
-    if not shape:
-        return "none"
-    shared = f"{shape['num_shared']} + " if shape["num_shared"] else ""
-    return f"{shared}{shape['experts_per_token']} of {shape['num_experts']}x{shape['expert_width']}"
-
-
-def _serving_rows(serving: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    words = {True: "yes", False: "no", None: "unknown"}
-    return [
-        (engine, words[told["runs"]], "; ".join([*told["reasons"], *told["notes"]]))
-        for engine, told in serving.items()
-    ]
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """Numbers in rising order, with runs of them drawn together.
-
-    >>> _ranges([2, 3, 4, 6, 8, 9])
-    '2-4, 6, 8, 9'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    parts = [[f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run) for run in runs]
-    return ", ".join(text for part in parts for text in part)
-
-
-def show_catalogue(known: Mapping[str, Any]) -> None:
-    """Print the families with their targets, and what each target can express."""
-    rows = [
-        (name, ", ".join(told["targets"]) or f"no stock class has {told['missing_feature']}")
-        for name, told in known["families"].items()
-    ]
-    show_table(("family", "classes that hold it, best first"), rows)
-    rows = [
-        (
-            name,
-            told["shared"],
-            told["dense_layers"],
-            "yes" if told["selection_bias"] else "no",
-            "yes" if told["elastic"] else "no",
-            ", ".join(name for name in told["engines"] if name != "transformers") or "none",
-        )
-        for name, told in known["targets"].items()
-    ]
-    header = "class, shared expert, dense layers, selection bias, elastic, other engines"
-    show_table(header.split(", "), rows)
-    Console().print("Every class runs in transformers.")
-
-
 def show_finetune(summary: Mapping[str, Any], out: Path) -> None:
     """Print what a fine-tune did and where the result lies."""
     console = Console(highlight=False, soft_wrap=True)
@@ -295,3 +149,53 @@ def show_finetune(summary: Mapping[str, Any], out: Path) -> None:
         )
     console.print(f"Model: {out}", markup=False)
     console.print(f"Report: {out / 'moefy' / 'finetune.json'}", markup=False)
+
+
+def show_report(report: Mapping[str, Any], run: Path) -> None:
+    """Print the tables of a report, the advice, what was not run, and where the page is."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(shape_text(report["run"]["shape"]), markup=False)
+    parts = sections(report)
+    for table in (table for part in parts for table in part.tables if table.on_terminal):
+        rows = [(_row_name(name), *cells) for name, *cells in table.rows]
+        show_table(table.header, rows, table.caption)
+    if note := report.get("compute", {}).get("note"):
+        console.print(f"Note: this report {note}", markup=False)
+    for warning in seen_warnings(report):
+        console.print(f"Warning: {warning}", markup=False)
+    for meaning in meanings(report):
+        console.print(meaning, markup=False)
+    for sample in [sample for part in parts for sample in part.voices][:1]:
+        console.print(f"\n{sample.prompt} ...", markup=False)
+        for label, text in sample.answers:
+            console.print(f"  {label}: {' '.join(text.split())}", markup=False)
+    for number, advice in enumerate(report["advice"]):
+        console.print(
+            Text(("" if number else "\n") + advice["sentence"], COLOURS[advice["verdict"]])
+        )
+    for part in report["not_run"]:
+        console.print(Text(f"Not run: {part['what']}: {part['reason']}", "yellow"))
+    show_page(run)
+
+
+def _row_name(name: str) -> str:
+    """A row's name, short enough for a terminal: a method with its settings gets several lines."""
+    return name.replace(" ", "\n") if "=" in name else short(name, 44)
+
+
+def show_page(run: Path) -> None:
+    """Print where the page of a report is, and what it lacks."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"\nReport: {run / HTML}", markup=False)
+    if not can_draw():
+        console.print(f"Note: {NO_PICTURES}", markup=False)
+
+
+def show_run(stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the result of every stage of a run."""
+    show = {"convert": show_conversion, "finetune": show_finetune, "report": show_report}
+    for name, stage in stages.items():
+        folder = Path(stage["folder"])
+        print(f"{name}: {folder}" + (", done already" if stage["skipped"] else ""))
+        if not stage["skipped"]:
+            show[name](stage["told"], folder)

@@ -23,13 +23,12 @@ from moefy.convert import prepare
 from moefy.errors import MoefyError
 from moefy.files import safetensors_header
 from moefy.files.shards import DTYPES
-from moefy.inspect import describe
+from moefy.inspect import describe, terminal
 from moefy.inspect.catalogue import catalogue
 from moefy.inspect.moe import PER_TOKEN
 from moefy.inspect.settled import as_dense
 from moefy.models import families, targets
 from moefy.models.engines import ENGINES, engine_issues
-from moefy.report import terminal
 from moefy.types import Shape
 
 ESCAPE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

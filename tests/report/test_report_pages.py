@@ -7,6 +7,7 @@ import copy
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import sample_report
@@ -19,6 +20,7 @@ from moefy.report.chart import RAMP, THEME, looks
 from moefy.report.citations import PARTITION, ROUTER, sources
 from moefy.report.heatmaps import STEPS
 from moefy.report.sections import labels, sections, verdicts
+from moefy.report.terminal import show_report
 
 VOID = {"meta", "link", "br", "input", "img", "hr"}
 PAGES = {"moefy/report.md", "moefy/report.html", "README.md"}
@@ -207,6 +209,18 @@ def test_every_score_is_in_the_tables(report, page, pages):
     assert "< 0.001 *" not in cells and "0.003 *" in cells and "0.30" in cells
 
 
+def test_the_terminal_shows_the_tables_of_the_page(report, pages, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    show_report(report, Path("out"))
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    for table in (table for section in sections(report) for table in section.tables):
+        shown = [" ".join(row).split() in lines for row in table.rows]
+        assert all(shown) if table.on_terminal else table.caption.split() not in lines
+    for words in ("static: the same", "SLOWER in", "Warning: 4% of", "Not run: piqa", "Report:"):
+        assert words in out
+
+
 def test_worse_is_told_as_loudly_as_better(page, pages):
     heads = [words for words in page.words("h3")]
     assert heads == ["▼ Does not pay", "▲ Pays", "○ Not measured"]
@@ -240,7 +254,7 @@ def test_what_a_model_writes_is_text(report, page, pages):
     assert any(said in text for text in texts)
     columns = [len(line.split(" | ")) for line in pages["moefy/report.md"].splitlines()
                if "script" in line and line.startswith("|")]  # fmt: skip
-    assert columns == [7]
+    assert columns == [6]
 
 
 def test_odd_names_draw(report):
