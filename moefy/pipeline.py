@@ -155,10 +155,11 @@ def _deciding(recipe: Recipe) -> dict[str, Any]:
 def _convert(out: Path, recipe: Recipe, force: bool, watch: Watch) -> dict[str, Any]:
     from moefy.convert.prepare import prepare
     from moefy.convert.run import convert
+    from moefy.convert.session import Attempt
     from moefy.files.publish import check_free
 
     check_free(out, force=force)
-    return convert(prepare(recipe), out, force=force, watch=watch)
+    return convert(prepare(recipe), out, Attempt(force=force), watch=watch)
 
 
 def _finetuned(run: Path, out: Path, settings: finetune.Settings) -> bool:

@@ -38,7 +38,7 @@ ROWS = {
     "convert": [
         "run",
         "calibration estimate layers",
-        "memory sensitivity summary write",
+        "memory sensitivity session summary write",
         "prepare",
         "method",
         "ffn partition router",

@@ -84,6 +84,7 @@ def _plan(recipe: Recipe, asked: Convert, limit: int | None) -> None:
 def _convert(recipe: Recipe, asked: Convert, out: Path, limit: int | None) -> None:
     from moefy.convert.prepare import prepare
     from moefy.convert.run import convert as run
+    from moefy.convert.session import Attempt
     from moefy.distributed import launched, together
     from moefy.progress import watching
 
@@ -92,16 +93,14 @@ def _convert(recipe: Recipe, asked: Convert, out: Path, limit: int | None) -> No
     quiet = asked.quiet or not first
     ready = _resumable(out, asked.force) if first else contextlib.nullcontext()
     with together(), ready, watching(quiet=quiet) as watch:
-        summary = run(
-            prepare(recipe),
-            out,
+        attempt = Attempt(
             force=asked.force,
-            strict=asked.strict,
             restart=asked.restart,
+            strict=asked.strict,
             memory=limit,
             group=group,
-            watch=watch,
         )
+        summary = run(prepare(recipe), out, attempt, watch=watch)
     show(summary, lambda summary: _show(summary, out), asked.as_json and first, quiet)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel
 
 from moefy.checkpoint.model_config import model_config
 from moefy.checkpoint.tensors import Checkpoint
@@ -97,10 +97,9 @@ def _positions(checkpoint: Checkpoint, family: Family, length: int) -> Tensor | 
     return table_PD[:length]
 
 
-def read_ffn(
-    checkpoint: Checkpoint, family: Family, layer: int, activation: str, device: torch.device
-) -> FFN:
+def read_ffn(checkpoint: Checkpoint, family: Family, layer: int, device: torch.device) -> FFN:
     """The FFN of one layer in float32."""
+    activation = getattr(model_config(checkpoint), family.activation, "silu")
     stored = [checkpoint.tensor(name).float().to(device) for name in family.ffn_names(layer)]
     return family.read(stored, activation)
 
@@ -108,7 +107,6 @@ def read_ffn(
 def tap(
     checkpoint: Checkpoint,
     family: Family,
-    config: PreTrainedConfig,
     layer: int,
     states_BTD: Tensor,
     *,
@@ -123,8 +121,8 @@ def tap(
     transformers' own, run inside its own model class, so masks and rotary embeddings are the
     family's.
     """
-    model, block, seen, leave = _one_layer(checkpoint, family, config, layer, states_BTD.device)
-    run = model.encoder if config.is_encoder_decoder else model
+    model, block, seen, leave = _one_layer(checkpoint, family, layer, states_BTD.device)
+    run = model.encoder if model.config.is_encoder_decoder else model
     x_BTD = store.empty(*states_BTD.shape, device=states_BTD.device)
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
@@ -165,14 +163,13 @@ def _halving(step: Callable[[int, int], None], first: int, last: int) -> None:
     _halving(step, middle, last)
 
 
-def ending(
-    checkpoint: Checkpoint, family: Family, config: PreTrainedConfig
-) -> Callable[[Tensor], Tensor]:
+def ending(checkpoint: Checkpoint, family: Family) -> Callable[[Tensor], Tensor]:
     """A function from states that leave the last layer, (T, D), to the logits, (T, V).
 
     Norm and head are those of transformers' own class, of which one layer is loaded.
     """
-    model, _ = open_model(checkpoint.folder, config=some_layers(config, 0, 1), dtype="auto")
+    config = some_layers(model_config(checkpoint), 0, 1)
+    model, _ = open_model(checkpoint.folder, config=config, dtype="auto")
     model.eval()
     given: list[Tensor] = []
     block: Any = model.get_submodule(family.layer.format(layer=0).rstrip("."))
@@ -189,15 +186,11 @@ def ending(
 
 
 def _one_layer(
-    checkpoint: Checkpoint,
-    family: Family,
-    config: PreTrainedConfig,
-    layer: int,
-    device: torch.device,
+    checkpoint: Checkpoint, family: Family, layer: int, device: torch.device
 ) -> tuple[Any, Any, _Tap, Leave]:
     """A base model holding only `layer`, that layer, the tap in place of its FFN, and what is to be
     done to what leaves."""
-    single = some_layers(config, layer, layer + 1)
+    single = some_layers(model_config(checkpoint), layer, layer + 1)
     with torch.device("meta"):
         model: Any = AutoModel.from_config(single, dtype=torch.float32)
     seen = _Tap()

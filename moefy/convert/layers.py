@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.checkpoint.model_config import model_config
 from moefy.convert import forward, write
 from moefy.convert.coverage import gaps
 from moefy.convert.ffn import Block, convert_block
-from moefy.convert.prepare import Job, Watch
+from moefy.convert.prepare import Job
 from moefy.convert.profile import CHUNK, Inputs
-from moefy.distributed import ALONE, Group, Share
+from moefy.convert.session import Session
+from moefy.distributed import Group, Share
 from moefy.errors import MoefyError
 from moefy.files.buffers import Store
-from moefy.files.resume import State
 from moefy.files.shards import ShardWriter
 from moefy.text.packing import Tokens
 from moefy.timing import Clock
@@ -40,59 +39,50 @@ class Converted:
 
 
 def convert_layers(
-    job: Job,
+    session: Session,
     tokens: Tokens,
     slopes: dict[int, Tensor],
     writer: ShardWriter | None,
-    state: State,
-    store: Store,
-    clock: Clock,
-    *,
     last: int,
-    strict: bool,
-    watch: Watch,
-    group: Group = ALONE,
 ) -> Converted:
     """Convert layer by layer, writing each, behind those that are done already.
 
-    The states of all calibration tokens lie in `store`. Those that leave layer `last` on the last
-    sequence are kept. Below the first layer that is converted the dense model's states are the
-    same, and behind the last one only that sequence goes on, as far as `last`.
-
-    The processes of `group` share the sequences; only the first has a `writer`, and `state`.
+    The states that leave layer `last` on the last sequence are kept. Below the first layer that is
+    converted the dense model's states are the same, and behind the last one only that sequence goes
+    on, as far as `last`. The processes of the group share the sequences; only the first has a
+    `writer`.
     """
+    job, watch = session.job, session.watch
     top = max(job.layers)
-    share, tokens = _own(tokens, group)
+    share, tokens = _own(tokens, session.group)
     num_sequences = len(tokens.ids_BT)
-    states_BTD, done = _begun(writer, state, store, share, top)
+    states_BTD, done = _begun(session, writer, share, top)
     if states_BTD is None:
-        states_BTD = _embedded(job, tokens, store)
+        states_BTD = _embedded(job, tokens, session.store)
     else:
         watch(f"continuing behind layer {len(done) - 1}", len(done), job.num_layers)
     states_BTD = states_BTD.to(job.device)
     for layer in range(len(done), max(last, top) + 1):
         if layer > top:
             states_BTD = share.last(states_BTD[:num_sequences])[None]
-        extra, names, value = _convert(
-            job, layer, states_BTD, tokens, slopes, writer, store, watch, group
-        )
-        if value and strict and (found := gaps([value])):
-            raise MoefyError(f"--strict: {found[0]}", code=6)
+        extra, names, figures = _convert(session, layer, states_BTD, tokens, slopes, writer)
+        if figures and session.attempt.strict and (notes := gaps([figures])):
+            raise MoefyError(f"--strict: {notes[0]}", code=6)
         if layer == last:
             extra["end"] = share.last(states_BTD[:num_sequences])
-        done.append((extra, value))
+        done.append((extra, figures))
         whole_BTD = states_BTD if layer > top else share.whole(states_BTD)
         if writer:
-            state.save("seconds", clock.seconds())
-            state.save_layer(layer, whole_BTD, extra, writer.sync(names), value)
+            session.state.save("seconds", session.clock.seconds())
+            session.state.save_layer(layer, whole_BTD, extra, writer.sync(names), figures)
         del whole_BTD
-        store.release()
+        session.store.release()
         watch("layers", layer + 1, job.num_layers)
     watch("layers", job.num_layers, job.num_layers)
     return Converted(
-        [value for _, value in done if value],
-        [kept.get("end") for kept, _ in done] + [None] * (job.num_layers - len(done)),
-        {layer: kept["norm"] for layer, (kept, _) in enumerate(done) if "norm" in kept},
+        [figures for _, figures in done if figures],
+        [extra.get("end") for extra, _ in done] + [None] * (job.num_layers - len(done)),
+        {layer: extra["norm"] for layer, (extra, _) in enumerate(done) if "norm" in extra},
     )
 
 
@@ -124,13 +114,13 @@ def _own(tokens: Tokens, group: Group) -> tuple[Share, Tokens]:
 
 
 def _begun(
-    writer: ShardWriter | None, state: State, store: Store, share: Share, top: int
+    session: Session, writer: ShardWriter | None, share: Share, top: int
 ) -> tuple[Tensor | None, list[tuple[dict[str, Tensor], Any]]]:
     """The states of this process's sequences behind the last layer that is done, and what was kept
     of each, from the process that has them."""
-    group, done = share.group, []
+    group, store, done = session.group, session.store, []
     if writer:
-        states_BTD, done = state.layers(writer, store)
+        states_BTD, done = session.state.layers(writer, store)
         group.tell((len(done), None if states_BTD is None else states_BTD.shape))
     else:
         count, size = group.hear()
@@ -150,71 +140,57 @@ def _embedded(job: Job, tokens: Tokens, store: Store) -> Tensor:
     num_sequences, sides = len(tokens.ids_BT), 2 if job.method.drift else 1
     states_BTD = store.empty(sides * num_sequences, *first.shape[1:], device=job.device)
     for number, ids_BT in enumerate(parts):
-        made = forward.embed(job.checkpoint, job.family, ids_BT, job.device) if number else first
+        part = forward.embed(job.checkpoint, job.family, ids_BT, job.device) if number else first
         for side in range(sides):
             start = side * num_sequences + number * SEQUENCES
-            states_BTD[start : start + len(made)] = made
+            states_BTD[start : start + len(part)] = part
         store.release()
     return states_BTD
 
 
 def _convert(
-    job: Job,
+    session: Session,
     layer: int,
     states_BTD: Tensor,
     tokens: Tokens,
     slopes: dict[int, Tensor],
     writer: ShardWriter | None,
-    store: Store,
-    watch: Watch,
-    group: Group,
 ) -> tuple[dict[str, Tensor], list[str], dict[str, Any] | None]:
     """Convert and write one layer, or leave it dense, and move the states past it.
 
     Gives tensors to keep, the names of those that are written, and the layer's figures.
     """
-    clock = Clock({})
+    own = dataclasses.replace(session, clock=Clock({}))
     num_sequences = len(tokens.ids_BT)
-    alike = layer < min(job.layers)
+    alike = layer < min(session.job.layers)
     going_BTD = states_BTD[:num_sequences] if alike else states_BTD
-    block = _pass(job, layer, going_BTD, tokens, slopes, store, clock, watch, group)
+    block = _pass(own, layer, going_BTD, tokens, slopes)
     if alike and len(states_BTD) > num_sequences:
         states_BTD[num_sequences:] = going_BTD
     if block is None:
         return {}, [], None
-    with clock.stage("write"):
-        names = write.write_block(job, writer, layer, block) if writer else []
+    with own.clock.stage("write"):
+        names = write.write_block(session.job, writer, layer, block) if writer else []
+    figures: dict[str, Any] = {"layer": layer, **block.figures}
+    seconds = {stage: round(s, 3) for stage, s in own.clock.seconds().items() if stage != "total"}
+    figures["stage_seconds"] = {**seconds, **figures["stage_seconds"]}
     norm_EN = block.routed.router.norm_EN
-    value: dict[str, Any] = {"layer": layer, **block.figures}
-    seconds = {name: round(spent, 3) for name, spent in clock.seconds().items() if name != "total"}
-    value["stage_seconds"] = {**seconds, **value["stage_seconds"]}
-    return {} if norm_EN is None else {"norm": norm_EN.cpu()}, names, value
+    return {} if norm_EN is None else {"norm": norm_EN.cpu()}, names, figures
 
 
 def _pass(
-    job: Job,
-    layer: int,
-    states_BTD: Tensor,
-    tokens: Tokens,
-    slopes: dict[int, Tensor],
-    store: Store,
-    clock: Clock,
-    watch: Watch,
-    group: Group,
+    session: Session, layer: int, states_BTD: Tensor, tokens: Tokens, slopes: dict[int, Tensor]
 ) -> Block | None:
     """Move the states past one layer; give what it is converted to, None where it stays dense.
 
     The first sequences of `states_BTD` are those of `tokens`; any others go through the dense FFN.
     """
-    watch(f"layer {layer}: attention", layer, job.num_layers)
-    config = model_config(job.checkpoint)
-    activation = getattr(config, job.family.activation, "silu")
+    job, store, clock = session.job, session.store, session.clock
+    session.watch(f"layer {layer}: attention", layer, job.num_layers)
     with clock.stage("read"):
-        ffn = forward.read_ffn(job.checkpoint, job.family, layer, activation, job.device)
+        ffn = forward.read_ffn(job.checkpoint, job.family, layer, job.device)
     with clock.stage("attention"):
-        x_TD, join, leave = forward.tap(
-            job.checkpoint, job.family, config, layer, states_BTD, store=store
-        )
+        x_TD, join, leave = forward.tap(job.checkpoint, job.family, layer, states_BTD, store=store)
         _check_states(x_TD, layer)
     flat_TD, num_tokens = states_BTD.view(x_TD.shape), tokens.ids_BT.numel()
     dense = slice(num_tokens if layer in job.layers else 0, None)
@@ -227,7 +203,7 @@ def _pass(
             flat_CD += join(y_CD) if join else y_CD
             store.release()
     if layer in job.layers:
-        watch(f"layer {layer}: split and route", layer, job.num_layers)
+        session.watch(f"layer {layer}: split and route", layer, job.num_layers)
         inputs = Inputs(
             x_TD[:num_tokens],
             tokens.num_heldout * tokens.ids_BT.shape[1],
@@ -236,7 +212,7 @@ def _pass(
             dense_TD=flat_TD[num_tokens:] if job.method.drift else None,
             gradient_TD=slopes.pop(layer, None),
             store=store,
-            group=group,
+            group=session.group,
         )
         seed = job.recipe.seed * 1_000_003 + layer
         block = convert_block(ffn, inputs, job.shape, job.method, dtype=job.dtype, seed=seed)

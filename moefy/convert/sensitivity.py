@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moefy.checkpoint.model_config import model_config
 from moefy.config.recipe import Recipe
 from moefy.convert import forward
 from moefy.convert.ffn import Method, convert_block
@@ -92,14 +91,12 @@ def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:
     num_fit, length = fitted.shape
     ids_BT = torch.cat([fitted, probes])
     num_tokens, num_probed = ids_BT.numel(), probes.numel()
-    config = model_config(job.checkpoint)
-    activation = getattr(config, job.family.activation, "silu")
     method, shape = Method(static.split, None, refit=True), pruned(job.shape)
     states_BTD = forward.embed(job.checkpoint, job.family, ids_BT, job.device)
     for layer in range(job.num_layers):
         watch("sensitivity of the layers", layer, job.num_layers)
-        ffn = forward.read_ffn(job.checkpoint, job.family, layer, activation, job.device)
-        x_TD, join, leave = forward.tap(job.checkpoint, job.family, config, layer, states_BTD)
+        ffn = forward.read_ffn(job.checkpoint, job.family, layer, job.device)
+        x_TD, join, leave = forward.tap(job.checkpoint, job.family, layer, states_BTD)
         flat_TD = states_BTD.view(x_TD.shape)
         inputs = Inputs(x_TD[:num_tokens], num_probed, flat_TD[:num_tokens], join)
         block = convert_block(ffn, inputs, shape, method, dtype=torch.float32, seed=0)
@@ -113,7 +110,7 @@ def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:
         branch_TD = leave(branch_TD)
         states_BTD = torch.cat([states_BTD, branch_TD.view(-1, length, branch_TD.shape[1])])
     ends = states_BTD[num_fit:].split(len(probes))
-    logits = forward.ending(job.checkpoint, job.family, config)
+    logits = forward.ending(job.checkpoint, job.family)
     return [_divergence(logits, ends[0], branch_BTD) for branch_BTD in ends[1:]]
 
 

@@ -15,6 +15,7 @@ from moefy.config.recipe import Recipe, build
 from moefy.convert.oracle import attach
 from moefy.convert.prepare import Job, Watch, prepare
 from moefy.convert.run import convert
+from moefy.convert.session import Attempt
 from moefy.errors import MoefyError
 from moefy.evaluate.cache import VERSIONS, digest
 from moefy.evaluate.candidates import Candidate
@@ -52,6 +53,8 @@ STATIC = {
     # Its shape is made from the run's; what was asked of the experts may not fit another class.
     ("experts", "experts_per_token", "shared")
 )
+
+UNKEPT = Attempt(force=True, keep=False)
 
 METHOD = ("partition", "router", "refit", "drift", "total", "seed")
 """What may differ in a recipe that a run is held against; all else is the run's."""
@@ -133,7 +136,7 @@ def control_candidates(
 
             folder = place / str(number)
             if not folder.is_dir():
-                convert(job, folder, tokens=tokens, force=True, keep=False, watch=named)
+                convert(job, folder, UNKEPT, tokens=tokens, watch=named)
             return load_model(folder, dtype)
 
         settings = dataclasses.asdict(job.recipe) | {"model": "", "device": "", "calibration": ""}

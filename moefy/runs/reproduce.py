@@ -9,6 +9,7 @@ from moefy import environment
 from moefy.config.recipe import build, read
 from moefy.convert.prepare import Watch, prepare
 from moefy.convert.run import convert
+from moefy.convert.session import Attempt
 from moefy.errors import MoefyError
 from moefy.files.publish import sha256
 from moefy.files.safetensors_header import some
@@ -48,7 +49,8 @@ def reproduce(
         raise MoefyError(
             f"{folder} is not the model that was converted: {some(other)} differ; name it as MODEL"
         )
-    made = convert(job, out, force=force, restart=restart, memory=memory, watch=watch)
+    attempt = Attempt(force=force, restart=restart, memory=memory)
+    made = convert(job, out, attempt, watch=watch)
     names = told["outputs"].keys() | made["outputs"].keys()
     differ = [n for n in sorted(names) if told["outputs"].get(n) != made["outputs"].get(n)]
     # It names the libraries and the folder of the model, which may have other ones.

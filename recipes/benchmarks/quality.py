@@ -26,6 +26,7 @@ from moefy.compute import name_of
 from moefy.config.recipe import Recipe, build
 from moefy.convert.prepare import prepare
 from moefy.convert.run import calibration_tokens, convert
+from moefy.convert.session import Attempt
 from moefy.environment import processor
 from moefy.errors import MoefyError
 from moefy.evaluate.dtypes import one_dtype
@@ -141,7 +142,7 @@ def measure(
     start = time.perf_counter()
     folder = out / f"{recipe.active}-{recipe.seed}-{method.replace(' ', '_').replace(',', '')}"
     tokens = calibration_tokens(job, lambda *_: None)
-    summary = convert(job, folder, tokens=tokens, force=True)
+    summary = convert(job, folder, Attempt(force=True), tokens=tokens)
     seconds = time.perf_counter() - start
     tokenizer = load_tokenizer(job.checkpoint.folder)
     models = {method: load_model(folder, dtype)}

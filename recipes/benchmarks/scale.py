@@ -179,6 +179,7 @@ def one(wanted: str, out: Path, memory: str = "") -> None:
     from moefy.cli.shared import quiet_libraries
     from moefy.config.recipe import num_bytes
     from moefy.convert.run import convert
+    from moefy.convert.session import Attempt
 
     quiet_libraries()
     limit = num_bytes(memory, "--memory") if memory else None
@@ -192,7 +193,7 @@ def one(wanted: str, out: Path, memory: str = "") -> None:
                 speeds.setdefault(kind, []).append(speed)
 
     start = time.perf_counter()
-    summary = convert(job, out, force=True, memory=limit, watch=watch)
+    summary = convert(job, out, Attempt(force=True, memory=limit), watch=watch)
     seconds = time.perf_counter() - start
     rates = {kind: statistics.median(found) for kind, found in speeds.items()}
     floor = {

@@ -35,6 +35,7 @@ from moefy.convert import forward, layers
 from moefy.convert.calibration import calibration_tokens
 from moefy.convert.prepare import Job, prepare
 from moefy.convert.run import convert
+from moefy.convert.session import Attempt
 from moefy.errors import MoefyError
 from moefy.evaluate.controls import AS_WRITTEN, changed, control_jobs, controls
 from moefy.evaluate.metrics import compare
@@ -689,7 +690,7 @@ def test_an_interrupt_leaves_no_trace_where_nothing_is_to_be_kept(
 
     with pytest.raises(error):
         job = a_job(calibration="self", tokens=64, sequence_length=8)
-        convert(job, out, force=force, keep=False, watch=watch)
+        convert(job, out, Attempt(force=force, keep=False), watch=watch)
     assert seen[-1].startswith(stage)
     assert listing(out.parent) == before
 
@@ -699,7 +700,7 @@ def test_force_replaces_a_run(pico, a_job, converted, tmp_path):
     (out / "left over").write_text("x")
     with pytest.raises(MoefyError, match="--force"):
         convert(a_job(), out)
-    convert(a_job(), out, force=True)
+    convert(a_job(), out, Attempt(force=True))
     assert weights(out) == weights(converted(pico("llama")))
     assert not (out / "left over").exists()
     assert list(tmp_path.iterdir()) == [out]
@@ -721,7 +722,7 @@ def test_out_may_not_lie_in_the_model_nor_around_it(place, linked, own_pico, a_j
         out = tmp_path / "link" / out.name
     before = listing(tmp_path)
     with pytest.raises(MoefyError, match="MODEL") as caught:
-        convert(a_job(dense), out, force=True)
+        convert(a_job(dense), out, Attempt(force=True))
     assert caught.value.code == 2
     assert listing(tmp_path) == before
 
@@ -772,9 +773,9 @@ def test_only_what_is_needed_goes_through_dense_layers(pico, a_job, tmp_path, mo
     passed: list[int] = []
     tap = forward.tap
 
-    def counted(checkpoint, family, config, layer, states_BTD, **options):
+    def counted(checkpoint, family, layer, states_BTD, **options):
         passed.append(len(states_BTD))
-        return tap(checkpoint, family, config, layer, states_BTD, **options)
+        return tap(checkpoint, family, layer, states_BTD, **options)
 
     monkeypatch.setattr(forward, "tap", counted)
     job = a_job(pico("llama", num_hidden_layers=5), layers="2")
@@ -787,9 +788,9 @@ def test_only_what_is_needed_goes_through_dense_layers(pico, a_job, tmp_path, mo
     states = []
     passing = layers._pass
 
-    def both(job, layer, states_BTD, *rest):
+    def both(session, layer, states_BTD, *rest):
         states.append(states_BTD.clone())
-        return passing(job, layer, states_BTD, *rest)
+        return passing(session, layer, states_BTD, *rest)
 
     monkeypatch.setattr(layers, "_pass", both)
     convert(job, tmp_path / "again")

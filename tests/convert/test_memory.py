@@ -11,6 +11,7 @@ from moefy.convert import memory, write
 from moefy.convert.estimate import estimate
 from moefy.convert.prepare import prepare
 from moefy.convert.run import convert
+from moefy.convert.session import Attempt
 from moefy.errors import MoefyError
 from moefy.files import buffers
 from moefy.files.buffers import Store
@@ -80,7 +81,7 @@ def test_states_in_files_give_the_same_bytes(job, tmp_path, monkeypatch):
             return super().empty(*size, **options)
 
     monkeypatch.setattr("moefy.convert.run.Store", Noted)
-    filed = convert(job, tmp_path / "filed", memory=too_little(job))
+    filed = convert(job, tmp_path / "filed", Attempt(memory=too_little(job)))
     assert filed["outputs"] == plain["outputs"]
     assert plain["memory"]["file_bytes"] == 0
     assert filed["memory"]["file_bytes"] == memory.state_arrays(job)
@@ -105,7 +106,7 @@ def test_a_file_that_loses_what_is_released_is_seen(job, tmp_path, monkeypatch):
 
     monkeypatch.setattr(buffers.Store, "release", forget)
     try:
-        filed = convert(job, tmp_path / "filed", memory=too_little(job))
+        filed = convert(job, tmp_path / "filed", Attempt(memory=too_little(job)))
     except MoefyError:
         return
     assert filed["outputs"] != plain["outputs"]
@@ -117,14 +118,14 @@ def test_a_disk_without_room_for_the_states(job, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(MoefyError, match="No space left.*make room") as caught:
-        convert(job, tmp_path / "out", memory=too_little(job))
+        convert(job, tmp_path / "out", Attempt(memory=too_little(job)))
     assert caught.value.code == 5
     assert not (tmp_path / "out").exists()
 
 
 def test_what_does_not_fit_even_so_says_what_to_lower(job, tmp_path):
     with pytest.raises(MoefyError, match=r"--memory allows 0\.1 GB; the most is for") as caught:
-        convert(job, tmp_path / "out", memory=10**8)
+        convert(job, tmp_path / "out", Attempt(memory=10**8))
     assert caught.value.code == 5 and os.listdir(tmp_path) == []
     assert "--memory allows 0.1 GB" in estimate(job, 10**8)["notes"][-1]
 

@@ -24,7 +24,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moefy.checkpoint.model_config import model_config
 from moefy.config.recipe import build, read
 from moefy.convert import forward, memory
 from moefy.convert.prepare import Job, prepare
@@ -230,11 +229,10 @@ def test_a_gpu_with_no_room_for_a_batch_takes_halves(a_job, tmp_path, monkeypatc
     """What a GPU would raise is raised here; halves of a batch give what the batch gives."""
     job = a_job()
     ids_BT = torch.randint(1, 128, (8, 16), generator=torch.Generator().manual_seed(0))
-    config = model_config(job.checkpoint)
 
     def tapped() -> tuple[torch.Tensor, torch.Tensor]:
         states_BTD = forward.embed(job.checkpoint, job.family, ids_BT, job.device)
-        x_TD, *_ = forward.tap(job.checkpoint, job.family, config, 0, states_BTD)
+        x_TD, *_ = forward.tap(job.checkpoint, job.family, 0, states_BTD)
         return x_TD, states_BTD
 
     expected = tapped()

@@ -30,6 +30,7 @@ from moefy.convert.calibration import calibration_tokens
 from moefy.convert.memory import fit
 from moefy.convert.prepare import Job, prepare
 from moefy.convert.run import convert
+from moefy.convert.session import Attempt
 from moefy.errors import MoefyError
 from moefy.files import resume
 from moefy.files.publish import PART, STATE, place_of, reclaim
@@ -141,14 +142,14 @@ def assert_same(out: Path, whole: Path) -> None:
 @pytest.fixture
 def whole(a_job, tmp_path) -> Path:
     """What an undisturbed run makes of `a_job()`."""
-    convert(a_job(), tmp_path / "whole", keep=False)
+    convert(a_job(), tmp_path / "whole", Attempt(keep=False))
     return tmp_path / "whole"
 
 
 def stages_of(job: Job, out: Path, **options: Any) -> list[str]:
     """Convert in this process; give the stages that were shown."""
     seen: list[str] = []
-    convert(job, out, watch=lambda stage, *_: seen.append(stage), **options)
+    convert(job, out, Attempt(**options), watch=lambda stage, *_: seen.append(stage))
     return seen
 
 
@@ -218,7 +219,7 @@ RECIPES: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_what_is_done_is_not_done_again(name, a_job, out, tmp_path):
     recipe, stage, before = RECIPES[name]
     job = a_job(**recipe)
-    convert(job, tmp_path / "whole", keep=False)
+    convert(job, tmp_path / "whole", Attempt(keep=False))
 
     def die_late() -> None:
         if stage == "reopen":
@@ -238,9 +239,9 @@ def test_a_rerun_may_have_less_memory_or_more(filed_first, a_job, out, whole):
     job = a_job()
     little = fit(job, write.slots(job)).peak_bytes - 1
     first, second = (little, None) if filed_first else (None, little)
-    options = {"memory": first, "watch": dying_at("layer 1")}
-    assert forked(lambda: convert(job, out, **options)) == -signal.SIGKILL
-    made = convert(job, out, memory=second)
+    attempt, watch = Attempt(memory=first), dying_at("layer 1")
+    assert forked(lambda: convert(job, out, attempt, watch=watch)) == -signal.SIGKILL
+    made = convert(job, out, Attempt(memory=second))
     assert bool(made["memory"]["file_bytes"]) is not filed_first
     assert_same(out, whole)
 
@@ -267,10 +268,10 @@ def test_an_old_run_is_replaced_at_the_end_alone(a_job, out, whole):
     shutil.copytree(whole, out)
     (out / "left over").write_text("x")
     before = listing(out)
-    killed = forked(lambda: convert(job, out, force=True, watch=dying_at("layer 1")))
+    killed = forked(lambda: convert(job, out, Attempt(force=True), watch=dying_at("layer 1")))
     assert killed == -signal.SIGKILL
     assert listing(out) == before
-    convert(job, out, force=True)
+    convert(job, out, Attempt(force=True))
     assert_same(out, whole)
 
 
@@ -290,7 +291,7 @@ def test_killed_while_an_old_run_is_replaced(which, a_job, out, whole):
 
     def attempt() -> None:
         Path.rename = killed  # pyright: ignore[reportAttributeAccessIssue]
-        convert(job, out, force=True)
+        convert(job, out, Attempt(force=True))
 
     assert forked(attempt) == -signal.SIGKILL
     assert out.exists() == (which == 1)
@@ -468,7 +469,7 @@ def test_a_change_in_the_model_below_the_last_layer(stopped, a_job, out):
 def test_what_resumes_nothing_leaves_a_state_alone(stopped, a_job, out):
     before = listing(out.parent)
     with pytest.raises(MoefyError, match="unfinished") as caught:
-        convert(a_job(), out, keep=False)
+        convert(a_job(), out, Attempt(keep=False))
     assert caught.value.code == 7
     assert listing(out.parent) == before
 
@@ -521,7 +522,7 @@ def test_interrupted(number, moefy, out, whole):
 def test_stopped_behind_the_layers_that_are_converted(pico, text, out, tmp_path):
     few = {"tokens": 512, "sequence_length": 64, "calibration": str(text), "layers": "0"}
     job = prepare(build(None, {"model": str(pico("llama", num_hidden_layers=4)), **few}, []))
-    convert(job, tmp_path / "whole", keep=False)
+    convert(job, tmp_path / "whole", Attempt(keep=False))
 
     def stop(stage: str, *_: object) -> None:
         if stage.startswith("layer 3"):
@@ -637,7 +638,7 @@ def test_two_at_once(a_job, out, whole):
     before = listing(out.parent)
     for options in ({}, {"restart": True}, {"keep": False}):
         with pytest.raises(MoefyError, match=f"process {child} on ") as caught:
-            convert(job, out, **options)
+            convert(job, out, Attempt(**options))
         assert caught.value.code == 5
     assert listing(out.parent) == before
     os.kill(child, signal.SIGKILL)

@@ -338,6 +338,7 @@ import hashlib, sys
 from pathlib import Path
 from pico import build_model, build_tokenizer
 from moefy.convert.run import convert
+from moefy.convert.session import Attempt
 from moefy.convert.prepare import prepare
 from moefy.config.recipe import build
 place, text, *families = sys.argv[1:]
@@ -346,7 +347,7 @@ for family in families:
     model, out = Path(place) / family, Path(place) / "moe" / family
     build_model(model, family, {})
     build_tokenizer(model)
-    convert(prepare(build(None, {"model": str(model), **few}, [])), out, keep=False)
+    convert(prepare(build(None, {"model": str(model), **few}, [])), out, Attempt(keep=False))
     print(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
 """
 
