@@ -80,7 +80,7 @@ ROWS = {
         "section_inside",
         "heatmaps section_cost section_quality section_tuned",
         "figures markdown",
-        "chart citations document format",
+        "chart citations document format templates",
     ],
     "runs": ["push", "reproduce verify", "folder gguf", "__init__"],
     "text": [

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moefy.models.targets import OWN
 from moefy.report.citations import sources
 from moefy.report.format import fixed, model_name, percent, shape_text, times, uncertain
 from moefy.report.markdown import escaped, table
 from moefy.report.pages import verdict
 from moefy.report.sections import subject, verdicts
+from moefy.report.templates import template
 
 TASKS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
 """The Hub's names of what a model is for, where it has one."""
@@ -30,17 +32,24 @@ def model_card(
     """
     if report and subject(report) in report["finetune"]:
         trained = report["finetune"][subject(report)]["summary"]
-    parts = [
-        f"# {escaped(model_name(run))}, {run['shape']['active_fraction']:.0%} of the FFN active",
-        _what(run, trained),
-        _usage(run, place),
-        *_numbers(run, report),
-        *_made(run, trained),
-        *_limits(run),
-        *_licence(run),
-        *_methods(run),
-    ]
-    return f"---\n{_metadata(run, report)}\n---\n\n" + "\n\n".join(parts) + "\n"
+    licence, name = run.get("licence") or {}, model_name(run)
+    return template("card.md.jinja", escaped=escaped, file_name=_file_name).render(
+        run=run,
+        trained=trained,
+        place=place,
+        metadata=_metadata(run, report),
+        name=name,
+        link=f"[`{name}`](https://huggingface.co/{name})" if run["hub_id"] else f"`{name}`",
+        active=f"{run['shape']['active_fraction']:.0%}",
+        routed=run["shape"]["num_experts"],
+        shape=shape_text(run["shape"]),
+        own=run["target"] == OWN,
+        engines=[name for name in run["engines"] if name != "transformers"],
+        auto="AutoModel" + run["task"].removeprefix("Model"),
+        measured=_measured(report),
+        licence=licence.get("license_name") or licence.get("license"),
+        methods=sources(run["recipe"]) if run.get("recipe") else [],
+    )
 
 
 def _metadata(run: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
@@ -85,134 +94,66 @@ def _results(run: Mapping[str, Any], report: Mapping[str, Any] | None) -> list[A
     return results
 
 
-def _what(run: Mapping[str, Any], trained: Mapping[str, Any] | None) -> str:
-    kind = "a Mixture of Experts" if run["shape"]["num_experts"] else "a statically pruned model"
-    how = f"and fine-tuned on {trained['tokens']:,} tokens" if trained else "without training"
-    name = f"`{model_name(run)}`"
-    if run["hub_id"]:
-        name = f"[{name}](https://huggingface.co/{run['hub_id']})"
-    return (
-        f"This is {name} as {kind}, made by moefy {run['moefy']} {how}. {shape_text(run['shape'])}."
-    )
-
-
-def _usage(run: Mapping[str, Any], place: str) -> str:
-    own = run["target"] == "moefy"
-    auto = "AutoModel" + run["task"].removeprefix("Model")
-    told = "It needs moefy, and runs in transformers only: " if own else "It is a stock "
-    engines = [name for name in run["engines"] if name != "transformers"]
-    others = f" {', '.join(engines)} know the class too." if engines and not own else ""
-    return (
-        f"## How to use it\n\n{told}`{run['reopened']['class']}`, no `trust_remote_code`.{others}"
-        "\n\n"
-        "```python\n"
-        + ("import moefy.modeling\n" if own else "")
-        + f"from transformers import {auto}, AutoTokenizer\n\n"
-        f'model = {auto}.from_pretrained("{place}", dtype="auto")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n```'
-    )
-
-
-def _numbers(run: Mapping[str, Any], report: Mapping[str, Any] | None) -> list[str]:
-    """What was measured, or that nothing was yet."""
+def _measured(report: Mapping[str, Any] | None) -> list[str]:
+    """The advice and the tables of what was measured; empty if nothing was."""
     label = subject(report) if report else None
     if not report or label is None:
-        can = run["task"] == "ForCausalLM"
-        told = "; `moefy report` measures how much on your text." if can else "."
-        return [f"It has lost quality against the dense model{told}"]
-    parts = ["## What it lost, and what it gained", *map(verdict, verdicts(report))]
+        return []
+    tables = [_quality(report["texts"], label), _benchmarks(report["benchmarks"], label)]
+    tables += [_speed(engine, speed["rows"], label) for engine, speed in report["speed"].items()]
+    return [*map(verdict, verdicts(report)), *(table(*one) for one in tables if one[1])]
+
+
+Cells = tuple[tuple[str, ...], list[tuple[str, ...]]]
+"""Header and rows of a table."""
+
+
+def _quality(texts: Mapping[str, Any], label: str) -> Cells:
+    header = ("text", "dense perplexity", "perplexity", "dNLL", "KL", "same first choice")
     rows = [
         (
             text,
-            fixed(found["dense"]["perplexity"]),
-            fixed(found[label]["perplexity"]),
-            uncertain(found[label].get("dnll"), found[label].get("dnll_standard_error")),
-            fixed(found[label].get("kl"), 3),
-            percent(found[label].get("top1_agreement")),
+            fixed(scores["dense"]["perplexity"]),
+            fixed(scores[label]["perplexity"]),
+            uncertain(scores[label].get("dnll"), scores[label].get("dnll_standard_error")),
+            fixed(scores[label].get("kl"), 3),
+            percent(scores[label].get("top1_agreement")),
         )
-        for text, found in report["texts"].items()
-        if label in found and "dense" in found
+        for text, scores in texts.items()
+        if label in scores and "dense" in scores
     ]
-    if rows:
-        header = ("text", "dense perplexity", "perplexity", "dNLL", "KL", "same first choice")
-        parts.append(table(header, rows))
-    tasks = [
+    return header, rows
+
+
+def _benchmarks(benchmarks: Mapping[str, Any], label: str) -> Cells:
+    rows = [
         (
             name,
-            str(found[label]["metric"]),
-            uncertain(found.get("dense", {}).get("value"), None),
-            uncertain(found[label]["value"], found[label].get("standard_error")),
+            str(scores[label]["metric"]),
+            uncertain(scores.get("dense", {}).get("value"), None),
+            uncertain(scores[label]["value"], scores[label].get("standard_error")),
         )
-        for name, found in report["benchmarks"].items()
-        if found.get(label, {}).get("value") is not None
+        for name, scores in benchmarks.items()
+        if scores.get(label, {}).get("value") is not None
     ]
-    if tasks:
-        parts.append(table(("benchmark", "metric", "dense", "this model"), tasks))
-    for engine, told in report["speed"].items():
-        rows = [row for row in told["rows"] if row["label"] == label and row.get("ratio")]
-        shortest = min((row.get("context") or 0 for row in rows), default=0)
-        rows = [row for row in rows if (row.get("context") or 0) == shortest]
-        batches = sorted({row["batch"] for row in rows})
-        phases = dict.fromkeys(row["phase"] for row in rows)
-        ratios = {(row["phase"], row["batch"]): times(row["ratio"]) for row in rows}
-        if ratios:
-            header = (f"speed in {engine}, relative to dense", *(f"batch {n}" for n in batches))
-            cells = [(phase, *(ratios.get((phase, n), "") for n in batches)) for phase in phases]
-            parts.append(table(header, cells))
-    return [*parts, "All of it, with controls and pictures, is in `moefy/report.html`."]
+    return ("benchmark", "metric", "dense", "this model"), rows
 
 
-def _made(run: Mapping[str, Any], trained: Mapping[str, Any] | None) -> list[str]:
-    calibration = run["calibration"]
-    told = (
-        f"Calibrated on {calibration['sequences']} sequences of {calibration['sequence_length']} "
-        f"tokens from {_file(calibration['source'])}. The recipe is `moefy/recipe.toml`, what each "
-        "layer lost is in `moefy/conversion.md`."
-    )
-    if not trained:
-        return ["## How it was made", told]
-    before, after = (trained["validation"][when]["loss"] for when in ("before", "after"))
-    tuned = (
-        f"Then fine-tuned on {trained['tokens']:,} tokens of {_file(trained['train']['source'])}: "
-        f"the loss on text that was kept apart went from {before:.3f} to {after:.3f} nats per "
-        "token. Settings and figures are in `moefy/finetune.json`."
-    )
-    return ["## How it was made", told, tuned]
+def _speed(engine: str, rows: list[Mapping[str, Any]], label: str) -> Cells:
+    """Ratios by phase and batch, at the shortest context."""
+    rows = [row for row in rows if row["label"] == label and row.get("ratio")]
+    shortest = min((row.get("context") or 0 for row in rows), default=0)
+    rows = [row for row in rows if (row.get("context") or 0) == shortest]
+    batches = sorted({row["batch"] for row in rows})
+    ratios = {(row["phase"], row["batch"]): times(row["ratio"]) for row in rows}
+    cells = [
+        (phase, *(ratios.get((phase, batch), "") for batch in batches))
+        for phase in dict.fromkeys(row["phase"] for row in rows)
+    ]
+    header = (f"speed in {engine}, relative to dense", *(f"batch {n}" for n in batches))
+    return header, cells
 
 
-def _file(source: object) -> str:
+def _file_name(source: object) -> str:
     """The name of a text, without the folder that it lay in."""
-    return f"`{str(source).replace(chr(92), '/').rstrip('/').rsplit('/', 1)[-1]}`"
-
-
-def _limits(run: Mapping[str, Any]) -> list[str]:
-    limits = [
-        "What the dense model gets wrong, this one gets wrong as well, and more often.",
-        "The experts were chosen on the calibration text: text unlike it loses more.",
-    ]
-    if run["shape"]["num_experts"]:
-        limits.append(
-            "All experts are kept in memory: it saves compute, not memory. Small models may run "
-            "slower than the dense one."
-        )
-        limits.append("The weights were fitted for the number of experts per token that is set.")
-    limits += [str(note) for note in run["notes"]]
-    return ["## Limits", "\n".join(f"- {escaped(limit)}" for limit in limits)]
-
-
-def _licence(run: Mapping[str, Any]) -> list[str]:
-    inherited = run.get("licence") or {}
-    name = inherited.get("license_name") or inherited.get("license")
-    if not name:
-        return ["## Licence", "That of the dense model, which named none that could be read."]
-    link = inherited.get("license_link")
-    told = f"[{escaped(name)}]({link})" if link else escaped(name)
-    return ["## Licence", f"{told}, inherited from the dense model."]
-
-
-def _methods(run: Mapping[str, Any]) -> list[str]:
-    recipe = run.get("recipe")
-    found = sources(recipe) if recipe else []
-    if not found:
-        return []
-    return ["## Methods", "It builds on:\n\n" + "\n".join(f"- {work}" for work in found)]
+    return str(source).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
 
 from moefy.report import chart
@@ -12,6 +11,7 @@ from moefy.report.chart import looks
 from moefy.report.document import Picture
 from moefy.report.format import shape_text
 from moefy.report.sections import labels, sections, subject, tiles, title, verdicts
+from moefy.report.templates import template
 
 NO_PICTURES = "pictures left out: matplotlib is not installed; pip install 'moefy[report]'"
 
@@ -23,13 +23,7 @@ def can_draw() -> bool:
 
 def report_html(report: Mapping[str, Any]) -> str:
     """The page; what a model or a file says is escaped, and a picture's words are text."""
-    from jinja2 import Environment
-
-    source = resources.files("moefy.report").joinpath("report.html.jinja").read_text("utf-8")
-    page = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    return page.from_string(source).render(
+    return template("report.html.jinja").render(
         report=report,
         title=title(report),
         shape=report["run"]["shape"],
