@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moefy.models.routing import moe_blocks
+
 
 class NeuronGate(nn.Module):
     """Stands where a stock router stands, but chooses by what the experts' own neurons answer."""
@@ -42,8 +44,7 @@ def attach(model: Any, norms: dict[int, Tensor]) -> Any:
 
     The model may be the first layers of the one that the norms are of.
     """
-    blocks = [module for module in model.modules() if hasattr(module, "experts")]
-    for block, layer in zip(blocks, sorted(norms), strict=False):
-        name = "gate" if hasattr(block, "gate") else "router"
-        setattr(block, name, NeuronGate(getattr(block, name), block.experts, norms[layer]))
+    for block, layer in zip(moe_blocks(model), sorted(norms), strict=False):
+        name = "gate" if hasattr(block.module, "gate") else "router"
+        setattr(block.module, name, NeuronGate(block.router, block.experts, norms[layer]))
     return model

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moefy.finetune.losses import Routed
 from moefy.finetune.router_noise import RouterNoise, noisy_choices
-from moefy.models.routing import balance
+from moefy.models.routing import balance, moe_blocks
 from moefy.models.targets.target import ROUTER_SCALE
 
 SOFT = ("all", "chosen", "none")
@@ -63,15 +63,7 @@ class Layer:
 
 def moe_layers(model: nn.Module) -> list[Layer]:
     """The MoE blocks of a model, in order; none for a dense one."""
-    layers = []
-    for name, module in model.named_modules():
-        experts: Any = getattr(module, "experts", None)
-        while hasattr(experts, "base_layer"):  # PEFT's wrappers, whose sum is inside at work
-            experts = experts.base_layer
-        if isinstance(getattr(experts, "down_proj", None), Tensor):
-            router: Any = module.gate if hasattr(module, "gate") else module.router
-            layers.append(Layer(name, module, router, experts))
-    return layers
+    return [Layer(b.name, b.module, b.router, b.experts) for b in moe_blocks(model)]
 
 
 class Routing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,27 +17,49 @@ DEAD = 0.05
 """An expert with less than this share of the mean load counts as dead."""
 
 
-def routers(model: Any) -> dict[int, Any]:
-    """The router of every layer that has one, by the number of the layer; empty if dense.
+@dataclass(frozen=True)
+class MoEBlock:
+    """The MoE block of one layer of a loaded model."""
 
-    In every class moefy writes, a block holds `experts` and beside them the router, as `gate` or
-    `router`, which gives logits (T, E), weights (T, K) and indices (T, K).
+    name: str
+    """Of the module."""
+    module: nn.Module
+    router: nn.Module
+    """Gives logits (T, E), weights (T, K) and indices (T, K)."""
+    experts: Any
+    """The routed experts, without the wrappers that PEFT puts around them."""
+
+    @property
+    def layer(self) -> int:
+        """The number of the layer."""
+        return next(int(part) for part in self.name.split(".") if part.isdecimal())
+
+
+def moe_blocks(model: Any) -> list[MoEBlock]:
+    """The MoE blocks of a model, in order; none if it is dense.
+
+    In every class that moefy writes, a block holds `experts` and beside them the router, as `gate`
+    or `router`.
     """
-    return {layer: router for layer, (router, _) in _blocks(model)}
+    blocks = []
+    for name, module in model.named_modules():
+        router = getattr(module, "gate", None) or getattr(module, "router", None)
+        experts: Any = getattr(module, "experts", None)
+        while hasattr(experts, "base_layer"):  # a wrapper of PEFT
+            experts = experts.base_layer
+        if isinstance(router, nn.Module) and isinstance(experts, nn.Module):
+            blocks.append(MoEBlock(name, module, router, experts))
+    return blocks
+
+
+def routers(model: Any) -> dict[int, nn.Module]:
+    """The router of every layer that has one, by the number of the layer."""
+    return {block.layer: block.router for block in moe_blocks(model)}
 
 
 def experts(model: Any) -> dict[int, Any]:
     """The routed experts of every layer that has some, by the number of the layer."""
-    return {layer: experts for layer, (_, experts) in _blocks(model)}
-
-
-def _blocks(model: Any) -> Iterator[tuple[int, tuple[Any, Any]]]:
-    for name, module in model.named_modules():
-        router = getattr(module, "gate", None) or getattr(module, "router", None)
-        number = next((int(part) for part in name.split(".") if part.isdecimal()), None)
-        inside = getattr(module, "experts", None)
-        if isinstance(router, nn.Module) and isinstance(inside, nn.Module) and number is not None:
-            yield number, (router, inside)
+    return {block.layer: block.experts for block in moe_blocks(model)}
 
 
 @contextlib.contextmanager
