@@ -23,7 +23,7 @@ help: ## list the targets (the default)
 
 # Three quarters of the FFN, 32 small experts and four dense layers, as in
 # recipes/smollm2-135m-quality.toml, but with the layers named: to find them takes as long as the rest.
-DEMO := --active 0.75 --layers 2:28 --experts 32 --shared 0.33333333 \
+DEMO := --active 0.75 --layers 2:28 --experts 32 --shared-fraction 0.33333333 \
 	--tokens 5120 --sequence-length 256 --force --device cpu
 
 demo: $(DEMO_MODEL) ## convert a real 135M model on the CPU and print the report

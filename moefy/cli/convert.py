@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Convert:
     plan: Annotated[bool, Option("Only say what would be done.")] = False
     force: Annotated[bool, FORCE] = False
     strict: Annotated[bool, Option("Fail where an expert sees too little text.")] = False
-    restart: Annotated[bool, RESTART] = False
+    restart: Annotated[bool, dataclasses.replace(RESTART, old="fresh")] = False
     as_json: Annotated[bool, JSON] = False
     quiet: Annotated[bool, QUIET] = False
 

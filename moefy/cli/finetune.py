@@ -78,7 +78,7 @@ def _train(settings: Settings, asked: Finetune) -> dict[str, Any]:
             raise
         raise MoefyError(
             f"out of memory; lower --batch-size (now {settings.batch_size}) and raise "
-            "--accumulate, give --gradient-checkpointing or --teacher-cache",
+            "--gradient-accumulation-steps, give --gradient-checkpointing or --teacher-cache",
             code=5,
         ) from None
 
@@ -94,7 +94,11 @@ def _stopped(out: Path) -> str:
 
 def _of_steps(settings: Settings, steps: int) -> Settings:
     """The settings with the tokens that so many steps take, of all processes together."""
-    rows = settings.batch_size * settings.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    rows = (
+        settings.batch_size
+        * settings.gradient_accumulation_steps
+        * int(os.environ.get("WORLD_SIZE", "1"))
+    )
     return dataclasses.replace(settings, tokens=steps * rows * settings.sequence_length)
 
 

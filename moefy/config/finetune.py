@@ -38,7 +38,9 @@ class Settings:
     tokens: Annotated[int, Option("Tokens to train on, repeated ones included.")] = 1_000_000
     sequence_length: Annotated[int, Option("Tokens per sequence.", least=8)] = 512
     batch_size: Annotated[int, Option("Sequences per process and forward pass.", least=1)] = 4
-    accumulate: Annotated[int, Option("Forward passes per step.", least=1)] = 1
+    gradient_accumulation_steps: Annotated[
+        int, Option("Forward passes per step.", least=1, old="accumulate")
+    ] = 1
     validation_tokens: Annotated[
         int, Option("Tokens at the end of the text that only measure.", flag=False)
     ] = 8192
@@ -60,8 +62,14 @@ class Settings:
         float, Option("Learning rate of the routers, in units of their unscaled rows.")
     ] = 1e-3
     rest_learning_rate: Annotated[float, Option("Learning rate of everything else.")] = 1e-4
-    warmup: Annotated[
-        float, Option("Share of the steps over which the learning rates rise.", most=1, flag=False)
+    warmup_ratio: Annotated[
+        float,
+        Option(
+            "Share of the steps over which the learning rates rise.",
+            most=1,
+            flag=False,
+            old="warmup",
+        ),
     ] = 0.05
     schedule: Annotated[
         str,
@@ -70,7 +78,7 @@ class Settings:
         ),
     ] = "cosine"
     weight_decay: Annotated[float, Option("Weight decay.", flag=False)] = 0.0
-    clip: Annotated[float, Option("Gradient norm at most.", flag=False)] = 1.0
+    max_grad_norm: Annotated[float, Option("Gradient norm at most.", flag=False, old="clip")] = 1.0
     kl: Annotated[float, Option("Weight of the KL divergence from the teacher.")] = 1.0
     temperature: Annotated[
         float, Option("Temperature of that divergence.", least=1e-3, most=1e3, flag=False)
@@ -115,12 +123,13 @@ class Settings:
         float, Option("Step of the selection bias, in units of the unscaled logits.", flag=False)
     ] = 1e-3
     router_z: Annotated[float, Option("Weight of the router's z-loss.", flag=False)] = 0.001
-    soft: Annotated[
+    router_gradient: Annotated[
         str,
         Option(
             "Experts whose outputs the routers learn from.",
             choices=("all", "chosen", "none"),
             flag=False,
+            old="soft",
         ),
     ] = "all"
     noise: Annotated[
@@ -129,18 +138,22 @@ class Settings:
     expert_dropout: Annotated[
         float, Option("Chance of an expert to be out of reach for a batch.", most=1, flag=False)
     ] = 0.0
-    capacity: Annotated[
+    capacity_factor: Annotated[
         float,
         Option(
             "Tokens an expert takes at most, as a multiple of its fair share; 0 for no limit.",
             most=1e6,
             flag=False,
+            old="capacity",
         ),
     ] = 0.0
-    warm_start: Annotated[
+    cold_expert_share: Annotated[
         float,
         Option(
-            "Share of the tokens whose last choice is the expert of least load.", most=1, flag=False
+            "Share of the tokens whose last choice is the expert of least load.",
+            most=1,
+            flag=False,
+            old="warm_start",
         ),
     ] = 0.0
     explore_until: Annotated[
@@ -277,9 +290,9 @@ def _check_processes(settings: Settings) -> None:
             "number that divides it",
             code=2,
         )
-    if settings.soft == "all" or settings.router_ce:
+    if settings.router_gradient == "all" or settings.router_ce:
         raise MoefyError(
-            "expert_parallel: no process has all experts, which soft=all and router_ce need; "
-            "expected --set soft=chosen and router_ce=0",
+            "expert_parallel: no process has all experts, which router_gradient=all and router_ce "
+            "need; expected --set router_gradient=chosen and router_ce=0",
             code=2,
         )

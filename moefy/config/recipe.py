@@ -47,15 +47,20 @@ class Recipe:
         float, Option("FFN neurons active per token, shared ones included, as a fraction.")
     ] = 0.5
     experts: Annotated[int | None, Option("Routed experts per layer.", unset="8")] = None
-    experts_per_token: Annotated[
-        int | None, Option("Routed experts that each token goes to.", unset="2")
+    top_k: Annotated[
+        int | None,
+        Option("Routed experts that each token goes to.", unset="2", old="experts_per_token"),
     ] = None
-    shared: Annotated[
-        float | None, Option("FFN neurons that are always active, as a fraction.", unset="chosen")
+    shared_fraction: Annotated[
+        float | None,
+        Option("FFN neurons that are always active, as a fraction.", unset="chosen", old="shared"),
     ] = None
-    total: Annotated[
+    overlap: Annotated[
         float,
-        Option("FFN neurons stored, as a multiple of the dense ones; above 1, experts overlap."),
+        Option(
+            "FFN neurons stored, as a multiple of the dense ones; above 1, experts overlap.",
+            old="total",
+        ),
     ] = 1.0
     layers: Annotated[
         str,

@@ -26,10 +26,10 @@ def stages(recipe: Recipe, *, control: bool = False) -> Method:
     """
     partition = _module("partition", recipe.partition, "--partition")
     router = _module("router", recipe.router, "--router")
-    if recipe.total > 1 and recipe.partition not in ("alternating", "static"):
+    if recipe.overlap > 1 and recipe.partition not in ("alternating", "static"):
         raise MoefyError(
-            f"--total {recipe.total:g} with --partition {recipe.partition}, whose experts do not "
-            "overlap; expected alternating",
+            f"--overlap {recipe.overlap:g} with --partition {recipe.partition}, whose experts do "
+            "not overlap; expected alternating",
             code=2,
         )
     if not control and not getattr(router, "WRITABLE", True):

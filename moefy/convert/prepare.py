@@ -119,10 +119,10 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
         family.num_neurons(checkpoint.config),
         active=recipe.active,
         experts=recipe.experts,
-        experts_per_token=recipe.experts_per_token,
-        shared=recipe.shared,
+        experts_per_token=recipe.top_k,
+        shared=recipe.shared_fraction,
         fits=target.fits if method.fit else None,
-        total=recipe.total if method.fit else 1.0,
+        total=recipe.overlap if method.fit else 1.0,
     )
     if family.beside:
         notes.append(f"{family.beside} stays dense")

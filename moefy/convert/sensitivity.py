@@ -65,8 +65,8 @@ def settle(job: Job, loss_L: list[float]) -> Job:
 
 def _refined(recipe: Recipe, job: Job) -> Recipe:
     """The recipe with the shape of least loss, where it leaves the shape open and that one fits."""
-    asked = (recipe.experts, recipe.experts_per_token, recipe.shared)
-    if recipe.total > 1 or any(number is not None for number in asked):
+    asked = (recipe.experts, recipe.top_k, recipe.shared_fraction)
+    if recipe.overlap > 1 or any(number is not None for number in asked):
         return recipe
     shape = fine(job.shape.num_neurons, recipe.active, job.target.fits)
     if shape is None:
@@ -74,8 +74,8 @@ def _refined(recipe: Recipe, job: Job) -> Recipe:
     return dataclasses.replace(
         recipe,
         experts=shape.num_experts,
-        experts_per_token=shape.experts_per_token,
-        shared=round(shape.num_shared / shape.num_neurons, 6),
+        top_k=shape.experts_per_token,
+        shared_fraction=round(shape.num_shared / shape.num_neurons, 6),
     )
 
 

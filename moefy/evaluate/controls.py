@@ -51,12 +51,12 @@ STATIC = {
     "layers": ":",
 } | dict.fromkeys(
     # Its shape is made from the run's; what was asked of the experts may not fit another class.
-    ("experts", "experts_per_token", "shared")
+    ("experts", "top_k", "shared_fraction")
 )
 
 UNKEPT = Attempt(force=True, keep=False)
 
-METHOD = ("partition", "router", "refit", "drift", "total", "seed")
+METHOD = ("partition", "router", "refit", "drift", "overlap", "seed")
 """What may differ in a recipe that a run is held against; all else is the run's."""
 
 

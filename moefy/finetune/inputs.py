@@ -235,11 +235,15 @@ def read_text(
             vocab_size=run.vocab_size,
             **shape,
         )
-    rows, step = len(tokens.ids_BT) - tokens.num_heldout, settings.batch_size * settings.accumulate
+    rows, step = (
+        len(tokens.ids_BT) - tokens.num_heldout,
+        settings.batch_size * settings.gradient_accumulation_steps,
+    )
     if rows < step * world:
         raise MoefyError(
             f"{settings.data}: {rows} sequences of {length} tokens to train on, and a step takes "
-            f"{step * world}; give more text, or lower --batch-size or --accumulate"
+            f"{step * world}; give more text, or lower --batch-size or "
+            "--gradient-accumulation-steps"
         )
     return tokens
 

@@ -80,7 +80,7 @@ def num_steps(settings: Settings, world: int) -> int:
 
 def tokens_per_step(settings: Settings, world: int) -> int:
     """Tokens of all processes that a step sees."""
-    rows = settings.batch_size * settings.accumulate * world
+    rows = settings.batch_size * settings.gradient_accumulation_steps * world
     return rows * settings.sequence_length
 
 
@@ -164,12 +164,12 @@ def _student(load: Callable[[], Any], settings: Settings) -> tuple[Any, Routing]
     noise = RouterNoise(
         settings.noise,
         settings.expert_dropout,
-        settings.capacity,
-        settings.warm_start,
+        settings.capacity_factor,
+        settings.cold_expert_share,
         settings.explore_until,
     )
     energy = losses.ENERGY in losses.needs(settings)
-    return model, Routing(model, soft=settings.soft, noise=noise, energy=energy)
+    return model, Routing(model, soft=settings.router_gradient, noise=noise, energy=energy)
 
 
 def _guard(settings: Settings, routing_before: list[dict[str, Any]]) -> CollapseGuard:
@@ -234,11 +234,11 @@ def _arguments(settings: Settings, home: Path) -> TrainingArguments:
         output_dir=str(home),
         max_steps=total,
         per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulate,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
-        warmup_steps=round(settings.warmup * total),
-        max_grad_norm=settings.clip,
+        warmup_steps=round(settings.warmup_ratio * total),
+        max_grad_norm=settings.max_grad_norm,
         **CHECKPOINTING if settings.gradient_checkpointing else {},
         seed=settings.seed,
         data_seed=settings.seed,
@@ -256,5 +256,5 @@ def _arguments(settings: Settings, home: Path) -> TrainingArguments:
         dataloader_drop_last=True,
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        ddp_find_unused_parameters=settings.soft == "none",
+        ddp_find_unused_parameters=settings.router_gradient == "none",
     )

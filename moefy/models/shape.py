@@ -75,9 +75,9 @@ def solve(
             return min(fitting, key=lambda shape: _rank(shape, active))
     asked = {
         "experts": experts,
-        "experts-per-token": experts_per_token,
-        "shared": shared,
-        "total": total if total > 1 else None,
+        "top-k": experts_per_token,
+        "shared-fraction": shared,
+        "overlap": total if total > 1 else None,
     }
     wanted = ", ".join(f"--{name} {value}" for name, value in asked.items() if value is not None)
     raise MoefyError(
@@ -276,19 +276,20 @@ def _check(
     total: float,
 ) -> None:
     if not 1 <= total <= MOST_STORED:
-        raise MoefyError(f"--total is {total:g}; expected 1 to {MOST_STORED}", code=2)
+        raise MoefyError(f"--overlap is {total:g}; expected 1 to {MOST_STORED}", code=2)
     if not 0 < active <= 1:
         raise MoefyError(f"--active is {active:g}; expected a fraction above 0, up to 1", code=2)
     if shared is not None and not 0 <= shared < 1:
-        raise MoefyError(f"--shared is {shared:g}; expected a fraction from 0 to below 1", code=2)
+        raise MoefyError(
+            f"--shared-fraction is {shared:g}; expected a fraction from 0 to below 1", code=2
+        )
     if experts is not None and not 2 <= experts <= num_neurons:
         raise MoefyError(f"--experts is {experts}; expected 2 to {num_neurons}", code=2)
     if per_token is not None and per_token < 1:
-        raise MoefyError(f"--experts-per-token is {per_token}; expected at least 1", code=2)
+        raise MoefyError(f"--top-k is {per_token}; expected at least 1", code=2)
     if experts is not None and per_token is not None and per_token > experts:
         raise MoefyError(
-            f"--experts-per-token is {per_token} but there are {experts} experts; "
-            f"expected at most {experts}",
+            f"--top-k is {per_token} but there are {experts} experts; expected at most {experts}",
             code=2,
         )
 

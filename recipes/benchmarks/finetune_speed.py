@@ -106,7 +106,7 @@ def main(
         energy = losses.ENERGY in losses.needs(built)
         setup = Setup(
             built,
-            Routing(student, soft=built.soft, energy=energy),
+            Routing(student, soft=built.router_gradient, energy=energy),
             CollapseGuard(10**6, 0.05, 1e9, enabled=False),
             teacher.Teacher(lambda row_B, ids_BT: kept),
             Checkpoints(Path(place)),

@@ -36,14 +36,14 @@ from moefy.files.shards import stored_dtype
 from moefy.text.tokenizer import load_tokenizer
 from moefy.text.windows import text_windows
 
-STATIC: dict[str, Any] = {"partition": "static", "layers": ":", "total": 1.0}
+STATIC: dict[str, Any] = {"partition": "static", "layers": ":", "overlap": 1.0}
 METHODS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, dense layers": {"layers": "auto"},
-    "ours, total 2": {"total": 2.0},
-    "ours, total 2, dense layers": {"total": 2.0, "layers": "auto"},
-    "ours, total 4": {"total": 4.0},
-    "ours, total 4, dense layers": {"total": 4.0, "layers": "auto"},
+    "ours, total 2": {"overlap": 2.0},
+    "ours, total 2, dense layers": {"overlap": 2.0, "layers": "auto"},
+    "ours, total 4": {"overlap": 4.0},
+    "ours, total 4, dense layers": {"overlap": 4.0, "layers": "auto"},
     "static": STATIC,
     "static, refit without drift": {**STATIC, "drift": 0.0},
     "static, no refit": {**STATIC, "refit": False},
@@ -60,7 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """What each changes in the recipe. "static" is what the others are compared with."""
 
 WITH = " with "
-"""Between a method's name and more settings: `ours with experts=40 shared=0.2`."""
+"""Between a method's name and more settings: `ours with experts=40 shared_fraction=0.2`."""
 
 USUAL = "ours,ours; dense layers,ours; total 4; dense layers,static,random router,oracle router"
 DRAWS = 10_000

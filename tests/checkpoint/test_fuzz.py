@@ -26,7 +26,7 @@ from moefy.errors import MoefyError
 MANY = int(os.environ.get("MOEFY_FUZZ", "0"))
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "bert", "t5", "lfm2", "phi3", "opt")
-ALL_ACTIVE = {"experts": 2, "experts_per_token": 2, "active": 1.0, "refit": False}
+ALL_ACTIVE = {"experts": 2, "top_k": 2, "active": 1.0, "refit": False}
 ALL_ACTIVE |= {"partition": "shuffle", "router_options": {"steps": 0}, "tokens": 64}
 
 

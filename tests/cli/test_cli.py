@@ -49,7 +49,7 @@ USAGE = {
         "expected --partition gradient",
     ),
     "overlapping experts of a method that has none": (
-        ["MODEL", "OUT", "--partition", "weights", "--total", "2"],
+        ["MODEL", "OUT", "--partition", "weights", "--overlap", "2"],
         "do not overlap",
     ),
     "unknown metric": (
@@ -291,6 +291,36 @@ def test_the_help_in_the_readme_is_the_real_one(moefy, monkeypatch):
         return [line.strip() for line in text.splitlines() if line.strip()]
 
     assert lines(block) == lines(moefy("convert", "--help").out)
+
+
+FORMER = {
+    "--experts-per-token 2": "--experts-per-token is called --top-k now",
+    "--shared 0.3333": "--shared is called --shared-fraction now",
+    "--total 1": "--total is called --overlap now",
+    "--fresh": "--fresh is called --restart now",
+    "--set shared=0.3333": "shared is called shared_fraction now",
+}
+
+
+@pytest.mark.parametrize("flags", FORMER)
+def test_a_flags_former_name_is_taken_with_a_note(flags, moefy, pico):
+    done = moefy("convert", pico("llama"), "--plan", *flags.split())
+    assert (done.code, done.err) == (0, f"moefy: {FORMER[flags]}\n")
+    assert f"{flags.split()[0]} " not in moefy("convert", "--help").out or "--set" in flags
+
+
+def test_the_former_flags_of_a_fine_tune(moefy, converted, pico):
+    """Each is noted before what it sets is refused."""
+    run = converted(pico("llama"))
+    done = moefy("finetune", run, "--resume", "--dtype", "as-stored", "--accumulate", "0")
+    assert done.code == 2
+    assert done.err.splitlines() == [
+        "moefy: --accumulate is called --gradient-accumulation-steps now",
+        "moefy: --dtype is called --compute-dtype now",
+        "moefy: --resume is what happens without it now; --restart starts over",
+        "moefy: compute_dtype as-stored is called auto now",
+        "moefy: --gradient-accumulation-steps is 0; expected at least 1",
+    ]
 
 
 # --- signals -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import get_args
 import pytest
 
 import moefy
+from moefy.config import finetune
 from moefy.config.options import fields, nearest
 from moefy.config.recipe import Recipe, build, chosen_layers, num_bytes, read, render
 from moefy.convert.method import options_of, stages
@@ -22,14 +23,14 @@ EVERYTHING = Recipe(
     revision="main",
     active=0.3125,
     experts=16,
-    experts_per_token=3,
-    shared=1e-3,
+    top_k=3,
+    shared_fraction=1e-3,
     layers="4:,0",
     partition="shuffle",
     router="random",
     refit=False,
     drift=0.25,
-    total=2.0,
+    overlap=2.0,
     target="qwen2_moe",
     engines="vllm,llama.cpp",
     calibration="text.txt",
@@ -158,7 +159,7 @@ def test_of_many_names_the_nearest_are_named():
         ("experts=8.0", "int"),
         ("active=half", "float"),
         ("active=true", "float"),
-        ("shared=[0.5]", "float"),
+        ("shared_fraction=[0.5]", "float"),
         ("refit=1", "bool"),
         ("refit=yes", "bool"),
         ("layers=3", "str"),
@@ -249,6 +250,52 @@ def test_settings_that_are_none_are_refused():
     refusal("unknown recipe key 'refit.a'", settings=["refit.a=1"])
     refusal("unknown recipe key ''", settings=["=1"])
     refusal("partition_options is 5", settings=["partition_options=5", "partition.rounds=6"])
+
+
+# Names of earlier versions
+
+FORMER = [
+    (table, option)
+    for table in (Recipe, finetune.Settings)
+    for option in fields(table).values()
+    if option.option.old
+]
+BUILDS = {Recipe: build, finetune.Settings: finetune.build}
+
+
+def test_former_names_are_none_of_today():
+    assert len(FORMER) >= 10
+    for table, option in FORMER:
+        assert option.option.old not in fields(table)
+
+
+@pytest.mark.parametrize(("table", "option"), FORMER, ids=lambda word: getattr(word, "name", ""))
+def test_a_former_name_is_taken_with_a_note(table, option, tmp_path):
+    model = {"model": "demo"} if table is Recipe else {}
+    value = option.option.choices[-1] if option.option.choices else 1
+    setting = f"{option.option.old}={value}"
+    head = "" if table is Recipe else "[finetune]\n"
+    file = tmp_path / "recipe.toml"
+    file.write_text(head + setting.replace(str(value), repr(value)))
+    for source in ((file, model, []), (None, model, [setting])):
+        notes = []
+        result = BUILDS[table](*source, notes.append)
+        assert getattr(result, option.name) == value
+        assert notes == [f"{option.option.old} is called {option.name} now"]
+    both = [setting, f"{option.name}={value}"]
+    assert getattr(BUILDS[table](None, model, both), option.name) == value
+    notes = []
+    BUILDS[table](None, model, [f"{option.name}={value}"], notes.append)
+    assert notes == []  # the negative control
+
+
+def test_a_value_that_cannot_be_read_is_refused():
+    refusal("--set tokens: a value of 5,000 characters", settings=["tokens=" + "9" * 5000])
+    refusal("--set tokens: a value of 9,000 characters", settings=["tokens=" + "[" * 9000])
+    message = refusal(
+        "--tokens is 999,999,", "at most 1,000,000,000,000", settings=["tokens=" + "9" * 999]
+    )
+    assert len(message) < 200
 
 
 # Layers

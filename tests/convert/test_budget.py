@@ -158,7 +158,7 @@ def test_auto_makes_many_small_experts_unless_told_otherwise(loud, text):
     assert settled.shape.num_experts == 32 and settled.shape.num_shared == 32
     told = sensitivity.settle(job_of(loud, text, experts=4), loss_L)
     assert told.shape.num_experts == 4
-    overlapping = sensitivity.settle(job_of(loud, text, total=2.0), loss_L)
+    overlapping = sensitivity.settle(job_of(loud, text, overlap=2.0), loss_L)
     assert overlapping.shape.overlaps and overlapping.shape.num_experts <= 8
 
 

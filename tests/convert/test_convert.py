@@ -403,7 +403,7 @@ def test_sequences_longer_than_the_positions(family, most, pico, a_job, tmp_path
 def test_an_encoder_is_opened_for_other_tasks(pico, converted):
     """All experts active: what the dense model gives, with a head of one's own or none."""
     dense = pico("bert")
-    shape = {"experts": 4, "experts_per_token": 4, "active": 1.0}
+    shape = {"experts": 4, "top_k": 4, "active": 1.0}
     out = converted(dense, target="moefy", partition="shuffle", refit=False, **shape)
     ids_BT = torch.randint(1, 128, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -485,7 +485,7 @@ def few(texts, **more) -> Settings:
     ("family", "recipe"),
     [
         ("llama", {}),
-        ("qwen3", {"experts": 4, "experts_per_token": 2}),
+        ("qwen3", {"experts": 4, "top_k": 2}),
         ("llama", {"layers": "1:"}),
         ("phi3", {}),
         ("granite", {}),
@@ -749,7 +749,7 @@ def test_the_model_card_says_what_the_class_is(pico, converted):
 @pytest.mark.parametrize("target", ["qwen2_moe", "mixtral", "granitemoeshared", "moefy"])
 def test_overlapping_experts_in_a_class(target, pico, converted):
     """Reopened by the conversion itself; here, that the class stores and runs as many neurons."""
-    out = converted(pico("llama"), total=2.0, target=target)
+    out = converted(pico("llama"), overlap=2.0, target=target)
     told = summary_of(out)
     shape = told["shape"]
     assert shape["num_shared"] + shape["num_experts"] * shape["expert_width"] > 96
@@ -764,7 +764,7 @@ def test_overlapping_experts_in_a_class(target, pico, converted):
 
 def test_only_one_partition_lets_experts_overlap(pico, a_job):
     with pytest.raises(MoefyError, match="overlap"):
-        a_job(total=2.0, partition="shuffle")
+        a_job(overlap=2.0, partition="shuffle")
 
 
 def test_only_what_is_needed_goes_through_dense_layers(pico, a_job, tmp_path, monkeypatch):

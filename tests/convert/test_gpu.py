@@ -17,7 +17,7 @@ from moefy.finetune.run import finetune
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or it is hidden")
 
-RECIPES = [{}, {"layers": "auto"}, {"total": 2.0}, {"partition": "static"}, {"refit": False}]
+RECIPES = [{}, {"layers": "auto"}, {"overlap": 2.0}, {"partition": "static"}, {"refit": False}]
 SMALL = {"tokens": 8192, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
 
 

@@ -72,7 +72,7 @@ def apart(one, other):
 
 KINDS = {
     "the default": (2, {}),
-    "overlapping experts": (3, {"total": 2.0}),
+    "overlapping experts": (3, {"overlap": 2.0}),
     "states in files, a layer in the middle": (2, {"layers": "1", "router": "random"}),
     "dense layers chosen by what is lost": (2, {"layers": "auto", "active": 0.75}),
     "gates": (3, {"partition": "expertweaver", "router": "gates"}),

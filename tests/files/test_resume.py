@@ -210,7 +210,7 @@ RECIPES: dict[str, tuple[dict[str, Any], str, str]] = {
     "gradients": ({"partition": "gradient"}, "layer 1", "gradients"),
     "some layers": ({"layers": "1:"}, "layer 1", "layer 0"),
     "one generation of states": ({"drift": 0.0}, "layer 1", "copy"),
-    "overlapping": ({"total": 2.0}, "layer 1", "layer 0"),
+    "overlapping": ({"overlap": 2.0}, "layer 1", "layer 0"),
     "static": ({"partition": "static"}, "reopen", "layer 1"),
 }
 

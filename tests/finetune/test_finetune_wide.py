@@ -108,9 +108,9 @@ def test_everything_switched_on(pico, converted, text, tmp_path):
         tmp_path / "out",
         text,
         **{"ce": 0.5, "hidden": 0.1, "router_ce": 0.1, "temperature": 2.0, "balance": "bias"},
-        **{"noise": 0.5, "expert_dropout": 0.1, "capacity": 1.25, "warm_start": 0.1},
+        **{"noise": 0.5, "expert_dropout": 0.1, "capacity_factor": 1.25, "cold_expert_share": 0.1},
         gradient_checkpointing=True,
-        accumulate=2,
+        gradient_accumulation_steps=2,
         measure_every=2,
         log_to="tensorboard",
         dtype="float32",
@@ -178,9 +178,9 @@ def environment():
 
 
 SHARED = {
-    "a copy each": {"soft": "all"},
-    "FSDP2": {"soft": "all", "fsdp": 2},
-    "FSDP2 and expert parallelism": {"soft": "chosen", "fsdp": 2, "expert_parallel": 2},
+    "a copy each": {"router_gradient": "all"},
+    "FSDP2": {"router_gradient": "all", "fsdp": 2},
+    "FSDP2 and expert parallelism": {"router_gradient": "chosen", "fsdp": 2, "expert_parallel": 2},
 }
 
 
@@ -196,7 +196,7 @@ def test_two_processes_match_one(pico, converted, text, tmp_path, how):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Report:") == 1
-    tuned(run, tmp_path / "one", text, **more, soft=SHARED[how]["soft"])
+    tuned(run, tmp_path / "one", text, **more, router_gradient=SHARED[how]["router_gradient"])
     new, old, start = weights(tmp_path / "two"), weights(tmp_path / "one"), weights(run)
     moved = max(float((old[name] - start[name]).abs().max()) for name in old)
     apart = max(float((old[name] - new[name]).abs().max()) for name in old)
@@ -211,7 +211,7 @@ def test_two_processes_match_one(pico, converted, text, tmp_path, how):
 
 
 def test_steps_are_those_of_all_processes_together(monkeypatch):
-    settings = build(None, SMALL | {"accumulate": 3}, [])
+    settings = build(None, SMALL | {"gradient_accumulation_steps": 3}, [])
     for world in (1, 2, 5):
         monkeypatch.setenv("WORLD_SIZE", str(world))
         assert num_steps(_of_steps(settings, 7), world) == 7

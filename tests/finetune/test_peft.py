@@ -45,7 +45,7 @@ def test_an_adapter_trains_and_merges(target, part, pico, converted):
     if part == "experts":
         where = {"target_modules": [], "target_parameters": EXPERTS[target]}
     chosen = 2 if targets.load(target).has_shared else 4
-    shape = {"experts": 8, "experts_per_token": chosen, "active": 0.5}
+    shape = {"experts": 8, "top_k": chosen, "active": 0.5}
     folder = converted(pico("llama"), target=target, **RECIPE, **shape)
     model, ids_BT, losses = trained(folder, **where)
     names = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -625,7 +625,7 @@ def report_on_calibration(place: Place) -> Done:
     return Done(done.code, "", "\n".join(said) or done.err)
 
 
-THIN = "--tokens 64 --sequence-length 8 --experts 2 --experts-per-token 1 --target mixtral".split()
+THIN = "--tokens 64 --sequence-length 8 --experts 2 --top-k 1 --target mixtral".split()
 NO_TOKENIZER = d.remove("tokenizer.json", "tokenizer_config.json")
 CASES += [
     usage(
@@ -636,15 +636,15 @@ CASES += [
     usage("25 one expert", ["--experts", "1"], ("--experts is 1",)),
     usage(
         "25 more chosen than there are",
-        ["--experts", "4", "--experts-per-token", "5"],
+        ["--experts", "4", "--top-k", "5"],
         ("at most 4",),
     ),
     usage("25 revision of a folder", ["--revision", "v1"], ("--revision v1", "is a folder")),
-    usage("25 all shared", ["--experts", "8", "--shared", "0.99"], ("nearest",)),
-    usage("25 shared above all", ["--shared", "1.5"], ("--shared is 1.5",)),
+    usage("25 all shared", ["--experts", "8", "--shared-fraction", "0.99"], ("nearest",)),
+    usage("25 shared above all", ["--shared-fraction", "1.5"], ("--shared-fraction is 1.5",)),
     usage(
         "26 width and count",
-        ["--experts", "12", "--experts-per-token", "4", "--target", "qwen2_moe"],
+        ["--experts", "12", "--top-k", "4", "--target", "qwen2_moe"],
         ("no multiple of 128", "vLLM", "no power of two"),
         0,
     ),

@@ -389,7 +389,9 @@ def tuned(*flags: str, before: Callable[[], object] = nothing) -> Callable[[Plac
 
 def collapsing(place: Place) -> Done:
     """Routers that learn far too fast."""
-    wild = "router_learning_rate=0.05 soft=chosen guard_steps=8 router_z=0.0 tokens=16384 "
+    wild = (
+        "router_learning_rate=0.05 router_gradient=chosen guard_steps=8 router_z=0.0 tokens=16384 "
+    )
     wild += "save_every=4 balance_weight=0.0 balance=none guard_restarts=8 learning_rate=3e-3"
     flags = [part for setting in wild.split() for part in ("--set", setting)]
     done = tuned(*flags)(place)

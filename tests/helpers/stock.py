@@ -75,7 +75,7 @@ def some_active(target: str, experts: int = 8) -> dict[str, Any]:
 
 
 def all_active(shape: dict[str, Any]) -> dict[str, Any]:
-    return shape | {"experts_per_token": shape["experts"], "active": 1.0}
+    return shape | {"top_k": shape["experts"], "active": 1.0}
 
 
 def shape_of(target: str, experts: int) -> dict[str, Any]:
@@ -89,8 +89,8 @@ def shape_of(target: str, experts: int) -> dict[str, Any]:
     return {
         "target": target,
         "experts": experts,
-        "experts_per_token": 2,
-        "shared": shared / NEURONS,
+        "top_k": 2,
+        "shared_fraction": shared / NEURONS,
         "active": (shared + 2 * width) / NEURONS,
         "refit": False,
         # No steps: the closed-form router is made in no time, and what is said holds for any.

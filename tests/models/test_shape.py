@@ -248,7 +248,7 @@ def test_a_count_that_does_not_divide_is_refused_with_counts_that_do():
 
 def test_an_active_fraction_out_of_reach_is_refused_with_the_nearest_shapes():
     message = refusal(1536, active=0.4, experts=8, experts_per_token=2, fits=no_shared)
-    assert "--active 0.4 with --experts 8, --experts-per-token 2" in message
+    assert "--active 0.4 with --experts 8, --top-k 2" in message
     nearest = Shape(1536, 0, 8, 192, 3)
     assert f"nearest: {nearest}" in message
     assert "multiples of 32: 192" in message
@@ -257,7 +257,7 @@ def test_an_active_fraction_out_of_reach_is_refused_with_the_nearest_shapes():
 def test_choices_that_contradict_each_other_are_refused():
     # A quarter shared and half of the rest active is 62.5 %, not 30 %.
     message = refusal(1536, active=0.3, experts=8, experts_per_token=4, shared=0.25)
-    assert "--shared 0.25" in message and "nearest: " in message
+    assert "--shared-fraction 0.25" in message and "nearest: " in message
 
 
 def test_every_refusal_names_what_it_was_given():
@@ -311,12 +311,12 @@ def test_a_class_without_shared_experts_overlaps_too():
 
 @pytest.mark.parametrize("total", [0.5, 65.0, float("nan")])
 def test_a_total_that_cannot_be_is_refused(total):
-    with pytest.raises(MoefyError, match="--total"):
+    with pytest.raises(MoefyError, match="--overlap"):
         solve(1536, total=total)
 
 
 def test_too_little_to_overlap_is_refused():
-    with pytest.raises(MoefyError, match="--total 1.001"):
+    with pytest.raises(MoefyError, match="--overlap 1.001"):
         solve(96, active=0.5, total=1.001)
 
 

@@ -110,8 +110,8 @@ SAME = {
     "llama": ("llama", {}, {}),
     "qwen2": ("qwen2", {}, {}),
     "qwen3": ("qwen3", {}, {}),
-    "two of eight": ("llama", WIDE, {"experts": 8, "experts_per_token": 2}),
-    "three of six": ("qwen3", {}, {"experts": 6, "experts_per_token": 3}),
+    "two of eight": ("llama", WIDE, {"experts": 8, "top_k": 2}),
+    "three of six": ("qwen3", {}, {"experts": 6, "top_k": 3}),
     "static": ("llama", {}, {"partition": "static"}),
     "yarn": ("llama", {"rope_parameters": YARN}, {}),
     "yarn qwen3": ("qwen3", {"rope_parameters": YARN}, {}),
@@ -223,7 +223,7 @@ def test_what_is_refused_would_be_wrong(name, pico, converted, to_gguf, monkeypa
 
 def test_gates_that_llama_cpp_norms_anyway_are_refused(pico, converted, to_gguf, tmp_path):
     for family, normed in (("llama", True), ("qwen3", False), ("lfm2", False)):
-        recipe = {} if normed else {"experts": 6, "experts_per_token": 3}
+        recipe = {} if normed else {"experts": 6, "top_k": 3}
         run = tmp_path / family / "out"
         dense = pico(family, tie_word_embeddings=family == "lfm2")
         shutil.copytree(converted(dense, **recipe), run)
@@ -257,7 +257,7 @@ def test_what_llama_cpp_cannot_load_is_refused(family, change, pico, converted, 
     [("f16", 1e-5, 0.02), ("bf16", 1e-4, 0.1), ("q8_0", 1e-4, 0.3), ("q4_0", 0.05, 4.0)],
 )
 def test_fewer_bits_lose_little(kind, low, high, pico, converted, to_gguf):
-    run = converted(pico("llama", **WIDE), active=1.0, experts=8, experts_per_token=8)
+    run = converted(pico("llama", **WIDE), active=1.0, experts=8, top_k=8)
     found = gap(run, to_gguf(run, kind))
     print(f"\n{kind}: {found:.1e}")
     assert low < found < high

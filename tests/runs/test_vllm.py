@@ -131,7 +131,7 @@ def recipe(target: str) -> dict:
     if target not in VLLM.classes:
         pytest.skip(f"vLLM does not run {target}")
     active = 1 / 2 if known.has_shared else 2 / EXPERTS
-    return {"target": target, "experts": EXPERTS, "experts_per_token": 2, "active": active}
+    return {"target": target, "experts": EXPERTS, "top_k": 2, "active": active}
 
 
 # --- what vLLM computes --------------------------------------------------------------------------
