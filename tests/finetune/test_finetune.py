@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from moefy import compute
 from moefy.config.finetune import build
+from moefy.convert import memory
 from moefy.errors import MoefyError
 from moefy.files.lock import locked
 from moefy.files.safetensors_header import read_entries
@@ -429,6 +430,33 @@ def test_a_float32_that_training_leaves_alone_keeps_its_bytes(low, text, tmp_pat
     out = tmp_path / "out"
     tuned(mixed, out, text, train="router", tokens=1024, compute_dtype="bfloat16")
     assert torch.equal(weights(out)["model.norm.weight"], tensors["model.norm.weight"])
+
+
+def test_text_that_the_model_writes_keeps_to_the_memory_there_is(pico, monkeypatch):
+    """As many documents at a time as fit; where not even one fits, it is refused."""
+    folder, settings = pico("llama"), build(None, SMALL, [])
+    config = inputs.plain_config(folder)
+    sizes = memory.writer(read_entries(folder).values(), config.to_dict(), config.num_hidden_layers)
+    sample, batches = inputs.sample, []
+
+    def sampling(*models, batch_size, **shape):
+        batches.append(batch_size)
+        return sample(*models, batch_size=batch_size, **shape)
+
+    def write(room):
+        for module in (inputs, memory):
+            monkeypatch.setattr(module, "available", lambda: room)
+        shape = {"num_tokens": 1024, "length": 64, "seed": 0}
+        return inputs.write_text(folder, settings, torch.float32, **shape)
+
+    monkeypatch.setattr(inputs, "sample", sampling)
+    for batch_size in (8, 1):
+        write(memory.base_bytes(folder) + sizes.num_bytes(4, batch_size))
+        write(memory.base_bytes(folder) + sizes.num_bytes(4, 2 * batch_size) - 1)
+    assert batches == [8, 8, 1, 1]
+    with pytest.raises(MoefyError, match="writes its own training text takes .* --data FILE") as e:
+        write(sizes.num_bytes(4, 1) - 1)
+    assert e.value.code == 5 and batches == [8, 8, 1, 1]
 
 
 def test_a_settings_former_name_is_taken(tmp_path):
