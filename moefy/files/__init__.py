@@ -1,1 +1,1 @@
-"""Bytes on disk: headers, shards, buffers, locks, what a stopped run goes on with, publication."""
+"""Bytes on disk: headers, shards, buffers, locks, saved states, publication."""

@@ -1,6 +1,6 @@
-"""Where the states of all calibration tokens lie: in memory, or in files that are mapped into it.
+"""Buffers for the states of all calibration tokens: in memory, or in memory-mapped files.
 
-Either way they are tensors, and what is computed from them has the same bytes.
+Both are tensors, and results have the same bytes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 
 class Store:
-    """Room for tensors: files in `folder`, or memory where there is no folder.
+    """Allocates tensors: in files in `folder`, or in memory without a folder.
 
-    A file has no name, so that nothing is left of it when the process dies, and ends with its
-    tensor. Its disk space is set aside first: a mapped file that finds none kills its process.
+    A file has no name: it ends with its tensor or its process. Its disk space is reserved first: a
+    mapped file without space kills its process.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -30,7 +30,7 @@ class Store:
     def empty(
         self, *size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> Tensor:
-        """A tensor whose values are not set yet. Those of a GPU lie in its own memory.
+        """A tensor without values; a GPU's lies in its own memory.
 
         Raises:
             OSError: when the disk is full.
@@ -47,14 +47,14 @@ class Store:
         return torch.frombuffer(mapped, dtype=dtype).view(size)
 
     def release(self) -> None:
-        """Let go of the pages of files that are in this process; what is read again comes back.
+        """Drop the pages of mapped files from resident memory; they are read again when needed.
 
-        Without this nothing is lost where memory is short, for the system takes them back itself.
-        With it, resident memory is what is needed.
+        The system does this itself where memory is short. Dropping them keeps the resident size to
+        what is needed.
         """
         for mapped in self._maps:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
 MEMORY = Store()
-"""The room that all have who are given none."""
+"""The default store."""

@@ -19,11 +19,10 @@ BLOCK = 1 << 24
 """Bytes that are read at a time."""
 
 PART, STATE, OLD = "out", "state", "old"
-"""In the hidden folder beside OUT: what becomes OUT, what a rerun goes on from, and the OUT that is
-being replaced."""
+"""Folders in the hidden folder beside OUT: the next OUT, the saved state, the replaced OUT."""
 
 FINAL = (3, 4, 6)
-"""Codes of errors that the same command would meet again."""
+"""Codes of errors that a rerun would meet again."""
 
 
 def write_json(path: Path, value: object) -> Path:
@@ -33,20 +32,18 @@ def write_json(path: Path, value: object) -> Path:
 
 def write_text(path: Path, text: str) -> Path:
     """Write `text` as UTF-8, flushed to disk."""
-    # In a locale that is not UTF-8, names of files have stand-ins for their bytes.
-    with path.open("w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    # File names hold surrogates for bytes that are not UTF-8.
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    sync(path)
     return path
 
 
 @contextlib.contextmanager
 def replacing(file: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Give a path to write to, and put what is written there in the place of `file`.
+    """Give a draft to write, and rename it to `file` at the end.
 
-    At any moment `file` is the old one, whole, or the new one. Where several processes may write it
-    at a time, `shared` gives each a draft of its own.
+    At any moment `file` is the whole old one, or the whole new one. With `shared` several processes
+    may write it at a time: each has its own draft.
     """
     middle = secrets.token_hex(4) if shared else "part"
     draft = file.with_name(f".{file.stem}.{middle}{file.suffix}")
@@ -60,7 +57,7 @@ def replacing(file: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def write_sealed(file: Path, value: object) -> None:
-    """Put `value` in a JSON file, with a digest by which damage is seen."""
+    """Write `value` to a JSON file with its digest."""
     text = json.dumps(value)
     sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "value": text}
     with replacing(file) as draft:
@@ -68,10 +65,10 @@ def write_sealed(file: Path, value: object) -> None:
 
 
 def read_sealed(file: Path) -> Any:
-    """The value that `write_sealed` has put in a file; None where there is no file.
+    """The value that `write_sealed` wrote; None if there is no file.
 
     Raises:
-        MoefyError: code 7 when it is damaged.
+        MoefyError: code 7 when the digest does not match.
     """
     if not file.exists():
         return None
@@ -86,7 +83,7 @@ def read_sealed(file: Path) -> Any:
 
 
 def damaged_state(file: Path) -> MoefyError:
-    """The error for a saved file that is not what it was when it was written."""
+    """An error of code 7 for a file of a saved state."""
     return MoefyError(f"{file} is damaged; start over with --restart", code=7)
 
 
@@ -96,7 +93,7 @@ def sha256(path: Path) -> str:
 
 
 def file_digests(folder: Path, without: Collection[str] = ()) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by its name from there, but for those of `without`."""
+    """SHA-256 of every file below a folder by relative name, except for those of `without`."""
     files = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
     return {name: sha256(files[name]) for name in sorted(files.keys() - {*without})}
 
@@ -112,14 +109,14 @@ def hexdigest(path: Path, start: int, stop: int) -> str:
 
 
 def check_free(out: Path, *, force: bool = False) -> Path:
-    """The absolute path of `out`, when a folder may be published there.
+    """The absolute path of `out`, checked to be free for a folder.
 
     Raises:
         MoefyError: code 2 when it is a file or link, or a folder with files and no `force`.
     """
     out = Path(os.path.abspath(out))
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise MoefyError(f"OUT {out} is a file or a link; expected a folder to make", code=2)
+        raise MoefyError(f"OUT {out} is a file or a link; expected a folder to create", code=2)
     if out.exists() and any(out.iterdir()):
         if not force:
             raise MoefyError(f"OUT {out} exists already; give another name, or --force", code=2)
@@ -131,7 +128,7 @@ def check_free(out: Path, *, force: bool = False) -> Path:
 
 
 def place_of(out: Path) -> Path:
-    """The hidden folder beside `out` that holds all that is not published yet."""
+    """The hidden folder beside `out` for files that are not published yet."""
     return out.with_name(f".{out.name}.moefy-part")
 
 
@@ -139,15 +136,15 @@ def place_of(out: Path) -> Path:
 def publishing(
     out: Path, *, force: bool = False, resume: bool = False, restart: bool = False
 ) -> Iterator[Path]:
-    """Give a folder to fill that becomes `out` when the block ends well.
+    """Give a folder to fill, and rename it to `out` when the block ends well.
 
-    The rename is the moment of publication: before it nothing is named `out`, after it everything
-    is there. With `force` an existing `out` is replaced, and kept until the new one is whole.
+    Before the rename nothing is named `out`; after it everything is there. With `force` an existing
+    `out` is replaced, but it stays until the new one is whole.
 
-    The folder lies in the hidden one of `place_of`, beside a folder `state` that is the caller's.
-    When the block fails or is interrupted, all of it is removed, and `out` is as it was; unless
-    there is a state, which a rerun with `resume` finds again, together with the folder. What no
-    rerun would get past (a MoefyError of code 3, 4 or 6) leaves no state. `restart` removes one.
+    The folder lies in the hidden one of `place_of`, beside the caller's folder `state`. When the
+    block fails, `out` stays as it was. The hidden folder is removed, unless it holds a state: a
+    rerun with `resume` then gets both folders back, and `restart` removes them. Errors that a rerun
+    would meet again (code 3, 4 or 6) leave no state.
 
     Raises:
         MoefyError: code 2 when `out` exists without `force`; 5 when its parent cannot be written,
@@ -173,18 +170,16 @@ def publishing(
             yield part
             check_free(out, force=force)  # again: much may have happened since
             _swap(part, out, place / OLD)
-        except BrokenPipeError as found:
-            error = found  # of progress that nobody reads any more, not of a file
-            raise
-        except OSError as found:
-            reason = f"writing {out} failed: {found.strerror or found}"
+        except BaseException as caught:
+            error = caught
+            # A broken pipe is that of the progress, which nobody reads any more.
+            if not isinstance(caught, OSError) or isinstance(caught, BrokenPipeError):
+                raise
+            reason = f"writing {out} failed: {caught.strerror or caught}"
             if has_state(place):
-                reason += "; what is done is kept: make room and run the same command again"
+                reason += "; finished work is saved: make room and run the same command again"
             error = MoefyError(reason, code=5)
-            raise error from found
-        except BaseException as found:
-            error = found
-            raise
+            raise error from caught
         finally:
             final = error is None or (isinstance(error, MoefyError) and error.code in FINAL)
             if final or not has_state(place):
@@ -192,14 +187,16 @@ def publishing(
 
 
 def has_state(place: Path) -> bool:
-    """Whether the hidden folder holds something that a rerun can go on from."""
+    """Whether the hidden folder holds something that a rerun can resume from."""
     state = place / STATE
     return state.is_dir() and any(state.iterdir())
 
 
 def reclaim(out: Path) -> bool:
-    """Remove what a run that was stopped just behind the publication of `out` left beside it; tell
-    whether there was one."""
+    """Remove what a run left beside `out` if it was stopped just after publication.
+
+    Returns whether there was such a run.
+    """
     out = Path(os.path.abspath(out))
     place = place_of(out)
     if place.is_symlink() or not place.is_dir():
@@ -214,7 +211,7 @@ def reclaim(out: Path) -> bool:
 
 @contextlib.contextmanager
 def _hold(place: Path, out: Path) -> Iterator[None]:
-    """Lock `out` for this process; the lock lies in `place`, which is made."""
+    """Lock `out` for this process. The lock lies in `place`, which is created."""
     with contextlib.ExitStack() as stack:
         try:
             if place.is_symlink():
@@ -226,7 +223,7 @@ def _hold(place: Path, out: Path) -> Iterator[None]:
 
 
 def _recover(place: Path, out: Path) -> None:
-    """Put back what a run was about to replace when it was killed."""
+    """Put back an `out` that a killed run was replacing."""
     old = place / OLD
     if old.exists():
         if out.exists():
@@ -236,21 +233,21 @@ def _recover(place: Path, out: Path) -> None:
 
 
 def clear(place: Path) -> None:
-    """Remove what an unfinished run has left in the hidden folder."""
+    """Remove an unfinished run from the hidden folder."""
     for name in (STATE, PART):
         if (place / name).exists():
             shutil.rmtree(place / name)
 
 
 def _make(part: Path, out: Path) -> None:
-    """Make the folder to fill, and see that it can be renamed to `out` when it is whole."""
+    """Create the folder to fill, and check that it can be renamed to `out`."""
     part.mkdir(exist_ok=True)
     if out.exists() and out.stat().st_dev != part.stat().st_dev:
-        raise MoefyError(f"OUT {out} is a mount point; expected a folder to make in it", code=5)
+        raise MoefyError(f"OUT {out} is a mount point; expected a folder to create in it", code=5)
 
 
 def _swap(part: Path, out: Path, old: Path) -> None:
-    """Rename `part` to `out`, setting an existing folder aside until that is done."""
+    """Rename `part` to `out`, and an existing `out` to `old` until that is done."""
     sync_tree(part)
     try:
         if out.exists():
@@ -258,7 +255,7 @@ def _swap(part: Path, out: Path, old: Path) -> None:
         part.rename(out)
         sync(out.parent)
     finally:
-        # Whatever interrupts this: one whole folder is named `out`.
+        # Even after an interrupt one whole folder is named `out`.
         if old.exists() and not out.exists():
             old.rename(out)
 

@@ -1,7 +1,7 @@
-"""What of a run is on disk for good, so that a rerun goes on from there and ends with its bytes.
+"""The saved state of an unfinished conversion, from which a rerun resumes and ends in equal bytes.
 
-Every record is a file that appears whole. Facts say which run it is; of the states between layers
-there are two generations, so that one that is damaged costs a layer.
+Every record is a file that appears whole. Facts identify the run. Two generations of the states
+between layers are kept: if one is damaged, one layer is done again.
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ from moefy.files.shards import ShardWriter, read, save, sha256
 FACTS = "facts"
 RESTART = "start over with --restart"
 
-
-Kept = tuple[dict[str, Tensor], Any]
-"""Tensors, and a value that JSON can hold."""
+Record = tuple[dict[str, Tensor], Any]
+"""Tensors, and a JSON value."""
 
 
 class State:
-    """Records of an unfinished run in `folder`, which is made for the first of them.
+    """Records of an unfinished run in `folder`, which the first record creates.
 
-    Without a folder nothing is kept, and nothing found.
+    Without a folder nothing is saved.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -52,11 +51,12 @@ class State:
         self._claimed: dict[str, Any] = {}
 
     def claim(self, facts: Mapping[str, Any], *, force: bool = False) -> None:
-        """Note what the run is, or compare with what was noted: with `force` another run's records
-        are removed, and what it has written.
+        """Record facts of the run, and compare them with recorded ones.
+
+        With `force` the records and files of another run are removed.
 
         Raises:
-            MoefyError: code 7, naming what differs.
+            MoefyError: code 7, with what differs.
         """
         now = json.loads(json.dumps(facts))
         known = {key: self._stored[key] for key in now if key in self._stored}
@@ -75,7 +75,7 @@ class State:
         self._facts |= now
 
     def save(self, name: str, value: Any) -> None:
-        """Record a value that JSON can hold."""
+        """Record a JSON value."""
         if self.folder is None:
             return
         self.folder.mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ class State:
         write_sealed(self.folder / f"{name}.json", value)
 
     def load(self, name: str) -> Any:
-        """A recorded value, None if there is none.
+        """A recorded value; None if there is none.
 
         Raises:
             MoefyError: code 7 when the record is damaged.
@@ -93,7 +93,7 @@ class State:
         return None if self.folder is None else read_sealed(self.folder / f"{name}.json")
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], value: Any = None) -> None:
-        """Record tensors, and with them a value."""
+        """Record tensors and a JSON value."""
         if self.folder is None:
             return
         self.folder.mkdir(exist_ok=True)
@@ -101,10 +101,8 @@ class State:
             digests = save(self.folder, draft.stem, tensors)
         self.save(name, {"digests": digests, "value": value})
 
-    def load_tensors(
-        self, name: str, store: Store = MEMORY
-    ) -> tuple[dict[str, Tensor], Any] | None:
-        """Recorded tensors, in `store`, and their value, None if there are none.
+    def load_tensors(self, name: str, store: Store = MEMORY) -> Record | None:
+        """Recorded tensors, read into `store`, and their value; None if there are none.
 
         Raises:
             MoefyError: code 7, when they are damaged.
@@ -131,8 +129,8 @@ class State:
         written: Mapping[str, str],
         value: Any,
     ) -> None:
-        """Record that a layer is done: the states that leave it, tensors and a value to keep, and
-        the digests of what it has written. The states of the layer before stay."""
+        """Record a finished layer: its output states, `extra` tensors, the digests of the tensors
+        that it wrote, and a JSON value. The states of the layer before stay."""
         if self.folder is None:
             return
         self.save_tensors(f"states-{layer % 2}", {"states": states_BTD}, layer)
@@ -140,11 +138,10 @@ class State:
 
     def layers(
         self, writer: ShardWriter, store: Store = MEMORY
-    ) -> tuple[Tensor | None, list[Kept]]:
-        """The states that leave the last layer that is done, in `store`, and what was kept of every
-        layer.
+    ) -> tuple[Tensor | None, list[Record]]:
+        """The output states of the last finished layer, in `store`, and every layer's record.
 
-        Where the last layer's record is damaged, the one before counts as the last.
+        If the last layer's record is damaged, the layer before counts as the last.
 
         Raises:
             MoefyError: code 7, when more is damaged.
@@ -159,25 +156,25 @@ class State:
 
     def _layers(
         self, count: int, writer: ShardWriter, store: Store
-    ) -> tuple[Tensor | None, list[Kept]]:
-        kept = []
+    ) -> tuple[Tensor | None, list[Record]]:
+        records = []
         for layer in range(count):
             tensors, record = self.load_tensors(f"layer-{layer}") or ({}, {})
             if not writer.keep(record["written"]):
-                found = f"what layer {layer} has in {writer.folder} was changed"
-                raise MoefyError(f"{found}; {RESTART}", code=7)
-            kept.append((tensors, record["value"]))
+                raise MoefyError(f"layer {layer} in {writer.folder} was changed; {RESTART}", code=7)
+            records.append((tensors, record["value"]))
         if not count:
             return None, []
         states = self.load_tensors(f"states-{(count - 1) % 2}", store)
         if states is None or states[1] != count - 1:
-            found = f"{self.folder} lacks the states behind layer {count - 1}"
-            raise MoefyError(f"{found}; {RESTART}", code=7)
-        return states[0]["states"], kept
+            raise MoefyError(
+                f"{self.folder} lacks the states behind layer {count - 1}; {RESTART}", code=7
+            )
+        return states[0]["states"], records
 
 
 def num_layers(folder: Path | None) -> int:
-    """How many layers are recorded as done in a state's folder."""
+    """Number of finished layers in a state's folder."""
     count = 0
     while folder is not None and (folder / f"layer-{count}.json").exists():
         count += 1
@@ -185,6 +182,6 @@ def num_layers(folder: Path | None) -> int:
 
 
 def unfinished(out: Path) -> int | None:
-    """How many layers a stopped run has left beside `out` for a rerun; None where it left none."""
+    """Number of finished layers that a stopped run left beside `out`; None if it left no state."""
     place = place_of(Path(os.path.abspath(out)))
     return num_layers(place / STATE) if has_state(place) else None

@@ -1,7 +1,4 @@
-"""What a checkpoint folder says of itself: its configuration, and the headers of its shards.
-
-Nothing here needs torch, so that what asks no more is answered at once.
-"""
+"""A checkpoint folder's configuration, and the headers of its shards, read without torch."""
 
 from __future__ import annotations
 
@@ -22,28 +19,17 @@ ADAPTER = "adapter_config.json"
 MAX_CONFIG, MAX_INDEX, MAX_DEPTH = 1_000_000, 32_000_000, 50
 MAX_HEADER = 100_000_000
 BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "U16": 2,
-    "U32": 4,
-    "U64": 8,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
 """Size of a value, by the dtype's code."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: its file, dtype code, shape, and byte range in the file."""
+    """A stored tensor: its file, dtype code, shape, and byte range in the file."""
 
     file: Path
     dtype: str
@@ -63,12 +49,12 @@ class Entry:
 
 
 def damaged(message: str) -> MoefyError:
-    """An error of code 3 for files that are not what they were when they were made."""
+    """An error of code 3 for damaged files."""
     return MoefyError(f"{message}; fetch it again (hf download)")
 
 
 def contradiction(message: str) -> MoefyError:
-    """An error of code 3 for a configuration that cannot be, or does not fit the tensors."""
+    """An error of code 3 for a configuration that is wrong or does not fit the tensors."""
     return MoefyError(f"{message}; correct {CONFIG}, or fetch the model again (hf download)")
 
 
@@ -76,7 +62,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of a checkpoint folder.
 
     Raises:
-        MoefyError: code 3 when there is none, or none that can be read.
+        MoefyError: code 3 when there is none, or it cannot be read.
     """
     if not os.path.lexists(folder / CONFIG) and folder.is_dir() and (what := _other(folder)):
         raise MoefyError(f"{folder} holds no {CONFIG}, but {what}")
@@ -84,17 +70,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_entries(folder: Path, *, ignore_index: bool = False) -> dict[str, Entry]:
-    """Every tensor of the checkpoint, as the headers of its shards have it.
+    """Every tensor of the checkpoint, from the headers of its shards.
 
-    An index must list the same tensors, unless it is to be ignored but for the files that it names.
+    An index must list the same tensors. With `ignore_index` it only names the files.
     """
-    found = [name for name in (SINGLE, INDEX) if os.path.lexists(folder / name)]
-    if not found:
+    names = [name for name in (SINGLE, INDEX) if os.path.lexists(folder / name)]
+    if not names:
         what = _other(folder)
         raise MoefyError(f"{folder} holds no {SINGLE} and no {INDEX}{f', but {what}' * bool(what)}")
-    if len(found) == 2:
+    if len(names) == 2:
         raise MoefyError(f"{folder} holds {SINGLE} and {INDEX}: ambiguous; remove the stale one")
-    if found == [SINGLE]:
+    if names == [SINGLE]:
         return read_header(regular_file(folder, SINGLE))
     index = _weight_map(regular_file(folder, INDEX))
     shards = sorted(set(index.values()))
@@ -116,7 +102,7 @@ def read_entries(folder: Path, *, ignore_index: bool = False) -> dict[str, Entry
 
 
 def _other(folder: Path) -> str:
-    """What a folder holds in the place of a model, and what to do; nothing if that is unknown."""
+    """What a folder holds instead of a model, and what to do; empty if unknown."""
     if any(os.path.lexists(folder / name) for name in (SINGLE, INDEX)):
         return ""
     if os.path.lexists(folder / ADAPTER):
@@ -136,14 +122,14 @@ def _other(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files that the weights are in, by the index if there is one."""
+    """Names of the weight files, from the index if there is one."""
     if not os.path.lexists(folder / INDEX):
         return [SINGLE]
     return sorted(set(_weight_map(regular_file(folder, INDEX)).values()))
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """The file of every tensor as the index has it: plain names in the index's own folder."""
+    """The file of every tensor in the index: plain names in the index's own folder."""
     index = read_json(path, MAX_INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise damaged(f"{path} has no weight_map, or an empty one")
@@ -158,11 +144,11 @@ def read_header(path: Path) -> dict[str, Entry]:
     """Entries of one safetensors file, checked against the file's size.
 
     Raises:
-        MoefyError: code 3, when the header is not one, or does not describe the file exactly.
+        MoefyError: code 3, when the header does not describe the file exactly.
     """
 
-    def broken(found: str) -> MoefyError:
-        return MoefyError(f"{path} is not a whole safetensors file: {found}; fetch the file again")
+    def broken(reason: str) -> MoefyError:
+        return MoefyError(f"{path} is not a whole safetensors file: {reason}; fetch the file again")
 
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -232,7 +218,7 @@ def regular_file(folder: Path, name: str) -> Path:
         real = Path(os.path.realpath(path, strict=True))
     except OSError as error:
         raise damaged(f"{path} cannot be found: {error.strerror}") from None
-    # Asked before it is opened, for opening a pipe or a device may never return.
+    # Checked before it is opened, for opening a pipe or a device may never return.
     if not real.is_file() or not os.access(real, os.R_OK):
         raise MoefyError(f"{path} is not a regular file that can be read; put one in its place")
     roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -242,11 +228,11 @@ def regular_file(folder: Path, name: str) -> Path:
 
 
 def distinct_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An `object_pairs_hook` for JSON that refuses a key standing twice, with a ValueError."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice")
-    return found
+    """An `object_pairs_hook` for JSON that raises ValueError for a duplicate key."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("it has a duplicate key")
+    return result
 
 
 def some(names: list[str], most: int = 3) -> str:

@@ -1,7 +1,6 @@
-"""Tensors in safetensors files, in and out: one in memory at a time.
+"""Read and write tensors of safetensors files, one in memory at a time.
 
-Files are read and written by offset, without memory maps, so that resident memory is what is held
-and not what was touched.
+Files are read and written by offset, not by memory maps, which would count as resident memory.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,11 +42,11 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that a checkpoint names as its own, else that of most of its values."""
+    """The dtype in a checkpoint's configuration, else that of most of its values."""
     config = read_config(folder)
-    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    if isinstance(named, torch.dtype):
-        return named
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    if isinstance(dtype, torch.dtype):
+        return dtype
     counts: Counter[str] = Counter()
     for entry in read_entries(folder).values():
         counts[entry.dtype] += entry.num_elements
@@ -56,7 +54,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def read(name: str, entry: Entry, room: Callable[..., Tensor] = torch.empty) -> Tensor:
-    """The tensor of that name, as stored, in the room that `room` gives for it.
+    """The tensor of that name, as stored, in memory that `room` allocates.
 
     Raises:
         MoefyError: code 3, when the file has shrunk since its header was read.
@@ -86,7 +84,7 @@ def read_rows(entry: Entry, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the output before it is written: dtype code and shape."""
+    """A tensor to be written: dtype code and shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -98,11 +96,13 @@ class Slot:
 
 
 class ShardWriter:
-    """Writes tensors in any order into shards whose layout is known from the start.
+    """Writes tensors in any order into shards with a fixed layout.
 
-    A shard's header is written last, by `finish`: until then no file can be mistaken for a model.
-    With `resume` what an earlier writer of the same layout has left in `folder` stays, for `keep`
-    to be asked about.
+    `finish` writes the headers: before that no file can be mistaken for a model. With `resume` the
+    files of an earlier writer of the same layout stay, and `keep` says which tensors are right.
+
+    Not `huggingface_hub.split_state_dict_into_shards_factory`: it puts a tensor larger than a shard
+    before others, and would give other bytes than earlier versions did.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class ShardWriter:
         self.folder, self.name = folder, name
         self.total_bytes = sum(slot.num_bytes for slot in slots.values())
         self.digests: dict[str, str] = {}
-        """SHA-256 of every tensor that is written."""
+        """SHA-256 of every written tensor."""
         self._slots = slots
         self._shards = _shards(slots, shard_bytes)
         self._where: dict[str, tuple[Path, int]] = {}
@@ -139,13 +139,13 @@ class ShardWriter:
         self._left = set(slots)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor in its place; it must have the dtype and shape of its slot."""
+        """Write one tensor, which must have the dtype and shape of its slot."""
         slot = self._slots[name]
         assert CODES[tensor.dtype] == slot.dtype and tuple(tensor.shape) == slot.shape, name
         self._put(name, [_bytes(tensor)])
 
     def copy(self, name: str, entry: Entry) -> None:
-        """Copy a tensor's bytes from the file it lies in, block by block."""
+        """Copy a tensor's bytes from its file, block by block."""
         assert self._slots[name].num_bytes == entry.stop - entry.start, name
         self._put(name, _blocks(entry))
 
@@ -161,14 +161,14 @@ class ShardWriter:
         self._left.discard(name)
 
     def sync(self, names: Iterable[str]) -> dict[str, str]:
-        """Flush the files that hold these tensors to disk; give the tensors' digests."""
-        found = {name: self.digests[name] for name in names}
-        for file in sorted({self._where[name][0] for name in found}):
+        """Flush the files of these tensors to disk; give the tensors' digests."""
+        digests = {name: self.digests[name] for name in names}
+        for file in sorted({self._where[name][0] for name in digests}):
             sync(file)
-        return found
+        return digests
 
     def keep(self, digests: Mapping[str, str]) -> bool:
-        """Whether an earlier writer has put these tensors in place; if so they count as written."""
+        """Whether an earlier writer wrote these tensors; if so they count as written."""
         for name, digest in digests.items():
             file, start = self._where[name]
             if hexdigest(file, start, start + self._slots[name].num_bytes) != digest:
@@ -178,13 +178,12 @@ class ShardWriter:
         return True
 
     def finish(self) -> list[Path]:
-        """Write headers and the index, and flush all to disk. Returns the files written."""
+        """Write headers and the index, flush all to disk, and give the files."""
         assert not self._left, f"never written: {sorted(self._left)[:3]}"
         for file, header in self._headers.items():
             with file.open("r+b") as out:
                 out.write(header)
-                out.flush()
-                os.fsync(out.fileno())
+            sync(file)
         files = list(self._headers)
         if len(files) > 1:
             index = {
