@@ -20,6 +20,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moefy.environment import processor
 from moefy.evaluate.llama_cpp import serve, timings
 from moefy.runs.gguf import export
 from moefy.text.documents import beginning
@@ -48,6 +49,7 @@ def main(
         for folder in folders
         for kind in types.split(",")
     }
+    print(f"{processor()}, {threads} thread(s)\n")
     print("| model | type | MB | " + " | ".join(f"{task}, tokens/s" for task in TASKS) + " |")
     print("|---|---|" + "---:|" * (1 + len(TASKS)))
     for kind in types.split(","):

@@ -33,6 +33,7 @@ from moefy.checkpoint.resolve import resolve
 from moefy.config.recipe import build
 from moefy.convert.estimate import estimate, operations
 from moefy.convert.prepare import Job, prepare
+from moefy.environment import processor
 from moefy.files.publish import write_json
 from moefy.files.shards import CODES, ShardWriter, Slot
 
@@ -203,7 +204,8 @@ def one(wanted: str, out: Path, memory: str = "") -> None:
     result = {"plan": plan, "floor": floor, "rates": rates, "wall": seconds}
     if job.device.type == "cuda":
         result["gpu_bytes"] = torch.cuda.max_memory_allocated()
-    json.dump({**result, "summary": summary, "threads": torch.get_num_threads()}, sys.stdout)
+    result |= {"summary": summary, "threads": torch.get_num_threads(), "processor": processor()}
+    json.dump(result, sys.stdout)
 
 
 def products(job: Job, most: int = 4096) -> dict[str, float]:
@@ -247,9 +249,11 @@ def table(name: str, result: dict[str, Any]) -> list[str]:
     }
     whole, least = sum(spent.values()), sum(floor.values())
     rates = ", ".join(f"{kind} {rate / 1e9:.0f}" for kind, rate in result["rates"].items())
+    device = summary["machine"]["device"]
+    device = result["processor"] if device == "cpu" else device
     lines = [
         f"\n## {name}: {plan['shape']['num_neurons']} neurons, {tokens} tokens, "
-        f"{result['threads']} thread(s), {summary['machine']['device']}\n",
+        f"{result['threads']} thread(s), {device}\n",
         "| stage | s per layer | floor | ratio |\n|---|---:|---:|---:|",
     ]
     for stage, seconds in spent.items():
