@@ -1,8 +1,8 @@
-"""Measurements that are kept: what was measured once, of the same content, is not measured again.
+"""Stored measurements: the same content is measured once.
 
-Each is one file under `RUN/moefy/measured/`, named by the digest of its key. A key holds digests of
-everything that the result depends on, never paths or times, so a stale result cannot be taken for
-a fresh one; a damaged file counts as none.
+Each measurement is one file under `RUN/moefy/measured/`, named by the digest of its key. A key
+holds digests of everything that the result depends on, and no paths or times: a stale result is
+never taken for a fresh one. A damaged file counts as none.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from moefy.environment import code
 from moefy.files.publish import replacing, sha256
 
 FORMAT = 1
-"""Of the stored values; raised when what a measurement means has changed."""
+"""Version of the stored values. It rises when a measurement changes its meaning."""
 
 NOT_MEASURING = (
     "cli", "inspect", "finetune", "report", "pipeline.py", "progress.py",
     "runs/push.py", "runs/reproduce.py", "runs/verify.py",
 )  # fmt: skip
-"""Parts of the package by which nothing is measured: a change of a page's drawing, say, leaves what
-was measured as it was."""
+"""Parts of the package that measure nothing: a change in them leaves the cache valid."""
 
 VERSIONS = {
     "moefy": code(NOT_MEASURING),
     "torch": torch.__version__,
     "transformers": transformers.__version__,
 }
-"""What a measurement may depend on besides weights and text."""
+"""What every measurement depends on, besides weights and text."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Cache:
 
     def once(self, kind: str, key: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
         """The value under `key`, measured now if it is not there. Values are what JSON holds."""
-        found = self.get(kind, key)
-        return self.put(kind, key, measure()) if found is None else found
+        value = self.get(kind, key)
+        return self.put(kind, key, measure()) if value is None else value
 
     def get(self, kind: str, key: Mapping[str, Any]) -> Any | None:
         """The value under `key`, or None."""
@@ -60,29 +59,27 @@ class Cache:
             return None
 
     def put(self, kind: str, key: Mapping[str, Any], value: Any) -> Any:
-        """Keep `value`, and give it as it will be read."""
-        file = self._file(kind, key)
+        """Store `value`, and return it as it will be read."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        whole = {"kind": kind, "key": {**self.common, **key}, "value": value}
-        text = json.dumps(whole, ensure_ascii=False)
-        with replacing(file, shared=True) as draft:
+        entry = {"kind": kind, "key": {**self.common, **key}, "value": value}
+        text = json.dumps(entry, ensure_ascii=False)
+        with replacing(self._file(kind, key), shared=True) as draft:
             draft.write_text(text, encoding="utf-8")
         return json.loads(text)["value"]
 
     def _file(self, kind: str, key: Mapping[str, Any]) -> Path:
-        whole = {"format": FORMAT, **self.common, **key}
-        return self.folder / f"{kind}-{digest(whole)[:24]}.json"
+        return self.folder / f"{kind}-{digest({'format': FORMAT, **self.common, **key})[:24]}.json"
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of what JSON makes of `value`, keys sorted."""
+    """SHA-256 of `value` as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def folder_digest(folder: Path, known: Mapping[str, str] | None = None) -> str:
-    """SHA-256 of a checkpoint: its configuration, weights, and the norms of an oracle's routers.
+    """SHA-256 of a checkpoint: its configuration and its weights.
 
-    `known` are digests of files that were read already, by name.
+    `known` holds digests of files that were read already, by name.
     """
     known = known or {}
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]

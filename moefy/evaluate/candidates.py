@@ -1,4 +1,4 @@
-"""The models of a report: dense, every stage of the run, other runs, and the controls."""
+"""The models of a report: dense, every stage of the run, and the stages of other runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from moefy.convert.oracle import attach
 from moefy.errors import MoefyError
 from moefy.evaluate.cache import folder_digest
-from moefy.evaluate.load import load_model
 from moefy.files.publish import sha256
+from moefy.models.opening import check_loaded, open_model, runnable
 from moefy.runs.folder import REPORT, DenseModel, open_run, read_tuning
 from moefy.text.tokenizer import load_tokenizer
 
@@ -25,75 +27,101 @@ PROBE = "The 3 quick brown foxes cost $12.50;\n\tdef f(x):\n    return x**2  # n
 
 @dataclass(frozen=True)
 class Candidate:
-    """One column of a report."""
+    """A model that the report compares: one column of its tables."""
 
     label: str
     kind: str
-    """dense, converted, finetuned, control, or other: a method that the run is held against."""
+    """dense, converted, finetuned, control, or other (a method of `--against`)."""
     meaning: str
     digest: str
-    """Of the weights, or of all that they are made from."""
+    """SHA-256 of the weights, or of everything that they are made from."""
     open: Callable[[torch.dtype], Any]
-    """Load the model in a dtype, ready for evaluation."""
+    """Loads the model in a dtype, ready for evaluation."""
     folder: Path | None = None
-    """Where the weights lie; a control's are not kept."""
+    """Folder of the weights; None for a control, which is deleted after the report."""
     summary: dict[str, Any] | None = None
     """conversion.json of a run."""
     active: float | None = None
-    """Share of the FFN's neurons that are active."""
+    """Share of the FFN neurons that are active."""
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """A model folder loaded with its stock class; an oracle run gets its oracle routers.
+
+    Raises:
+        MoefyError: code 3, when transformers cannot load it, or when keys are missing or left over.
+    """
+    model, info = open_model(folder, dtype=dtype)
+    check_loaded(folder, info)
+    return attach(runnable(model.eval()), dict(_oracle_norms(folder)))
+
+
+def _oracle_norms(folder: Path) -> Iterator[tuple[int, torch.Tensor]]:
+    file = folder / "moefy" / "calibration.safetensors"
+    if file.is_file():
+        for name, norm_EN in load_file(file).items():
+            if name.startswith("norm."):
+                yield int(name.removeprefix("norm.")), norm_EN
 
 
 def dense_candidate(dense: DenseModel, *, converted: bool) -> Candidate:
-    """The dense model, which was `converted` or else given in the place of the one that was."""
+    """The dense model: the one that was `converted`, or another one that `--dense` names."""
     folder = dense.folder
     meaning = "the model that was converted" if converted else "a model that --dense names"
     digest = folder_digest(folder, dense.digests)
-    return Candidate("dense", "dense", meaning, digest, opener(folder), folder, active=1.0)
+    return Candidate(
+        "dense", "dense", meaning, digest, partial(load_model, folder), folder, active=1.0
+    )
 
 
 def run_candidates(run: Path, name: str | None = None) -> tuple[list[Candidate], list[str]]:
-    """Every stage of a run, the first first, and what is missing of them.
+    """Every stage of a run from the first to the last, and a reason for each missing stage.
 
-    A fine-tuned run knows the one that it started from, which is a stage as long as it is there.
-    `name` is put before labels, to tell runs apart.
+    A fine-tuned run names its parent, which is a stage as long as its folder exists. `name` is put
+    before the labels, to tell runs apart.
 
     Raises:
         MoefyError: code 3, when `run` is no whole run.
     """
-    found: list[Candidate] = []
+    stages: list[Candidate] = []
     missing: list[str] = []
     folder: Path | None = run
     while folder is not None:
-        summary = open_run(folder)
-        tuned = read_tuning(folder)
-        kind = "converted" if tuned is None else "finetuned"
-        meaning = (
-            "the experts as `moefy convert` wrote them"
-            if tuned is None
-            else f"the same after fine-tuning on {tuned['tokens']:,} tokens"
-        )
-        active = _active(summary)
-        digest = folder_digest(folder)
-        found.append(
-            Candidate(kind, kind, meaning, digest, opener(folder), folder, summary, active)
-        )
-        folder = _parent(folder, tuned, missing) if tuned else None
-        if folder is not None and any(stage.folder == folder for stage in found):
-            raise MoefyError(f"{run}: moefy/finetune.json names a parent that it comes before")
-    return _labelled(found[::-1], name), missing
+        summary, tuning = open_run(folder), read_tuning(folder)
+        stages.append(_stage(folder, summary, tuning))
+        folder = _parent(folder, tuning, missing) if tuning else None
+        if folder is not None and any(stage.folder == folder for stage in stages):
+            raise MoefyError(f"{run}: moefy/finetune.json names itself among its own parents")
+    return _labelled(stages[::-1], name), missing
+
+
+def _stage(folder: Path, summary: dict[str, Any], tuning: dict[str, Any] | None) -> Candidate:
+    kind, meaning = "converted", "the experts as `moefy convert` wrote them"
+    if tuning is not None:
+        kind, meaning = "finetuned", f"the same after fine-tuning on {tuning['tokens']:,} tokens"
+    return Candidate(
+        label=kind,
+        kind=kind,
+        meaning=meaning,
+        digest=folder_digest(folder),
+        open=partial(load_model, folder),
+        folder=folder,
+        summary=summary,
+        active=_active(summary),
+    )
 
 
 def _active(summary: dict[str, Any]) -> float:
-    """Share of all layers' neurons that are active; those of dense layers all are."""
+    """Share of the neurons of all layers that are active; a dense layer counts as fully active."""
     converted, dense = len(summary["layers"]), len(summary["layers_left_dense"])
     share = summary["shape"]["active_fraction"]
     return (dense + converted * share) / (dense + converted)
 
 
-def finetuning(stage: Candidate) -> dict[str, Any] | None:
-    """What `moefy finetune` told of a stage: its summary and its curve; None if it told nothing."""
-    folder = stage.folder
-    if stage.kind != "finetuned" or folder is None:
+def finetuning(candidate: Candidate) -> dict[str, Any] | None:
+    """The summary and the loss curve of a fine-tuned candidate; None for every other one."""
+    folder = candidate.folder
+    if candidate.kind != "finetuned" or folder is None:
         return None
     curve = []
     file = folder / "moefy" / "finetune.jsonl"
@@ -105,45 +133,39 @@ def finetuning(stage: Candidate) -> dict[str, Any] | None:
     return {"summary": read_tuning(folder), "curve": curve}
 
 
-def check_tokenizer(dense: Any, stage: Candidate) -> None:
-    """Refuse a stage whose tokenizer is another than the dense model's.
+def check_tokenizer(dense: Any, candidate: Candidate) -> None:
+    """Refuse a candidate whose tokenizer differs from that of the dense model.
 
     Raises:
         MoefyError: code 3.
     """
-    assert stage.folder is not None
-    own = load_tokenizer(stage.folder)
+    assert candidate.folder is not None
+    own = load_tokenizer(candidate.folder)
     differs = own.get_vocab() != dense.get_vocab()
     if differs or own(PROBE)["input_ids"] != dense(PROBE)["input_ids"]:
         raise MoefyError(
-            f"{stage.folder} has another tokenizer than the dense model ({len(own):,} and "
-            f"{len(dense):,} tokens); their likelihoods cannot be compared; expected a run of that "
-            "model, or give its own with --dense"
+            f"{candidate.folder} has another tokenizer than the dense model ({len(own):,} and "
+            f"{len(dense):,} tokens), and their likelihoods cannot be compared; expected a run of "
+            "that model, or its own dense model by --dense"
         )
 
 
-def opener(folder: Path) -> Callable[[torch.dtype], Any]:
-    """A function that loads a folder's model in a dtype."""
-
-    return partial(load_model, folder)
-
-
-def _labelled(found: list[Candidate], name: str | None) -> list[Candidate]:
-    """With labels that differ: a second fine-tuning is numbered."""
+def _labelled(stages: list[Candidate], name: str | None) -> list[Candidate]:
+    """The stages with different labels: a second fine-tuning gets a number."""
     labels: list[str] = []
-    for stage in found:
-        count = 1 + sum(other.rstrip(" 0123456789") == stage.label for other in labels)
+    for stage in stages:
+        count = 1 + sum(label.rstrip(" 0123456789") == stage.label for label in labels)
         labels.append(stage.label if count == 1 else f"{stage.label} {count}")
     if name is not None:
-        labels = [name if len(found) == 1 else f"{name}: {label}" for label in labels]
+        labels = [name if len(stages) == 1 else f"{name}: {label}" for label in labels]
     return [
-        dataclasses.replace(stage, label=label) for stage, label in zip(found, labels, strict=True)
+        dataclasses.replace(stage, label=label) for stage, label in zip(stages, labels, strict=True)
     ]
 
 
-def _parent(folder: Path, tuned: dict[str, Any], missing: list[str]) -> Path | None:
-    """The folder that a fine-tuning started from, if it is there and has the same weights still."""
-    parent = tuned["parent"]
+def _parent(folder: Path, tuning: dict[str, Any], missing: list[str]) -> Path | None:
+    """The folder that a fine-tuning started from, if it exists and has the same weights still."""
+    parent = tuning["parent"]
     reason = "is not there"
     for place in _places(folder, parent["folder"]):
         if not (place / "moefy" / REPORT).is_file():

@@ -1,4 +1,4 @@
-"""What the same recipe would have given without routing, or with other routers."""
+"""Controls: what the same recipe gives without routing, or with other routers."""
 
 from __future__ import annotations
 
@@ -18,31 +18,23 @@ from moefy.convert.run import convert
 from moefy.convert.session import Attempt
 from moefy.errors import MoefyError
 from moefy.evaluate.cache import VERSIONS, digest
-from moefy.evaluate.candidates import Candidate
-from moefy.evaluate.load import load_model
+from moefy.evaluate.candidates import Candidate, load_model
 from moefy.models import routing
 from moefy.text.packing import Tokens
 from moefy.types import Shape
 
 MEANING = {
     "static": "the same number of neurons, chosen once for all tokens; refitted alike",
-    "static, no refit": "the same without the refit",
     "random router": "our experts behind random router rows; refitted under them",
     "oracle router": "our experts, chosen by their true output energy: a ceiling, not a model",
 }
 
-CHANGED = "by the run's own recipe, so changed"
+CHANGED = "by the run's own recipe with these changes"
 
-SHOWN = ("static", "random router", "oracle router")
-"""The controls of a report; the others are for benchmarks."""
-
-AS_WRITTEN = {
-    "oracle router, as written": "the run's very weights, chosen by true output energy; nothing "
-    "was refitted under it: what a better router alone could reach, not a model",
-}
-"""What takes no conversion: the run's model with another router. None has a random one: without a
-refit under it that is no control but a straw man (SmolLM2-135M, half active: dNLL 3.53 on text
-where it costs 1.9 refitted, and the run itself 1.27)."""
+AS_WRITTEN = "oracle router, as written"
+"""The one control without a conversion: the run's own weights behind another router. A random
+router without a refit under it would be a straw man, so there is none (SmolLM2-135M, half active:
+dNLL 3.53 on text where it costs 1.9 refitted, and the run itself 1.27)."""
 
 STATIC = {
     "partition": "static",
@@ -50,34 +42,30 @@ STATIC = {
     "target": "auto",
     "layers": ":",
 } | dict.fromkeys(
-    # Its shape is made from the run's; what was asked of the experts may not fit another class.
+    # Its shape follows from the run's; the options of the experts may not fit another class.
     ("experts", "top_k", "shared_fraction")
 )
 
 UNKEPT = Attempt(force=True, keep=False)
 
 METHOD = ("partition", "router", "refit", "drift", "overlap", "seed")
-"""What may differ in a recipe that a run is held against; all else is the run's."""
+"""The settings that `--against` may change; all others are those of the run."""
 
 
 def controls(recipe: Recipe) -> dict[str, Recipe]:
-    """The recipes of the controls, by name, in the order of `MEANING`."""
-    change: list[dict[str, Any]] = [
-        STATIC,
-        {**STATIC, "refit": False},
-        {"router": "random", "router_options": {}},
-        {"router": "oracle", "router_options": {}},
-    ]
-    return {
-        name: dataclasses.replace(recipe, **values)
-        for name, values in zip(MEANING, change, strict=True)
+    """The recipes of the controls, by name."""
+    changes: dict[str, dict[str, Any]] = {
+        "static": STATIC,
+        "random router": {"router": "random", "router_options": {}},
+        "oracle router": {"router": "oracle", "router_options": {}},
     }
+    return {name: dataclasses.replace(recipe, **values) for name, values in changes.items()}
 
 
 def _as_active(job: Job) -> Shape:
-    """The shape of static pruning with as many active neurons as all of the run's layers have.
+    """The shape of static pruning with as many active neurons as all layers of the run together.
 
-    A dense class has one FFN width, so layers that the run leaves dense are pruned like the others.
+    A dense class has one FFN width, so it also prunes the layers that the run leaves dense.
     """
     neurons, dense = job.shape.num_neurons, job.num_layers - len(job.layers)
     active = dense * neurons + len(job.layers) * job.shape.num_active
@@ -87,10 +75,10 @@ def _as_active(job: Job) -> Shape:
 def changed(recipe: Recipe, changes: str) -> Recipe:
     """The recipe of another method, `partition=coactivation router=representative refit=false`.
 
-    A stage that is named anew starts from its default options.
+    A partition or router that is named starts from its default options.
 
     Raises:
-        MoefyError: code 2, for what is no setting, or changes more than the method.
+        MoefyError: code 2, for an unknown setting, or one that is not part of the method.
     """
     values = dataclasses.asdict(recipe)
     for setting in changes.split():
@@ -106,7 +94,7 @@ def changed(recipe: Recipe, changes: str) -> Recipe:
 
 
 def control_jobs(recipe: Recipe, others: Mapping[str, Recipe]) -> dict[str, Job]:
-    """The conversions by other recipes, with as many active neurons as that by `recipe` has."""
+    """The conversions by other recipes, with as many active neurons as the one by `recipe`."""
     if not others:
         return {}
     shape = _as_active(prepare(recipe, control=True))
@@ -127,12 +115,12 @@ def control_candidates(
     place: Path,
     watch: Watch,
 ) -> list[Candidate]:
-    """The controls that take a conversion each, which is made in `place` when one is opened."""
+    """The controls that take a conversion each; it runs in `place` when the model is opened."""
 
-    def stage(number: int, name: str, job: Job) -> Candidate:
+    def candidate(number: int, name: str, job: Job) -> Candidate:
         def load(dtype: torch.dtype) -> Any:
-            def named(what: str, done: int, total: int) -> None:
-                watch(f"{name}: {what}", done, total)
+            def named(stage: str, done: int, total: int) -> None:
+                watch(f"{name}: {stage}", done, total)
 
             folder = place / str(number)
             if not folder.is_dir():
@@ -140,18 +128,18 @@ def control_candidates(
             return load_model(folder, dtype)
 
         settings = dataclasses.asdict(job.recipe) | {"model": "", "device": "", "calibration": ""}
-        made_of = [settings, dataclasses.asdict(job.shape), tokens.sha256, dense.digest, VERSIONS]
+        sources = [settings, dataclasses.asdict(job.shape), tokens.sha256, dense.digest, VERSIONS]
         kind = "control" if name in MEANING else "other"
         active = job.shape.active_fraction
         meaning = MEANING.get(name, CHANGED)
-        return Candidate(name, kind, meaning, digest(made_of), load, active=active)
+        return Candidate(name, kind, meaning, digest(sources), load, active=active)
 
     jobs = control_jobs(recipe, others)
-    return [stage(number, name, job) for number, (name, job) in enumerate(jobs.items())]
+    return [candidate(number, name, job) for number, (name, job) in enumerate(jobs.items())]
 
 
-def as_written(run: Candidate) -> list[Candidate]:
-    """The run's own weights behind an oracle."""
+def as_written(run: Candidate) -> Candidate:
+    """The run's own weights behind oracle routers."""
     assert run.folder is not None
     folder = run.folder
 
@@ -159,14 +147,19 @@ def as_written(run: Candidate) -> list[Candidate]:
         model = load_model(folder, dtype)
         return attach(model, true_norms(model))
 
-    return [
-        Candidate(name, "control", meaning, digest([name, run.digest]), load, active=run.active)
-        for name, meaning in AS_WRITTEN.items()
-    ]
+    return Candidate(
+        AS_WRITTEN,
+        "control",
+        "the run's own weights, chosen by true output energy without a refit: what a better router "
+        "alone could reach, not a model",
+        digest([AS_WRITTEN, run.digest]),
+        load,
+        active=run.active,
+    )
 
 
 def true_norms(model: Any) -> dict[int, torch.Tensor]:
-    """What a neuron of each expert writes at activation one, squared, (E, N), by layer."""
+    """Squared norm of the output of each expert's neurons at activation one, (E, N), by layer."""
     return {
         layer: experts.down_proj.detach().float().square().sum(1)
         for layer, experts in routing.experts(model).items()
@@ -174,14 +167,13 @@ def true_norms(model: Any) -> dict[int, torch.Tensor]:
 
 
 def calibration_tokens(folder: Path, summary: dict[str, Any]) -> Tokens:
-    """The tokens that a run was calibrated on, as it stored them."""
-    told = summary["calibration"]
-    ids_BT = load_file(folder / "moefy" / "calibration.safetensors")["ids"].long()
+    """The tokens that a run was calibrated on, as its folder stores them."""
+    calibration = summary["calibration"]
     return Tokens(
-        ids_BT,
-        told["heldout_sequences"],
-        told["source"],
-        told["sha256"],
-        told["documents"],
-        tuple(told["notes"]),
+        load_file(folder / "moefy" / "calibration.safetensors")["ids"].long(),
+        calibration["heldout_sequences"],
+        calibration["source"],
+        calibration["sha256"],
+        calibration["documents"],
+        tuple(calibration["notes"]),
     )

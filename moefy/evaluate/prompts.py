@@ -35,12 +35,7 @@ NOTICEABLE = 0.1
 
 
 def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_TOKENS) -> str:
-    """What a model writes after `prompt`, greedily, on one line."""
-    return " ".join(written(model, tokenizer, prompt, new_tokens).split())
-
-
-def written(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_TOKENS) -> str:
-    """What a model writes after `prompt`, greedily."""
+    """The text that a model writes after `prompt`, by greedy decoding."""
     ids_1T = torch.tensor([tokenizer(prompt)["input_ids"]])
     with torch.inference_mode():
         out = model.generate(

@@ -1,4 +1,4 @@
-"""Measure a finished run against its dense model, its other stages, other runs and controls."""
+"""Compare a finished run with its dense model, its earlier stages, other runs and controls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from moefy.environment import processor
 from moefy.errors import MoefyError
 from moefy.evaluate import advice, benchmarks, conditions, measure
 from moefy.evaluate.candidates import finetuning
-from moefy.evaluate.session import Session, prepare
+from moefy.evaluate.prepare import prepare
+from moefy.evaluate.session import Session
 from moefy.files.publish import write_json
 from moefy.models import families
 from moefy.report import redraw
@@ -23,7 +24,7 @@ from moefy.runs.folder import open_run
 from moefy.text.windows import overlap
 
 FORMAT = 2
-"""Of report.json."""
+"""Version of report.json."""
 
 USUAL = Settings()
 
@@ -33,31 +34,30 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure what `settings` ask for; write `report.json` and the pages drawn from it into `run`.
 
-    All models run on the CPU, in the one dtype that `compute_dtype` chooses for the dense model;
-    speed is tried in others, too. What has been measured before, of the same weights, text and
-    settings, is taken from `run/moefy/measured`. A part that fails is told under `not_run`, and the
-    others go on.
+    All models run on the CPU, in the dtype that `compute_dtype` chooses for the dense model; speed
+    is measured in other dtypes, too. Measurements of the same weights, text and settings are taken
+    from `run/moefy/measured`. A part that fails is listed under `not_run`, and the others go on.
 
     Raises:
-        MoefyError: code 2 for what cannot be asked, code 3 when `run` or another is no whole run,
-            has another tokenizer than dense, or a text is too short, code 4 for a family that has
-            no next-token perplexity, code 5 when a program that was asked for is missing, code 6
-            when a model computes no finite likelihood. Where no text can be scored, nothing else is
-            measured.
+        MoefyError: code 2 for wrong settings, code 3 when `run` or another one is no whole run, has
+            another tokenizer than dense, or a text is too short, code 4 for a family without
+            next-token perplexity, code 5 when a program is missing, code 6 when a model computes no
+            finite likelihood. Without a scored text nothing else is measured.
     """
     parsed = [conditions.parse(text) for text in settings.fail_if]
     summary = open_run(run)
     if "ForCausalLM" not in families.load(summary["family"]).tasks:
         raise MoefyError(
-            f"{summary['family']} has no next-token perplexity on plain text, by which models are "
-            "compared here; what each layer lost is in moefy/conversion.md",
+            f"{summary['family']} has no next-token perplexity on plain text, by which a report "
+            "compares models; see moefy/conversion.md for the error of each layer",
             code=4,
         )
     tasks, include_path = settings.tasks, settings.include_path
     manager = benchmarks.check_tasks(tasks, include_path) if tasks else None
     with tempfile.TemporaryDirectory(prefix=".moefy-report-", dir=run.resolve().parent) as place:
         session = prepare(run, summary, settings, Path(place), watch)
-        report = _measured(session, settings, manager)
+        report = _empty(session, settings)
+        _measure(session, report, settings, manager)
     report["advice"] = advice.advice(report, session.main)
     report["failed"] = [
         line for one in parsed for line in conditions.failures(one, report, session.main)
@@ -67,9 +67,10 @@ def evaluate(
     return report
 
 
-def _measured(session: Session, settings: Settings, manager: Any) -> dict[str, Any]:
-    """All parts, each of which may fail without the others."""
-    report: dict[str, Any] = {
+def _empty(session: Session, settings: Settings) -> dict[str, Any]:
+    """A report before its measurements; lists of the session fill up later."""
+    tunings = {c.label: finetuning(c) for c in session.candidates}
+    return {
         "moefy": __version__,
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -95,22 +96,24 @@ def _measured(session: Session, settings: Settings, manager: Any) -> dict[str, A
         "generation": [],
         "routing": {},
         "speed": {},
-        "finetune": {
-            stage.label: told for stage in session.stages if (told := finetuning(stage)) is not None
-        },
+        "finetune": {label: tuning for label, tuning in tunings.items() if tuning is not None},
         "frontier": [],
         "advice": [],
         "not_run": session.not_run,
         "notes": session.notes,
         "seconds": session.seconds,
     }
-    measured = {} if settings.effort == "quick" else measure.peaks(session)
+
+
+def _measure(session: Session, report: dict[str, Any], settings: Settings, manager: Any) -> None:
+    """Fill `report` part by part; each part may fail without the others."""
+    peaks = {} if settings.effort == "quick" else measure.peaks(session)
     with session.part("scores"):
         report |= measure.quality(session)
     if not report["texts"]:
         raise _no_text(session)
     with session.part("sizes"):
-        report["models"] = measure.models(session, measured)
+        report["models"] = measure.models(session, peaks)
     report["frontier"] = measure.frontier(session, report["texts"])
     if settings.wants(settings.robustness):
         with session.part("robustness"):
@@ -119,18 +122,17 @@ def _measured(session: Session, settings: Settings, manager: Any) -> dict[str, A
         report["generation"] = measure.generation(session)
     if session.prompts:
         with session.part("prompts"):
-            report["prompts"] = measure.regression(session, session.prompts)
+            report["prompts"] = measure.regression(session)
     for task in settings.tasks:
         with session.part(f"benchmark {task}"):
             report["benchmarks"][task] = measure.benchmark(session, task, manager, settings.limit)
     if settings.speed:
         with session.part("speed"):
-            measure.speed(session, report, settings)
-    return report
+            measure.speeds(session, report, settings)
 
 
 def _no_text(session: Session) -> MoefyError:
-    """What kept the first text from being scored."""
+    """The reason why the first text was not scored."""
     row = next(row for row in session.not_run if row["what"].startswith("scores"))
     return MoefyError(
         f"no text was scored: {row['reason']}", code=session.codes.get(row["what"], 5)

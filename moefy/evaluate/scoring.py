@@ -1,4 +1,4 @@
-"""Models read text once: how likely they find it, and which experts its tokens go to."""
+"""Score models on text, and count the experts that its tokens go to."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
-from moefy.evaluate.cache import VERSIONS, Cache, tensors_digest
+from moefy.evaluate.cache import Cache, tensors_digest
 from moefy.evaluate.candidates import Candidate
 from moefy.evaluate.metrics import Score, compare
 from moefy.models import routing
 
 FREQUENT = 100
-"""How many tokens of a text are told apart: its most frequent ones."""
+"""The most frequent tokens of a text, whose experts are counted one by one."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What one layer's router chose: counts, which add up over texts."""
+    """The choices of one layer's router, as counts that add up over texts."""
 
     layer: int
     tokens: int
     count_E: list[int]
     """Choices of each expert."""
     both_EE: list[list[int]]
-    """Tokens that went to both experts; to each one on the diagonal."""
+    """Tokens that went to both experts; the diagonal is `count_E`."""
     of_token: dict[str, list[int]]
-    """Choices of each expert by the text's frequent tokens, by token id."""
+    """Choices of each expert for each frequent token, by token id."""
 
 
 @dataclass(frozen=True)
 class TextResult:
-    """A model on a text; a dense one chooses nothing."""
+    """A model on a text: its score, and the choices of each MoE layer."""
 
     score: Score
     choices: list[Choices]
@@ -47,15 +47,14 @@ class TextResult:
 
 @dataclass(frozen=True)
 class Scorer:
-    """The models that read, loaded when there is something that they have not read."""
+    """Scores candidates on text; loads a model when the cache lacks its score."""
 
     cache: Cache
-    stages: Sequence[Candidate]
+    candidates: Sequence[Candidate]
     """The dense model first."""
-    opened: Callable[[str], Any]
-    """The model of a label."""
+    model: Callable[[Candidate], Any]
 
-    def read(
+    def score(
         self,
         windows: list[Tensor],
         *,
@@ -63,53 +62,50 @@ class Scorer:
         keep: int | None = None,
         watch: Callable[[int, int], None] = lambda *_: None,
     ) -> dict[str, TextResult]:
-        """What every stage, or those of `labels`, makes of `windows`; see `compare`.
+        """The result of every candidate, or of those in `labels`, on `windows`; see `compare`.
 
         Raises:
             MoefyError: code 6, for a model that computes NaN or an infinite loss.
         """
-        dense, stages = self.stages[0], self.stages
-        if labels is not None:
-            stages = [dense, *(stage for stage in stages[1:] if stage.label in labels)]
-        key = {"windows": tensors_digest(windows), "keep": keep, "dense": dense.digest, **VERSIONS}
-        keys = {stage.label: key | {"model": stage.digest} for stage in stages}
-        kept = {label: self.cache.get("reading", one) for label, one in keys.items()}
-        found: dict[str, Any] = {label: value for label, value in kept.items() if value}
-        lacking = [label for label in keys if label not in found]
-        if lacking:
-            reference = self.opened(dense.label)
-            models = {label: self.opened(label) for label in lacking if label != dense.label}
-            readings = read(reference, models, windows, keep, watch)
-            _check_finite(readings, stages)
-            for label, reading in readings.items():
-                value = dataclasses.asdict(reading)
-                found[label] = self.cache.put("reading", keys[label], value)
-        return {label: _reading(found[label]) for label in keys}
+        dense = self.candidates[0]
+        chosen = {c.label: c for c in self.candidates if labels is None or c.label in labels}
+        chosen = {dense.label: dense, **chosen}
+        common = {"windows": tensors_digest(windows), "keep": keep, "dense": dense.digest}
+        keys = {label: {**common, "model": c.digest} for label, c in chosen.items()}
+        values = {label: self.cache.get("score", key) for label, key in keys.items()}
+        missing = [label for label, value in values.items() if value is None]
+        if missing:
+            models = {label: self.model(chosen[label]) for label in missing if label != dense.label}
+            results = score_models(self.model(dense), models, windows, keep, watch)
+            _check_finite(results, chosen)
+            for label, result in results.items():
+                values[label] = self.cache.put("score", keys[label], dataclasses.asdict(result))
+        return {label: _result(value) for label, value in values.items() if value}
 
 
-def _check_finite(readings: Mapping[str, TextResult], stages: Sequence[Candidate]) -> None:
-    for stage in stages:
-        loss = readings[stage.label].score.nll if stage.label in readings else 0.0
+def _check_finite(results: Mapping[str, TextResult], candidates: Mapping[str, Candidate]) -> None:
+    for label, result in results.items():
+        candidate, loss = candidates[label], result.score.nll
         if math.isfinite(loss):
             continue
-        look = f"; `moefy verify {stage.folder}` looks for damage" if stage.summary else ""
+        check = f"; check it with `moefy verify {candidate.folder}`" if candidate.summary else ""
         raise MoefyError(
-            f"{stage.folder or stage.label} computes no finite likelihood (loss {loss:g}); "
-            f"expected finite weights, or a --compute-dtype that holds its values{look}",
+            f"{candidate.folder or label} computes no finite likelihood (loss {loss:g}); "
+            f"expected finite weights, or a --compute-dtype that holds its values{check}",
             code=6,
         )
 
 
-def read(
+def score_models(
     dense: Any,
     models: Mapping[str, Any],
     windows: list[Tensor],
     keep: int | None = None,
     watch: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, TextResult]:
-    """The scores of `compare`, and what routers chose meanwhile."""
+    """The scores of `compare`, with the routers' choices on the same tokens."""
     with contextlib.ExitStack() as stack:
-        seen = {
+        recorded = {
             label: stack.enter_context(routing.recorded(model)) for label, model in models.items()
         }
         scores = compare(dense, models, windows, keep=keep, watch=watch)
@@ -118,8 +114,8 @@ def read(
         label: TextResult(
             score,
             [
-                _counted(layer, torch.cat(parts), ids_T, _experts(models[label], layer))
-                for layer, parts in seen.get(label, {}).items()
+                _counted(layer, torch.cat(parts), ids_T, _num_experts(models[label], layer))
+                for layer, parts in recorded.get(label, {}).items()
             ],
         )
         for label, score in scores.items()
@@ -127,7 +123,7 @@ def read(
 
 
 def merged(parts: Sequence[Choices]) -> Choices:
-    """One layer's choices over several texts."""
+    """The choices of one layer over several texts."""
     of_token: dict[str, list[int]] = {}
     for part in parts:
         for token, count_E in part.of_token.items():
@@ -145,13 +141,13 @@ def _sum(rows: Sequence[Sequence[int]]) -> list[int]:
     return [sum(column) for column in zip(*rows, strict=True)]
 
 
-def _experts(model: Any, layer: int) -> int:
+def _num_experts(model: Any, layer: int) -> int:
     return routing.num_experts(routing.routers(model)[layer])
 
 
-def _counted(layer: int, index_TK: Tensor, ids_T: Tensor, experts: int) -> Choices:
+def _counted(layer: int, index_TK: Tensor, ids_T: Tensor, num_experts: int) -> Choices:
     index_TK = index_TK.long()
-    chosen_TE = torch.zeros(len(index_TK), experts).scatter_(1, index_TK, 1.0)
+    chosen_TE = torch.zeros(len(index_TK), num_experts).scatter_(1, index_TK, 1.0)
     of_token = {
         str(token): chosen_TE[ids_T == token].sum(0).int().tolist()
         for token, _ in Counter(ids_T.tolist()).most_common(FREQUENT)
@@ -160,6 +156,6 @@ def _counted(layer: int, index_TK: Tensor, ids_T: Tensor, experts: int) -> Choic
     return Choices(layer, len(index_TK), both_EE.diagonal().tolist(), both_EE.tolist(), of_token)
 
 
-def _reading(value: Mapping[str, Any]) -> TextResult:
+def _result(value: Mapping[str, Any]) -> TextResult:
     score = Score(**{name: tuple(sums) for name, sums in value["score"].items()})
     return TextResult(score, [Choices(**layer) for layer in value["choices"]])

@@ -1,8 +1,7 @@
-"""Where a model may break that perplexity on plain text does not show: conditions as windows."""
+"""Shifted text: where a model may break although its perplexity on plain text is good."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +11,14 @@ from torch import Tensor
 from moefy.text.packing import Tokens
 
 SHORT = 24
-"""Tokens of a prompt that is cut off."""
+"""Tokens of a truncated prompt."""
 
 LONG = 4
-"""A long context is so many times the length of the usual windows."""
+"""Length of a long context, in windows of the usual length."""
 
 MEANING = {
-    "in-domain": "calibration text that was held out: what the routers are made for",
-    "random tokens": "tokens drawn evenly from the vocabulary",
+    "in-domain": "held-out calibration text, for which the routers were fitted",
+    "random tokens": "tokens drawn uniformly from the vocabulary",
     "truncated prompts": f"{SHORT} tokens of text that start and end in the middle of a word",
     "long context": f"the last tokens of windows {LONG} times as long, or as long as the model "
     "takes; only these are scored",
@@ -28,7 +27,7 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Shift:
-    """Windows to read, of which only the last `keep` tokens are scored."""
+    """Windows of shifted text; only the last `keep` tokens of each are scored."""
 
     windows: list[Tensor]
     keep: int | None = None
@@ -37,7 +36,8 @@ class Shift:
 def reference(tokens: Tokens, num_tokens: int) -> list[Tensor]:
     """Calibration sequences that the routers were fitted on, about `num_tokens` in all.
 
-    Routing is held against that on these, so what the held-out ones drift is the noise.
+    Routing on other text is compared with routing on these; the drift of the held-out sequences is
+    the noise.
     """
     fitted_BT = tokens.ids_BT[: len(tokens.ids_BT) - tokens.num_heldout]
     return list(fitted_BT[: max(1, num_tokens // fitted_BT.shape[1])])
@@ -45,46 +45,45 @@ def reference(tokens: Tokens, num_tokens: int) -> list[Tensor]:
 
 def shifts(
     tokens: Tokens,
-    texts: Mapping[str, str],
+    text: str,
     tokenizer: Any,
     *,
     vocabulary: int,
     longest: int,
     num_tokens: int,
     length: int,
-    seed: int = 0,
 ) -> tuple[dict[str, Shift], dict[str, str]]:
-    """The conditions by name, and for those that cannot be made the reason.
+    """The shifts by name, and the reason for each one that is impossible.
 
-    `texts` are strings; `longest` is the longest context of the models.
+    `longest` is the longest context of the models, `length` that of the usual windows.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     count = max(1, num_tokens // length)
-    made = {"in-domain": Shift(list(tokens.ids_BT[-tokens.num_heldout :][:count]))}
     size = (count, min(length, longest))
-    random_WT = torch.randint(vocabulary, size, generator=generator)
-    made["random tokens"] = Shift(list(random_WT))
-    lacking: dict[str, str] = {}
-    cut = truncated("\n\n".join(texts.values()), tokenizer, count=count * 8, generator=generator)
-    if cut:
-        made["truncated prompts"] = Shift(cut)
+    result = {
+        "in-domain": Shift(list(tokens.ids_BT[-tokens.num_heldout :][:count])),
+        "random tokens": Shift(list(torch.randint(vocabulary, size, generator=generator))),
+    }
+    impossible: dict[str, str] = {}
+    if prompts := truncated(text, tokenizer, count=count * 8, generator=generator):
+        result["truncated prompts"] = Shift(prompts)
     else:
-        lacking["truncated prompts"] = "the texts are too short"
-    ids = tokenizer("\n\n".join(texts.values()), verbose=False)["input_ids"]
+        impossible["truncated prompts"] = "the texts are too short"
+    ids = tokenizer(text, verbose=False)["input_ids"]
     long = min(LONG * length, longest, len(ids))
     if long > length:
-        made["long context"] = Shift([torch.tensor(ids[:long])], min(length, long - length))
+        result["long context"] = Shift([torch.tensor(ids[:long])], min(length, long - length))
     else:
-        lacking["long context"] = (
-            f"texts of {len(ids):,} tokens and a model of {longest:,} give no context longer than "
-            f"the usual {length:,}"
+        impossible["long context"] = (
+            f"the texts have {len(ids):,} tokens and the model takes {longest:,}; expected both "
+            f"above the usual {length:,}"
         )
-    return made, lacking
+    return result, impossible
 
 
 def truncated(text: str, tokenizer: Any, *, count: int, generator: torch.Generator) -> list[Tensor]:
-    """Pieces of `text` that start and end anywhere, mostly within words, each `SHORT` tokens."""
-    span = 12 * SHORT  # characters: more than enough for so many tokens
+    """`count` pieces of `SHORT` tokens of `text`, most of which start and end within a word."""
+    span = 12 * SHORT  # characters: more than enough for SHORT tokens
     if len(text) < 2 * span:
         return []
     starts = torch.randint(1, len(text) - span, (count,), generator=generator).tolist()

@@ -1,13 +1,7 @@
-"""Tokens per second in transformers: dense against MoE, in turns, with what arithmetic allows.
-
-Every round runs every model on the same real text, prefill first and then decoding from the cache
-that it left, so that a machine that slows down slows all. The ratio to dense is taken within the
-round; medians over rounds are told, with the lowest and the highest.
-"""
+"""Tokens per second in transformers: prefill, then decoding from the cache that it left."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,13 +10,12 @@ import torch
 from torch import Tensor
 
 from moefy.compute import name_of
-from moefy.evaluate.implementations import PHASES, Clock, Grid, Work, fastest, fastest_round
+from moefy.evaluate.implementations import Clock, Work, Workload, fastest, fastest_round
+from moefy.evaluate.rounds import PHASES, Grid, cores, speed_rows, timed
 
 LONG = 15.0
-"""Seconds in all rounds, of all models: a piece of work that took as long gets no third round, for
-it is an average over much in itself."""
-
-Row = dict[str, Any]
+"""Seconds of all models in all rounds. A piece of work that took longer gets no third round: it
+averages over much already."""
 
 
 def measure(
@@ -36,46 +29,35 @@ def measure(
 ) -> dict[str, Any]:
     """Speed of `models`, the first of which is dense, on stretches of the text `ids_T`.
 
-    `models` are functions that open one in a dtype. Each runs in the one of `dtypes` that is
-    fastest for it, by phase and batch size.
+    `models` are functions that open a model in a dtype. Each model runs in the one of `dtypes` that
+    is fastest for it, by phase and batch size.
     """
     start, spent = time.perf_counter(), time.process_time()
-    opened = {
-        label: fastest(open_in, dtypes, ids_T, grid, clock) for label, open_in in models.items()
-    }
-    seconds: dict[tuple[str, int, int], dict[str, list[float]]] = {}
-    total = dict.fromkeys(grid.work, 0.0)
-    steps = schedule(grid.work, grid.rounds)
-    for done, (turn, (batch, context)) in enumerate(steps, 1):
-        if turn > 2 and total[batch, context] > LONG:
-            continue
-        for label, model in opened.items():
-            took = fastest_round(model, ids_T, batch, context, grid, turn, clock)
-            total[batch, context] += sum(took) if turn else 0.0
-            for phase, value in zip(PHASES, took, strict=True):
-                if turn:
-                    rows = seconds.setdefault((phase, batch, context), {})
-                    rows.setdefault(label, []).append(value)
-        watch(done, len(steps))
-    rows = []
-    for (phase, batch, context), took in seconds.items():
-        tokens = batch * (context if phase == "prefill" else grid.new_tokens)
-        for row in speed_rows(took, tokens):
-            model = opened[row["label"]]
-            dtype, way = model.dtypes[phase, batch], model.way((phase, batch))
-            found = {"phase": phase, "batch": batch, "context": context, **row}
-            rows.append(found | {"dtype": name_of(dtype), "way": way})
-    ways = {
-        label: {work: way for work in model.dtypes if (way := model.way(work))}
+    workload = Workload(ids_T, grid, clock)
+    opened = {label: fastest(open_in, dtypes, workload) for label, open_in in models.items()}
+
+    def run(label: str, work: tuple[int, int], turn: int) -> dict[tuple[str, int, int], float]:
+        seconds = fastest_round(opened[label], workload, *work, turn)
+        return {(phase, *work): value for phase, value in zip(PHASES, seconds, strict=True)}
+
+    seconds = timed([*opened], grid.work, grid.rounds, run, longest=LONG, watch=watch)
+    rows = speed_rows(seconds, grid.new_tokens)
+    for row in rows:
+        model, work = opened[row["label"]], (row["phase"], row["batch"])
+        row |= {"dtype": name_of(model.dtypes[work]), "way": model.implementation(work)}
+    implementations = {
+        label: {work: name for work in model.dtypes if (name := model.implementation(work))}
         for label, model in opened.items()
     }
     return {
-        "implementation": {label: _told(found) for label, found in ways.items() if found},
+        "implementation": {
+            label: _in_words(names) for label, names in implementations.items() if names
+        },
         "left_out": {label: model.left_out for label, model in opened.items() if model.left_out},
         "threads": torch.get_num_threads(),
         "cores": cores(start, spent),
         "dtype": {
-            label: _told({work: name_of(dtype) for work, dtype in model.dtypes.items()})
+            label: _in_words({work: name_of(dtype) for work, dtype in model.dtypes.items()})
             for label, model in opened.items()
         },
         "rounds": grid.rounds,
@@ -84,59 +66,19 @@ def measure(
     }
 
 
-def schedule(work: Sequence[Any], rounds: int) -> list[tuple[int, Any]]:
-    """What to do in which round; round 0 only warms up, by the first piece of work.
+def _in_words(names: Mapping[Work, str]) -> str:
+    """Implementations or dtypes in words: one name if all are the same.
 
-    >>> schedule(["short", "long"], 2)
-    [(0, 'short'), (1, 'short'), (1, 'long'), (2, 'short'), (2, 'long')]
-    """
-    return [(0, work[0]), *((turn, one) for turn in range(1, rounds + 1) for one in work)]
-
-
-def cores(start: float, spent: float) -> float:
-    """Processor seconds per second since `time.perf_counter()` and `process_time()` were these.
-
-    At least about one when nothing else runs; less where other programs took the processor away,
-    and then speeds say little.
-    """
-    return (time.process_time() - spent) / max(time.perf_counter() - start, 1e-9)
-
-
-def speed_rows(seconds: Mapping[str, Sequence[float]], tokens: int) -> list[Row]:
-    """One piece of work's rows by label, the first being dense, from seconds in each round."""
-    dense = next(iter(seconds.values()))
-    rows = []
-    for label, took in seconds.items():
-        speeds = [tokens / value for value in took]
-        ratios = [theirs / own for own, theirs in zip(took, dense, strict=True)]
-        rows.append(
-            {
-                "label": label,
-                "tokens_per_second": statistics.median(speeds),
-                "low": min(speeds),
-                "high": max(speeds),
-                "ratio": statistics.median(ratios),
-                "ratio_low": min(ratios),
-                "ratio_high": max(ratios),
-                "rounds": len(took),
-            }
-        )
-    return rows
-
-
-def _told(ways: Mapping[Work, str]) -> str:
-    """Ways or dtypes in words: one name if all are the same.
-
-    >>> _told({("prefill", 1): "eager", ("decode", 1): "grouped_mm", ("prefill", 8): "eager"})
+    >>> _in_words({("prefill", 1): "eager", ("decode", 1): "grouped_mm", ("prefill", 8): "eager"})
     'prefill eager; decode grouped_mm'
     """
-    if len(set(ways.values())) == 1:
-        return next(iter(ways.values()))
+    if len(set(names.values())) == 1:
+        return next(iter(names.values()))
     parts = []
     for phase in PHASES:
-        found = {batch: way for (of, batch), way in ways.items() if of == phase}
-        if len(set(found.values())) == 1:
-            parts.append(f"{phase} {next(iter(found.values()))}")
+        by_batch = {batch: name for (of, batch), name in names.items() if of == phase}
+        if len(set(by_batch.values())) == 1:
+            parts.append(f"{phase} {next(iter(by_batch.values()))}")
         else:
-            parts += [f"{phase} at batch {batch} {way}" for batch, way in found.items()]
+            parts += [f"{phase} at batch {batch} {name}" for batch, name in by_batch.items()]
     return "; ".join(parts)

@@ -23,8 +23,8 @@ from moefy.checkpoint.resolve import resolve
 from moefy.compute import name_of
 from moefy.config.finetune import Settings, build
 from moefy.environment import processor
+from moefy.evaluate.candidates import load_model
 from moefy.evaluate.dtypes import one_dtype
-from moefy.evaluate.load import load_model
 from moefy.evaluate.metrics import compare, standard_error
 from moefy.files.shards import stored_dtype
 from moefy.finetune.checkpoints import Checkpoints

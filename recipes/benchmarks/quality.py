@@ -29,8 +29,8 @@ from moefy.convert.run import calibration_tokens, convert
 from moefy.convert.session import Attempt
 from moefy.environment import processor
 from moefy.errors import MoefyError
+from moefy.evaluate.candidates import load_model
 from moefy.evaluate.dtypes import one_dtype
-from moefy.evaluate.load import load_model
 from moefy.evaluate.metrics import compare, standard_error
 from moefy.files.shards import stored_dtype
 from moefy.text.tokenizer import load_tokenizer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moefy.compute import name_of
-from moefy.evaluate.load import load_model
+from moefy.evaluate.candidates import load_model
 
 
 def remembered(

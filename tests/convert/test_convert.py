@@ -498,7 +498,7 @@ def test_an_evaluation_with_controls(family, recipe, pico, converted, text, tmp_
     report = evaluate(run, few([text], tokens=500, sequence_length=128, controls=True))
     assert report["not_run"] == []
     rows = report["texts"]["text"]
-    expected = {"static", "random router", "oracle router"} | AS_WRITTEN.keys()
+    expected = {"static", "random router", "oracle router", AS_WRITTEN}
     assert rows.keys() == {"dense", "converted"} | expected
     kinds = {label: told["kind"] for label, told in report["models"].items()}
     assert kinds == {"dense": "dense", "converted": "converted"} | dict.fromkeys(

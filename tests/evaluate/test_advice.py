@@ -11,9 +11,9 @@ from moefy.errors import MoefyError
 from moefy.evaluate import conditions, prompts
 from moefy.evaluate.advice import advice, needed_errors
 from moefy.evaluate.benchmarks import compared
-from moefy.evaluate.implementations import Grid, stretches
+from moefy.evaluate.rounds import Grid, label_rows, stretches
 from moefy.evaluate.sizes import ideals
-from moefy.evaluate.speed import measure, speed_rows
+from moefy.evaluate.speed import measure
 
 
 def speed_row(ratio, low, high, phase="decode", batch=1):
@@ -337,7 +337,7 @@ def test_only_what_takes_long_is_spared_the_third_round():
 
 def test_ratios_are_taken_within_rounds():
     """A machine that halves its speed in the second round changes no ratio."""
-    rows = speed_rows({"dense": [1.0, 2.0, 1.0], "moe": [0.5, 1.0, 0.5]}, tokens=10)
+    rows = label_rows({"dense": [1.0, 2.0, 1.0], "moe": [0.5, 1.0, 0.5]}, tokens=10)
     assert rows[1]["ratio"] == rows[1]["ratio_low"] == rows[1]["ratio_high"] == 2
     assert (rows[1]["low"], rows[1]["tokens_per_second"], rows[1]["high"]) == (10, 20, 20)
 

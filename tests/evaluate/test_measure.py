@@ -17,7 +17,7 @@ from moefy.errors import MoefyError
 from moefy.evaluate import cache, scoring, sizes
 from moefy.evaluate import measure as parts
 from moefy.evaluate.cache import Cache
-from moefy.evaluate.implementations import Grid
+from moefy.evaluate.rounds import Grid
 from moefy.evaluate.run import evaluate
 
 SMALL = Grid(((1, 16), (2, 16)), rounds=1, new_tokens=2)
@@ -85,10 +85,10 @@ def test_every_part_of_a_report(run, text, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("measured again")
 
-    for module, name in ((scoring, "read"), (parts, "sizes"), (parts, "peak_bytes")):
+    for module, name in ((scoring, "score_models"), (parts, "sizes"), (parts, "peak_bytes")):
         monkeypatch.setattr(module, name, never)
-    monkeypatch.setattr(parts.transformers_speed, "measure", never)
-    monkeypatch.setattr(parts.prompts, "written", never)
+    monkeypatch.setattr(parts.speed, "measure", never)
+    monkeypatch.setattr(parts.prompts, "continuation", never)
     monkeypatch.setattr(parts.prompts, "likelihood", never)
     again = evaluate(run, settings)
     timed = {"created": "", "seconds": {}}
@@ -113,7 +113,7 @@ def test_a_report_that_was_cut_short_goes_on(run, text, monkeypatch):
     assert not (run / "moefy" / "report.json").exists()
     kept = {file.name for file in (run / "moefy" / "measured").iterdir()}
     assert len(kept) == 2
-    monkeypatch.setattr(scoring, "read", stopped)
+    monkeypatch.setattr(scoring, "score_models", stopped)
     assert evaluate(run, scores(text))["not_run"] == []
     # A damaged measurement counts as none.
     for name in kept:
@@ -127,7 +127,7 @@ def test_other_code_measures_again(run, text, monkeypatch):
         raise RuntimeError("measured again")
 
     evaluate(run, scores(text))
-    monkeypatch.setattr(scoring, "read", never)
+    monkeypatch.setattr(scoring, "score_models", never)
     assert evaluate(run, scores(text))["not_run"] == []
     monkeypatch.setitem(cache.VERSIONS, "moefy", "of other sources")
     with pytest.raises(MoefyError, match="measured again"):
@@ -152,7 +152,7 @@ def test_a_part_that_fails_takes_no_other_with_it(run, text, monkeypatch):
     def broken(*_):
         raise RuntimeError("a fault\nof two lines")
 
-    monkeypatch.setattr(parts.prompts, "written", broken)
+    monkeypatch.setattr(parts.prompts, "continuation", broken)
     found = evaluate(run, scores(text))
     assert found["not_run"] == [
         {"what": "generation", "reason": "RuntimeError: a fault of two lines"}

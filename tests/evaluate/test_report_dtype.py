@@ -15,7 +15,7 @@ from moefy.config.report import Settings
 from moefy.errors import MoefyError
 from moefy.evaluate import candidates, controls, dtypes, scoring
 from moefy.evaluate.dtypes import dtypes_to_try, num_bytes, one_dtype
-from moefy.evaluate.implementations import Grid
+from moefy.evaluate.rounds import Grid
 from moefy.evaluate.run import evaluate
 from moefy.evaluate.sizes import sizes
 from moefy.files.shards import stored_dtype
@@ -106,7 +106,7 @@ def test_what_was_measured_in_another_dtype_is_measured_again(pair, text, machin
     def never(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(scoring, "read", never)
+    monkeypatch.setattr(scoring, "score_models", never)
     assert evaluate(pair[1], settings(pair, text))["texts"] == first["texts"]
     machine(native=False)  # by itself it comes to float32 now, which was measured
     assert evaluate(pair[1], settings(pair, text))["texts"] == other["texts"]

@@ -1,4 +1,4 @@
-"""Every way to compute experts that can compute a model is tried, and the others are named."""
+"""Every experts implementation that can compute a model is tried, and the others are named."""
 
 import json
 
@@ -8,13 +8,14 @@ from pico import PICO
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moefy.errors import MoefyError
-from moefy.evaluate import implementations as module
-from moefy.evaluate import sizes
-from moefy.evaluate.implementations import IMPLEMENTATIONS, Grid, implementations
+from moefy.evaluate import implementations, sizes
+from moefy.evaluate.implementations import IMPLEMENTATIONS, Workload, best_implementations
+from moefy.evaluate.rounds import Grid
 from moefy.evaluate.speed import measure
 
 SMALL = Grid(((1, 16), (2, 16)), rounds=1, new_tokens=2)
 IDS_T = torch.arange(200) % 128
+WORKLOAD = Workload(IDS_T, SMALL, lambda: 0.0)
 
 
 def mixture(width: int):
@@ -45,21 +46,21 @@ def test_a_model_that_no_way_computes_is_no_slow_model(monkeypatch):
     def broken(*_):
         raise RuntimeError("a fault\nof two lines")
 
-    monkeypatch.setattr(module, "one_round", broken)
+    monkeypatch.setattr(implementations, "one_round", broken)
     with pytest.raises(MoefyError, match="eager: RuntimeError: a fault of two lines") as caught:
-        implementations(mixture(16), IDS_T, SMALL, lambda: 0.0)
+        best_implementations(mixture(16), WORKLOAD)
     assert caught.value.code == 6
 
 
 def test_a_way_that_fails_at_more_sequences_is_left_out_there(monkeypatch):
-    def round_(model, ids_T, batch, context, grid, turn, used, clock):
+    def round_(model, workload, batch, context, turn, used):
         if batch == 2 and used["decode", 2] == "eager":
             raise RuntimeError("too many")
         return 1.0, {"eager": 1.0, "grouped_mm": 1.5, "batched_mm": 9.0}[used["decode", batch]]
 
-    monkeypatch.setattr(module, "one_round", round_)
-    result = implementations(mixture(16), IDS_T, SMALL, lambda: 0.0)
-    assert result.ways["decode", 1] == "eager" and result.ways["decode", 2] == "grouped_mm"
+    monkeypatch.setattr(implementations, "one_round", round_)
+    result = best_implementations(mixture(16), WORKLOAD)
+    assert result.best["decode", 1] == "eager" and result.best["decode", 2] == "grouped_mm"
     assert result.left_out == {"eager": "RuntimeError: too many"}
 
 
@@ -149,5 +150,5 @@ def test_a_dtype_in_which_a_model_cannot_be_computed_is_left_out():
     result = measure({"dense": opened}, IDS_T, SMALL, dtypes=dtypes, clock=lambda: clock[0])
     assert {row["dtype"] for row in result["rows"]} == {"float32"}
     assert "not implemented for Half" in result["left_out"]["dense"]["float16"]
-    with pytest.raises(MoefyError, match="no way to compute this model"):
+    with pytest.raises(MoefyError, match="no experts implementation can compute"):
         measure({"dense": opened}, IDS_T, SMALL, dtypes=dtypes[:1] * 2, clock=lambda: clock[0])

@@ -694,7 +694,7 @@ def test_every_command_reads_conversations_alike(chat_model, converted, tmp_path
     from moefy.config.report import Settings as ReportSettings
     from moefy.convert.calibration import calibration_tokens
     from moefy.convert.prepare import prepare
-    from moefy.evaluate import session
+    from moefy.evaluate.prepare import prepare as prepare_report
     from moefy.finetune import inputs
     from moefy.runs import folder as runs
 
@@ -718,7 +718,7 @@ def test_every_command_reads_conversations_alike(chat_model, converted, tmp_path
     def windows(file, **more):
         """What a report scores, and what it asks."""
         asked = ReportSettings(text=(file,), sequence_length=64, tokens=256, controls=False, **more)
-        prepared = session.prepare(run, runs.open_run(run), asked, tmp_path, lambda *_: None)
+        prepared = prepare_report(run, runs.open_run(run), asked, tmp_path, lambda *_: None)
         return [ids_T.tolist() for ids_T in prepared.windows[file.stem]], prepared.prompts
 
     scores = [windows(file)[0] for file in files]

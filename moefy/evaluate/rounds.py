@@ -1,0 +1,134 @@
+"""Timed rounds: models take turns on the same text, and ratios to dense are taken within a round.
+
+A machine that slows down slows all models of a round. Medians over rounds are reported, with the
+lowest and the highest.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PHASES: tuple[str, ...] = ("prefill", "decode")
+
+Seconds = dict[tuple[str, int, int], dict[str, list[float]]]
+"""Seconds in each round, by phase, batch size and context length, and by label."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The batch sizes and context lengths that speed is measured at."""
+
+    work: tuple[tuple[int, int], ...]
+    """Pairs of a batch size and a context length."""
+    rounds: int = 3
+    """At most; slow pairs get fewer, see `speed.LONG`."""
+    new_tokens: int = 8
+
+    @property
+    def batches(self) -> list[int]:
+        """The batch sizes in ascending order."""
+        return sorted({batch for batch, _ in self.work})
+
+
+GRIDS = {
+    "quick": Grid(((1, 128),), rounds=3),
+    "usual": Grid(((1, 128), (1, 512), (8, 128), (32, 128)), rounds=3),
+    "full": Grid(
+        ((1, 128), (1, 512), (1, 1536), (8, 128), (8, 512), (32, 128), (32, 512)),
+        rounds=5,
+        new_tokens=16,
+    ),
+}
+"""By the effort of a report."""
+
+
+def schedule(work: Sequence[Any], rounds: int) -> list[tuple[int, Any]]:
+    """Pairs of a round and a piece of work; round 0 only warms up, with the first piece.
+
+    >>> schedule(["short", "long"], 2)
+    [(0, 'short'), (1, 'short'), (1, 'long'), (2, 'short'), (2, 'long')]
+    """
+    return [(0, work[0]), *((turn, one) for turn in range(1, rounds + 1) for one in work)]
+
+
+def stretches(ids_T: Tensor, batch: int, length: int, turn: int) -> Tensor:
+    """`batch` stretches of the text, evenly spread and different in every round, (B, T)."""
+    room = max(len(ids_T), 1)
+    starts = [(turn * 101 + number * room // batch) % room for number in range(batch)]
+    around_T = ids_T.repeat(1 + (length + room - 1) // room)
+    return torch.stack([around_T[at : at + length] for at in starts])
+
+
+def cores(start: float, spent: float) -> float:
+    """Processor seconds per second since `time.perf_counter()` and `process_time()` were these.
+
+    About one or more on a quiet machine. Less means that other programs took the processor away,
+    and that the speeds are unreliable.
+    """
+    return (time.process_time() - spent) / max(time.perf_counter() - start, 1e-9)
+
+
+def timed(
+    labels: Sequence[str],
+    work: Sequence[Any],
+    rounds: int,
+    run: Callable[[str, Any, int], Mapping[tuple[str, int, int], float]],
+    *,
+    longest: float = float("inf"),
+    watch: Callable[[int, int], None],
+) -> Seconds:
+    """Seconds of all models in turn; `run` takes a label, a piece of work and the round.
+
+    A piece of work that took more than `longest` seconds in two rounds gets no third one.
+    """
+    seconds: Seconds = {}
+    total = dict.fromkeys(work, 0.0)
+    steps = schedule(work, rounds)
+    for done, (turn, piece) in enumerate(steps, 1):
+        if turn > 2 and total[piece] > longest:
+            continue
+        for label in labels:
+            for key, value in run(label, piece, turn).items():
+                if turn:
+                    total[piece] += value
+                    seconds.setdefault(key, {}).setdefault(label, []).append(value)
+        watch(done, len(steps))
+    return seconds
+
+
+def speed_rows(seconds: Seconds, new_tokens: int) -> list[dict[str, Any]]:
+    """Tokens per second and the ratio to dense; the first label of each entry is dense."""
+    return [
+        {"phase": phase, "batch": batch, "context": context, **row}
+        for (phase, batch, context), by_label in seconds.items()
+        for row in label_rows(by_label, batch * (context if phase == "prefill" else new_tokens))
+    ]
+
+
+def label_rows(seconds: Mapping[str, Sequence[float]], tokens: int) -> list[dict[str, Any]]:
+    """One row for each label from the seconds that `tokens` took in each round."""
+    dense = next(iter(seconds.values()))
+    rows = []
+    for label, own in seconds.items():
+        speeds = [tokens / value for value in own]
+        ratios = [theirs / value for value, theirs in zip(own, dense, strict=True)]
+        rows.append(
+            {
+                "label": label,
+                "tokens_per_second": statistics.median(speeds),
+                "low": min(speeds),
+                "high": max(speeds),
+                "ratio": statistics.median(ratios),
+                "ratio_low": min(ratios),
+                "ratio_high": max(ratios),
+                "rounds": len(own),
+            }
+        )
+    return rows
