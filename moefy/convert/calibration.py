@@ -9,15 +9,12 @@ from torch import Tensor
 
 from moefy.checkpoint.validate import beside
 from moefy.convert.gradients import ffn_gradients
-from moefy.convert.memory import ADVICE, available, require, writing
-from moefy.convert.prepare import Job, Watch
+from moefy.convert.memory import ADVICE, require, writing
+from moefy.convert.prepare import SELF, Job, Watch
 from moefy.models.opening import open_model
 from moefy.text import packing
 from moefy.text.self_text import sample
 from moefy.text.tokenizer import load_tokenizer, vocabulary_notes
-
-SELF = "self"
-"""The `--calibration` that asks for text of the model itself."""
 
 TOKENIZER = ("tokenizer", "vocab")
 """How the name of a file begins that a tokenizer is read from."""
@@ -38,7 +35,7 @@ def calibration_tokens(job: Job, watch: Watch, *, memory: int | None = None) -> 
     size = job.size("vocab_size")
     shape = {"num_tokens": recipe.tokens, "length": recipe.sequence_length, "seed": recipe.seed}
     if recipe.calibration == SELF:
-        return _self_written(job, watch, min(memory or available(), available()))
+        return _self_written(job, watch, memory)
     if recipe.text_field == packing.IDS:
         return packing.load_ids(recipe.calibration, vocab_size=size, **shape)
     tokenizer = load_tokenizer(folder)
@@ -54,12 +51,12 @@ def calibration_tokens(job: Job, watch: Watch, *, memory: int | None = None) -> 
     return dataclasses.replace(tokens, notes=(*notes, *tokens.notes))
 
 
-def _self_written(job: Job, watch: Watch, memory: int) -> packing.Tokens:
+def _self_written(job: Job, watch: Watch, memory: int | None) -> packing.Tokens:
     """Text that the model writes itself, for which it needs no tokenizer."""
     recipe, folder = job.recipe, job.checkpoint.folder
     way = writing(job, memory)
     require(way.num_bytes, "a model that writes its own calibration text", ADVICE["calibration"])
-    notes = [f"calibration text: {way.compute.note}"] if way.compute.note else []
+    notes = way.notes
     tokenizer = None
     if any(file.name.startswith(TOKENIZER) for file in beside(folder)):
         tokenizer = load_tokenizer(folder)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from moefy.convert import write
-from moefy.convert.memory import fit, state_bytes
-from moefy.convert.prepare import Job
+from moefy.convert.memory import fit, state_bytes, writing
+from moefy.convert.prepare import SELF, Job
+from moefy.convert.profile import SAMPLE
 from moefy.files.shards import DTYPES
 
 OVERHEAD = 1.05
@@ -34,6 +35,9 @@ def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
     """
     slots = write.slots(job)
     plan = fit(job, slots, memory)
+    notes = [*job.notes, *([plan.refusal] if plan.refusal else [])]
+    if job.recipe.calibration == SELF:
+        notes += writing(job, memory).notes
     dense = sum(entry.num_elements for entry in job.checkpoint.entries.values())
     total = sum(slot.num_bytes // DTYPES[slot.dtype].itemsize for slot in slots.values())
     hidden, shape = job.size("hidden_size"), job.shape
@@ -65,7 +69,7 @@ def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
         "memory_stage": plan.stage,
         "file_bytes": plan.file_bytes,
         "seconds": round(_seconds(job), 1),
-        "notes": [*job.notes, *([plan.refusal] if plan.refusal else [])],
+        "notes": notes,
     }
 
 
@@ -98,7 +102,7 @@ def operations(job: Job) -> dict[str, dict[str, float]]:
     others = {name: e for name, e in job.checkpoint.entries.items() if name.startswith(prefix)}
     weights = sum(entry.num_elements for name, entry in others.items() if name not in ffn)
     once, gram = 2.0 * tokens * neurons * hidden, 2.0 * tokens * hidden * hidden
-    sample = min(tokens, 8192)
+    sample = min(tokens, SAMPLE)
     found: dict[str, dict[str, float]] = {
         "attention": {
             "product": 2.0 * sides * tokens * (weights + recipe.sequence_length * hidden)

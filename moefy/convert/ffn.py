@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.convert.profile import CHUNK, Inputs, chunks, observe
+from moefy.convert.profile import CHUNK, SAMPLE, Inputs, chunks, observe
 from moefy.convert.refit import Refit, refit, refit_experts
 from moefy.convert.routed import RoutedFFN, energies_of, top_mask, unfold, unrouted
 from moefy.errors import MoefyError
@@ -33,6 +33,8 @@ class Method:
     """Share of the drift of the residual stream that the refit makes good."""
     gradient: bool = False
     """Whether `split` needs the gradient of the dense model's loss."""
+    sample: int | None = SAMPLE
+    """Fitting tokens of which `split` holds a value of every neuron at a time; None: all."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from moefy.checkpoint.reload import fitting_layers
 from moefy.compute import ComputeDtype, compute_dtype
-from moefy.convert.prepare import Job
+from moefy.convert.prepare import SELF, Job
 from moefy.convert.profile import CHUNK
 from moefy.convert.routed import GAINS
 from moefy.errors import MoefyError
@@ -69,6 +69,11 @@ class Writing:
     """Documents at a time."""
     num_bytes: int
     """What that takes."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What to say of its dtype."""
+        return [f"calibration text: {self.compute.note}"] if self.compute.note else []
 
 
 @dataclass(frozen=True)
@@ -222,10 +227,10 @@ def _layer(job: Job) -> dict[str, int]:
     stored = {"attention": ffn + _attention(job)}
     # A gate's products, their activations, and the up's; with what the chunk before has left.
     stored["profile"] = ffn + 4 * chunk
-    sample = int(recipe.partition_options.get("sample", 8192))
-    energies = 4 * neurons * (min(fitted, sample) + min(held_out, sample // 4))
-    if recipe.partition in ("coactivation", "expertweaver"):
+    if (sample := job.method.sample) is None:
         energies = 4 * neurons * fitted
+    else:
+        energies = 4 * neurons * (min(fitted, sample) + min(held_out, sample // 4))
     routed = neurons - shape.num_shared
     # The scorer's Gram matrix in float32 and float64, its factor, and a copy to solve with.
     solve = 28 * hidden * hidden
@@ -257,13 +262,13 @@ def _attention(job: Job) -> int:
 
 
 def writing(job: Job, most: int | None = None) -> Writing:
-    """How the dense model is to write its own text where there are `most` bytes: in a dtype that
-    the machine has, and as many documents at a time as fit.
+    """How the dense model is to write its own text in `most` bytes, or in what there is: in a dtype
+    that the machine has, and as many documents at a time as fit.
 
     Raises:
         MoefyError: code 5 where a dtype that was asked for does not fit.
     """
-    room = (most or available()) - base_bytes(job.checkpoint.folder)
+    room = min(most or available(), available()) - base_bytes(job.checkpoint.folder)
     sizes = writer(job.checkpoint.entries.values(), job.dense.config, job.num_layers)
     compute = compute_dtype(
         job.recipe.compute_dtype,
@@ -281,7 +286,7 @@ def _whole(job: Job, most: int | None) -> dict[str, int]:
     """What stages hold for which the dense model must be in memory whole."""
     entries, recipe = job.checkpoint.entries.values(), job.recipe
     stages = {}
-    if recipe.calibration == "self":
+    if recipe.calibration == SELF:
         stages["calibration"] = writing(job, most).num_bytes
     if job.method.gradient:
         hidden, length = job.size("hidden_size"), recipe.sequence_length

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from moefy.config.options import nearest
 from moefy.config.recipe import Recipe
 from moefy.convert.ffn import Method
+from moefy.convert.profile import SAMPLE
 from moefy.errors import MoefyError
 from moefy.types import Range
 
@@ -26,10 +27,11 @@ def stages(recipe: Recipe, *, control: bool = False) -> Method:
     """
     partition = _module("partition", recipe.partition, "--partition")
     router = _module("router", recipe.router, "--router")
-    if recipe.overlap > 1 and recipe.partition not in ("alternating", "static"):
+    routed = getattr(partition, "ROUTED", True)
+    if recipe.overlap > 1 and routed and not getattr(partition, "OVERLAPS", False):
         raise MoefyError(
             f"--overlap {recipe.overlap:g} with --partition {recipe.partition}, whose experts do "
-            "not overlap; expected alternating",
+            f"not overlap; expected {Recipe.partition}",
             code=2,
         )
     if not control and not getattr(router, "WRITABLE", True):
@@ -39,15 +41,16 @@ def stages(recipe: Recipe, *, control: bool = False) -> Method:
             code=2,
         )
     only = getattr(router, "PARTITION", recipe.partition)
-    if recipe.partition not in (only, "static"):
+    if routed and recipe.partition != only:
         raise MoefyError(
             f"--router {recipe.router} with --partition {recipe.partition}: its experts are not "
             f"made for the router's clusters; expected --partition {only}",
             code=2,
         )
+    whole = getattr(partition, "WHOLE", False)
     split = _bound(f"--partition {recipe.partition}", partition.split, recipe.partition_options)
     fit = _bound(f"--router {recipe.router}", router.fit, recipe.router_options)
-    routed, refine = recipe.partition != "static", None
+    refine = None
     if routed and recipe.refit and hasattr(router, "refine"):
         refine = _bound(f"--router {recipe.router}", router.refine, recipe.router_options)
     return Method(
@@ -56,7 +59,8 @@ def stages(recipe: Recipe, *, control: bool = False) -> Method:
         recipe.refit,
         refine,
         recipe.drift if recipe.refit else 0.0,
-        getattr(partition, "GRADIENT", False),
+        gradient=getattr(partition, "GRADIENT", False),
+        sample=None if whole else int(recipe.partition_options.get("sample", SAMPLE)),
     )
 
 

@@ -28,8 +28,23 @@ from moefy.models.targets.dense import narrower
 from moefy.models.targets.target import Dense, Target
 from moefy.types import Shape
 
+AUTO = "auto"
+"""What `--layers` says to keep those dense that would lose most."""
+
+SELF = "self"
+"""What `--calibration` says to have the model write the text."""
+
 Watch = Callable[[str, int, int], None]
 """Called with the name of a stage, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dense checkpoint that has been checked, whatever is made of it."""
+
+    checkpoint: Checkpoint
+    family: Family
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -37,8 +52,7 @@ class Job:
     """A conversion whose every question has been answered, before a weight is read."""
 
     recipe: Recipe
-    checkpoint: Checkpoint
-    family: Family
+    source: Source
     dense: Dense
     target: Target
     reason: str
@@ -47,6 +61,16 @@ class Job:
     layers: list[int]
     method: Method
     notes: tuple[str, ...]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The dense checkpoint."""
+        return self.source.checkpoint
+
+    @property
+    def family(self) -> Family:
+        """The family of the dense checkpoint."""
+        return self.source.family
 
     def size(self, key: str) -> int:
         """A whole number of the dense configuration, which validation has checked."""
@@ -90,10 +114,11 @@ class Job:
         return torch.device(name)
 
 
-def prepare(recipe: Recipe, *, control: bool = False) -> Job:
+def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = None) -> Job:
     """Answer from headers and configuration alone whether and how `recipe` can be run.
 
-    `control` admits routers that evaluation uses and that cannot be written.
+    `control` admits routers that evaluation uses and that cannot be written. `source` is the
+    recipe's model, where another job has read it.
 
     Raises:
         MoefyError: code 2 for options that cannot be, 3 for a broken and 4 for an unsupported
@@ -101,14 +126,11 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     """
     method = stages(recipe, control=control)
     check_device(recipe.device)
-    folder = resolve(recipe.model, revision=recipe.revision)
-    checkpoint = open_checkpoint(folder, ignore_index=recipe.ignore_index)
-    beside(folder)
-    family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
-    checkpoint, notes = check_tensors(checkpoint, family)
+    source = source or read_source(recipe)
+    checkpoint, family, notes = source.checkpoint, source.family, list(source.notes)
     num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
-    # "auto" is settled from weights (see `budget`); until then it stands for all.
-    layers = chosen_layers(":" if recipe.layers == "auto" else recipe.layers, num_layers)
+    # "auto" is settled from weights (see `sensitivity`); until then it stands for all.
+    layers = chosen_layers(":" if recipe.layers == AUTO else recipe.layers, num_layers)
     dense = describe(checkpoint, family, layers)
     if method.fit is None:
         target, reason = narrower(family), "the dense class itself, for it routes nothing"
@@ -129,29 +151,43 @@ def prepare(recipe: Recipe, *, control: bool = False) -> Job:
     if method.fit is None and (len(layers) < num_layers or family.beside):
         left = family.beside or f"all but --layers {recipe.layers}"
         raise MoefyError(
-            f"--partition static: a dense class has one FFN width, and {left} would stay as wide "
-            "as before; expected another partition",
+            f"--partition {recipe.partition}: a dense class has one FFN width, and {left} would "
+            "stay as wide as before; expected another partition",
             code=2,
         )
-    if recipe.layers == "auto":
+    if recipe.layers == AUTO:
         notes += ("which layers stay dense is measured first; until then all count as converted",)
     if method.fit is None:
         shape = pruned(shape)
     else:
         notes += serving_notes(target, dense, shape)
-    job = Job(recipe, checkpoint, family, dense, target, reason, shape, layers, method, ())
+    job = Job(recipe, source, dense, target, reason, shape, layers, method, ())
     if recipe.dtype == "as-stored":
         notes += _dtype_notes(checkpoint, str(job.dtype).removeprefix("torch."))
     return dataclasses.replace(job, notes=tuple(notes))
+
+
+def read_source(recipe: Recipe) -> Source:
+    """The model that a recipe names, its headers and configuration checked.
+
+    Raises:
+        MoefyError: code 3 for a broken and 4 for an unsupported checkpoint.
+    """
+    folder = resolve(recipe.model, revision=recipe.revision)
+    checkpoint = open_checkpoint(folder, ignore_index=recipe.ignore_index)
+    beside(folder)
+    family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
+    checkpoint, notes = check_tensors(checkpoint, family)
+    return Source(checkpoint, family, tuple(notes))
 
 
 def _check_writes(recipe: Recipe, method: Method, family: Family) -> None:
     """Refuse what takes a model that predicts the next token, where `family` has none."""
     if "ForCausalLM" in family.tasks:
         return
-    if recipe.calibration == "self":
+    if recipe.calibration == SELF:
         lacks, do = "cannot write its own calibration text", "give one: --calibration FILE"
-    elif recipe.layers == "auto":
+    elif recipe.layers == AUTO:
         lacks, do = "has no next-token loss to weigh layers by", "name them: --layers 4:"
     elif method.gradient:
         lacks, do = "has no next-token loss to take gradients of", "use another --partition"

@@ -15,6 +15,9 @@ from moefy.types import FFN, Profile
 CHUNK = 2048
 """Tokens whose activations are in memory at a time."""
 
+SAMPLE = 8192
+"""Fitting tokens that a split looks at, where it does not need all."""
+
 
 @dataclass(frozen=True)
 class Inputs:

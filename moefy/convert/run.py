@@ -17,12 +17,12 @@ from moefy.checkpoint.check_values import Scan, scan
 from moefy.checkpoint.reload import fitting_layers, reopen
 from moefy.config.recipe import num_bytes
 from moefy.convert import sensitivity, write
-from moefy.convert.calibration import SELF, calibration_tokens, gradients
+from moefy.convert.calibration import calibration_tokens, gradients
 from moefy.convert.coverage import gaps
 from moefy.convert.layers import convert_layers, shared
 from moefy.convert.memory import Plan, fit, state_bytes
 from moefy.convert.oracle import attach
-from moefy.convert.prepare import Job, Watch
+from moefy.convert.prepare import AUTO, SELF, Job, Watch
 from moefy.convert.session import Attempt, Session
 from moefy.convert.summary import END, summarise, write_report
 from moefy.distributed import Group
@@ -188,9 +188,11 @@ def _machine(job: Job, group: Group) -> dict[str, Any]:
 
 def _facts(job: Job, group: Group) -> dict[str, Any]:
     """What decides the bytes of the result, beside the model's files and the calibration tokens."""
+    # By its own name, for a rerun may name the device that `auto` chose.
+    recipe = dataclasses.replace(job.recipe, device=str(job.device))
     return {
         "moefy": environment.code(),
-        "recipe": dataclasses.asdict(job.recipe),
+        "recipe": dataclasses.asdict(recipe),
         "shape": dataclasses.asdict(job.shape),
         "versions": environment.versions(),
         "machine": _machine(job, group),
@@ -214,7 +216,7 @@ def _tokens(session: Session) -> packing.Tokens:
 def _sensitivities(session: Session, tokens: packing.Tokens) -> list[float]:
     """What leaving a layer dense would save, of every layer, where the recipe leaves it to that;
     it is kept."""
-    if session.job.recipe.layers != sensitivity.AUTO:
+    if session.job.recipe.layers != AUTO:
         return []
     with session.clock.stage("sensitivity"):
         loss_L = session.state.load("sensitivities")

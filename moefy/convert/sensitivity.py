@@ -18,9 +18,6 @@ from moefy.errors import MoefyError
 from moefy.models.shape import fine, pruned
 from moefy.text.packing import Tokens
 
-AUTO = "auto"
-"""What `--layers` says to have this module choose."""
-
 PIECE = 128
 """Tokens of a piece of a sequence: with short ones, few tokens are of many documents."""
 
@@ -56,7 +53,8 @@ def settle(job: Job, loss_L: list[float]) -> Job:
         # The class that can leave these layers dense may be another, which lacks the small experts.
         for wanted in (_refined(recipe, job), recipe):
             try:
-                return prepare(wanted, control=True)  # the router was admitted with `job`
+                # The router was admitted with `job`.
+                return prepare(wanted, control=True, source=job.source)
             except MoefyError:
                 if num_dense == 0 and wanted is recipe:
                     raise

@@ -97,12 +97,13 @@ def control_jobs(recipe: Recipe, others: Mapping[str, Recipe]) -> dict[str, Job]
     """The conversions by other recipes, with as many active neurons as the one by `recipe`."""
     if not others:
         return {}
-    shape = _as_active(prepare(recipe, control=True))
+    run = prepare(recipe, control=True)
+    shape = _as_active(run)
     jobs = {}
     for name, other in others.items():
         if other.partition == "static":
             other = dataclasses.replace(other, active=shape.active_fraction)
-        job = prepare(other, control=True)
+        job = prepare(other, control=True, source=run.source)
         jobs[name] = job if job.method.fit else dataclasses.replace(job, shape=shape)
     return jobs
 

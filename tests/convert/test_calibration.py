@@ -12,6 +12,7 @@ from moefy.config.recipe import build, read
 from moefy.config.report import Settings
 from moefy.convert import memory
 from moefy.convert.calibration import NO_TOKENIZER, calibration_tokens
+from moefy.convert.estimate import estimate
 from moefy.convert.prepare import prepare
 from moefy.convert.run import convert
 from moefy.errors import MoefyError
@@ -96,6 +97,14 @@ def test_a_dtype_that_the_machine_lacks_is_not_written_in(
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
+def test_a_plan_names_the_dtype_of_text_that_the_model_writes(
+    stored_in_16_bits, slow_in_16_bits, text
+):
+    job, given = a_job(stored_in_16_bits), a_job(stored_in_16_bits, calibration=str(text))
+    assert memory.writing(job).notes[0] in estimate(job)["notes"]
+    assert not any("calibration text" in note for note in estimate(given)["notes"])
+
+
 def test_a_dtype_that_the_machine_has_is_written_in_without_a_word(
     stored_in_16_bits, quick_in_16_bits
 ):
@@ -119,7 +128,9 @@ def test_text_of_the_user_is_computed_in_none(pico, text, tmp_path):
 
 
 def test_an_unknown_dtype_is_refused(pico):
-    with pytest.raises(MoefyError, match="--compute-dtype 'float23': .*did you mean float32") as e:
+    with pytest.raises(
+        MoefyError, match="--compute-dtype is 'float23'; .*did you mean float32"
+    ) as e:
         a_job(pico("llama"), compute_dtype="float23")
     assert e.value.code == 2
 
@@ -130,7 +141,7 @@ def test_what_memory_there_is_decides_the_dtype_and_how_many_write_at_a_time(
     job = a_job(stored_in_16_bits)
     whole = memory.writing(job)
     assert (whole.compute.name, whole.batch_size) == ("float32", BATCHES[0])
-    base = memory._base(job)
+    base = memory.base_bytes(job.checkpoint.folder)
     half = memory.writing(job, base + whole.num_bytes // 2)
     assert half.compute.name == "float32" and half.batch_size < BATCHES[0]
     assert half.num_bytes <= whole.num_bytes // 2

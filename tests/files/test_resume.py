@@ -366,6 +366,15 @@ def test_a_state_of_another_run(name, stopped, a_job, out, tmp_path):
     assert_same(out, tmp_path / "again")  # nothing of the other run is in it
 
 
+def test_a_rerun_may_name_the_device_that_was_chosen(stopped, a_job, out, whole):
+    """The recipe names it then, and so does a digest of that file; all else is as it was."""
+    assert a_job().recipe.device == "auto"
+    seen = stages_of(a_job(device="cpu"), out)
+    assert [now for now in seen if now.startswith("layer ")] == []
+    weights = [folder / "model.safetensors" for folder in (out, whole)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def test_the_same_run_goes_on_with_force_and_starts_over_by_restart(stopped, a_job, out, whole):
     kept = shutil.copytree(stopped.parent, out.parent.parent / "kept")
     seen = stages_of(a_job(), out, force=True)

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from moefy.convert.assign import assign_balanced
 from moefy.convert.cluster import gathered
-from moefy.convert.profile import CHUNK, activations
+from moefy.convert.profile import CHUNK, SAMPLE, activations
 from moefy.convert.ridge import scorer
 from moefy.convert.routed import membership, top_mask
 from moefy.errors import MoefyError
 from moefy.types import FFN, Partition, Profile, Range, Shape
+
+OVERLAPS = True
+"""A neuron may stand in several of its experts."""
 
 SKETCH = 128
 """Random directions that a neuron's profile over the tokens is projected on before k-means."""
@@ -28,7 +31,7 @@ def split(
     generator: torch.Generator,
     rounds: Annotated[int, Range(0)] = 4,
     routed_rounds: Annotated[int, Range(0)] = 4,
-    sample: Annotated[int, Range(64)] = 8192,
+    sample: Annotated[int, Range(64)] = SAMPLE,
 ) -> Partition:
     """Alternate between routing tokens to experts and neurons to experts.
 

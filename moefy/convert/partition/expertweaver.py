@@ -10,6 +10,9 @@ from torch import Tensor
 from moefy.convert.cluster import balanced_kmeans, gathered, ranked
 from moefy.types import FFN, Partition, Profile, Range, Shape
 
+WHOLE = True
+"""It holds the activations of every neuron on every fitting token."""
+
 
 def split(
     ffn: FFN,

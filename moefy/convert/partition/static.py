@@ -10,6 +10,9 @@ from torch import Tensor
 from moefy.convert.profile import CHUNK, activations
 from moefy.types import FFN, Partition, Profile, Shape
 
+ROUTED = False
+"""It makes no experts: the result is a dense class."""
+
 
 def split(
     ffn: FFN,
