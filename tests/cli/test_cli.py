@@ -24,7 +24,6 @@ from moefy import __version__, cli
 from moefy.models import families
 
 FEW = ["--tokens", "512", "--sequence-length", "64"]
-README = Path(__file__).parents[2] / "README.md"
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -277,20 +276,6 @@ def test_the_help_names_every_method_that_can_be_written(option, moefy, monkeypa
     names = {m.__name__.split(".")[-1] for m in modules if getattr(m, "WRITABLE", True)}
     (listed,) = re.findall(r"One of (.*?)\.", line)
     assert set(listed.split(", ")) == names
-
-
-def test_the_help_in_the_readme_is_the_real_one(moefy, monkeypatch):
-    blocks = re.findall(r"^```\w*\n(.*?)^```", README.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    shown = [block for block in blocks if block.lstrip().startswith("Usage: moefy convert")]
-    if not shown:
-        pytest.skip("README.md shows no help")
-    (block,) = shown
-    monkeypatch.setenv("COLUMNS", str(max(map(len, block.splitlines()))))
-
-    def lines(text: str) -> list[str]:
-        return [line.strip() for line in text.splitlines() if line.strip()]
-
-    assert lines(block) == lines(moefy("convert", "--help").out)
 
 
 FORMER = {
