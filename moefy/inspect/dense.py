@@ -11,7 +11,7 @@ from moefy.checkpoint.tensors import Checkpoint
 from moefy.checkpoint.validate import open_checkpoint
 from moefy.errors import MoefyError
 from moefy.inspect import MISREAD, Config, Entries, head_dim, misread
-from moefy.inspect.catalogue import shared_expert
+from moefy.inspect.catalogue import SHARED
 from moefy.inspect.settled import as_dense
 from moefy.models import families, targets
 from moefy.models.engines import ENGINES, NO_SHAPE, engine_issues, known_engines
@@ -84,7 +84,7 @@ def _held(
         "stock": target.model_type != targets.OWN,
         "holds": reason is None,
         "reason": reason,
-        "shared": shared_expert(target),
+        "shared": SHARED[target.fits],
         "elastic": target.elastic,
         "engines": [engine for engine in known if engine not in issues],
         "engine_issues": issues,

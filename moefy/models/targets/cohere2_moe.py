@@ -17,7 +17,6 @@ from moefy.models.targets.target import (
     Tensors,
     copied,
     expert_tensors,
-    mismatch,
     shared_tensors,
 )
 from moefy.types import Shape
@@ -67,7 +66,9 @@ TARGET = Target(
     tensors,
     shared_multiple,
     elastic=True,
-    why_unsupported=lambda dense: mismatch(dense, biases="qkvo", windows="any", dense_layers="any"),
+    attention_biases="qkvo",
+    windows="any",
+    dense_layers="any",
     biases=lambda dense: "qkvo" if dense.biases else "",
     ties=True,
 )

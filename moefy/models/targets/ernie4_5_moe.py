@@ -16,7 +16,6 @@ from moefy.models.targets.target import (
     Tensors,
     copied,
     expert_tensors,
-    mismatch,
     shared_tensors,
 )
 from moefy.types import Shape
@@ -62,14 +61,6 @@ def tensors(split: Split) -> Tensors:
     }
 
 
-def why_unsupported(dense: Dense) -> str | None:
-    """Dense layers between converted ones."""
-    converted = [n for n in range(dense.num_layers) if n not in dense.left_dense]
-    if converted != list(range(converted[0], converted[-1] + 1)):
-        return "it can leave the first and the last of its layers dense, none between"
-    return mismatch(dense, dense_layers="any")
-
-
 TARGET = Target(
     "ernie4_5_moe",
     configure,
@@ -77,6 +68,6 @@ TARGET = Target(
     shared_multiple,
     elastic=False,
     selection_bias=True,
-    why_unsupported=why_unsupported,
+    dense_layers="first and last",
     ties=True,
 )

@@ -16,7 +16,6 @@ from moefy.models.targets.target import (
     Tensors,
     copied,
     expert_tensors,
-    mismatch,
 )
 from moefy.types import Shape
 
@@ -52,5 +51,6 @@ TARGET = Target(
     tensors,
     no_shared,
     elastic=True,
-    why_unsupported=lambda dense: mismatch(dense, biases="qkvo", wide_heads=False),
+    attention_biases="qkvo",
+    wide_heads=False,
 )

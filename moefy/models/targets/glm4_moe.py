@@ -16,7 +16,6 @@ from moefy.models.targets.target import (
     Tensors,
     copied,
     expert_tensors,
-    mismatch,
     shared_tensors,
 )
 from moefy.types import Shape
@@ -60,11 +59,6 @@ def tensors(split: Split) -> Tensors:
     }
 
 
-def why_unsupported(dense: Dense) -> str | None:
-    """Sliding windows, a bias at the attention's output, dense layers behind converted ones."""
-    return mismatch(dense, biases="qkv", rotary_share=True, dense_layers="first")
-
-
 TARGET = Target(
     "glm4_moe",
     configure,
@@ -72,6 +66,8 @@ TARGET = Target(
     shared_multiple,
     elastic=True,
     selection_bias=True,
-    why_unsupported=why_unsupported,
+    attention_biases="qkv",
+    partial_rotary=True,
+    dense_layers="first",
     biases=lambda dense: "qkv" if dense.biases else "",
 )

@@ -16,7 +16,6 @@ from moefy.models.targets.target import (
     Target,
     Tensors,
     copied,
-    mismatch,
 )
 from moefy.types import Shape
 
@@ -69,7 +68,8 @@ TARGET = Target(
     tensors,
     any_shared,
     elastic=False,
-    why_unsupported=lambda dense: mismatch(dense, biases="qkvo", wide_heads=False),
+    attention_biases="qkvo",
+    wide_heads=False,
     biases=lambda dense: "qkvo" if dense.biases else "",
     ties=True,
 )

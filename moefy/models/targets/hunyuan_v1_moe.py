@@ -16,7 +16,6 @@ from moefy.models.targets.target import (
     Tensors,
     copied,
     expert_tensors,
-    mismatch,
     shared_tensors,
 )
 from moefy.types import Shape
@@ -57,7 +56,7 @@ TARGET = Target(
     tensors,
     one_shared,
     elastic=False,
-    why_unsupported=lambda dense: mismatch(dense, biases="qkvo"),
+    attention_biases="qkvo",
     biases=lambda dense: "qkvo" if dense.biases else "",
     ties=True,
 )

@@ -17,7 +17,6 @@ from moefy.models.targets.target import (
     Tensors,
     copied,
     expert_tensors,
-    mismatch,
 )
 from moefy.types import Shape
 
@@ -61,6 +60,6 @@ TARGET = Target(
     no_shared,
     elastic=False,
     selection_bias=True,
-    why_unsupported=lambda dense: mismatch(dense, dense_layers="first"),
+    dense_layers="first",
     ties=True,
 )

@@ -17,7 +17,6 @@ from moefy.models.targets.target import (
     Tensors,
     copied,
     expert_tensors,
-    mismatch,
 )
 from moefy.types import Shape
 
@@ -55,6 +54,6 @@ TARGET = Target(
     tensors,
     no_shared,
     elastic=False,
-    why_unsupported=lambda dense: mismatch(dense, windows="all layers or none"),
+    windows="all layers or none",
     ties=True,
 )

@@ -70,6 +70,7 @@ def target(family: Family) -> Target:
         any_shared,
         elastic=True,
         native=True,
+        dense_layers="any",
         prefix="dense.",
         ties=True,
     )

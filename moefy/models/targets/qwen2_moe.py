@@ -17,7 +17,6 @@ from moefy.models.targets.target import (
     Tensors,
     copied,
     expert_tensors,
-    mismatch,
     shared_tensors,
     sliding,
 )
@@ -59,17 +58,14 @@ def tensors(split: Split) -> Tensors:
     }
 
 
-def why_unsupported(dense: Dense) -> str | None:
-    """A bias at the attention's output."""
-    return mismatch(dense, biases="qkv", windows="any", dense_layers="any")
-
-
 TARGET = Target(
     "qwen2_moe",
     configure,
     tensors,
     any_shared,
     elastic=True,
-    why_unsupported=why_unsupported,
+    attention_biases="qkv",
+    windows="any",
+    dense_layers="any",
     biases=lambda dense: "qkv",  # engines create them unconditionally
 )

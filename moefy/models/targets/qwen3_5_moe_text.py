@@ -16,7 +16,6 @@ from moefy.models.targets.target import (
     Tensors,
     copied,
     expert_tensors,
-    mismatch,
     shared_tensors,
 )
 from moefy.types import Shape
@@ -64,6 +63,6 @@ TARGET = Target(
     tensors,
     any_shared,
     elastic=False,
-    why_unsupported=lambda dense: mismatch(dense, biases="qkvo"),
+    attention_biases="qkvo",
     ties=True,
 )

@@ -16,7 +16,6 @@ from moefy.models.targets.target import (
     Tensors,
     copied,
     expert_tensors,
-    mismatch,
     sliding,
 )
 from moefy.types import Shape
@@ -57,8 +56,8 @@ TARGET = Target(
     tensors,
     no_shared,
     elastic=False,
-    why_unsupported=lambda dense: mismatch(
-        dense, biases="qkvo", windows="all layers or none", dense_layers="any"
-    ),
+    attention_biases="qkvo",
+    windows="all layers or none",
+    dense_layers="any",
     biases=lambda dense: "qkvo" if dense.biases else "",
 )

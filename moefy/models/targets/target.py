@@ -128,8 +128,16 @@ class Target:
     """Whether a shape's shared neurons are of a number that the class can hold."""
     elastic: bool
     """Whether the gate of a chosen expert is independent of how many are chosen."""
-    why_unsupported: Callable[[Dense], str | None] = lambda dense: None
-    """Why the class cannot hold this model exactly; None if it can."""
+    attention_biases: str = ""
+    """The attention's projections that may have a bias, of q, k, v and o."""
+    windows: str = "no layer"
+    """Where its sliding window may be: "no layer", "all layers or none" or "any"."""
+    partial_rotary: bool = False
+    """Whether a part of a head may be rotated."""
+    dense_layers: str = "none"
+    """Which layers may stay dense: "none", "first", "first and last" or "any"."""
+    wide_heads: bool = True
+    """Whether the heads together may be of another width than the model."""
     selection_bias: bool = False
     """Whether the class has a bias that moves which experts are chosen, and not their gates."""
     biases: Callable[[Dense], str] = lambda dense: ""
@@ -146,6 +154,36 @@ class Target:
     def has_shared(self) -> bool:
         """Whether the class has a shared expert."""
         return self.fits is not no_shared
+
+    def why_unsupported(self, dense: Dense) -> str | None:
+        """Why the class cannot hold a model exactly; None if it can."""
+        if self.native:
+            return None
+        if extra := sorted(dense.biases - set(self.attention_biases)):
+            return f"it has no bias on {', '.join(extra)} of the attention"
+        windowed = dense.windowed
+        if any(windowed) and self.windows != "any":
+            if self.windows == "no layer" or not all(windowed):
+                return f"its sliding window is on {self.windows}"
+        if dense.rotary_share != 1.0 and not self.partial_rotary:
+            return f"it rotates whole heads, not {dense.rotary_share:g} of each"
+        if not self._leaves(dense):
+            held = f"only its {self.dense_layers} layers"
+            return f"it can leave {'no layer' if self.dense_layers == 'none' else held} dense"
+        width = dense.head_dim * dense.config["num_attention_heads"]
+        if not self.wide_heads and width != dense.config["hidden_size"]:
+            return f"its heads have width hidden_size / heads, not {dense.head_dim}"
+        return None
+
+    def _leaves(self, dense: Dense) -> bool:
+        """Whether the class can leave these layers dense."""
+        left = dense.left_dense
+        if self.dense_layers == "first":
+            return left == tuple(range(len(left)))
+        if self.dense_layers == "first and last":
+            converted = [number for number in range(dense.num_layers) if number not in left]
+            return converted == list(range(converted[0], converted[-1] + 1))
+        return not left or self.dense_layers == "any"
 
 
 def copied(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,44 +217,6 @@ def sliding(dense: Dense) -> dict[str, Any]:
         "max_window_layers": dense.num_layers if used else 0,
         "layer_types": types,
     }
-
-
-def mismatch(
-    dense: Dense,
-    *,
-    biases: str = "",
-    windows: str = "no layer",
-    rotary_share: bool = False,
-    dense_layers: str = "none",
-    wide_heads: bool = True,
-) -> str | None:
-    """Why a llama-like class cannot hold a model; None if it can.
-
-    `biases` are the projections that may have one; `windows` "no layer", "all layers or none" or
-    "any"; `rotary_share` whether a part of a head may be rotated; `dense_layers` "none", "first" or
-    "any"; `wide_heads` whether the heads together may be of another width than the model.
-    """
-    if extra := sorted(dense.biases - set(biases)):
-        return f"it has no bias on {', '.join(extra)} of the attention"
-    local = dense.windowed
-    if any(local) and (
-        windows == "no layer" or (windows == "all layers or none" and not all(local))
-    ):
-        return f"its sliding window is on {windows}"
-    if dense.rotary_share != 1.0 and not rotary_share:
-        return f"it rotates whole heads, not {dense.rotary_share:g} of each"
-    left = dense.left_dense
-    if left and (
-        dense_layers == "none" or (dense_layers == "first" and left != (*range(len(left)),))
-    ):
-        which = {"none": "no layer", "first": "only its first layers"}[dense_layers]
-        return f"it can leave {which} dense"
-    if (
-        not wide_heads
-        and dense.head_dim * dense.config["num_attention_heads"] != dense.config["hidden_size"]
-    ):
-        return f"its heads have width hidden_size / heads, not {dense.head_dim}"
-    return None
 
 
 def expert_tensors(
