@@ -71,7 +71,7 @@ ROWS = {
         "checkpoints collapse_guard losses teacher",
         "__init__",
     ],
-    "models": ["engines", "targets", "families opening routing shape", "__init__"],
+    "models": ["engines", "engine_checks", "targets", "families opening routing shape", "__init__"],
     "report": [
         "terminal __init__",
         "draw",
