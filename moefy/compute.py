@@ -1,7 +1,7 @@
-"""The dtype to compute in: the stored one where the machine has it, else float32.
+"""The dtype to compute in: the stored one where the machine supports it, else float32.
 
-What is stored never changes. A processor without instructions for bfloat16 or float16 computes in
-them all the same, through conversions that take several to several hundred times as long.
+Stored dtypes never change. A processor without instructions for bfloat16 or float16 converts to
+float32 and back, and takes several to several hundred times as long.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from moefy.errors import MoefyError
 
 AUTO = "auto"
 CHOICES = (AUTO, "float32", "bfloat16", "float16")
-"""What `--compute-dtype` takes."""
+"""The values of `--compute-dtype`."""
 
 INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx10_2"),
     torch.float16: ("avx512_fp16", "amx_fp16", "avx10_1", "avx10_2"),
 }
-"""Instructions that multiply in a dtype, one of which an x86 processor must have."""
+"""Instructions that multiply in a dtype; an x86 processor needs one of them."""
 
 SLOW = 1.5
-"""A product that takes this many times as long as in float32 is not native, whatever is listed.
-Measured: .4 with instructions (AVX512-BF16), 2.4 to 200 without."""
+"""A dtype whose product takes this many times as long as in float32 is not native. Measured: 0.4
+with instructions (AVX512-BF16), 2.4 to 200 without."""
 
 ROWS, WIDTH = 128, 512
-"""Sizes of the product that is timed: a chunk of tokens, a small model's layer."""
+"""Sizes of the timed product: a chunk of tokens, a small model's layer."""
 
 
 @dataclass(frozen=True)
 class ComputeDtype:
-    """The dtype to load a model in, and why if it is not the stored one."""
+    """The dtype of a loaded model, and why it is not the stored one."""
 
     dtype: torch.dtype
     note: str = ""
-    """One line for the user; empty where there is nothing to say."""
+    """One line for the user, or empty."""
 
     @property
     def name(self) -> str:
-        """As `--compute-dtype` spells it."""
+        """The dtype as a value of `--compute-dtype`."""
         return name_of(self.dtype)
 
 
@@ -57,11 +57,11 @@ def compute_dtype(
 ) -> ComputeDtype:
     """The dtype to compute in for weights that are stored as `stored`.
 
-    `asked` is one of `CHOICES`. `auto` takes the stored dtype where `device` has it, else float32
-    if the `float32_bytes` that this takes fit in `room` bytes, else the stored dtype all the same.
+    `asked` is one of `CHOICES`. `auto` is the stored dtype where `device` supports it, else float32
+    if its `float32_bytes` fit in `room` bytes, else the stored dtype.
 
     Raises:
-        MoefyError: code 2 for an unknown name; 5 where what was asked for does not fit.
+        MoefyError: code 2 for an unknown name; 5 if float32 was asked for and does not fit.
     """
     check_asked(asked)
     short = f"float32 takes {float32_bytes / 1e9:.1f} GB, there are {room / 1e9:.1f} GB"
@@ -88,7 +88,7 @@ def compute_dtype(
 
 
 def check_asked(asked: str) -> None:
-    """Refuse, with code 2, what is none of `CHOICES`."""
+    """Raise code 2 for a name that is not in `CHOICES`."""
     if asked not in CHOICES:
         expected = ", ".join(CHOICES)
         raise MoefyError(f"--compute-dtype is {asked!r}; expected one of {expected}", code=2)
@@ -97,8 +97,8 @@ def check_asked(asked: str) -> None:
 def native(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `device` computes in `dtype` about as fast as in float32, or faster.
 
-    The instruction set is asked first. Then a small product is timed, once a process, for a library
-    may convert although the instructions are there.
+    This checks the instruction set, then times a small product once a process: a library may
+    convert even if the instructions exist.
     """
     if dtype not in INSTRUCTIONS:
         return True
@@ -111,7 +111,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def _listed(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the machine lists instructions for `dtype`; what lists none is not ruled out."""
+    """Whether the machine lists instructions for `dtype`; True where it gives no list."""
     if device.type == "cuda":
         if dtype == torch.float16:
             return True
@@ -123,7 +123,7 @@ def _listed(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def slowness(dtype: torch.dtype, device: torch.device) -> float:
-    """How many times as long as in float32 a small product takes in `dtype`."""
+    """Time of a small product in `dtype`, as a multiple of that in float32."""
     if device.type != "cpu":
         return 1.0
     return _seconds(dtype) / _seconds(torch.float32)
@@ -131,7 +131,7 @@ def slowness(dtype: torch.dtype, device: torch.device) -> float:
 
 @functools.cache
 def _seconds(dtype: torch.dtype) -> float:
-    """Processor seconds of one product: the least of a few."""
+    """Processor seconds of one product, the least of five."""
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(ROWS, WIDTH, generator=generator).to(dtype)
     weight_FD = torch.randn(WIDTH, WIDTH, generator=generator).to(dtype)
@@ -141,7 +141,7 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def _timed(x_TD: Tensor, weight_FD: Tensor) -> float:
-    """Seconds of the processor: by the clock, a busy machine made 51 times slower of 4.5."""
+    """Processor seconds: wall time on a busy machine gave a factor of 51 instead of 4.5."""
     start = time.process_time()
     torch.nn.functional.linear(x_TD, weight_FD)
     return max(time.process_time() - start, 1e-9)

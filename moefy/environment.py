@@ -1,4 +1,4 @@
-"""What decides the bytes of a conversion beside the recipe and the files: libraries and machine."""
+"""The libraries and the machine, which decide the bytes of a conversion beside its inputs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "sklearn"
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that compute."""
-    found = {name: str(importlib.import_module(name).__version__) for name in LIBRARIES}
-    return {"python": platform.python_version(), **found}
+    libraries = {name: str(importlib.import_module(name).__version__) for name in LIBRARIES}
+    return {"python": platform.python_version(), **libraries}
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """What of this machine decides how sums are rounded."""
+    """The properties of this machine that decide how sums are rounded."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         "system": f"{platform.system()} {platform.machine()}",
@@ -34,7 +34,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
 
 def processor() -> str:
-    """The processor's name, and the instructions that torch uses of it: `AMD EPYC, AVX512`."""
+    """The processor's name, and the instructions that torch uses: `AMD EPYC, AVX512`."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
@@ -44,7 +44,7 @@ def processor() -> str:
 
 
 def code(without: Collection[str] = (), folder: Path = Path(__file__).parent) -> str:
-    """Version of moefy, with a digest of its sources: a version in the making has many.
+    """Version of moefy, with a digest of its sources, which change between releases.
 
     `without` are files and rooms, named from the package's folder, that do not count.
     """
@@ -74,12 +74,12 @@ def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
     flat = {}
     for key, value in table.items():
         inner = _flat(value) if isinstance(value, Mapping) else {}
-        flat |= {f"{key}.{name}": found for name, found in inner.items()} or {key: value}
+        flat |= {f"{key}.{name}": item for name, item in inner.items()} or {key: value}
     return flat
 
 
 def _change(old: Any, new: Any) -> str:
     if old is None or new is None:
         return "is new" if old is None else "is gone"
-    long = max(len(str(old)), len(str(new))) > 60  # a digest says nothing
+    long = max(len(str(old)), len(str(new))) > 60  # digests are not worth showing
     return "differs" if long else f"was {old}, is {new}"

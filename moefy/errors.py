@@ -2,7 +2,7 @@
 
 
 class MoefyError(Exception):
-    """Something the user can mend: what was found, what was expected, what to do, in one line.
+    """An error that the user can fix: one line with what was found, expected, and what to do.
 
     `code` is the exit status of the command line: 2 usage, 3 bad input, 4 unsupported,
     5 resources, 6 numeric, 7 bad saved state.

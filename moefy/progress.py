@@ -17,7 +17,7 @@ EVERY = 10.0
 
 @contextlib.contextmanager
 def watching(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Give a function that is told (stage, done, total) and shows it on standard error."""
+    """Give a function of (stage, done, total) that shows progress on standard error."""
     console = Console(stderr=True)
     if quiet:
         yield lambda *_: None

@@ -1,6 +1,6 @@
-"""Every stored value, looked at once before any work: is it a number, and one that training leaves?
+"""Check every stored value once before any work: is it finite, and is it plausible?
 
-The files are read from end to end, so that their digests come with it.
+The files are read from end to end, which also gives their digests.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from moefy.files.safetensors_header import CONFIG, Entry, damaged, read_header
 from moefy.files.shards import DTYPES
 
 ABSURD = 1e4
-"""How many times the root mean square of the others a value must be to be told of. Values of
-trained models stay below some hundreds; a flipped bit of the exponent makes powers of 2**16."""
+"""A value above this many times the root mean square of the others gives a warning. Values of
+trained models stay below some hundreds; a flipped bit of the exponent gives powers of 2**16."""
 
 SMALL = 8.0
-"""Values up to this do no harm, whatever the others are."""
+"""Values up to this never give a warning."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found: one-line warnings, and the SHA-256 of every file by its name."""
+    """One-line warnings, and the SHA-256 of every file by its name."""
 
     notes: tuple[str, ...]
     digests: dict[str, str]
@@ -41,13 +41,13 @@ def scan(
     ffn: Collection[str] = (),
     watch: Callable[[int, int], None] = lambda *_: None,
 ) -> Scan:
-    """Look at all values of a checkpoint, of which the tensors `ffn` are to be converted.
+    """Check all values of a checkpoint; the tensors `ffn` are those to be converted.
 
-    `watch` is called with the bytes read and the bytes in all. Memory: two blocks.
+    `watch` is called with the bytes read and the total. Memory: two blocks.
 
     Raises:
-        MoefyError: code 3 for NaN and infinity, for a matrix in `ffn` whose values are all the
-            same, and for a file that has shrunk since its header was read.
+        MoefyError: code 3 for NaN and infinity, for a constant matrix in `ffn`, and for a file that
+            has shrunk since its header was read.
     """
     names = {(e.file, e.start): name for name, e in checkpoint.entries.items() if e.num_elements}
     files = sorted({entry.file for entry in checkpoint.entries.values()})
@@ -63,7 +63,7 @@ def scan(
                 name, values = names.get((path, entry.start)), _Values()
                 for block in _blocks(file, entry):
                     digest.update(block)
-                    if name:  # not of what no class reads
+                    if name:  # a tensor that the class reads
                         values.add(torch.frombuffer(block, dtype=DTYPES[entry.dtype]))
                     watch(done := done + len(block), total)
                 if name:
@@ -74,14 +74,14 @@ def scan(
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse, with code 3, NaN and infinity."""
+    """Raise code 3 for NaN and infinity."""
     values = _Values()
     values.add(tensor.reshape(-1))
     values.judge(name, matrix=False, ffn=False)
 
 
 def _blocks(file: BufferedReader, entry: Entry) -> Iterator[bytearray]:
-    """The bytes of a tensor, where `file` stands."""
+    """The bytes of a tensor, from the current position of `file`."""
     left = entry.stop - entry.start
     while left:
         block = bytearray(min(BLOCK, left))
@@ -92,7 +92,7 @@ def _blocks(file: BufferedReader, entry: Entry) -> Iterator[bytearray]:
 
 
 class _Values:
-    """What has been seen of one tensor."""
+    """Statistics of one tensor's values."""
 
     def __init__(self) -> None:
         self.count = self.bad = 0
@@ -100,7 +100,7 @@ class _Values:
         self.squares = 0.0
 
     def add(self, values: Tensor) -> None:
-        """Look at some more values."""
+        """Add more values."""
         if not len(values):
             return
         self.count += len(values)
@@ -116,7 +116,7 @@ class _Values:
             self.squares += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
     def judge(self, name: str, *, matrix: bool, ffn: bool) -> list[str]:
-        """What a user should know; raises code 3 for what no result can come of."""
+        """One-line warnings; raises code 3 for values that make a conversion impossible."""
         if not self.count:
             return []
         if self.bad:
@@ -126,17 +126,17 @@ class _Values:
                 "file again"
             )
         if self.least == self.most and self.count > 1 and matrix:
-            found = f"tensor {name} is all {f'{self.most:g}' if self.most else 'zeros'}"
+            constant = f"tensor {name} is all {f'{self.most:g}' if self.most else 'zeros'}"
             if ffn:
                 raise MoefyError(
-                    f"{found}, so that its FFN has nothing to divide; expected trained weights; "
-                    "keep the layer dense (--layers), or fetch a damaged file again"
+                    f"{constant}, so its FFN cannot be divided; expected trained weights; keep the "
+                    "layer dense (--layers), or fetch a damaged file again"
                 )
-            return [f"{found}, as if never trained"]
+            return [f"{constant}, as if never trained"]
         peak, usual = max(self.most, -self.least), math.sqrt(self.squares / self.count)
         if peak > SMALL and peak > ABSURD * usual > 0:
             return [
-                f"tensor {name} has a value of {peak:.1e} where others are about {usual:.1e}, as "
+                f"tensor {name} has a value of {peak:.1e}, and others are about {usual:.1e}, as "
                 "after a flipped bit; compare the file's SHA-256 with its source's"
             ]
         return []

@@ -10,7 +10,7 @@ import moefy.modeling  # noqa: F401 - makes the class of `--target moefy` known 
 from moefy.checkpoint.tensors import Checkpoint
 
 RETURNED = ("output_hidden_states", "output_attentions", "return_dict")
-"""Keys of a configuration that say what a model gives back beside what it computes."""
+"""Keys of a configuration that add outputs to a model."""
 
 
 def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -22,7 +22,7 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 
 def _number(value: Any) -> Any:
-    """`value` with what transformers writes for infinity and NaN read as a number."""
+    """`value` with infinity and NaN, as transformers writes them, read as numbers."""
     if isinstance(value, dict) and set(value) == {"__float__"}:
         return float(value["__float__"])
     return [_number(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Open a written folder as any user would, with plain transformers, and see that it is right."""
+"""Open a written folder with plain transformers, as any user would, and check its hidden states."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from moefy.models.opening import open_model, plain_config, runnable, some_layers
 
 TOLERANCE = 0.1
 """Greatest mean relative error of a token's last hidden state. Router gates deviate from one by
-0.1 %, and near-ties between experts may fall the other way; a wrong gate is off by over 0.3."""
+0.1 %, and near-ties between experts may be decided otherwise; a wrong gate gives over 0.3."""
 
 MEMORY = 3 * 10**9
-"""Bytes of weights to reopen at most: all layers of a small model in float32, the first few of a
+"""Most bytes of weights to reopen: all layers of a small model in float32, or the first layers of a
 large one as stored."""
 
 
@@ -35,10 +35,9 @@ def reopen(
 ) -> dict[str, Any]:
     """Load `folder` with its stock class and compare hidden states with those of the conversion.
 
-    `ends[l]` holds the states (T, D) that left layer l on the sequence `ids_T`, if they are known.
-    As many layers are loaded as fit in memory that does not grow with the model. `layer` is the
-    prefix of a layer's names, `task` what the model is for. `prepare` may put a router that cannot
-    be written into the loaded model.
+    `ends[l]` holds the output states (T, D) of layer l on the sequence `ids_T`, if they are known.
+    As many layers are loaded as fit in `MEMORY`. `layer` is the prefix of a layer's names, `task`
+    the task of the model. `prepare` may put a router that cannot be written into the loaded model.
 
     Raises:
         MoefyError: code 6, for missing, unexpected or mismatched keys, or other hidden states.
@@ -59,7 +58,7 @@ def reopen(
         config=config,
         code=6,
         dtype=torch.float32 if whole else "auto",
-        ignore_mismatched_sizes=True,  # they are told, and refused, below
+        ignore_mismatched_sizes=True,  # `info` lists them, and they are refused below
     )
     later = tuple(layer.format(layer=number) for number in range(layers, len(ends)))
     wrong = {
@@ -95,14 +94,14 @@ def reopen(
 
 
 def _error(found_TD: Tensor, expected_TD: Tensor) -> float:
-    """Mean over tokens, for a few of them with huge states would hide the others in one norm."""
+    """Mean over tokens: in one norm, a few tokens with huge states would hide the others."""
     wrong_T = (found_TD - expected_TD).norm(dim=1) / expected_TD.norm(dim=1)
     return float(wrong_T.mean())
 
 
 def fitting_layers(slots: Mapping[str, Slot | Entry], num_layers: int, layer: str) -> int:
-    """How many layers `reopen` loads: all if their float32 weights fit `MEMORY`, else what fits
-    stored."""
+    """Number of layers that `reopen` loads: all if their float32 weights fit in `MEMORY`, else as
+    many as fit with stored weights."""
     if 4 * sum(math.prod(slot.shape) for slot in slots.values()) <= MEMORY:
         return num_layers
     sizes = {name: slot.num_bytes for name, slot in slots.items()}

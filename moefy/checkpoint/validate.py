@@ -1,7 +1,7 @@
-"""Is this folder a dense checkpoint that can be converted? Asked before any work begins.
+"""Check before any work that a folder is a dense checkpoint that can be converted.
 
-`open_checkpoint` reads configuration and headers, `check_tensors` compares them with the stock
-class. Values are looked at by `scan`.
+`open_checkpoint` reads configuration and headers; `check_tensors` compares them with the stock
+class. `check_values.scan` checks the values.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ KEEP = (
     "LICENCE",
     "NOTICE",
 )
-"""How the names of the files begin that are copied."""
+"""Beginnings of the names of files to copy."""
 
 SETTINGS = ("tokenizer_config.json", "generation_config.json")
 Config = Mapping[str, Any]
@@ -62,17 +62,17 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 def open_checkpoint(folder: Path, *, ignore_index: bool = False) -> Checkpoint:
     """Read the configuration and headers of a dense checkpoint; build no module and run no code.
 
-    With `ignore_index` an index names the files, and they say themselves what they hold.
+    With `ignore_index` an index only names the files; their headers list the tensors.
 
     Raises:
         MoefyError: code 3 when the files are damaged, incomplete, contradict each other or lie
-            outside the folder; code 4 when they are whole but of a kind that moefy cannot convert.
+            outside the folder; code 4 for a whole model of a kind that moefy cannot convert.
     """
     path, config = folder / CONFIG, read_config(folder)
     if reason := unsupported(path, config):
         raise MoefyError(f"{path} cannot be converted: {reason}", code=4)
     family = families.load(config["model_type"], config)
-    # How attention is computed changes no number; what is not installed here need not be.
+    # The attention's code changes no result, and the one that is named may not be installed.
     config = {key: config[key] for key in config if IMPLEMENTATION not in key}
     config = family.sized(config)
     if reason := wrong_size(config):
@@ -83,8 +83,8 @@ def open_checkpoint(folder: Path, *, ignore_index: bool = False) -> Checkpoint:
     entries = {names[name]: entry for name, entry in stored.items()}
     for name, entry in entries.items():
         if entry.dtype not in FLOATS and not re.search(family.unread, name):
-            found = f"tensor {name!r} in {entry.file} is stored as {entry.dtype}"
-            raise MoefyError(f"{found}, expected floating point; dequantise it first", code=4)
+            problem = f"tensor {name!r} in {entry.file} is stored as {entry.dtype}"
+            raise MoefyError(f"{problem}, expected floating point; dequantise it first", code=4)
     _check_layers(path, config, entries)
     if config.get("tie_word_embeddings") is False:  # the default is known to the class alone
         _check_head(path, config, entries)
@@ -92,11 +92,11 @@ def open_checkpoint(folder: Path, *, ignore_index: bool = False) -> Checkpoint:
 
 
 def check_plain(folder: Path, *, ignore_index: bool = False) -> dict[str, Entry]:
-    """The tensors of a model of any kind, which transformers is to open to predict next tokens.
+    """The tensors of a model of any kind that transformers can open to predict next tokens.
 
     Raises:
-        MoefyError: code 3 for files that are damaged or are no model by themselves, code 4 for a
-            model that transformers would open otherwise, or whose head is another.
+        MoefyError: code 3 for files that are damaged or no model, code 4 for a model that needs
+            other files or code, or has another head.
     """
     path, config = folder / CONFIG, read_config(folder)
     if reason := not_plain(path, config) or other_task(config, ("ForCausalLM",)):
@@ -110,16 +110,16 @@ def check_plain(folder: Path, *, ignore_index: bool = False) -> dict[str, Entry]
     return entries
 
 
-def beside(folder: Path) -> list[Path]:
+def companion_files(folder: Path) -> list[Path]:
     """The files beside the weights that a conversion copies, relative to the folder.
 
     Raises:
         MoefyError: code 3 for one that is no regular file, and for settings that cannot be read;
             code 4 where the tokenizer needs code of its own.
     """
-    named = [file for file in folder.iterdir() if file.name.startswith(KEEP)]
-    found = sorted([*named, *folder.glob("additional_chat_templates/*.jinja")])
-    files = [file.relative_to(folder) for file in found if file.suffix != ".py"]
+    paths = [file for file in folder.iterdir() if file.name.startswith(KEEP)]
+    paths = sorted([*paths, *folder.glob("additional_chat_templates/*.jinja")])
+    files = [file.relative_to(folder) for file in paths if file.suffix != ".py"]
     for file in files:
         path = regular_file(folder, str(file))
         if file.name in SETTINGS and read_json(path, MAX_INDEX).get("auto_map"):
@@ -129,18 +129,18 @@ def beside(folder: Path) -> list[Path]:
 
 
 def _check_layers(path: Path, config: Config, entries: Mapping[str, Entry]) -> None:
-    """Compare the sizes in the configuration with the layers, FFNs and embedding that are there."""
+    """Compare the sizes in the configuration with the stored layers, FFNs and embedding."""
     family = families.load(config["model_type"], config)
     hidden, num_layers, neurons = (*(config[k] for k in SIZES[:2]), family.num_neurons(config))
     layer = layer_pattern(family.layer)
     stored = {match[1] for match in map(layer.match, entries) if match}
     if not stored and (place := place_of_layers(family, entries)):
         own = family.layer.partition("{layer}")[0]
-        found = f"{path.parent} has layers under {place!r}, which {family.model_type} has under"
-        raise MoefyError(f"{found} {own!r}: something around the model was saved; {INNER}")
+        problem = f"{path.parent} has layers under {place!r}, which {family.model_type} has under"
+        raise MoefyError(f"{problem} {own!r}: a wrapper of the model was saved; {INNER}")
     if len(stored) != num_layers:
-        found = f"{path}: num_hidden_layers is {short(num_layers)}"
-        raise contradiction(f"{found}, but {len(stored)} layers are stored")
+        problem = f"{path}: num_hidden_layers is {short(num_layers)}"
+        raise contradiction(f"{problem}, but {len(stored)} layers are stored")
     expected = {family.embedding: (config["vocab_size"], config.get("embedding_size") or hidden)}
     shapes = family.shapes(neurons, hidden)
     for number in range(num_layers):
@@ -150,10 +150,10 @@ def _check_layers(path: Path, config: Config, entries: Mapping[str, Entry]) -> N
 
 
 def _attention(config: Config, prefix: str, entries: Mapping[str, Entry]) -> Shapes:
-    """Shapes of a layer's projections, as far as they have their usual names.
+    """Shapes of a layer's projections, if they have their usual names.
 
-    Heads are as wide as in the queries where the configuration does not say; keys and values are
-    left out where it does not say how many there are, for the defaults of the classes differ.
+    Without a head width in the configuration, the queries give it. Without a number of keys and
+    values these are left out, for the classes' defaults differ.
     """
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     groups = config.get("num_key_value_heads")
@@ -171,38 +171,39 @@ def _attention(config: Config, prefix: str, entries: Mapping[str, Entry]) -> Sha
 
 
 def _check_head(path: Path, config: Config, names: Collection[str]) -> None:
-    """Refuse a language model that lacks its head and does not take the embedding for it."""
+    """Check that a language model has a head, or uses the embedding as one."""
     family = families.load(config["model_type"], config)
     if "ForCausalLM" not in family.tasks or family.head in names:
         return
     (name, *_) = architectures(config) or [""]
     base = name.endswith("Model") and not name.endswith("LMHeadModel")
-    found = f"{path.parent} has no head ({family.head}), nor is the embedding the head "
     raise MoefyError(
-        f"{found}(tie_word_embeddings): {name if base else 'it'} predicts no next token; expected "
-        "a language model",
+        f"{path.parent} has no head ({family.head}), nor is the embedding the head "
+        f"(tie_word_embeddings): {name if base else 'it'} predicts no next token; expected a "
+        "language model",
         code=4 if base else 3,
     )
 
 
 def _check_shapes(path: Path, expected: Shapes, entries: Mapping[str, Entry]) -> None:
     if missing := [name for name in expected if name not in entries]:
-        found = f"{path.parent} lacks tensors that {path.name} implies: {some(missing)}"
-        raise contradiction(found)
+        raise contradiction(
+            f"{path.parent} lacks tensors that {path.name} implies: {some(missing)}"
+        )
     for name, shape in expected.items():
         if entries[name].shape != shape:
-            found = f"tensor {name} in {entries[name].file} has shape {list(entries[name].shape)}"
-            raise contradiction(f"{found}, but {path.name} implies {list(shape)}")
+            problem = f"tensor {name} in {entries[name].file} has shape {list(entries[name].shape)}"
+            raise contradiction(f"{problem}, but {path.name} implies {list(shape)}")
 
 
 def check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[Checkpoint, list[str]]:
     """Compare all names and shapes with the stock dense class, built without memory.
 
-    Gives the checkpoint less what the class does not read, and notes.
+    Gives the checkpoint without the tensors that the class does not read, and notes.
 
     Raises:
         MoefyError: code 3 for a tensor that is missing, has another shape or is unknown to the
-            class, and for a configuration of which transformers cannot make a model.
+            class, and for a configuration from which transformers cannot build a model.
     """
     import torch
 
@@ -213,14 +214,14 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[Checkpoint, l
     _check_shapes(folder / CONFIG, _less(expected, tied - entries.keys()), entries)
     extra = [name for name in entries if name not in expected]
     if unknown := [name for name in extra if not re.search(family.unread, name)]:
-        found = f"{folder} holds tensors that {family.model_type} does not have: {some(unknown)}"
-        raise MoefyError(f"{found}; if they are an adapter's, merge it; else remove them")
+        problem = f"{folder} holds tensors that {family.model_type} does not have: {some(unknown)}"
+        raise MoefyError(f"{problem}; if they are an adapter's, merge it; else remove them")
     notes = [f"not read by {family.model_type}, not written: {some(extra)}"] if extra else []
-    said = checkpoint.config.get("tie_word_embeddings", True)  # T5 ties whatever is said
-    if said and family.head in tied and family.head in entries:
+    ties = checkpoint.config.get("tie_word_embeddings", True)  # T5 ignores the key
+    if ties and family.head in tied and family.head in entries:
         pair = [checkpoint.tensor(name) for name in (family.head, family.embedding)]
         if not torch.equal(*(tensor.view(torch.uint8) for tensor in pair)):
-            notes.append(f"tied by {CONFIG}, but {family.head} differs: the weights are followed")
+            notes.append(f"tied by {CONFIG}, but {family.head} differs: the stored head is used")
     return dataclasses.replace(checkpoint, entries=_less(entries, extra)), notes
 
 
@@ -229,8 +230,8 @@ def _less(table: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
 
 
 def _implied(checkpoint: Checkpoint, family: Family) -> tuple[Shapes, set[str]]:
-    """Names and shapes of the stock class's tensors, and which of them are others again."""
-    # Here, because these take seconds that `open_checkpoint` need not wait for.
+    """Names and shapes of the stock class's tensors, and which of them are tied."""
+    # Imported here, for these take seconds that `open_checkpoint` need not wait for.
     import torch
 
     from moefy.checkpoint.model_config import model_config
@@ -241,9 +242,9 @@ def _implied(checkpoint: Checkpoint, family: Family) -> tuple[Shapes, set[str]]:
         config = model_config(checkpoint)
         with torch.device("meta"):
             model = auto_class(task).from_config(config, attn_implementation="eager")
-    except Exception as error:  # whatever a value of the configuration makes transformers raise
-        found = f"transformers can make no model of {checkpoint.folder / CONFIG}"
-        raise library_error(found, error, advice=f"correct {CONFIG}") from error
+    except Exception as error:  # transformers raises anything on a wrong value
+        problem = f"transformers can make no model of {checkpoint.folder / CONFIG}"
+        raise library_error(problem, error, advice=f"correct {CONFIG}") from error
     whole = model.base_model_prefix + "."
     prefix = whole if task == "Model" and family.layer.startswith(whole) else ""
     shapes = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

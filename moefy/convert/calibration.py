@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from moefy.checkpoint.validate import beside
+from moefy.checkpoint.validate import companion_files
 from moefy.convert.gradients import ffn_gradients
 from moefy.convert.memory import ADVICE, require, writing
 from moefy.convert.prepare import SELF, Job, Watch
@@ -58,7 +58,7 @@ def _self_written(job: Job, watch: Watch, memory: int | None) -> packing.Tokens:
     require(way.num_bytes, "a model that writes its own calibration text", ADVICE["calibration"])
     notes = way.notes
     tokenizer = None
-    if any(file.name.startswith(TOKENIZER) for file in beside(folder)):
+    if any(file.name.startswith(TOKENIZER) for file in companion_files(folder)):
         tokenizer = load_tokenizer(folder)
         notes += vocabulary_notes(tokenizer, job.size("vocab_size"))
     else:

@@ -13,7 +13,7 @@ import torch
 from moefy.checkpoint.model_config import model_config
 from moefy.checkpoint.resolve import resolve
 from moefy.checkpoint.tensors import Checkpoint
-from moefy.checkpoint.validate import beside, check_tensors, open_checkpoint
+from moefy.checkpoint.validate import check_tensors, companion_files, open_checkpoint
 from moefy.config.options import nearest
 from moefy.config.recipe import Recipe, chosen_layers
 from moefy.convert.ffn import Method
@@ -175,7 +175,7 @@ def read_source(recipe: Recipe) -> Source:
     """
     folder = resolve(recipe.model, revision=recipe.revision)
     checkpoint = open_checkpoint(folder, ignore_index=recipe.ignore_index)
-    beside(folder)
+    companion_files(folder)
     family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
     checkpoint, notes = check_tensors(checkpoint, family)
     return Source(checkpoint, family, tuple(notes))

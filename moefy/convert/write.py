@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moefy.checkpoint.validate import beside
+from moefy.checkpoint.validate import companion_files
 from moefy.convert.ffn import Block
 from moefy.convert.prepare import Job, Watch
 from moefy.errors import MoefyError
@@ -160,7 +160,7 @@ def write_folder(job: Job, part: Path) -> None:
     config["dtype"] = str(job.dtype).removeprefix("torch.")
     config["transformers_version"] = importlib.import_module("transformers").__version__
     folder = job.checkpoint.folder
-    for file in beside(folder):
+    for file in companion_files(folder):
         (part / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / file, part / file)
     write_json(part / "config.json", config)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moefy.checkpoint.reload import reopen
-from moefy.checkpoint.validate import beside
+from moefy.checkpoint.validate import companion_files
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import CONFIG, read_entries, some
 from moefy.files.shards import DTYPES, ShardWriter, Slot, read
@@ -51,7 +51,7 @@ def write_checkpoint(place: Path, run: Run, part: Path) -> None:
         writer.write(name, tensor)
     writer.finish()
     folder = run.folder
-    for file in [*beside(folder), Path(CONFIG)]:
+    for file in [*companion_files(folder), Path(CONFIG)]:
         (part / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / file, part / file)
     (part / "moefy").mkdir()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.checkpoint.resolve import DEMO, resolve
-from moefy.checkpoint.validate import beside, check_plain
+from moefy.checkpoint.validate import check_plain, companion_files
 from moefy.config.recipe import Recipe, build, read
 from moefy.errors import MoefyError
 from moefy.files.publish import sha256
@@ -117,7 +117,7 @@ def check_folder(folder: Path) -> None:
     if read_config(folder).get("auto_map"):
         raise MoefyError(f"{folder / CONFIG} needs code of its own (auto_map), never run", code=4)
     read_entries(folder)
-    beside(folder)
+    companion_files(folder)
 
 
 def read_recipe(run: Path) -> Recipe:

@@ -204,7 +204,9 @@ CASES = [
     model(
         "5 null", d.index("a file null", lambda names: names.update({UP: None})), (INDEX, "None")
     ),
-    model("5 repeated key", d.sharded(d.write(INDEX, '{"a": 1, "a": 2}')), (INDEX, "twice")),
+    model(
+        "5 repeated key", d.sharded(d.write(INDEX, '{"a": 1, "a": 2}')), (INDEX, "duplicate key")
+    ),
     model(
         "6 index lacks",
         d.index(f"without {UP}", lambda names: names.pop(UP)),
@@ -447,7 +449,7 @@ CASES = [
     model(
         "17 repeated key",
         d.write(CONFIG, '{"model_type": "bert", "model_type": "llama"}'),
-        ("twice",),
+        ("duplicate key",),
     ),
     model("17 over 1 MB", d.config(note="x" * 1_000_000), (CONFIG, "1000000")),
     model("17 not UTF-8", d.write(CONFIG, b'{"model_type": "\xff"}'), (CONFIG,)),
@@ -568,7 +570,7 @@ CASES = [
     model(
         "24 tied, another head stored",
         d.config(tie_word_embeddings=True),
-        ("tied by config.json", HEAD, "weights are followed"),
+        ("tied by config.json", HEAD, "stored head is used"),
         0,
     ),
     model(
