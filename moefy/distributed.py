@@ -1,8 +1,8 @@
 """Several processes that share the calibration tokens, as `torchrun` starts them.
 
-Each has whole sequences, one behind the other, so that what is gathered has the order that one
-process would see. Sums whose last bits decide on bytes are taken in that order, too: what several
-processes make is then what one makes. (Clusters and rounds of assignment magnify any rounding.)
+Each has whole sequences, one behind the other. What is gathered then has the order that one process
+would see. Sums whose last bits decide on bytes are taken in that order, too, and several processes
+make what one makes. (Clusters and rounds of assignment magnify any rounding.)
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class Group:
         counts = [count] if self.size == 1 else self._all(count)
         return sum(counts[: self.rank]), sum(counts)
 
-    def agreed(self, value: T, source: int = 0) -> T:
-        """A tensor, or a dataclass's tensors, as one process has them: the others may differ in
-        the last bits. What is no tensor stays."""
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """A tensor, or a dataclass's tensors, as the process `source` has them: the others may
+        differ in the last bits. What is no tensor stays."""
         if self.size == 1:
             return value
         import torch
@@ -86,27 +86,23 @@ class Group:
             _distributed().broadcast(sent, src=source)
             return sent  # pyright: ignore[reportReturnType]
         tensors = {
-            field.name: self.agreed(found, source)
+            field.name: self.broadcast(part, source)
             for field in dataclasses.fields(value)  # pyright: ignore[reportArgumentType]
-            if isinstance(found := getattr(value, field.name), torch.Tensor)
+            if isinstance(part := getattr(value, field.name), torch.Tensor)
         }
         return dataclasses.replace(value, **tensors)  # pyright: ignore[reportArgumentType]
 
-    def tell(self, value: Any) -> None:
-        """From the first process, to all that call `hear`."""
+    def broadcast_object(self, value: Any = None) -> Any:
+        """The value that the first process gives."""
+        values = [value]
         if self.size > 1:
-            _distributed().broadcast_object_list([value], src=0)
-
-    def hear(self) -> Any:
-        """What the first process tells."""
-        told: list[Any] = [None]
-        _distributed().broadcast_object_list(told, src=0)
-        return told[0]
+            _distributed().broadcast_object_list(values, src=0)
+        return values[0]
 
     def _all(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self.size
-        _distributed().all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        _distributed().all_gather_object(values, value)
+        return values
 
 
 ALONE = Group()
@@ -148,14 +144,14 @@ class Share:
 
     def last(self, own_B: Tensor) -> Tensor:
         """The last row of all."""
-        return self.group.agreed(own_B[-1].clone(), source=self.group.size - 1)
+        return self.group.broadcast(own_B[-1].clone(), source=self.group.size - 1)
 
 
 def launched() -> Group:
     """The group that `torchrun`, or what sets the same variables, has started this process in;
     `ALONE` without it."""
-    told = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if not told or os.environ["WORLD_SIZE"] == "1":
+    several = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not several or os.environ["WORLD_SIZE"] == "1":
         return ALONE
     import torch
 
@@ -181,8 +177,8 @@ def together() -> Iterator[None]:
     except RuntimeError as error:
         if type(error).__name__.startswith("Dist") or "gloo" in str(error):
             raise MoefyError(
-                "another process of this conversion has stopped, and told why; run the same "
-                "command again to go on",
+                "another process of this conversion has stopped with a message of its own; run "
+                "the same command again to go on",
                 code=5,
             ) from None
         raise

@@ -44,7 +44,7 @@ ROWS = {
         "ffn partition router",
         "balance cluster refit",
         "routed",
-        "assign coverage forward gradients oracle pack profile ridge",
+        "assign coverage forward gradients oracle profile ridge",
         "__init__",
     ],
     "evaluate": [
@@ -83,7 +83,7 @@ ROWS = {
         "figures markdown",
         "chart citations document format templates",
     ],
-    "runs": ["push", "reproduce verify", "folder gguf", "__init__"],
+    "runs": ["push", "reproduce verify", "folder gguf", "quantize", "__init__"],
     "text": [
         "self_text",
         "packing windows",

@@ -40,8 +40,8 @@ def balance(
             break
         load_E = top_mask(score_TE + unit_T1 * bias_E, k).mean(0)
         bias_E = bias_E - step / (2 + turn) * (load_E * len(load_E) / k - 1)
-        if (found := _cv(score_TE + unit_T1 * bias_E, k)) < least:
-            best_E, least = bias_E, found
+        if (load_cv := _cv(score_TE + unit_T1 * bias_E, k)) < least:
+            best_E, least = bias_E, load_cv
     full = float((worth_TE * top_mask(score_TE, k)).sum())
     curve = []
     for share in SHARES:

@@ -86,8 +86,10 @@ def gradients(job: Job, tokens: packing.Tokens, watch: Watch) -> dict[int, Tenso
     """
     ids_BT = tokens.ids_BT[: -tokens.num_heldout]
     weights = sum(entry.num_elements for entry in job.checkpoint.entries.values())
-    kept = len(job.layers) * ids_BT.numel() * job.size("hidden_size")
-    require(4 * weights + 2 * kept, "a model that gives gradients", "use another --partition")
+    gradient_bytes = len(job.layers) * ids_BT.numel() * job.size("hidden_size")
+    require(
+        4 * weights + 2 * gradient_bytes, "a model that gives gradients", "use another --partition"
+    )
     return ffn_gradients(
         job.checkpoint, job.family, job.layers, ids_BT, job.device, partial(watch, "gradients")
     )

@@ -97,19 +97,19 @@ def operations(job: Job) -> dict[str, dict[str, float]]:
     """
     recipe, shape, hidden = job.recipe, job.shape, job.size("hidden_size")
     tokens, neurons = recipe.tokens, shape.num_neurons
-    matrices, sides = 3 if job.family.gated else 2, 2 if job.method.drift else 1
+    matrices, sides = 3 if job.family.gated else 2, 2 if job.method.error_propagation else 1
     prefix, ffn = job.family.layer.format(layer=0), set(job.family.ffn_names(0))
     others = {name: e for name, e in job.checkpoint.entries.items() if name.startswith(prefix)}
     weights = sum(entry.num_elements for name, entry in others.items() if name not in ffn)
     once, gram = 2.0 * tokens * neurons * hidden, 2.0 * tokens * hidden * hidden
     sample = min(tokens, SAMPLE)
-    found: dict[str, dict[str, float]] = {
+    counts: dict[str, dict[str, float]] = {
         "attention": {
             "product": 2.0 * sides * tokens * (weights + recipe.sequence_length * hidden)
         },
         "dense": {"product": (sides - 1) * matrices * once},
         "profile": {"product": matrices * once},
-        # Each of 9 rounds adds up energies by expert, and what experts are given by neuron.
+        # Each of 9 rounds adds up energies by expert, and each neuron's energy by expert.
         "split": {"product": 36.0 * sample * neurons * shape.num_experts + gram},
         # The router is fitted to energies, then to errors that the experts' outputs leave.
         "route": {"product": 2 * once + 4 * gram},
@@ -118,12 +118,12 @@ def operations(job: Job) -> dict[str, dict[str, float]]:
     if recipe.refit:
         used = neurons if job.method.fit is not None else shape.num_active
         times = 2 if job.method.refine is not None else 1
-        found["refit"] = {
+        counts["refit"] = {
             "product": times * (2 * once + 2.0 * tokens * used * used),
             "factor": times * used**3 / 3,
             "solve": times * 2.0 * used * used * hidden,
         }
-    return found
+    return counts
 
 
 def _speed(device: torch.device, size: int = 1024) -> float:

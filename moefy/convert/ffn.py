@@ -29,8 +29,8 @@ class Method:
     refit: bool
     refine: Callable[..., Router] | None = None
     """Fits the router again to what a refit has left, where the router's file has a way to."""
-    drift: float = 0.0
-    """Share of the drift of the residual stream that the refit makes good."""
+    error_propagation: float = 0.0
+    """Share of the drift of the residual stream that the refit repairs."""
     gradient: bool = False
     """Whether `split` needs the gradient of the dense model's loss."""
     sample: int | None = SAMPLE
@@ -62,18 +62,18 @@ def convert_block(
     clock, group = Clock({}), inputs.group
     generator = torch.Generator().manual_seed(seed)
     with clock.stage("profile"):
-        profile = observe(ffn, inputs, method.drift)
+        profile = observe(ffn, inputs, method.error_propagation)
         _check_finite(profile)
     num_silent = int((profile.energy_F == 0).sum())
     with clock.stage("split"):
-        partition = group.agreed(method.split(ffn, profile, shape, generator=generator))
+        partition = group.broadcast(method.split(ffn, profile, shape, generator=generator))
     profile.release()
     # Where all experts run there is nothing to choose, and zero rows make every gate one.
     choice = 1.0 if shape.experts_per_token < shape.num_experts else 0.0
 
     def stored(router: Router) -> Router:
         rows_ED = (router.weight_ED * choice).to(dtype).float()
-        return group.agreed(dataclasses.replace(router, weight_ED=rows_ED))
+        return group.broadcast(dataclasses.replace(router, weight_ED=rows_ED))
 
     routed = unrouted(ffn, partition)
     if method.fit is not None:
@@ -81,7 +81,7 @@ def convert_block(
             router = stored(method.fit(ffn, profile, partition, shape, generator=generator))
         routed = RoutedFFN(ffn, partition, router, shape.experts_per_token)
     with clock.stage("refit"):
-        fitted = group.agreed(refit(routed, profile, enabled=method.refit))
+        fitted = group.broadcast(refit(routed, profile, enabled=method.refit))
     if method.refine is not None and choice and fitted.strength is not None:
         with clock.stage("route"):
             refitted = routed.with_down(fitted.down_DF)
@@ -98,7 +98,7 @@ def convert_block(
             routed, profile = unfold(routed, profile)
             if method.refit:
                 down_DF, error = refit_experts(routed, profile)
-                routed = routed.with_down(group.agreed(down_DF))
+                routed = routed.with_down(group.broadcast(down_DF))
     routed = routed.with_down(routed.ffn.down_DF.to(dtype).float())
     with clock.stage("run"):
         y_TD, tokens_E = _run(routed, profile, inputs.store)
@@ -133,7 +133,7 @@ def _better(
 ) -> tuple[RoutedFFN, Refit]:
     """The FFN behind another `router`, with a refit under that, if it errs less than `fitted`."""
     again = dataclasses.replace(routed, router=router)
-    refitted = profile.group.agreed(refit(again, profile, known=fitted.strength))
+    refitted = profile.group.broadcast(refit(again, profile, known=fitted.strength))
     return (again, refitted) if refitted.error_after < fitted.error_after else (routed, fitted)
 
 

@@ -29,7 +29,7 @@ BATCH = 4
 
 
 class _Tap(nn.Module):
-    """Stands where the FFN stands: keeps what it is given and adds nothing."""
+    """Stands where the FFN stands: keeps its input and adds nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ class _Skip(nn.Module):
     """Stands where embeddings, which are done, and norms of what leaves stand."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2)
-        return next(given, torch.zeros(()))  # nothing to add, made of ids or positions
+        states = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2)
+        return next(states, torch.zeros(()))  # nothing to add, made of ids or positions
 
 
 def embed(checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.device) -> Tensor:
@@ -75,12 +75,14 @@ def _embedded(
     config, home = model_config(checkpoint), str(family.embeddings)
     with torch.device("meta"):
         model: Any = AutoModel.from_config(config)
-    found: Any = model.get_submodule(home.removeprefix(model.base_model_prefix + "."))
-    made = type(found)(config)  # with the buffers that are stored nowhere
-    weights = {name: checkpoint.tensor(f"{home}.{name}").float() for name in made.state_dict()}
-    made.load_state_dict(weights, assign=True)
-    made.to(device).eval().requires_grad_(False)
-    return torch.cat([made(ids_BT.to(device)) for ids_BT in ids_BT.split(32)])
+    module: Any = model.get_submodule(home.removeprefix(model.base_model_prefix + "."))
+    embeddings = type(module)(config)  # with the buffers that are stored nowhere
+    weights = {
+        name: checkpoint.tensor(f"{home}.{name}").float() for name in embeddings.state_dict()
+    }
+    embeddings.load_state_dict(weights, assign=True)
+    embeddings.to(device).eval().requires_grad_(False)
+    return torch.cat([embeddings(ids_BT.to(device)) for ids_BT in ids_BT.split(32)])
 
 
 def _positions(checkpoint: Checkpoint, family: Family, length: int) -> Tensor | None:
@@ -126,7 +128,7 @@ def tap(
     x_BTD = store.empty(*states_BTD.shape, device=states_BTD.device)
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
-    # Some classes scale what they are given as embeddings, which these states are not.
+    # Some classes scale what they take as embeddings, which these states are not.
     block.register_forward_pre_hook(
         lambda module, args, kwargs: ((entering[0], *args[1:]), kwargs), with_kwargs=True
     )
@@ -171,15 +173,15 @@ def ending(checkpoint: Checkpoint, family: Family) -> Callable[[Tensor], Tensor]
     config = some_layers(model_config(checkpoint), 0, 1)
     model, _ = open_model(checkpoint.folder, config=config, dtype="auto")
     model.eval()
-    given: list[Tensor] = []
+    entering: list[Tensor] = []
     block: Any = model.get_submodule(family.layer.format(layer=0).rstrip("."))
-    block.register_forward_hook(lambda module, args, out: given[0])
+    block.register_forward_hook(lambda module, args, out: entering[0])
 
     @torch.inference_mode()
     def logits(states_TD: Tensor) -> Tensor:
-        given[:] = [states_TD[None].to(model.dtype).cpu()]
-        # What the layer is given goes unread.
-        ids_1T = torch.zeros(given[0].shape[:2], dtype=torch.long)
+        entering[:] = [states_TD[None].to(model.dtype).cpu()]
+        # The hook replaces what these ids give.
+        ids_1T = torch.zeros(entering[0].shape[:2], dtype=torch.long)
         return model(ids_1T, use_cache=False).logits[0]
 
     return logits

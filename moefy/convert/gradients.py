@@ -36,12 +36,12 @@ def ffn_gradients(
     """
     model, _ = open_model(checkpoint.folder, dtype=torch.float32)
     model = model.to(device).eval().requires_grad_(False)
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    gradients: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     # The weights need no gradient, so the embeddings are what starts the graph.
     model.get_input_embeddings().register_forward_hook(
         lambda module, args, out: out.requires_grad_()
     )
-    for layer, parts in found.items():
+    for layer, parts in gradients.items():
         block = model.get_submodule(family.layer.format(layer=layer) + family.block)
         block.register_forward_hook(partial(_keep_gradient, parts))
     for done, ids_T in enumerate(ids_BT.to(device), 1):
@@ -54,7 +54,7 @@ def ffn_gradients(
             )
         loss.backward()
         watch(done, len(ids_BT))
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+    return {layer: torch.cat(parts) for layer, parts in gradients.items()}
 
 
 def _keep_gradient(parts: list[Tensor], module: Any, args: Any, out: Tensor) -> None:

@@ -118,17 +118,15 @@ def _begun(
 ) -> tuple[Tensor | None, list[tuple[dict[str, Tensor], Any]]]:
     """The states of this process's sequences behind the last layer that is done, and what was kept
     of each, from the process that has them."""
-    group, store, done = session.group, session.store, []
-    if writer:
-        states_BTD, done = session.state.layers(writer, store)
-        group.tell((len(done), None if states_BTD is None else states_BTD.shape))
-    else:
-        count, size = group.hear()
-        done = [({}, None)] * count
-        states_BTD = store.empty(*size) if size else None
-    if states_BTD is None:
+    group, store = session.group, session.store
+    states_BTD, done = session.state.layers(writer, store) if writer else (None, [])
+    size = None if states_BTD is None else states_BTD.shape
+    count, size = group.broadcast_object((len(done), size))
+    if size is None:
         return None, done
-    states_BTD = group.agreed(states_BTD)
+    if states_BTD is None:
+        states_BTD, done = store.empty(*size), [({}, None)] * count
+    states_BTD = group.broadcast(states_BTD)
     return states_BTD if len(done) > top + 1 else share.own(states_BTD), done
 
 
@@ -137,7 +135,7 @@ def _embedded(job: Job, tokens: Tokens, store: Store) -> Tensor:
     states go along behind the converted one's."""
     parts = tokens.ids_BT.split(SEQUENCES)
     first = forward.embed(job.checkpoint, job.family, parts[0], job.device)
-    num_sequences, sides = len(tokens.ids_BT), 2 if job.method.drift else 1
+    num_sequences, sides = len(tokens.ids_BT), 2 if job.method.error_propagation else 1
     states_BTD = store.empty(sides * num_sequences, *first.shape[1:], device=job.device)
     for number, ids_BT in enumerate(parts):
         part = forward.embed(job.checkpoint, job.family, ids_BT, job.device) if number else first
@@ -209,7 +207,7 @@ def _pass(
             tokens.num_heldout * tokens.ids_BT.shape[1],
             flat_TD[:num_tokens],
             join,
-            dense_TD=flat_TD[num_tokens:] if job.method.drift else None,
+            dense_TD=flat_TD[num_tokens:] if job.method.error_propagation else None,
             gradient_TD=slopes.pop(layer, None),
             store=store,
             group=session.group,

@@ -116,17 +116,17 @@ def state_bytes(job: Job) -> int:
     Two generations of states between layers, and another being written.
     """
     hidden = 4 * job.size("hidden_size")
-    states = job.recipe.tokens * hidden * (2 if job.method.drift else 1)
+    states = job.recipe.tokens * hidden * (2 if job.method.error_propagation else 1)
     slopes = job.recipe.tokens * hidden // 2 * len(job.layers) if job.method.gradient else 0
     return 3 * states + slopes + 8 * job.recipe.tokens
 
 
 def available() -> int:
     """Bytes that this process may hold: the machine's, or fewer where a limit is set."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    found += [soft for soft in limits if soft != resource.RLIM_INFINITY]
-    return min([*found, *_cgroup_limits()])
+    soft_limits = [limit for limit in limits if limit != resource.RLIM_INFINITY]
+    return min([machine, *soft_limits, *_cgroup_limits()])
 
 
 def _cgroup_limits() -> list[int]:
@@ -171,14 +171,14 @@ def fit(job: Job, slots: Mapping[str, Slot], limit: int | None = None) -> Plan:
         plan = Plan(stages[stage], stage, state_arrays(job) if in_files else 0)
         if plan.peak_bytes <= most:
             return plan
-    given = (
+    limited = (
         f"--memory allows {most / 1e9:.1f} GB"
         if most == limit
         else f"there are {most / 1e9:.1f} GB"
     )
     even = ", even with its states in files," if plan.file_bytes else ""
     refusal = (
-        f"this conversion takes{even} {plan.peak_bytes / 1e9:.1f} GB of memory, {given}; "
+        f"this conversion takes{even} {plan.peak_bytes / 1e9:.1f} GB of memory, {limited}; "
         f"the most is for the stage {stage}: {ADVICE.get(stage, 'lower --tokens')}"
     )
     return dataclasses.replace(plan, refusal=refusal)
@@ -189,7 +189,7 @@ def state_arrays(job: Job) -> int:
     tokens, hidden = job.recipe.tokens, job.size("hidden_size")
     # States and FFN inputs, of the dense model too where drift is made good; outputs of the dense
     # FFN, of the converted one, and what they aim at. All neurons' activations.
-    arrays = 7 if job.method.drift else 4
+    arrays = 7 if job.method.error_propagation else 4
     return 4 * tokens * (arrays * hidden + job.shape.num_neurons)
 
 
@@ -202,8 +202,8 @@ def predicted(
     base = base_bytes(job.checkpoint.folder)
     states = 0 if in_files else state_arrays(job)
     slopes = 2 * len(job.layers) * job.recipe.tokens * job.size("hidden_size")
-    kept = base + states + (slopes if job.method.gradient else 0)
-    stages = {stage: kept + held for stage, held in _layer(job).items()}
+    always = base + states + (slopes if job.method.gradient else 0)
+    stages = {stage: always + held for stage, held in _layer(job).items()}
     stages |= {stage: base + held for stage, held in _whole(job, most).items()}
     stages["reopen"] = base + _reopened(job, slots)
     return stages
@@ -292,8 +292,8 @@ def _whole(job: Job, most: int | None) -> dict[str, int]:
         hidden, length = job.size("hidden_size"), recipe.sequence_length
         way_back = 4 * length * job.num_layers * (16 * hidden + 4 * job.shape.num_neurons)
         way_back += 16 * length * job.size("vocab_size")
-        kept = 2 * len(job.layers) * recipe.tokens * hidden
-        stages["gradients"] = 4 * sum(entry.num_elements for entry in entries) + way_back + kept
+        slopes = 2 * len(job.layers) * recipe.tokens * hidden
+        stages["gradients"] = 4 * sum(entry.num_elements for entry in entries) + way_back + slopes
     return stages
 
 
@@ -307,13 +307,13 @@ def _reopened(job: Job, slots: Mapping[str, Slot]) -> int:
     layers = fitting_layers(slots, job.num_layers, layer)
     whole = layers == job.num_layers
     later = tuple(layer.format(layer=number) for number in range(layers, job.num_layers))
-    found = 0
+    num_bytes = 0
     for name, slot in slots.items():
         if later and name.startswith(later):
             continue
-        found += slot.num_bytes
+        num_bytes += slot.num_bytes
         if whole and slot.dtype != "F32":
-            found += 4 * math.prod(slot.shape)
+            num_bytes += 4 * math.prod(slot.shape)
         elif SINGLE.search(name):
-            found += slot.num_bytes
-    return found
+            num_bytes += slot.num_bytes
+    return num_bytes

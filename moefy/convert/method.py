@@ -96,16 +96,16 @@ def _bound(what: str, stage: Callable[..., Any], options: Mapping[str, Any]) -> 
             known = nearest(key, list(legal))
             raise MoefyError(f"{what} has no option {key!r}; {known}", code=2)
         default, hint = legal[key]
-        found = f"{what}, option {key}: found {value!r}"
+        problem = f"{what}, option {key}: found {value!r}"
         more = get_args(hint)
         if get_origin(hint) is Literal and value not in more:
-            raise MoefyError(f"{found}; {nearest(str(value), [*more])}", code=2)
+            raise MoefyError(f"{problem}; {nearest(str(value), [*more])}", code=2)
         kinds = (float, int) if type(default) is float else (type(default),)
         if type(value) not in kinds:
-            raise MoefyError(f"{found}; expected a value like {default!r}", code=2)
+            raise MoefyError(f"{problem}; expected a value like {default!r}", code=2)
         for span in more:
             if isinstance(span, Range) and not span.least <= value <= span.most:
-                raise MoefyError(f"{found}; expected {span.least:g} to {span.most:g}", code=2)
+                raise MoefyError(f"{problem}; expected {span.least:g} to {span.most:g}", code=2)
     if "options" in inspect.signature(stage).parameters:
         return partial(stage, options=get_type_hints(stage)["options"](**options))
     return partial(stage, **options)

@@ -286,8 +286,8 @@ def _dtype_notes(checkpoint: Checkpoint, dtype: str) -> list[str]:
     counts = Counter(entry.dtype for entry in checkpoint.entries.values())
     if len(counts) < 2:
         return []
-    found = ", ".join(f"{number} {code}" for code, number in sorted(counts.items()))
-    return [f"of {found} tensors each keeps its dtype; what is made of FFNs is {dtype}"]
+    stored = ", ".join(f"{number} {code}" for code, number in sorted(counts.items()))
+    return [f"of {stored} tensors each keeps its dtype; what is made of FFNs is {dtype}"]
 
 
 def check_device(name: str) -> None:

@@ -66,28 +66,28 @@ def some_activations(ffn: FFN, profile: Profile, token_T: Tensor, neurons: Tenso
     return h_TN.mul_(profile.scale_T[token_T, None])
 
 
-def observe(ffn: FFN, inputs: Inputs, drift: float = 0.0) -> Profile:
+def observe(ffn: FFN, inputs: Inputs, error_propagation: float = 0.0) -> Profile:
     """Profile `ffn` on its inputs.
 
-    The layers below, converted already, have let the residual stream drift from the dense model's.
-    The FFN aims at making good the share `drift` of that.
+    The layers below are converted already, and the residual stream has drifted from the dense
+    model's. The FFN aims at repairing the share `error_propagation` of that drift.
 
-    Source: `drift` is the propagation strength of QEP (arXiv 2504.09629), which corrects the
-    weights of a quantised layer for the errors of those below it.
+    Source: `error_propagation` is the propagation strength of QEP (arXiv 2504.09629), which
+    corrects the weights of a quantised layer for the errors of those below it.
     """
     x_TD, store, group = inputs.x_TD, inputs.store, inputs.group
     num_tokens, device = x_TD.shape[0], x_TD.device
     num_fit = num_tokens - inputs.num_heldout
     all_TF = store.empty(num_tokens, ffn.num_neurons, device=device)
     all_TD, aim_TD = store.empty(*x_TD.shape, device=device), None
-    if inputs.residual_TD is not None and inputs.dense_TD is not None and drift:
+    if inputs.residual_TD is not None and inputs.dense_TD is not None and error_propagation:
         aim_TD = store.empty(*x_TD.shape, device=device)
     scales, squares = [], []
     for first in range(0, num_tokens, CHUNK):
         part = slice(first, first + CHUNK)
         h_TF = ffn.activations(x_TD[part])
         y_TD = h_TF @ ffn.down_DF.T
-        scale_T, lacking_TD = _scale_and_drift(inputs, part, y_TD, drift)
+        scale_T, lacking_TD = _scale_and_drift(inputs, part, y_TD, error_propagation)
         if aim_TD is not None and lacking_TD is not None:
             aim_TD[part] = lacking_TD.add_(y_TD).mul_(scale_T[:, None])
         h_TF.mul_(scale_T[:, None])
@@ -114,10 +114,10 @@ def observe(ffn: FFN, inputs: Inputs, drift: float = 0.0) -> Profile:
 
 
 def _scale_and_drift(
-    inputs: Inputs, part: slice, y_TD: Tensor, drift: float
+    inputs: Inputs, part: slice, y_TD: Tensor, error_propagation: float
 ) -> tuple[Tensor, Tensor | None]:
-    """The weights of some tokens, and what their outputs `y_TD` lack to make the share `drift` of
-    the drift good, if there is a dense model's state to drift from."""
+    """The weights of some tokens, and what their outputs `y_TD` lack to repair the share
+    `error_propagation` of the drift, if the dense model's states are there."""
     if inputs.residual_TD is None:
         return torch.ones_like(y_TD[:, 0]), None
     added_TD = inputs.join(y_TD) if inputs.join else y_TD
@@ -125,9 +125,9 @@ def _scale_and_drift(
     scale_T = leaving_TD.norm(dim=1).clamp_min(1e-6).reciprocal_()
     if inputs.join:  # an error in the output arrives as much larger as the output itself does
         scale_T *= added_TD.norm(dim=1) / y_TD.norm(dim=1).clamp_min(1e-12)
-    if inputs.dense_TD is None or not drift:
+    if inputs.dense_TD is None or not error_propagation:
         return scale_T, None
-    lacking_TD = (inputs.dense_TD[part] - leaving_TD).mul_(drift)
+    lacking_TD = (inputs.dense_TD[part] - leaving_TD).mul_(error_propagation)
     if inputs.join:  # what has to enter it, so that this leaves it
         lacking_TD.div_(_slopes(y_TD, added_TD))
     return scale_T, lacking_TD

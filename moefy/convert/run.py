@@ -74,8 +74,7 @@ def convert(
         store = Store(part.parent if plan.file_bytes else None)
         clock = Clock(state.load("seconds") or {})
         summary = _lead(Session(job, attempt, state, store, clock, watch), part, tokens, plan)
-    group.tell(summary)
-    return summary
+    return group.broadcast_object(summary)
 
 
 def _lead(
@@ -92,7 +91,7 @@ def _lead(
     loss_L = _sensitivities(session, tokens)
     job = sensitivity.settle(job, loss_L) if loss_L else job
     asked, session = session.job.recipe.active, dataclasses.replace(session, job=job)
-    session.group.tell((tokens, loss_L))
+    session.group.broadcast_object((tokens, loss_L))
     slots = write.slots(job)
     size = num_bytes(job.recipe.max_shard_size)
     writer = ShardWriter(part, slots, shard_bytes=size, resume=True)
@@ -132,13 +131,13 @@ def _lead(
 
 def _help(job: Job, out: Path, plan: Plan, attempt: Attempt) -> dict[str, Any]:
     """Do what all processes do: convert the layers. Gives what the first one reports."""
-    tokens, loss_L = attempt.group.hear()
+    tokens, loss_L = attempt.group.broadcast_object()
     if loss_L:
         job = sensitivity.settle(job, loss_L)
     store = Store(place_of(Path(os.path.abspath(out))) if plan.file_bytes else None)
     session = Session(job, attempt, State(None), store, Clock({}), lambda *_: None)
     convert_layers(session, tokens, {}, None, _last(job, write.slots(job)))
-    return attempt.group.hear()
+    return attempt.group.broadcast_object()
 
 
 def _last(job: Job, slots: Mapping[str, Slot]) -> int:
@@ -233,6 +232,6 @@ def _gradients(session: Session, tokens: packing.Tokens) -> dict[int, Tensor]:
         if record := session.state.load_tensors("gradients"):
             return {int(layer): tensor for layer, tensor in record[0].items()}
         slopes = gradients(session.job, tokens, session.watch)
-        kept = {str(layer): slope for layer, slope in slopes.items()}
-        session.state.save_tensors("gradients", kept)
+        tensors = {str(layer): slope for layer, slope in slopes.items()}
+        session.state.save_tensors("gradients", tensors)
     return slopes

@@ -51,12 +51,12 @@ def settle(job: Job, loss_L: list[float]) -> Job:
             active=round(_left(job.recipe.active, job.num_layers, num_dense), 6),
         )
         # The class that can leave these layers dense may be another, which lacks the small experts.
-        for wanted in (_refined(recipe, job), recipe):
+        for candidate in (_refined(recipe, job), recipe):
             try:
                 # The router was admitted with `job`.
-                return prepare(wanted, control=True, source=job.source)
+                return prepare(candidate, control=True, source=job.source)
             except MoefyError:
-                if num_dense == 0 and wanted is recipe:
+                if num_dense == 0 and candidate is recipe:
                     raise
     raise AssertionError("no dense layer at all is the last candidate")
 
@@ -115,17 +115,17 @@ def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:
 def pieces(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Pieces to fit on and to probe, (B, T): spread evenly over what the tokens have of either."""
     length = min(PIECE, tokens.ids_BT.shape[1])
-    found = []
-    for ids_BT, wanted in zip(
+    parts = []
+    for ids_BT, most in zip(
         tokens.ids_BT.split([len(tokens.ids_BT) - tokens.num_heldout, tokens.num_heldout]),
         (FITTED, PROBES),
         strict=True,
     ):
         whole = ids_BT.shape[1] // length * length
         all_BT = ids_BT[:, :whole].reshape(-1, length)
-        place = torch.linspace(0, len(all_BT) - 1, min(wanted, len(all_BT))).long()
-        found.append(all_BT[place])
-    return found[0], found[1]
+        place = torch.linspace(0, len(all_BT) - 1, min(most, len(all_BT))).long()
+        parts.append(all_BT[place])
+    return parts[0], parts[1]
 
 
 def _divergence(logits: Callable[[Tensor], Tensor], dense_BTD: Tensor, other_BTD: Tensor) -> float:

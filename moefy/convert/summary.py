@@ -1,4 +1,4 @@
-"""What a conversion tells of itself: the files of `OUT/moefy/`, and the model card."""
+"""What a conversion records of itself: the files of `OUT/moefy/`, and the model card."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ def write_report(job: Job, part: Path, summary: dict[str, Any], tensors: dict[st
     folder = part / "moefy"
     folder.mkdir(exist_ok=True)
     save(folder, "calibration", tensors)
-    made = {"moefy": summary["moefy"], **summary["versions"]}
-    text = render(job.recipe, made=made, inputs=summary["inputs"])
+    versions = {"moefy": summary["moefy"], **summary["versions"]}
+    text = render(job.recipe, made=versions, inputs=summary["inputs"])
     write_text(folder / "recipe.toml", text)
-    # These tell of the others, or are for people to write on; a stopped run may have left some.
-    told = ("README.md", "moefy/conversion.json", "moefy/conversion.md")
-    summary["outputs"] = file_digests(part, without=told)
+    # These describe the others, or are for people to edit; a stopped run may have left some.
+    without = ("README.md", "moefy/conversion.json", "moefy/conversion.md")
+    summary["outputs"] = file_digests(part, without=without)
     write_text(folder / "conversion.md", report.conversion_page(summary))
     write_text(part / "README.md", report.model_card(summary))
     write_json(folder / "conversion.json", summary)
@@ -103,7 +103,7 @@ def licence(folder: Path) -> dict[str, Any]:
     with card.open(encoding="utf-8", errors="replace") as file:
         text = file.read(100_000)
     try:
-        told = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, YAMLError):  # a card is for people: a model is no worse for a broken one
         return {}
-    return {key: told[key] for key in LICENCE if isinstance(told.get(key), str | list)}
+    return {key: data[key] for key in LICENCE if isinstance(data.get(key), str | list)}

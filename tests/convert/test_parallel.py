@@ -191,10 +191,10 @@ def test_alone_nothing_is_copied_or_asked(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # some schedulers set it for whatever they start
     monkeypatch.delenv("RANK", raising=False)
     assert launched() is ALONE
-    assert ALONE.gather(rows) is rows and ALONE.agreed(rows) is rows
+    assert ALONE.gather(rows) is rows and ALONE.broadcast(rows) is rows
     assert (ALONE.total(2.0), ALONE.before(5)) == (2.0, (0, 5))
     ALONE.sum(rows)
-    ALONE.tell("nobody")
+    assert ALONE.broadcast_object("alone") == "alone"
     ALONE.in_turn(lambda: None, rows)
     assert rows.tolist() == [1, 1, 1]
 

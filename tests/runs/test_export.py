@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from moefy import cli
-from moefy.convert.pack import pack
 from moefy.errors import MoefyError
 from moefy.runs import gguf as module
 from moefy.runs.gguf import TYPES, export
+from moefy.runs.quantize import pack
 
 # --- a stand-in for the converter ----------------------------------------------------------------
 

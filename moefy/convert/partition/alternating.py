@@ -117,8 +117,8 @@ def _cluster_tokens(x_TD: Tensor, shape: Shape, generator: torch.Generator) -> T
         )
     directions_DQ = torch.randn(x_TD.shape[1], SKETCH, generator=generator).to(x_TD.device)
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
-    found = KMeans(shape.num_experts, n_init="auto", random_state=seed)
-    cluster_T = torch.as_tensor(found.fit_predict((x_TD @ directions_DQ).cpu().numpy())).long()
+    clusters = KMeans(shape.num_experts, n_init="auto", random_state=seed)
+    cluster_T = torch.as_tensor(clusters.fit_predict((x_TD @ directions_DQ).cpu().numpy())).long()
     return torch.nn.functional.one_hot(cluster_T, shape.num_experts).to(x_TD)
 
 
@@ -149,5 +149,5 @@ def _expert_energy(energy_TF: Tensor, partition: Partition) -> Tensor:
 def _captured(energy_TF: Tensor, score_TE: Tensor, partition: Partition, shape: Shape) -> float:
     """Share of all output energy that the shared and the chosen experts deliver."""
     routed_TE = _expert_energy(energy_TF, partition) * top_mask(score_TE, shape.experts_per_token)
-    kept = routed_TE.sum() + energy_TF[:, partition.shared_S].sum()
-    return float(kept / energy_TF.sum())
+    delivered = routed_TE.sum() + energy_TF[:, partition.shared_S].sum()
+    return float(delivered / energy_TF.sum())

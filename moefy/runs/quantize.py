@@ -25,18 +25,18 @@ def pack(source: Path, out: Path, kind: str) -> None:
     writer = _copied(reader, out, gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
     types = _types(reader, block)
     for tensor in reader.tensors:
-        shape, wanted = tensor.shape.tolist()[::-1], types[tensor.name]
-        values, size = gguf.GGML_QUANT_SIZES[wanted]
+        shape, kind_out = tensor.shape.tolist()[::-1], types[tensor.name]
+        values, size = gguf.GGML_QUANT_SIZES[kind_out]
         # The dtype only says that the shape counts weights, not bytes.
         num_bytes = tensor.n_elements // values * size
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), num_bytes, wanted)
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), num_bytes, kind_out)
     writer.write_header_to_file(out)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in reader.tensors:
-        wanted, data = types[tensor.name], tensor.data
-        if wanted != tensor.tensor_type:
-            data = quantize(dequantize(data, tensor.tensor_type), wanted)
+        kind_out, data = types[tensor.name], tensor.data
+        if kind_out != tensor.tensor_type:
+            data = quantize(dequantize(data, tensor.tensor_type), kind_out)
         writer.write_tensor_data(data)
     writer.close()
 
@@ -46,10 +46,10 @@ def _types(reader: Any, block: Any) -> dict[str, Any]:
     import gguf
 
     kinds = gguf.GGMLQuantizationType
-    found = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
-    head = "output.weight" if "output.weight" in found else "token_embd.weight"
-    packed = {name: block for name, kind in found.items() if kind in (kinds.F16, kinds.BF16)}
-    return {**found, **packed, head: kinds.Q8_0}
+    stored = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
+    head = "output.weight" if "output.weight" in stored else "token_embd.weight"
+    packed = {name: block for name, kind in stored.items() if kind in (kinds.F16, kinds.BF16)}
+    return {**stored, **packed, head: kinds.Q8_0}
 
 
 def _copied(reader: Any, out: Path, file_type: int) -> Any:
