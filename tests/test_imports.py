@@ -34,7 +34,7 @@ ROWS = {
         "reload resolve tensor_names tensors",
         "__init__",
     ],
-    "config": ["finetune recipe report", "options toml", "__init__"],
+    "config": ["finetune recipe report", "methods options toml", "__init__"],
     "convert": [
         "run",
         "calibration estimate layers",
@@ -216,7 +216,7 @@ def test_a_planted_fault_is_found(module, source, fault):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("convert.partition.weights", "from moefy.convert.partition.shuffle import split"),
+        ("convert.partition.moefication", "from moefy.convert.partition.shuffle import split"),
         ("models.families.__init__", "from . import llama"),
         ("convert.run", "from moefy import __version__\nfrom moefy.errors import MoefyError"),
         ("cli", "import typer\ndef convert():\n    import torch\n    import moefy.convert.run"),

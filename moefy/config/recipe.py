@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from moefy.config.methods import FORMER_PARTITIONS, FORMER_ROUTERS, METHODS, PARTS
 from moefy.config.options import (
     COMPUTE_DTYPES,
     Note,
     Option,
     check,
+    fields,
     located,
     parse_setting,
     renamed,
@@ -26,10 +29,11 @@ CONVERT = Path(__file__).parents[1] / "convert"
 
 def _methods(folder: str) -> tuple[str, ...]:
     """The names of the files in a folder of `moefy/convert`: each is a way to do one stage."""
-    return tuple(sorted(file.stem for file in (CONVERT / folder).glob("[!_]*.py")))
+    files = (CONVERT / folder).glob("[!_]*.py")
+    return tuple(sorted(file.stem.replace("_", "-") for file in files))
 
 
-UNWRITABLE = ("oracle", "representative")
+UNWRITABLE = ("cmoe", "oracle")
 """Routers that look at activations before they choose, which no stock class does."""
 
 PARTITIONS = _methods("partition")
@@ -71,11 +75,30 @@ class Recipe:
             unset="all",
         ),
     ] = ":"
-    partition: Annotated[str, Option("Split of the neurons into experts.", choices=PARTITIONS)] = (
-        "alternating"
-    )
+    method: Annotated[
+        str | None,
+        Option(
+            "Published method, which sets the partition, the router, the refit and their options; "
+            "what is given beside it counts.",
+            choices=tuple(METHODS),
+            unset="ours",
+        ),
+    ] = None
+    """None once a recipe is built: then the settings stand in its place."""
+    partition: Annotated[
+        str,
+        Option(
+            "Split of the neurons into experts.", choices=PARTITIONS, old_values=FORMER_PARTITIONS
+        ),
+    ] = "alternating"
     router: Annotated[
-        str, Option("Way to build the routers.", choices=ROUTERS, unlisted=UNWRITABLE)
+        str,
+        Option(
+            "Way to build the routers.",
+            choices=ROUTERS,
+            unlisted=UNWRITABLE,
+            old_values=FORMER_ROUTERS,
+        ),
     ] = "linear"
     refit: Annotated[bool, Option("Closed-form correction of down_proj.")] = True
     drift: Annotated[
@@ -155,10 +178,10 @@ def build(
     given = {key: value for key, value in flags.items() if value is not None}
     values: dict[str, Any] = {}
     for layer in (read(file) if file else {}, given):
-        values |= check(Recipe, renamed(Recipe, layer, note))
-    for setting in settings:
+        values |= _expanded(check(Recipe, renamed(Recipe, layer, note)))
+    for setting in sorted(settings, key=lambda setting: not setting.startswith("method=")):
         key, value = _stage_option(values, *parse_setting(setting))
-        values |= check(Recipe, renamed(Recipe, {key: value}, note))
+        values |= _expanded(check(Recipe, renamed(Recipe, {key: value}, note)))
     if "model" not in values:
         raise MoefyError("no MODEL given; expected a folder, a hub id or `demo`", code=2)
     recipe = Recipe(**located(values, "model", "calibration"))
@@ -184,6 +207,41 @@ def render(recipe: Recipe, **extra: Mapping[str, Any]) -> str:
     return render_keys(values) + "".join(
         render_table(name, table) for name, table in tables.items() if table or name in extra
     )
+
+
+def method_of(recipe: Mapping[str, Any]) -> str:
+    """The published method whose settings a recipe has, and what differs from the nearest one.
+
+    >>> method_of(vars(Recipe("demo", partition="expertweaver", router="expertweaver")))
+    'expertweaver with refit=true'
+    """
+    recipe = _settings("ours") | renamed(Recipe, recipe)
+    differences = {
+        name: {key: recipe[key] for key, value in _settings(name).items() if recipe[key] != value}
+        for name in METHODS
+    }
+    name, rest = min(differences.items(), key=lambda item: ("partition" in item[1], len(item[1])))
+    words = [f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in rest.items()]
+    return f"{name} with {' '.join(words)}" if words else name
+
+
+def _settings(method: str) -> dict[str, Any]:
+    """All that a method sets."""
+    return {part: fields(Recipe)[part].default for part in PARTS} | dict(METHODS[method])
+
+
+def _expanded(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the settings of their `method` in its place, but for those given beside it.
+
+    A stage that is given beside the method has no options of the method's own stage.
+    """
+    if "method" not in values:
+        return values
+    settings = _settings(values["method"])
+    for stage in ("partition", "router"):
+        if values.get(stage, settings[stage]) != settings[stage]:
+            settings[f"{stage}_options"] = {}
+    return {**settings, **{key: value for key, value in values.items() if key != "method"}}
 
 
 def chosen_layers(text: str, num_layers: int) -> list[int]:

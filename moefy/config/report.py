@@ -44,7 +44,7 @@ class Settings:
         tuple[str, ...],
         Option(
             "Folder of another run; or another method, which is converted and scored, e.g. "
-            "`partition=weights refit=false`; may be repeated."
+            "`method=moefication`; may be repeated."
         ),
     ] = ()
     effort: Annotated[str, Option("Amount of measurements.", choices=tuple(TOKENS), flag=False)] = (

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moefy.config.recipe import method_of
 from moefy.convert import write
 from moefy.convert.memory import fit, state_bytes, writing
 from moefy.convert.prepare import SELF, Job
@@ -56,6 +57,7 @@ def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
         "family": job.family.model_type,
         "target": job.target.model_type,
         "shape": {**dataclasses.asdict(shape), "active_fraction": shape.active_fraction},
+        "method": method_of(dataclasses.asdict(job.recipe)),
         "layers_converted": len(job.layers),
         "layers_left_dense": job.num_layers - len(job.layers),
         "parameters_dense": dense,

@@ -6,10 +6,9 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from moefy.config.options import nearest
+from moefy.config.options import Field, Option, nearest
 from moefy.config.recipe import Recipe
 from moefy.convert.ffn import Method
 from moefy.convert.profile import SAMPLE
@@ -25,8 +24,8 @@ def stages(recipe: Recipe, *, control: bool = False) -> Method:
     Raises:
         MoefyError: code 2 for names, options and combinations that cannot be.
     """
-    partition = _module("partition", recipe.partition, "--partition")
-    router = _module("router", recipe.router, "--router")
+    partition = _module("partition", recipe.partition)
+    router = _module("router", recipe.router)
     routed = getattr(partition, "ROUTED", True)
     if recipe.overlap > 1 and routed and not getattr(partition, "OVERLAPS", False):
         raise MoefyError(
@@ -37,7 +36,8 @@ def stages(recipe: Recipe, *, control: bool = False) -> Method:
     if not control and not getattr(router, "WRITABLE", True):
         raise MoefyError(
             f"--router {recipe.router} looks at activations before it chooses and cannot be "
-            f"written; it is for evaluation: `moefy report RUN --against router={recipe.router}`",
+            "written; expected another --router, or an evaluation: "
+            f"`moefy report RUN --against router={recipe.router}`",
             code=2,
         )
     only = getattr(router, "PARTITION", recipe.partition)
@@ -48,11 +48,11 @@ def stages(recipe: Recipe, *, control: bool = False) -> Method:
             code=2,
         )
     whole = getattr(partition, "WHOLE", False)
-    split = _bound(f"--partition {recipe.partition}", partition.split, recipe.partition_options)
-    fit = _bound(f"--router {recipe.router}", router.fit, recipe.router_options)
+    split = _bound("partition", partition.split, recipe.partition_options)
+    fit = _bound("router", router.fit, recipe.router_options)
     refine = None
     if routed and recipe.refit and hasattr(router, "refine"):
-        refine = _bound(f"--router {recipe.router}", router.refine, recipe.router_options)
+        refine = _bound("router", router.refine, recipe.router_options)
     return Method(
         split,
         fit if routed else None,
@@ -64,12 +64,8 @@ def stages(recipe: Recipe, *, control: bool = False) -> Method:
     )
 
 
-def _module(package: str, name: str, flag: str) -> Any:
-    folder = Path(__file__).parent / package
-    known = sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
-    if name not in known:
-        raise MoefyError(f"unknown {flag} {name!r}; {nearest(name, known)}", code=2)
-    return importlib.import_module(f"moefy.convert.{package}.{name}")
+def _module(package: str, name: str) -> Any:
+    return importlib.import_module(f"moefy.convert.{package}.{name.replace('-', '_')}")
 
 
 def options_of(stage: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
@@ -89,23 +85,18 @@ def options_of(stage: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     return {key: (default, hints[key]) for key, default in defaults.items()}
 
 
-def _bound(what: str, stage: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    legal = options_of(stage)
+def _bound(name: str, stage: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """The stage called `name` with its options, which are checked."""
+    known = options_of(stage)
     for key, value in options.items():
-        if key not in legal:
-            known = nearest(key, list(legal))
-            raise MoefyError(f"{what} has no option {key!r}; {known}", code=2)
-        default, hint = legal[key]
-        problem = f"{what}, option {key}: found {value!r}"
+        if key not in known:
+            raise MoefyError(f"unknown {name}.{key}; {nearest(key, [*known])}", code=2)
+        default, hint = known[key]
         more = get_args(hint)
-        if get_origin(hint) is Literal and value not in more:
-            raise MoefyError(f"{problem}; {nearest(str(value), [*more])}", code=2)
-        kinds = (float, int) if type(default) is float else (type(default),)
-        if type(value) not in kinds:
-            raise MoefyError(f"{problem}; expected a value like {default!r}", code=2)
-        for span in more:
-            if isinstance(span, Range) and not span.least <= value <= span.most:
-                raise MoefyError(f"{problem}; expected {span.least:g} to {span.most:g}", code=2)
+        span = next((part for part in more if isinstance(part, Range)), Range(0))
+        choices = more if get_origin(hint) is Literal else ()
+        option = Option("", span.least, span.most, choices, flag=False)
+        Field(f"{name}.{key}", type(default), False, default, option).checked(value)
     if "options" in inspect.signature(stage).parameters:
         return partial(stage, options=get_type_hints(stage)["options"](**options))
     return partial(stage, **options)

@@ -48,7 +48,7 @@ STATIC = {
 
 UNKEPT = Attempt(force=True, keep=False)
 
-METHOD = ("partition", "router", "refit", "drift", "overlap", "seed")
+METHOD = ("method", "partition", "router", "refit", "drift", "overlap", "seed")
 """The settings that `--against` may change; all others are those of the run."""
 
 
@@ -73,7 +73,7 @@ def _as_active(job: Job) -> Shape:
 
 
 def changed(recipe: Recipe, changes: str) -> Recipe:
-    """The recipe of another method, `partition=coactivation router=representative refit=false`.
+    """The recipe of another method, such as `method=cmoe` or `partition=shuffle refit=false`.
 
     A partition or router that is named starts from its default options.
 
@@ -88,7 +88,7 @@ def changed(recipe: Recipe, changes: str) -> Recipe:
             raise MoefyError(f"--against {changes!r} changes more than the method; {known}", code=2)
         if key in ("partition", "router"):
             values[f"{key}_options"] = {}
-        if setting == "partition=static":
+        if setting in ("partition=static", "method=flap"):
             values |= STATIC
     return build(None, values, changes.split())
 

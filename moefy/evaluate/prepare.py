@@ -184,7 +184,7 @@ def _is_folder(name: str) -> bool:
     if "=" not in name:
         raise MoefyError(
             f"--against {name!r} is no folder of a run and no method; expected a run, or settings "
-            "as key=value such as 'partition=weights refit=false'",
+            "as key=value such as 'method=moefication'",
             code=2,
         )
     return False

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moefy.config.recipe import method_of
 from moefy.report import section_cost, section_inside, section_quality, section_tuned
 from moefy.report.chart import Look, looks
 from moefy.report.document import Section, Table
@@ -87,6 +88,7 @@ def made(report: Mapping[str, Any]) -> Section:
         ("dense model", str(run["model"])),
         ("class", f"{run['reopened']['class']}: {run['target_reason']}"),
         ("shape", shape_text(run["shape"])),
+        ("method", method_of(run["recipe"]) if "recipe" in run else "unknown"),
         (
             "calibration",
             f"{calibration['sequences']} sequences of {calibration['sequence_length']} tokens from "

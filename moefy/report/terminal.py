@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moefy.config.recipe import method_of
 from moefy.report.draw import HTML
 from moefy.report.figures import short
 from moefy.report.format import shape_text
@@ -42,6 +43,7 @@ def show_conversion(summary: Mapping[str, Any], out: Path) -> None:
     before = sum(layer["error_before_refit"] for layer in layers) / len(layers)
     after = sum(layer["error_after_refit"] for layer in layers) / len(layers)
     console.print(f"{summary['reopened']['class']}, {shape_text(summary['shape'])}", markup=False)
+    console.print(f"Method: {method_of(summary['recipe'])}", markup=False)
     console.print(
         f"FFN output error on held-out calibration text: {before:.3f}, {after:.3f} after the "
         f"refit (mean over {len(layers)} layers)"
@@ -107,6 +109,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         ("model", f"{plan['model']} ({plan['family']})"),
         ("target", plan["target"]),
         ("FFN", shape_text(plan["shape"])),
+        ("method", plan["method"]),
         ("layers", f"{plan['layers_converted']} converted, {plan['layers_left_dense']} dense"),
         ("parameters, dense", f"{plan['parameters_dense'] / 1e6:,.1f} M"),
         ("parameters, total", f"{plan['parameters_total'] / 1e6:,.1f} M"),

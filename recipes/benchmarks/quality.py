@@ -23,6 +23,7 @@ from remembered import remembered
 
 from moefy.checkpoint.resolve import resolve
 from moefy.compute import name_of
+from moefy.config.methods import PARTS
 from moefy.config.recipe import Recipe, build
 from moefy.convert.prepare import prepare
 from moefy.convert.run import calibration_tokens, convert
@@ -51,11 +52,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "oracle router": {"router": "oracle"},
     "random router, dense layers": {"router": "random", "layers": "auto"},
     "oracle router, dense layers": {"router": "oracle", "layers": "auto"},
-    "CMoE": {"partition": "coactivation", "router": "representative", "refit": False},
-    "MoEfication": {"partition": "weights", "refit": False},
-    "LLaMA-MoE v2": {"partition": "gradient", "router": "centroids", "refit": False},
-    "ExpertWeaver": {"partition": "expertweaver", "router": "gates", "refit": False},
-    "FLAP": {**STATIC, "partition_options": {"metric": "fluctuation"}, "refit": False},
+    "CMoE": {"method": "cmoe"},
+    "MoEfication": {"method": "moefication"},
+    "LLaMA-MoE v2": {"method": "llama-moe-v2"},
+    "ExpertWeaver": {"method": "expertweaver"},
+    "FLAP": {"method": "flap", "layers": ":", "overlap": 1.0},
 }
 """What each changes in the recipe. "static" is what the others are compared with."""
 
@@ -134,8 +135,8 @@ def measure(
 ) -> dict:
     """Convert by one method and score the result, in `dtype`, on every text."""
     name, _, more = method.partition(WITH)
-    values = {**dataclasses.asdict(recipe), **METHODS[name]}
-    chosen = build(None, values, more.split())
+    values = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in PARTS}
+    chosen = build(None, {**values, **METHODS[name]}, more.split())
     if chosen.partition == "static":
         chosen = dataclasses.replace(chosen, target="auto")
     job = prepare(chosen, control=True)

@@ -37,18 +37,18 @@ USAGE = {
     "no MODEL": ([], "MODEL"),
     "empty MODEL": (["", "OUT"], "empty"),
     "oracle": (["MODEL", "OUT", "--router", "oracle"], "cannot be written"),
-    "representative": (
-        ["MODEL", "OUT", "--partition", "coactivation", "--router", "representative"],
+    "a method whose router cannot be written": (
+        ["MODEL", "OUT", "--method", "cmoe"],
         "cannot be written",
-        "moefy report RUN --against router=representative",
+        "moefy report RUN --against router=cmoe",
     ),
     "clusters of another partition": (
-        ["MODEL", "OUT", "--router", "centroids"],
+        ["MODEL", "OUT", "--router", "llama-moe-v2"],
         "--partition alternating",
-        "expected --partition gradient",
+        "expected --partition llama-moe-v2",
     ),
     "overlapping experts of a method that has none": (
-        ["MODEL", "OUT", "--partition", "weights", "--overlap", "2"],
+        ["MODEL", "OUT", "--partition", "moefication", "--overlap", "2"],
         "do not overlap",
     ),
     "unknown metric": (
@@ -56,7 +56,7 @@ USAGE = {
         "did you mean energy",
     ),
     "unknown router": (["MODEL", "OUT", "--router", "linaer"], "did you mean linear"),
-    "unknown partition": (["MODEL", "OUT", "--partition", "x"], "alternating, coactivation"),
+    "unknown partition": (["MODEL", "OUT", "--partition", "x"], "alternating, cmoe"),
     "unknown target": (["MODEL", "OUT", "--target", "qwen2"], "did you mean qwen2_moe"),
     "unknown engine": (["MODEL", "OUT", "--engines", "lama.cpp"], "did you mean llama.cpp"),
     "unknown dtype": (["MODEL", "OUT", "--dtype", "int4"], "bfloat16"),
@@ -71,7 +71,11 @@ USAGE = {
     "no setting": (["MODEL", "OUT", "--set", "rounds"], "key=value"),
     "unknown setting": (["MODEL", "OUT", "--set", "sede=3"], "did you mean seed"),
     "unknown option": (["MODEL", "OUT", "--set", "partition.round=3"], "did you mean rounds"),
-    "option of another type": (["MODEL", "OUT", "--set", "partition.rounds=x"], "rounds", "like 4"),
+    "option of another type": (
+        ["MODEL", "OUT", "--set", "partition.rounds=x"],
+        "rounds",
+        "expected int",
+    ),
     "negative option": (["MODEL", "OUT", "--set", "router.learning_rate=-1"], "learning_rate"),
     "setting of another type": (["MODEL", "OUT", "--set", "tokens=many"], "tokens", "many"),
     "no recipe": (["MODEL", "OUT", "--recipe", "none.toml"], "none.toml"),
@@ -196,9 +200,9 @@ def test_a_conversion_and_its_report(moefy, pico, text, tmp_path):
 AGAINST = {
     "another shape": ("active=0.25", "changes more than the method"),
     "unknown partition": ("partition=none", "--partition is 'none'"),
-    "unknown option": ("partition=weights partition.round=3", "did you mean rounds"),
+    "unknown option": ("partition=moefication partition.round=3", "did you mean rounds"),
     "no setting": ("partition", "key=value"),
-    "clusters of another partition": ("router=centroids", "expected --partition gradient"),
+    "clusters of another partition": ("router=llama-moe-v2", "expected --partition llama-moe-v2"),
 }
 
 
@@ -273,7 +277,8 @@ def test_the_help_names_every_method_that_can_be_written(option, moefy, monkeypa
     (line,) = [n for n in moefy("convert", "--help").out.splitlines() if f"--{option} " in n]
     files = (Path(cli.__file__).parent.parent / "convert" / option).glob("[!_]*.py")
     modules = [importlib.import_module(f"moefy.convert.{option}.{file.stem}") for file in files]
-    names = {m.__name__.split(".")[-1] for m in modules if getattr(m, "WRITABLE", True)}
+    names = {m.__name__.rpartition(".")[2] for m in modules if getattr(m, "WRITABLE", True)}
+    names = {name.replace("_", "-") for name in names}
     (listed,) = re.findall(r"One of (.*?)\.", line)
     assert set(listed.split(", ")) == names
 

@@ -13,8 +13,17 @@ import pytest
 
 import moefy
 from moefy.config import finetune
+from moefy.config.methods import FORMER_PARTITIONS, FORMER_ROUTERS, METHODS
 from moefy.config.options import fields, nearest
-from moefy.config.recipe import Recipe, build, chosen_layers, num_bytes, read, render
+from moefy.config.recipe import (
+    Recipe,
+    build,
+    chosen_layers,
+    method_of,
+    num_bytes,
+    read,
+    render,
+)
 from moefy.convert.method import options_of, stages
 from moefy.errors import MoefyError
 
@@ -88,7 +97,7 @@ def round_trip(recipe: Recipe, folder, **extra) -> Recipe:
 
 
 def test_everything_comes_back(tmp_path):
-    plain = {spec.name for spec in dataclasses.fields(Recipe)}
+    plain = {spec.name for spec in dataclasses.fields(Recipe)} - {"method"}
     changed = dataclasses.asdict(EVERYTHING)
     assert {name for name in plain if changed[name] != getattr(Recipe("demo"), name)} == plain
     assert round_trip(EVERYTHING, tmp_path) == EVERYTHING
@@ -298,6 +307,54 @@ def test_a_value_that_cannot_be_read_is_refused():
     assert len(message) < 200
 
 
+# Published methods
+
+GUIDE = Path(__file__).parents[2] / "recipes" / "guide" / "methods.md"
+
+
+def test_the_guide_tells_what_each_method_sets():
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| `(partition=[^`]+)` \|", GUIDE.read_text(), re.M))
+    assert list(rows) == list(METHODS)
+    for name, settings in rows.items():
+        by_name = build(None, {"model": "demo", "method": name}, [])
+        assert by_name == build(None, {"model": "demo"}, settings.split())
+        assert by_name.method is None
+        assert method_of(dataclasses.asdict(by_name)) == name
+
+
+def test_what_is_given_beside_a_method_counts(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text(
+        'model = "demo"\npartition = "shuffle"\ndrift = 0.25\n[router_options]\nsteps = 1\n'
+    )
+    made = build(file, {"method": "cmoe", "router": "linear"}, [])
+    assert (made.partition, made.router, made.refit, made.drift) == ("cmoe", "linear", False, 0.5)
+    assert made.router_options == {}  # those of the file were for another router
+    assert method_of(vars(made)) == "cmoe with router=linear"
+    made = build(None, {"model": "demo", "method": "flap", "partition": "moefication"}, [])
+    assert made.partition_options == {}
+    made = build(None, {"model": "demo"}, ["partition.metric=energy", "method=flap", "refit=true"])
+    assert (made.partition_options, made.refit) == ({"metric": "energy"}, True)
+    file.write_text('model = "demo"\nmethod = "expertweaver"\nrefit = true\n')
+    assert method_of(vars(build(file, {}, []))) == "expertweaver with refit=true"
+    assert method_of(vars(build(None, {"model": "demo"}, []))) == "ours"
+
+
+def test_an_unknown_method_is_answered_with_the_nearest():
+    refusal("--method is 'cmo'", "did you mean cmoe?", flags={"model": "demo", "method": "cmo"})
+
+
+@pytest.mark.parametrize(
+    ("key", "former", "now"),
+    [("partition", *names) for names in FORMER_PARTITIONS.items()]
+    + [("router", *names) for names in FORMER_ROUTERS.items()],
+)
+def test_a_methods_former_name_is_taken(key, former, now):
+    notes = []
+    assert getattr(build(None, {"model": "demo", key: former}, [], notes.append), key) == now
+    assert notes == [f"{key} {former} is called {now} now"]
+
+
 # Layers
 
 
@@ -347,8 +404,8 @@ def test_sizes_of_files_are_those_that_transformers_takes():
 
 # --- ranges of the methods' options --------------------------------------------------------------
 
-METHODS = [
-    (package, path.stem)
+STAGES = [
+    (package, path.stem.replace("_", "-"))
     for package in ("partition", "router")
     for path in sorted(Path(moefy.__file__).parent.joinpath("convert", package).glob("[!_]*.py"))
 ]
@@ -356,14 +413,14 @@ METHODS = [
 
 def ranges(package: str, name: str) -> dict[str, tuple]:
     """Option -> its type and its range, of a method's numbers."""
-    module = importlib.import_module(f"moefy.convert.{package}.{name}")
+    module = importlib.import_module(f"moefy.convert.{package}.{name.replace('-', '_')}")
     stage = module.split if package == "partition" else module.fit
     hints = {key: hint for key, (_, hint) in options_of(stage).items()}
     kinds = {key: (get_args(hint) or (hint, None)) for key, hint in hints.items()}
     return {key: kind for key, kind in kinds.items() if kind[0] in (int, float)}
 
 
-@pytest.mark.parametrize(("package", "name"), METHODS)
+@pytest.mark.parametrize(("package", "name"), STAGES)
 def test_an_option_out_of_its_range_is_refused(package, name):
     for key, (kind, span) in ranges(package, name).items():
         assert span is not None, f"{key} has no range"

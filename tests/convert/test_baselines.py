@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from moefy.checkpoint.validate import open_checkpoint
 from moefy.convert.cluster import balanced_kmeans, marks, token_centroids
 from moefy.convert.gradients import ffn_gradients
-from moefy.convert.partition.gradient import importance
+from moefy.convert.partition.llama_moe_v2 import importance
 from moefy.convert.partition.static import fluctuation
 from moefy.convert.routed import RoutedFFN, expert_energies
 from moefy.errors import MoefyError
@@ -125,7 +125,7 @@ def test_marks_equal_plain_loops(unit, gated):
 @pytest.mark.parametrize("seed", range(3))
 def test_coactivation_equals_plain_loops(seed):
     ffn, profile = setting(seed)
-    found = SPLITS["coactivation"](ffn, profile, SHAPE, generator=seeded(0))
+    found = SPLITS["cmoe"](ffn, profile, SHAPE, generator=seeded(0))
     mark_TF = marked(ffn, profile.x_TD[:FIT], 10, True)
     rate_F = mark_TF.mean(0)
     shared = highest(rate_F, 8)
@@ -142,8 +142,8 @@ def test_coactivation_equals_plain_loops(seed):
 @pytest.mark.parametrize("unit", [True, False])
 def test_the_representative_neuron_equals_plain_loops(unit):
     ffn, profile = setting(3)
-    partition = SPLITS["coactivation"](ffn, profile, SHAPE, generator=seeded(0), unit=unit)
-    router = FITS["representative"](ffn, profile, partition, SHAPE, generator=seeded(0), unit=unit)
+    partition = SPLITS["cmoe"](ffn, profile, SHAPE, generator=seeded(0), unit=unit)
+    router = FITS["cmoe"](ffn, profile, partition, SHAPE, generator=seeded(0), unit=unit)
     mark_TF = marked(ffn, profile.x_TD[:FIT], 10, unit)
     score_TE = np.empty((80, 5))
     for expert, neurons in enumerate(partition.experts_EN.tolist()):
@@ -167,7 +167,7 @@ def test_the_representative_neuron_equals_plain_loops(unit):
 def test_weights_equal_a_naive_search(gated):
     """No dealing out is better under its own means, and no naive run is tighter."""
     ffn, profile = setting(4, gated=gated)
-    found = SPLITS["weights"](ffn, profile, SHAPE, generator=seeded(0))
+    found = SPLITS["moefication"](ffn, profile, SHAPE, generator=seeded(0))
     assert found.shared_S.tolist() == highest(profile.energy_F.numpy(), 8)
     parts = [ffn.up_FD] if not gated else [ffn.gate_FD, ffn.up_FD]
     point_FQ = np.hstack([of_length_one(rows.double()).numpy() for rows in parts])
@@ -198,8 +198,8 @@ def test_weights_look_at_directions_alone():
     longer_F1 = torch.rand(48, 1, generator=seeded(0)) * 4 + 1
     louder = dataclasses.replace(ffn, gate_FD=ffn.gate_FD * longer_F1, up_FD=ffn.up_FD / longer_F1)
     other = observed(louder, -profile.x_TD, num_heldout=80)
-    first = SPLITS["weights"](ffn, profile, shape, generator=seeded(0))
-    assert sets(first) == sets(SPLITS["weights"](louder, other, shape, generator=seeded(0)))
+    first = SPLITS["moefication"](ffn, profile, shape, generator=seeded(0))
+    assert sets(first) == sets(SPLITS["moefication"](louder, other, shape, generator=seeded(0)))
 
 
 # LLaMA-MoE v2
@@ -257,7 +257,7 @@ def naive_residual_split(score_EF: np.ndarray, shape: Shape) -> tuple[list[int],
 @pytest.mark.parametrize("seed", range(3))
 def test_the_gradient_split_equals_plain_loops(seed, shape):
     ffn, profile = setting(seed)
-    found = SPLITS["gradient"](ffn, profile, shape, generator=seeded(seed))
+    found = SPLITS["llama-moe-v2"](ffn, profile, shape, generator=seeded(seed))
     centre_ED = token_centroids(profile, shape.num_experts, seeded(seed))
     score_EF = importance(ffn, profile, centre_ED).numpy()
     shared, experts = naive_residual_split(score_EF, shape)
@@ -269,7 +269,7 @@ def test_centroids_are_those_of_the_partition_and_of_scikit_learn():
     ffn, profile = setting(7)
     generator = seeded(11)
     torch.rand(5, generator=generator)  # whatever a partition has drawn by then
-    router = FITS["centroids"](ffn, profile, None, SHAPE, generator=generator)
+    router = FITS["llama-moe-v2"](ffn, profile, None, SHAPE, generator=generator)
     centre_ED = token_centroids(profile, 5, seeded(11))
     known = KMeans(5, n_init=10, max_iter=100, tol=1e-3, random_state=11)
     known.fit(profile.x_TD[:FIT].numpy())
@@ -353,7 +353,7 @@ def test_expertweaver_equals_plain_loops(passage, gated):
 def test_gates_score_by_the_mean_gate_row(gated):
     ffn, profile = setting(9, gated=gated)
     partition = SPLITS["shuffle"](ffn, profile, SHAPE, generator=seeded(0))
-    router = FITS["gates"](ffn, profile, partition, SHAPE, generator=seeded(0))
+    router = FITS["expertweaver"](ffn, profile, partition, SHAPE, generator=seeded(0))
     rows_FD = (ffn.gate_FD if gated else ffn.up_FD).double().numpy()
     mean_ED = np.stack([rows_FD[neurons].mean(0) for neurons in partition.experts_EN.numpy()])
     x_TD = profile.x_TD.double().numpy()
@@ -391,8 +391,8 @@ def test_a_neuron_that_always_answers_alike_has_energy_and_no_fluctuation():
 # What they look for, and find
 
 MARKS = {"marked": 14, "unit": False}
-OPTIONS = {"expertweaver": {"passage": 1}, "coactivation": {**MARKS, "rounds": 20}}
-FIND = ["coactivation", "expertweaver", "gradient", "weights"]
+OPTIONS = {"expertweaver": {"passage": 1}, "cmoe": {**MARKS, "rounds": 20}}
+FIND = ["cmoe", "expertweaver", "llama-moe-v2", "moefication"]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -412,7 +412,7 @@ def test_planted_groups_are_found(name, seed):
     assert recovered(found, planted) < 0.5
 
 
-ROUTERS = {"gradient": "centroids", "expertweaver": "gates", "coactivation": "representative"}
+ROUTERS = {"llama-moe-v2": "llama-moe-v2", "expertweaver": "expertweaver", "cmoe": "cmoe"}
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -423,7 +423,7 @@ def test_their_routers_send_tokens_where_they_belong(name):
     found = SPLITS[name](*given, planted.shape, generator=seeded(0), **options)
     kept = {}
     for router in (ROUTERS[name], "oracle", "random"):
-        options = MARKS if router == "representative" else {}
+        options = MARKS if router == "cmoe" else {}
         fitted = FITS[router](*given, found, planted.shape, generator=seeded(0), **options)
         x_TD, h_TF = planted.profile.x_TD[400:], planted.profile.h_TF[400:]
         mask_TE = RoutedFFN(planted.ffn, found, fitted, 1).mask(x_TD, h_TF)
@@ -436,7 +436,7 @@ def test_their_routers_send_tokens_where_they_belong(name):
 def test_experts_are_made_for_their_own_cluster():
     """An expert's neurons matter more to its cluster's tokens than to others'."""
     planted = plant(1, fired=1, noise=0.1)
-    found = SPLITS["gradient"](planted.ffn, planted.profile, planted.shape, generator=seeded(1))
+    found = SPLITS["llama-moe-v2"](planted.ffn, planted.profile, planted.shape, generator=seeded(1))
     score_EF = importance(
         planted.ffn, planted.profile, token_centroids(planted.profile, 8, seeded(1))
     )

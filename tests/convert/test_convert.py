@@ -376,7 +376,7 @@ def told(job, code: int) -> str:
 def test_what_an_encoder_does_not_do(family, pico, a_job, converted):
     model = pico(family)
     assert "--calibration FILE" in told(lambda: a_job(model, target="moefy", calibration="self"), 2)
-    by_loss = {"target": "moefy", "partition": "gradient"}
+    by_loss = {"target": "moefy", "partition": "llama-moe-v2"}
     assert "no next-token loss" in told(lambda: a_job(model, **by_loss), 2)
     assert "--layers" in told(lambda: a_job(model, target="moefy", layers="auto"), 2)
     out = converted(model, target="moefy", partition="shuffle", refit=False)
@@ -490,7 +490,7 @@ def few(texts, **more) -> Settings:
         ("phi3", {}),
         ("granite", {}),
         ("olmo2", {"partition": "shuffle"}),
-        ("llama", {"partition": "gradient", "router": "centroids", "calibration": "self"}),
+        ("llama", {"partition": "llama-moe-v2", "router": "llama-moe-v2", "calibration": "self"}),
     ],
 )
 def test_an_evaluation_with_controls(family, recipe, pico, converted, text, tmp_path):
@@ -534,7 +534,7 @@ PUBLISHED = [settings for settings in SETTINGS if not settings.startswith(OURS)]
 def test_an_evaluation_against_the_published_methods(family, pico, converted, text, tmp_path):
     target = {"target": "moefy"} if family == "gpt2" else {}
     run = Path(shutil.copytree(converted(pico(family), **target), tmp_path / "run"))
-    against = [*PUBLISHED, "partition=weights partition.restarts=2", "seed=1"]
+    against = [*PUBLISHED, "partition=moefication partition.restarts=2", "seed=1"]
     assert len(against) == 7
     report = evaluate(
         run, few([text], tokens=300, sequence_length=100, controls=False, against=tuple(against))
@@ -551,9 +551,9 @@ def test_what_a_run_is_held_against_has_its_shape_and_its_settings(pico):
     recipe = build(
         None, {"model": str(pico("llama")), "experts": 4}, ["partition.rounds=2", "router.steps=5"]
     )
-    other = changed(recipe, "partition=weights partition.restarts=2 refit=false")
+    other = changed(recipe, "partition=moefication partition.restarts=2 refit=false")
     assert other.partition_options == {"restarts": 2} and other.router_options == {"steps": 5}
-    assert (other.partition, other.router, other.refit) == ("weights", "linear", False)
+    assert (other.partition, other.router, other.refit) == ("moefication", "linear", False)
     jobs = control_jobs(recipe, {"weights": other, "static": changed(recipe, "partition=static")})
     shape = prepare(recipe).shape
     assert jobs["weights"].shape == shape

@@ -75,8 +75,8 @@ KINDS = {
     "overlapping experts": (3, {"overlap": 2.0}),
     "states in files, a layer in the middle": (2, {"layers": "1", "router": "random"}),
     "dense layers chosen by what is lost": (2, {"layers": "auto", "active": 0.75}),
-    "gates": (3, {"partition": "expertweaver", "router": "gates"}),
-    "marks of neurons": (2, {"partition": "coactivation"}),
+    "gates": (3, {"partition": "expertweaver", "router": "expertweaver"}),
+    "marks of neurons": (2, {"partition": "cmoe"}),
     "fluctuation": (2, {"partition": "static", "partition_options": {"metric": "fluctuation"}}),
 }
 """How many processes, and what is not the default."""
@@ -166,7 +166,10 @@ def test_one_that_is_killed_stops_the_others_in_a_line(pico, text, tmp_path):
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        (("--partition=gradient",), "moefy: --partition gradient takes gradients of all tokens"),
+        (
+            ("--partition=llama-moe-v2",),
+            "moefy: --partition llama-moe-v2 takes gradients of all tokens",
+        ),
         (("--tokens=2048",), "2 processes share 32 sequences, 32 of which stay together; start 1"),
     ],
 )

@@ -28,7 +28,7 @@ from moefy.types import Partition, Profile, Router, Shape
 
 CLOSED = linear.Options(steps=0)
 FITS = methods("router", "fit")
-UNWRITABLE = {"oracle", "representative"}
+UNWRITABLE = {"oracle", "cmoe"}
 SHAPE = Shape(48, 8, 5, 8, 2)
 
 

@@ -207,7 +207,7 @@ RECIPES: dict[str, tuple[dict[str, Any], str, str]] = {
     "plain": ({}, "layer 1", "layer 0"),
     "a text of its own": ({"calibration": "self"}, "copy", "calibration text"),
     "auto": ({"layers": "auto", "active": 0.75}, "copy", "sensitivity"),
-    "gradients": ({"partition": "gradient"}, "layer 1", "gradients"),
+    "gradients": ({"partition": "llama-moe-v2"}, "layer 1", "gradients"),
     "some layers": ({"layers": "1:"}, "layer 1", "layer 0"),
     "one generation of states": ({"drift": 0.0}, "layer 1", "copy"),
     "overlapping": ({"overlap": 2.0}, "layer 1", "layer 0"),
@@ -346,7 +346,7 @@ def other_text(job: Job) -> None:
 FOREIGN: dict[str, tuple[dict[str, Any], Callable[[Job], object], str]] = {
     "seed": ({"seed": 1}, lambda job: None, "recipe.seed was 0, is 1"),
     "shape": ({"active": 0.75}, lambda job: None, "recipe.active was 0.5, is 0.75"),
-    "method": ({"partition": "weights"}, lambda job: None, "recipe.partition was alternating"),
+    "method": ({"partition": "moefication"}, lambda job: None, "recipe.partition was alternating"),
     "weights": ({}, other_weights, "inputs.model.safetensors differs"),
     "text": ({}, other_text, "calibration differs"),
     "threads": ({}, lambda job: torch.set_num_threads(2), "machine.threads was 1, is 2"),

@@ -21,7 +21,7 @@ def methods(package: str, function: str) -> dict[str, object]:
     """The public function of every file in a folder of the package, by the file's name."""
     names = sorted(file.stem for file in (PACKAGE / "convert" / package).glob("*.py"))
     return {
-        name: getattr(import_module(f"moefy.convert.{package}.{name}"), function)
+        name.replace("_", "-"): getattr(import_module(f"moefy.convert.{package}.{name}"), function)
         for name in names
         if name != "__init__"
     }

@@ -63,7 +63,7 @@ from moefy.models import families, targets
 from moefy.models.engines import known_engines
 
 PARTITIONS = sorted(
-    file.stem
+    file.stem.replace("_", "-")
     for file in Path(moefy.convert.partition.__file__).parent.glob("*.py")
     if file.stem not in ("__init__", "static")  # static routes nothing: it is no MoE
 )

@@ -447,7 +447,7 @@ def test_every_method_names_its_source():
     recipe = {"refit": False, "drift": 0, "calibration": "x", "partition": "", "router": ""}
     for table, package, stage in ((PARTITION, "partition", "split"), (ROUTER, "router", "fit")):
         for name, works in table.items():
-            module = _module(package, name, "")
+            module = _module(package, name)
             text = inspect.getsource(module) + (getattr(module, stage).__doc__ or "")
             for number in re.findall(r"arXiv (\d+\.\d+)", " ".join(works)):
                 if name != "linear":  # whose parts are in modules of their own

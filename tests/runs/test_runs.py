@@ -234,10 +234,10 @@ def test_a_model_that_has_moved_is_used_everywhere(pair, text, tmp_path, monkeyp
         with pytest.raises(MoefyError, match=f"is not at {model}; give the folder .* {flag}"):
             ask()
     assert taught(out, teacher=str(tmp_path / "moved")) == tmp_path / "moved"
-    more = {"controls": True, "against": ("partition=weights",)}
+    more = {"controls": True, "against": ("partition=moefication",)}
     report = scored(out, text, dense=str(tmp_path / "moved"), **more)
     reasons = [row["reason"] for row in report["not_run"]]
-    assert {"static", "partition=weights"} <= report["texts"]["text"].keys(), reasons
+    assert {"static", "partition=moefication"} <= report["texts"]["text"].keys(), reasons
     assert report["notes"] == []
 
 
@@ -245,7 +245,7 @@ def test_controls_are_made_from_the_model_that_was_converted(pair, text):
     model, out = pair
     other_weights(model)
     asked = {"dense": str(model)}
-    for more in ({"controls": True}, {"against": ("partition=weights",)}):
+    for more in ({"controls": True}, {"against": ("partition=moefication",)}):
         with pytest.raises(MoefyError, match="controls and methods of --against") as caught:
             scored(out, text, **asked, **more)
         assert caught.value.code == 2

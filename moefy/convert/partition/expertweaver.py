@@ -33,7 +33,7 @@ def split(
     240 prompts of 48 tasks: our sequences are cut into passages, which makes about as many of the
     usual number of tokens. We differ in the number of shared neurons, which it sets by layer and we
     are given, and in that neurons are dealt out optimally, not greedily. Without a gate, the
-    activations themselves are taken. Its own router is `gates`.
+    activations themselves are taken. Its own router is `expertweaver`.
     """
     mean_MF, size_F = _gates(ffn, profile.inputs()[0], max(1, passage))
     shared_S, rest = ranked(size_F, shape.num_shared)

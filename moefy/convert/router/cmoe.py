@@ -25,7 +25,7 @@ def fit(
 ) -> Router:
     """Choose by |h| of one neuron per expert, whose marks are nearest to the expert's mean marks.
 
-    `marked` and `unit` are those of the partition `coactivation`, whose experts it is made for.
+    `marked` and `unit` are those of the partition `cmoe`, whose experts it is made for.
 
     Source: CMoE (arXiv 2502.04416), equations 7 and 8; the absolute value is its code's. Its code
     also scales the two rows of the neuron to length one, and the paper does not. On SmolLM2-135M

@@ -27,7 +27,7 @@ def split(ffn: FFN, profile: Profile, shape: Shape, *, generator: torch.Generato
     differ in the sizes, which are the given ones; in one cluster for each routed expert, where its
     code makes clusters for the shared ones as well and leaves them unused; and in taking inputs and
     h from the model as converted so far, like every partition here, and only the gradients from the
-    dense one. Its own router is `centroids`.
+    dense one. Its own router is `llama-moe-v2`.
     Cost: the gradients, for which see `gradients.ffn_gradients`; beyond them T * F * D operations.
     """
     score_EF = importance(ffn, profile, token_centroids(profile, shape.num_experts, generator))

@@ -31,7 +31,7 @@ def split(
     Source: CMoE (arXiv 2502.04416), section 4.1, and its code, which scales rows and inputs to
     length one before it takes |h| (`unit`) and deals the neurons out only once (`rounds`). Nothing
     is drawn at random. We differ in the sizes, which are the given ones. Its own router is
-    `representative`, which cannot be written.
+    `cmoe`, which cannot be written.
     Cost: T * F floats for the marks, twice.
     """
     mark_TF = marks(ffn, profile, marked, unit=unit)

@@ -8,7 +8,7 @@ from moefy.convert.cluster import token_centroids
 from moefy.convert.routed import level
 from moefy.types import FFN, Partition, Profile, Router, Shape
 
-PARTITION = "gradient"
+PARTITION = "llama-moe-v2"
 """The partition whose experts are made for these clusters of tokens, in this order."""
 
 
