@@ -43,6 +43,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 class Checkpointed:
     """A Trainer's methods for checkpoints, as `Finetuner` needs them."""
 
+    accelerator: Any
     args: Any
     model: Any
     state: Any
@@ -60,13 +61,13 @@ class Checkpointed:
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-        self._wait()
+        self.accelerator.wait_for_everyone()
         self._staging = str(staging)
         try:
             super()._save_checkpoint(model, trial)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self._staging = None
-        self._wait()
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.checkpoints.seal(staging / name)
             shutil.rmtree(home / name, ignore_errors=True)
@@ -74,11 +75,7 @@ class Checkpointed:
             sync(home)
             for old in steps(home)[:-NUM_KEPT]:
                 shutil.rmtree(home / f"{PREFIX}{old}")
-        self._wait()
-
-    def _wait(self) -> None:
-        if self.args.world_size > 1:
-            torch.distributed.barrier()
+        self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained, under the names and in the layout that it has in memory."""

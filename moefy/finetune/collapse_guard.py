@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
 
 
@@ -42,22 +43,19 @@ def check_start(loss: float) -> None:
 class CollapseGuard(TrainerCallback):
     """Checks the loss and the load of the experts at every step.
 
-    Experts that were dead before training do not count.
+    Experts that were dead before training do not count. Without restarts it only checks that the
+    loss is finite.
     """
 
-    steps: int
-    dead_below: float
-    most_loss: float
-    """As a multiple of the least mean loss so far."""
+    settings: Settings
     dead_before: list[int] = field(default_factory=list)
     """Dead experts of each layer before training."""
-    enabled: bool = True
-    """Without this it only checks that the loss is finite."""
     failure: Failure | None = None
 
     def __post_init__(self) -> None:
-        self._loads: deque[list[Tensor]] = deque(maxlen=self.steps)
-        self._losses: deque[float] = deque(maxlen=self.steps)
+        steps = self.settings.guard_steps
+        self._loads: deque[list[Tensor]] = deque(maxlen=steps)
+        self._losses: deque[float] = deque(maxlen=steps)
         self._least = math.inf
 
     def observe(self, step: int, loss: float, load_LE: list[Tensor]) -> None:
@@ -69,25 +67,27 @@ class CollapseGuard(TrainerCallback):
         if not math.isfinite(loss):
             self.failure = Failure(step, f"the loss is {loss}", step - 1)
             return
-        if not self.enabled or len(self._losses) < self.steps:
+        steps = self.settings.guard_steps
+        if not self.settings.guard_restarts or len(self._losses) < steps:
             return
         mean = sum(self._losses) / len(self._losses)
         self._least = min(self._least, mean)
-        if mean > self.most_loss * self._least:
+        if mean > self.settings.guard_loss * self._least:
             reason = f"the loss is {mean:.3g}, and was {self._least:.3g}"
-            self.failure = Failure(step, reason, step - self.steps)
-        elif reason := self._collapsed():
-            self.failure = Failure(step, reason, step - self.steps)
+        else:
+            reason = self._collapsed()
+        if reason:
+            self.failure = Failure(step, reason, step - steps)
 
     def _collapsed(self) -> str | None:
         for layer, loads in enumerate(zip(*self._loads, strict=True)):
             load_E = torch.stack(loads).sum(0)
-            dead = int((load_E < self.dead_below * load_E.mean()).sum())
+            dead = int((load_E < self.settings.dead_below * load_E.mean()).sum())
             before = self.dead_before[layer] if self.dead_before else 0
             if dead > before:
                 return (
                     f"{dead} of {len(load_E)} experts of MoE layer {layer} got less than "
-                    f"{self.dead_below:.0%} of the mean load over {self.steps} steps"
+                    f"{self.settings.dead_below:.0%} of the mean load over {len(self._loads)} steps"
                     f" (before training: {before})"
                 )
         return None

@@ -73,11 +73,6 @@ class Loss:
     free: bool = False
     """It costs next to nothing, and its curve is logged at weight 0 as well."""
 
-    def active(self, settings: Any) -> bool:
-        """Whether the settings ask for its curve."""
-        chosen = self.balance in ("", settings.balance)
-        return chosen and bool(self.free or getattr(settings, self.weight))
-
 
 def next_token(logits_TV: Tensor, next_T: Tensor, log_z_T: Tensor | None = None) -> Tensor:
     """Cross-entropy of the tokens that follow, nats. `log_z_T` is logsumexp of the logits."""
@@ -222,8 +217,13 @@ LOSSES = (
 
 def active(settings: Any, *, routers: bool = True) -> list[Loss]:
     """The losses that the settings ask for; without `routers` those that need none."""
-    chosen = [loss for loss in LOSSES if loss.active(settings)]
-    return [loss for loss in chosen if routers or ROUTERS not in loss.needs]
+    return [
+        loss
+        for loss in LOSSES
+        if (loss.free or getattr(settings, loss.weight))
+        and loss.balance in ("", settings.balance)
+        and (routers or ROUTERS not in loss.needs)
+    ]
 
 
 def needs(settings: Any) -> set[str]:

@@ -74,36 +74,41 @@ class MasterAdamW(torch.optim.AdamW):
 
     In bfloat16 itself most steps would be lost: it has 8 bits, and a step is often smaller than the
     last of them. The copies are part of `state_dict`.
+
+    Float32 weights under bfloat16 autocast learn as well: in 30 steps of SmolLM2-135M the losses
+    differ by 0.01 on average, with 1.45 s a step instead of 1.55 and 3.5 GB instead of 4.4. But
+    they double the memory of weights that are not trained (`router`, `lora`), and float16 would
+    need scaled losses.
     """
 
     def __init__(self, params: list[dict[str, Any]], **options: Any) -> None:
-        self.weights: list[list[nn.Parameter]] = [list(group["params"]) for group in params]
         copies = [{**group, "params": [_copy(p) for p in group["params"]]} for group in params]
+        self.pairs = [
+            pair
+            for group, copied in zip(params, copies, strict=True)
+            for pair in zip(group["params"], copied["params"], strict=True)
+        ]
         super().__init__(copies, **options)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Step the copies, then round them into the weights."""
-        for weights, group in zip(self.weights, self.param_groups, strict=True):
-            for weight, copy in zip(weights, group["params"], strict=True):
-                copy.grad = None if weight.grad is None else weight.grad.to(copy.dtype)
+        for weight, copy in self.pairs:
+            copy.grad = None if weight.grad is None else weight.grad.to(copy.dtype)
         super().step(closure)
-        for weights, group in zip(self.weights, self.param_groups, strict=True):
-            for weight, copy in zip(weights, group["params"], strict=True):
-                copy.grad = None
-                weight.copy_(copy)
+        for weight, copy in self.pairs:
+            copy.grad = None
+            weight.copy_(copy)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of AdamW, with the copies under `copies`."""
-        copies = [[p.detach() for p in group["params"]] for group in self.param_groups]
-        return {**super().state_dict(), "copies": copies}
+        return {**super().state_dict(), "copies": [copy.detach() for _, copy in self.pairs]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave."""
         state = dict(state_dict)
-        for sources, group in zip(state.pop("copies"), self.param_groups, strict=True):
-            for source, copy in zip(sources, group["params"], strict=True):
-                copy.data.copy_(source)
+        for source, (_, copy) in zip(state.pop("copies"), self.pairs, strict=True):
+            copy.data.copy_(source)
         super().load_state_dict(state)
 
 

@@ -2,55 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from moefy.config.finetune import Settings
 from moefy.finetune import losses
 
 
-@dataclass(frozen=True)
-class RouterNoise:
-    """What changes a router's choices, in training only. All off by default."""
-
-    std: float = 0.0
-    """Standard deviation added to the logits, annealed to zero at `until`."""
-    dropout: float = 0.0
-    """Probability that an expert takes no token of a batch."""
-    capacity: float = 0.0
-    """Capacity factor: most tokens of an expert, as a multiple of an even share. The tokens that
-    score lowest go to their next best expert, or to none if that is full too. 0 for no limit."""
-    warm: float = 0.0
-    """Share of the tokens whose last choice becomes the coldest expert, up to `until`."""
-    until: float = 0.5
-    """Share of the training after which noise and warm start are off."""
-
-    def active(self, progress: float) -> bool:
-        """Whether anything changes a choice at that share of the training."""
-        early = progress < self.until and (self.std or self.warm)
-        return bool(early or self.dropout or self.capacity)
+def is_noisy(settings: Settings, progress: float) -> bool:
+    """Whether anything changes a choice when that share of the training is done."""
+    early = progress < settings.explore_until and (settings.noise or settings.cold_expert_share)
+    return bool(early or settings.expert_dropout or settings.capacity_factor)
 
 
-def noisy_choices(noise: RouterNoise, progress: float, z_TE: Tensor, k: int) -> Tensor:
-    """Indices of the chosen experts under `noise`, (T, K); -1 for a choice that is dropped."""
+def noisy_choices(settings: Settings, progress: float, z_TE: Tensor, k: int) -> Tensor:
+    """Indices of the chosen experts, (T, K); -1 for a choice that the capacity drops.
+
+    Logit noise is annealed to zero at `explore_until`, where the share of the coldest expert ends.
+    """
     num_tokens, num_experts = z_TE.shape
-    early = 1 - progress / noise.until if progress < noise.until else 0.0
-    score_TE = z_TE + torch.randn_like(z_TE) * (noise.std * early)
-    if noise.dropout:
-        dropped_E = torch.rand(num_experts, device=z_TE.device) < noise.dropout
-        dropped_E[torch.randperm(num_experts, device=z_TE.device)[:k]] = (
-            False  # enough to choose from
-        )
+    until = settings.explore_until
+    early = 1 - progress / until if progress < until else 0.0
+    score_TE = z_TE + torch.randn_like(z_TE) * (settings.noise * early)
+    if settings.expert_dropout:
+        dropped_E = torch.rand(num_experts, device=z_TE.device) < settings.expert_dropout
+        enough_K = torch.randperm(num_experts, device=z_TE.device)[:k]
+        dropped_E[enough_K] = False
         score_TE = score_TE.masked_fill(dropped_E, -torch.inf)
     index_TK = score_TE.topk(k, dim=-1).indices
-    if noise.warm and early:
+    if settings.cold_expert_share and early:
         coldest = losses.load(index_TK, num_experts).argmin()
-        forced_T = torch.rand(num_tokens, device=z_TE.device) < noise.warm
+        forced_T = torch.rand(num_tokens, device=z_TE.device) < settings.cold_expert_share
         forced_T &= (index_TK != coldest).all(-1)
         index_TK[forced_T, -1] = coldest
-    if noise.capacity:
-        capacity = max(1, int(noise.capacity * num_tokens * k / num_experts))
+    if settings.capacity_factor:
+        capacity = max(1, int(settings.capacity_factor * num_tokens * k / num_experts))
         index_TK = with_capacity(score_TE, index_TK, capacity)
     return index_TK
 

@@ -3,8 +3,8 @@
 In every stock MoE block a router returns (logits, gates, indices), and stacked experts take
 (tokens, indices, gates). moefy writes router rows small (`ROUTER_SCALE`), so that every gate is
 one. All logits here are those of the rows before that, whose softmax means something. In training
-the forward pass is the written one with constant gates. The gradient is that of a soft choice (see
-`SOFT`). The saved model holds none of this.
+the forward pass is the written one with constant gates, and the gradient is that of a soft choice.
+The saved model holds none of this.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moefy.config.finetune import Settings
+from moefy.finetune import losses
 from moefy.finetune.losses import Routed
-from moefy.finetune.router_noise import RouterNoise, noisy_choices
+from moefy.finetune.router_noise import is_noisy, noisy_choices
 from moefy.models.routing import balance, moe_blocks
 from moefy.models.targets.target import ROUTER_SCALE
-
-SOFT = ("all", "chosen", "none")
-"""Whose outputs a router learns from: those of all experts (a token's gradient says what each one
-would have added, chosen or not), those of the chosen ones, or none but its own losses."""
 
 BIASES = ("e_score_correction_bias", "expert_bias")
 """Names in stock classes of the selection bias: it changes the chosen experts, not their gates."""
@@ -67,18 +65,17 @@ def moe_layers(model: nn.Module) -> list[Layer]:
 
 
 class Routing:
-    """Hooks on the routers and experts of a model."""
+    """Hooks on the routers and experts of a model.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        soft: str = "all",
-        noise: RouterNoise = RouterNoise(),  # noqa: B008 - frozen
-        energy: bool = False,
-    ) -> None:
+    `router_gradient` says from whose outputs a router learns: `all` experts (a token's gradient
+    says what each one would have added, chosen or not), the `chosen` ones, or `none` but its own
+    losses.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings = Settings()) -> None:  # noqa: B008
         self.layers = moe_layers(model)
-        self.soft, self.noise, self.energy = soft, noise, energy
+        self.settings, self.soft = settings, settings.router_gradient
+        self._energy = losses.ENERGY in losses.needs(settings)
         self.progress = 0.0
         """Share of the training that is done."""
         self._recording = False
@@ -104,8 +101,9 @@ class Routing:
         logits_TE, gate_TK, index_TK = out
         z_TE = logits_TE.float() / ROUTER_SCALE
         if router.training:
-            if self.noise.active(self.progress):
-                chosen = noisy_choices(self.noise, self.progress, z_TE.detach(), index_TK.shape[1])
+            if is_noisy(self.settings, self.progress):
+                k = index_TK.shape[1]
+                chosen = noisy_choices(self.settings, self.progress, z_TE.detach(), k)
                 # All gates are the same, but for the little that small logits leave.
                 gate_TK = gate_TK.detach().mean(-1, keepdim=True) * (chosen >= 0)
                 index_TK = chosen.clamp(0)
@@ -121,7 +119,7 @@ class Routing:
         return logits_TE, gate_TK, index_TK
 
     def _computed(self, layer: Layer, experts: Any, args: Any, out: Tensor) -> Tensor:
-        energy = self._recording and self.energy
+        energy = self._recording and self._energy
         soft = experts.training and self.soft == "all" and torch.is_grad_enabled()
         if not (soft or energy):
             return out

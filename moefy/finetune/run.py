@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import platform
@@ -16,7 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
+import transformers
 from accelerate import PartialState
 
 from moefy import __version__
@@ -85,7 +86,7 @@ class Plan:
             "teacher": self.digests,
             "processes": self.process.num_processes,
             "torch": torch.__version__,
-            "transformers": _version("transformers"),
+            "transformers": transformers.__version__,
             **{key: value for key, value in settings.items() if key not in NOT_OF_A_RUN},
             "compute_dtype": {
                 "student": self.dtypes.student.name,
@@ -134,7 +135,7 @@ def finetune(
         if process.is_main_process:
             with publishing(out, force=force) as part:
                 _write(plan, trained, checkpoints.home, summary, part)
-            _remove(checkpoints.home)
+            shutil.rmtree(checkpoints.home, ignore_errors=True)
         process.wait_for_everyone()
     return summary
 
@@ -217,7 +218,7 @@ def _open_home(home: Path, out: Path, process: PartialState) -> Iterator[None]:
             raise
         finally:
             if final or not steps(home):
-                _remove(home)
+                shutil.rmtree(home, ignore_errors=True)
 
 
 def _claim(checkpoints: Checkpoints, *, force: bool, restart: bool) -> None:
@@ -237,10 +238,6 @@ def _claim(checkpoints: Checkpoints, *, force: bool, restart: bool) -> None:
         for file in home.iterdir():
             if file.name != LOCK:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-
-
-def _remove(home: Path) -> None:
-    shutil.rmtree(home, ignore_errors=True)
 
 
 def _append(log: Path, row: dict[str, Any]) -> None:
@@ -281,16 +278,10 @@ def _summary(plan: Plan, trained: Trained) -> dict[str, Any]:
             "notes": list(tokens.notes),
         },
         "settings": dataclasses.asdict(settings),
-        "tokens": trained.tokens,
-        "steps": trained.steps,
-        "seconds": trained.seconds,
-        "tokens_per_second": trained.tokens_per_second,
-        "validation": trained.validation,
-        "routing": trained.routing,
-        "guard": trained.guard,
+        **{key: value for key, value in vars(trained).items() if key != "model"},
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "transformers", "accelerate")},
+            **{module.__name__: module.__version__ for module in (torch, transformers, accelerate)},
         },
         "compute": plan.dtypes.summary(),
     }
@@ -316,7 +307,3 @@ def _write(plan: Plan, trained: Trained, home: Path, summary: dict[str, Any], pa
     publish.write_text(part / "README.md", model_card(run.summary, trained=summary))
     summary["outputs"] = file_digests(part, without=("README.md",))
     write_json(folder / "finetune.json", summary)
-
-
-def _version(name: str) -> str:
-    return str(importlib.import_module(name).__version__)

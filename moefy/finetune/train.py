@@ -15,12 +15,10 @@ from transformers import PrinterCallback, TrainingArguments
 
 from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
-from moefy.finetune import losses
 from moefy.finetune.checkpoints import Checkpoints
 from moefy.finetune.collapse_guard import CollapseGuard, Failure, check_start
 from moefy.finetune.lora import adapted, merged
 from moefy.finetune.optim import round_weights
-from moefy.finetune.router_noise import RouterNoise
 from moefy.finetune.routing import Routing
 from moefy.finetune.teacher import Teacher
 from moefy.finetune.trainer import Finetuner, Rows, Setup
@@ -44,8 +42,8 @@ class Trained:
     """A trained model and the figures of its training."""
 
     model: Any
-    steps: int
     tokens: int
+    steps: int
     seconds: float
     tokens_per_second: float
     validation: dict[str, dict[str, Any]]
@@ -114,7 +112,7 @@ def train(
             callbacks.progress("measure", 0, 1)
             before = measure(model, routing, tokens, teacher, settings)
             check_start(before[0]["loss"])
-        guard = _guard(settings, before[1])
+        guard = CollapseGuard(settings, [layer["dead"] for layer in before[1]])
         setup = Setup(settings, routing, guard, teacher, checkpoints)
         trainer = _trainer(model, tokens, setup, callbacks)
         checkpoint = checkpoints.last(until)
@@ -144,8 +142,8 @@ def train(
     steps = trainer.state.global_step
     return Trained(
         model,
-        steps,
         steps * tokens_per_step(settings, trainer.args.world_size),
+        steps,
         trainer.last["seconds"],
         trainer.last["tokens_per_second"],
         {"before": before[0], "after": after[0]},
@@ -161,25 +159,7 @@ def _student(load: Callable[[], Any], settings: Settings) -> tuple[Any, Routing]
         model = model.to(device(settings))
     if settings.train == "lora":
         model = adapted(model, settings.lora_rank)
-    noise = RouterNoise(
-        settings.noise,
-        settings.expert_dropout,
-        settings.capacity_factor,
-        settings.cold_expert_share,
-        settings.explore_until,
-    )
-    energy = losses.ENERGY in losses.needs(settings)
-    return model, Routing(model, soft=settings.router_gradient, noise=noise, energy=energy)
-
-
-def _guard(settings: Settings, routing_before: list[dict[str, Any]]) -> CollapseGuard:
-    return CollapseGuard(
-        settings.guard_steps,
-        settings.dead_below,
-        settings.guard_loss,
-        [layer["dead"] for layer in routing_before],
-        enabled=settings.guard_restarts > 0,
-    )
+    return model, Routing(model, settings)
 
 
 def _stronger(failure: Failure, settings: Settings) -> tuple[Settings, str]:

@@ -71,7 +71,7 @@ def check_checkpoint(model: Any, run: Run, part: Path, ids_T: Tensor) -> dict[st
     model = model.float().eval().cpu()
     ends: dict[int, Tensor] = {}
     hooks = []
-    for number in range(_num_layers(model)):
+    for number in range(model.config.get_text_config().num_hidden_layers):
         layer = model.get_submodule(run.layer.format(layer=number).rstrip("."))
 
         def keep(module: Any, args: Any, out: Any, number: int = number) -> None:
@@ -84,7 +84,3 @@ def check_checkpoint(model: Any, run: Run, part: Path, ids_T: Tensor) -> dict[st
         hook.remove()
     states = [ends[number] for number in sorted(ends)]
     return reopen(part, ids_T.cpu(), states, layer=run.layer)
-
-
-def _num_layers(model: Any) -> int:
-    return int(model.config.get_text_config().num_hidden_layers)

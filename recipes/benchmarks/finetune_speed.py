@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from moefy.config.finetune import build
 from moefy.environment import processor
-from moefy.finetune import losses, teacher
+from moefy.finetune import teacher
 from moefy.finetune.checkpoints import Checkpoints
 from moefy.finetune.collapse_guard import CollapseGuard
 from moefy.finetune.inputs import (
@@ -103,11 +103,10 @@ def main(
             optim="adamw_torch_fused",
         )
         plain = Trainer(dense, arguments, train_dataset=Labelled(train_BT))
-        energy = losses.ENERGY in losses.needs(built)
         setup = Setup(
             built,
-            Routing(student, soft=built.router_gradient, energy=energy),
-            CollapseGuard(10**6, 0.05, 1e9, enabled=False),
+            Routing(student, built),
+            CollapseGuard(built),
             teacher.Teacher(lambda row_B, ids_BT: kept),
             Checkpoints(Path(place)),
         )

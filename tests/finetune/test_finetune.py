@@ -248,7 +248,7 @@ def test_the_routers_gradient_is_that_of_a_soft_choice(run, soft):
     ids = torch.arange(60)[None]
     with torch.no_grad():
         plain = model.eval()(ids).logits
-    routing = Routing(model.train(), soft=soft)
+    routing = Routing(model.train(), build(None, {"router_gradient": soft}, []))
     with routing.recording():
         logits = model(ids).logits
     assert torch.allclose(logits, plain, atol=1e-5)

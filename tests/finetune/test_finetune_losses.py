@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from moefy.config.finetune import Settings
 from moefy.finetune import losses
-from moefy.finetune.router_noise import RouterNoise, noisy_choices, with_capacity
+from moefy.finetune.router_noise import is_noisy, noisy_choices, with_capacity
 from moefy.finetune.teacher import Truncation, likeliest
 
 T, V, E, K = 7, 11, 5, 2
@@ -124,14 +125,14 @@ def test_hidden_match(logits, teacher):
 
 
 def test_nothing_is_disturbed_by_default(routed):
-    assert not RouterNoise().active(0.0)
-    assert torch.equal(noisy_choices(RouterNoise(), 0.0, routed, K), routed.topk(K).indices)
+    assert not is_noisy(Settings(), 0.0)
+    assert torch.equal(noisy_choices(Settings(), 0.0, routed, K), routed.topk(K).indices)
 
 
 def test_noise_ends(routed):
-    noise = RouterNoise(std=5.0, until=0.5)
+    noise = Settings(noise=5.0, explore_until=0.5)
     torch.manual_seed(0)
-    assert noise.active(0.1) and not noise.active(0.5)
+    assert is_noisy(noise, 0.1) and not is_noisy(noise, 0.5)
     assert not torch.equal(noisy_choices(noise, 0.0, routed, K), routed.topk(K).indices)
     assert torch.equal(noisy_choices(noise, 0.5, routed, K), routed.topk(K).indices)
 
@@ -139,7 +140,7 @@ def test_noise_ends(routed):
 def test_expert_dropout_leaves_enough(routed):
     torch.manual_seed(0)
     for _ in range(20):
-        index_TK = noisy_choices(RouterNoise(dropout=0.9), 0.0, routed, K)
+        index_TK = noisy_choices(Settings(expert_dropout=0.9), 0.0, routed, K)
         assert len(index_TK.unique()) >= K and all(len(set(row)) == K for row in index_TK.tolist())
 
 
@@ -148,7 +149,7 @@ def test_warm_start_sends_tokens_to_the_coldest_expert(routed):
     routed[:, 3] -= 100
     torch.manual_seed(0)
     assert 3 not in routed.topk(K).indices
-    index_TK = noisy_choices(RouterNoise(warm=0.5), 0.0, routed, K)
+    index_TK = noisy_choices(Settings(cold_expert_share=0.5), 0.0, routed, K)
     assert 0.3 < int((index_TK == 3).sum()) / len(routed) < 0.7
     assert torch.equal(index_TK[:, 0], routed.topk(K).indices[:, 0])
 

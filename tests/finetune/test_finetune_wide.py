@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import moefy
 from moefy.cli.finetune import _of_steps
-from moefy.config.finetune import build
-from moefy.finetune.router_noise import RouterNoise
+from moefy.config.finetune import Settings, build
 from moefy.finetune.routing import Routing, update_bias
 from moefy.finetune.run import finetune
 from moefy.finetune.train import num_steps
@@ -56,7 +55,7 @@ def test_routers_of_every_class_are_read_and_learn(pico, converted, family, targ
     ids = torch.arange(64)[None]
     with torch.no_grad():
         plain = model.eval()(ids, use_cache=False).logits
-    routing = Routing(model.train(), energy=True)
+    routing = Routing(model.train(), Settings(router_ce=1.0))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -263,7 +262,7 @@ def test_exploration_ends_with_the_written_forward(pico, converted):
     ids = torch.arange(64)[None]
     with torch.no_grad():
         plain = model(ids, use_cache=False).logits
-        routing = Routing(model, noise=RouterNoise(std=5.0, warm=0.5, until=0.5))
+        routing = Routing(model, Settings(noise=5.0, cold_expert_share=0.5))
         assert torch.equal(model(ids, use_cache=False).logits, plain)
         model.train()
         assert not torch.allclose(model(ids, use_cache=False).logits, plain, atol=1e-3)
