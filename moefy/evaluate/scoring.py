@@ -142,7 +142,7 @@ def _sum(rows: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _num_experts(model: Any, layer: int) -> int:
-    return routing.num_experts(routing.routers(model)[layer])
+    return len(routing.experts(model)[layer].down_proj)
 
 
 def _counted(layer: int, index_TK: Tensor, ids_T: Tensor, num_experts: int) -> Choices:

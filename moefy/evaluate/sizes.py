@@ -48,11 +48,11 @@ def sizes(model: Any, stored: torch.dtype) -> dict[str, Any]:
     with torch.inference_mode(), routing.recorded(model) as seen:
         cache = model(ids_1T, use_cache=True, logits_to_keep=1).cache
     idle, expected = 0, {}
-    for layer, experts in routing.experts(model).items():
-        count, chosen = routing.num_experts(routing.routers(model)[layer]), seen[layer][0].shape[1]
-        weights = sum(p.numel() for p in experts.parameters())
+    for block in routing.moe_blocks(model):
+        count, chosen = block.num_experts, seen[block.layer][0].shape[1]
+        weights = sum(p.numel() for p in block.experts.parameters())
         idle += weights * (count - chosen) // count
-        expected[layer] = (weights, count, chosen)
+        expected[block.layer] = (weights, count, chosen)
     head = model.get_output_embeddings()
     tied = head is not None and head.weight.data_ptr() == vocabulary.data_ptr()
     active = total - idle

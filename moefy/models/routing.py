@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefy.errors import MoefyError
-
 DEAD = 0.05
 """An expert with less than this share of the mean load counts as dead."""
 
@@ -33,6 +31,11 @@ class MoEBlock:
     def layer(self) -> int:
         """The number of the layer."""
         return next(int(part) for part in self.name.split(".") if part.isdecimal())
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.experts.down_proj)
 
 
 def moe_blocks(model: Any) -> list[MoEBlock]:
@@ -92,16 +95,6 @@ def recorded(model: Any) -> Iterator[dict[int, list[Tensor]]]:
     seen: dict[int, list[Tensor]] = {layer: [] for layer in routers(model)}
     with watched(model, lambda layer, _, index_TK: seen[layer].append(index_TK.to(torch.int16))):
         yield seen
-
-
-def num_experts(router: Any) -> int:
-    """E of a router, by the rows of its weight."""
-    rows = [p.shape[0] for p in router.parameters() if p.ndim == 2]
-    if not rows and hasattr(router, "norms"):  # one that looks at activations (see `oracle`)
-        return len(router.norms)
-    if not rows:
-        raise MoefyError(f"{type(router).__name__} is no router that moefy knows", code=4)
-    return rows[0]
 
 
 def load(index_TK: Tensor, count: int) -> Tensor:

@@ -31,11 +31,10 @@ def test_every_class_is_seen_to_route(family, target, pico, converted, ids_BT):
     with torch.inference_mode(), routing.recorded(model) as seen:
         model(ids_BT)
     assert list(seen) == [0, 1]
-    for layer, router in routing.routers(model).items():
-        (index_TK,) = seen[layer]
+    for block in routing.moe_blocks(model):
+        (index_TK,) = seen[block.layer]
         assert index_TK.shape == (80, 2)
-        experts = routing.num_experts(router)
-        assert 0 <= int(index_TK.min()) and int(index_TK.max()) < experts
+        assert 0 <= int(index_TK.min()) and int(index_TK.max()) < block.num_experts
         assert (index_TK[:, 0] != index_TK[:, 1]).all()
     # Nothing stays behind.
     torch.testing.assert_close(model(ids_BT).logits, before)
