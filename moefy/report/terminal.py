@@ -36,74 +36,71 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str 
     Console().print(table)
 
 
+def show_lines(*lines: str | Text) -> None:
+    """Print lines as they are, however wide the terminal is."""
+    console = Console(highlight=False, soft_wrap=True)
+    for line in lines:
+        console.print(line, markup=False)
+
+
 def show_conversion(summary: Mapping[str, Any], out: Path) -> None:
-    """Print what was made and where it lies."""
-    console = Console(highlight=False, soft_wrap=True)
+    """Print the class, the shape and the errors of a conversion, and where the model is."""
     layers = summary["layers"]
-    before = sum(layer["error_before_refit"] for layer in layers) / len(layers)
-    after = sum(layer["error_after_refit"] for layer in layers) / len(layers)
-    console.print(f"{summary['reopened']['class']}, {shape_text(summary['shape'])}", markup=False)
-    console.print(f"Method: {method_of(summary['recipe'])}", markup=False)
-    console.print(
-        f"FFN output error on held-out calibration text: {before:.3f}, {after:.3f} after the "
-        f"refit (mean over {len(layers)} layers)"
-    )
+
+    def mean(key: str) -> str:
+        return f"{sum(layer[key] for layer in layers) / len(layers):.3f}"
+
+    lines = [
+        f"{summary['reopened']['class']}, {shape_text(summary['shape'])}",
+        f"Method: {method_of(summary['recipe'])}",
+        f"FFN output error on held-out calibration text: {mean('error_before_refit')}, "
+        f"{mean('error_after_refit')} after the refit (mean over {len(layers)} layers)",
+    ]
     if "energy_router" in layers[0]:
-        shares = {
-            name: sum(layer[f"energy_{name}"] for layer in layers) / len(layers)
-            for name in ("router", "oracle", "random", "static")
-        }
-        console.print(
-            "Output energy kept: "
-            + ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
-        )
-    for note in [*summary["notes"], *summary["calibration"]["notes"]]:
-        console.print(f"Note: {note}", markup=False)
-    console.print(
-        f"{summary['seconds']['total']:.0f} s, peak memory "
-        f"{summary['peak_resident_bytes'] / 1e9:.1f} GB"
+        names = ("router", "oracle", "random", "static")
+        shares = ", ".join(f"{name} {mean(f'energy_{name}')}" for name in names)
+        lines.append(f"Output energy kept: {shares}")
+    lines += [f"Note: {note}" for note in (*summary["notes"], *summary["calibration"]["notes"])]
+    memory = f"{summary['peak_resident_bytes'] / 1e9:.1f} GB"
+    lines.append(f"{summary['seconds']['total']:.0f} s, peak memory {memory}")
+    show_lines(*lines, f"Model: {out}", f"Report: {out / 'moefy' / 'conversion.md'}")
+
+
+def show_export(result: Mapping[str, Any]) -> None:
+    """Print the type, the size and the place of a GGUF file."""
+    size = f"{result['bytes'] / 1e6:.1f} MB"
+    show_lines(
+        *(f"Note: {note}" for note in result["notes"]),
+        f"{result['model_type']} as {result['type']}, {size}, {result['seconds']:.0f} s",
+        f"File: {result['file']}",
     )
-    console.print(f"Model: {out}", markup=False)
-    console.print(f"Report: {out / 'moefy' / 'conversion.md'}", markup=False)
 
 
-def show_export(made: Mapping[str, Any]) -> None:
-    """Print what file was made, of which type, and how large it is."""
-    console = Console(highlight=False, soft_wrap=True)
-    for note in made["notes"]:
-        console.print(f"Note: {note}", markup=False)
-    size = f"{made['bytes'] / 1e6:.1f} MB"
-    console.print(f"{made['model_type']} as {made['type']}, {size}, {made['seconds']:.0f} s")
-    console.print(f"File: {made['file']}", markup=False)
+def show_push(result: Mapping[str, Any]) -> None:
+    """Print which files an upload sends, and which it leaves out."""
+    lines = [f"  {size:>14,}  {name}" for name, size in result["files"].items()]
+    # A folder stands for its files, which may be many.
+    left_out = dict.fromkeys("/".join(name.split("/")[:2]) for name in result["left_out"])
+    if left_out:
+        lines.append(f"Left out: {', '.join(left_out)}")
+    amount = f"{len(result['files'])} files, {result['bytes'] / 1e6:,.1f} MB"
+    branch = f", branch {result['revision']}" if result["revision"] else ""
+    where = f"Would be sent to {result['repo']}{branch}"
+    if result["url"]:
+        where = f"Sent to {result['url']}"
+    show_lines(*lines, f"{where}: {amount}")
 
 
-def show_push(told: Mapping[str, Any]) -> None:
-    """Print what was sent to the Hub, or would be, and what was left out."""
-    console = Console(highlight=False, soft_wrap=True)
-    for name, size in told["files"].items():
-        console.print(f"  {size:>14,}  {name}", markup=False)
-    # Of a folder that holds many files, its name: none of them was meant.
-    left = dict.fromkeys("/".join(name.split("/")[:2]) for name in told["left_out"])
-    if left:
-        console.print(f"Left out: {', '.join(left)}", markup=False)
-    done = f"{len(told['files'])} files, {told['bytes'] / 1e6:,.1f} MB"
-    where = told["repo"] + (f", branch {told['revision']}" if told["revision"] else "")
-    sent = f"Sent to {told['url']}" if told["url"] else f"Would be sent to {where}"
-    console.print(f"{sent}: {done}", markup=False)
-
-
-def show_checks(found: Mapping[str, Any]) -> None:
-    """Print what `moefy verify` has checked, a line each."""
-    console = Console(highlight=False, soft_wrap=True)
-    for check in found["checks"]:
+def show_checks(result: Mapping[str, Any]) -> None:
+    """Print the checks of `moefy verify`, a line each."""
+    for check in result["checks"]:
         verdict = "ok" if check["passed"] else "FAILED"
-        console.print(f"{verdict:7} {check['check']:13} {check['found']}", markup=False)
-    for name in found["not_run"]:
-        console.print(f"not run {name}", markup=False)
+        show_lines(f"{verdict:7} {check['check']:13} {check['found']}")
+    show_lines(*(f"not run {name}" for name in result["not_run"]))
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
-    """Print what a conversion would take and give."""
+    """Print the size, the cost and the memory of a conversion that has not run."""
     until = plan["state_bytes"] + plan["file_bytes"]
     rows = [
         ("model", f"{plan['model']} ({plan['family']})"),
@@ -117,7 +114,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         ("GFLOPs per token, dense", f"{plan['flops_per_token_dense'] / 1e9:.3f}"),
         ("GFLOPs per token", f"{plan['flops_per_token'] / 1e9:.3f}"),
         ("disk", f"{plan['disk_bytes'] / 1e9:.2f} GB"),
-        ("disk until it is whole", f"{until / 1e9:.2f} GB more, to go on if it is stopped"),
+        ("disk while it runs", f"{until / 1e9:.2f} GB more, to resume after a stop"),
         ("peak memory, about", f"{plan['memory_bytes'] / 1e9:.1f} GB ({plan['memory_stage']})"),
         ("time, about", f"{plan['seconds'] / 60:.1f} min"),
     ]
@@ -129,55 +126,51 @@ def show_plan(plan: Mapping[str, Any]) -> None:
 
 
 def show_finetune(summary: Mapping[str, Any], out: Path) -> None:
-    """Print what a fine-tune did and where the result lies."""
-    console = Console(highlight=False, soft_wrap=True)
-    before, after = summary["validation"]["before"], summary["validation"]["after"]
-    console.print(
+    """Print the losses of a fine-tune, its notes, and where the model is."""
+    show_lines(
         f"{summary['tokens']:,} tokens in {summary['steps']} steps, {summary['seconds']:.0f} s, "
         f"{summary['tokens_per_second']:.0f} tokens/s"
     )
-    told = {"loss": "loss", "kl": "KL to the teacher", "load_cv": "load CV", "dead": "dead experts"}
+    checks = [summary["validation"][when] for when in ("before", "after")]
+    names = {
+        "loss": "loss",
+        "kl": "KL to the teacher",
+        "load_cv": "load CV",
+        "dead": "dead experts",
+    }
     rows = [
-        [name, f"{before[key]:.3g}" if key == "dead" else f"{before[key]:.3f}"]
-        + [f"{after[key]:.3g}" if key == "dead" else f"{after[key]:.3f}"]
-        for key, name in told.items()
-        if key in before
+        [name, *(f"{check[key]:.3g}" if key == "dead" else f"{check[key]:.3f}" for check in checks)]
+        for key, name in names.items()
+        if key in checks[0]
     ]
-    show_table(["on text kept apart", "before", "after"], rows)
-    for line in (summary.get("compute") or {}).get("notes", ()):
-        console.print(f"Note: {line}", markup=False)
-    for event in summary["guard"]:
-        console.print(
-            f"Guard, step {event['step']}: {event['reason']}; {event['action']}", markup=False
-        )
-    console.print(f"Model: {out}", markup=False)
-    console.print(f"Report: {out / 'moefy' / 'finetune.json'}", markup=False)
+    show_table(["on held-out text", "before", "after"], rows)
+    show_lines(
+        *(f"Note: {note}" for note in (summary.get("compute") or {}).get("notes", ())),
+        *(f"Guard, step {e['step']}: {e['reason']}; {e['action']}" for e in summary["guard"]),
+        f"Model: {out}",
+        f"Report: {out / 'moefy' / 'finetune.json'}",
+    )
 
 
 def show_report(report: Mapping[str, Any], run: Path) -> None:
     """Print the tables of a report, the advice, what was not run, and where the page is."""
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(shape_text(report["run"]["shape"]), markup=False)
+    show_lines(shape_text(report["run"]["shape"]))
     parts = sections(report)
     for table in (table for part in parts for table in part.tables if table.on_terminal):
         rows = [(_row_name(name), *cells) for name, *cells in table.rows]
         show_table(table.header, rows, table.caption)
-    if note := report.get("compute", {}).get("note"):
-        console.print(f"Note: this report {note}", markup=False)
-    for warning in seen_warnings(report):
-        console.print(f"Warning: {warning}", markup=False)
-    for meaning in meanings(report):
-        console.print(meaning, markup=False)
+    note = report.get("compute", {}).get("note")
+    show_lines(
+        *([f"Note: this report {note}"] if note else []),
+        *(f"Warning: {warning}" for warning in seen_warnings(report)),
+        *meanings(report),
+    )
     for sample in [sample for part in parts for sample in part.voices][:1]:
-        console.print(f"\n{sample.prompt} ...", markup=False)
-        for label, text in sample.answers:
-            console.print(f"  {label}: {' '.join(text.split())}", markup=False)
-    for number, advice in enumerate(report["advice"]):
-        console.print(
-            Text(("" if number else "\n") + advice["sentence"], COLOURS[advice["verdict"]])
-        )
-    for part in report["not_run"]:
-        console.print(Text(f"Not run: {part['what']}: {part['reason']}", "yellow"))
+        answers = (f"  {label}: {' '.join(text.split())}" for label, text in sample.answers)
+        show_lines(f"\n{sample.prompt} ...", *answers)
+    advice = [Text(one["sentence"], COLOURS[one["verdict"]]) for one in report["advice"]]
+    missing = (f"Not run: {part['what']}: {part['reason']}" for part in report["not_run"])
+    show_lines(*([""] if advice else []), *advice, *(Text(line, "yellow") for line in missing))
     show_page(run)
 
 
@@ -188,10 +181,7 @@ def _row_name(name: str) -> str:
 
 def show_page(run: Path) -> None:
     """Print where the page of a report is, and what it lacks."""
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"\nReport: {run / HTML}", markup=False)
-    if not can_draw():
-        console.print(f"Note: {NO_PICTURES}", markup=False)
+    show_lines(f"\nReport: {run / HTML}", *([] if can_draw() else [f"Note: {NO_PICTURES}"]))
 
 
 def show_run(stages: Mapping[str, Mapping[str, Any]]) -> None:
