@@ -1,4 +1,4 @@
-"""`README.md` of a written model: what it is, how it is used, what it lost; for the Hub as well."""
+"""The model card, `README.md`: what the model is, how to use it, and what it lost."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moefy.report.sections import subject, verdicts
 from moefy.report.templates import template
 
 TASKS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
-"""The Hub's names of what a model is for, where it has one."""
+"""Our tasks by the Hub's names, where it has one."""
 
 PATH = "PATH"
-"""Stands in the snippet for where the model is, until it has a place on the Hub."""
+"""The model's place in the snippet, until it is on the Hub."""
 
 
 def model_card(

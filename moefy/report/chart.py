@@ -1,4 +1,4 @@
-"""What all pictures have in common: size, type, and colours that follow the page's theme.
+"""The style of all pictures: size, type, and colours that follow the page's theme.
 
 A picture is drawn in the colours of the light theme. In its SVG each of them becomes a CSS variable
 of that name, which the page sets for light and dark.
@@ -26,7 +26,7 @@ SERIES = {
     "amber": "#a87400",
     "grey": "#747c85",
 }
-"""Hues of Okabe and Ito, which colour-blind readers tell apart, dark enough for white."""
+"""Hues of Okabe and Ito, distinct for colour-blind readers, dark enough for white."""
 
 RAMP = (
     "#9c4a00",
@@ -39,14 +39,14 @@ RAMP = (
     "#3f83bd",
     "#0b4f8a",
 )
-"""Less than an even share, an even share, more, in steps."""
+"""From less than an even share of the load to more, in steps."""
 
 THEME = {INK: "ink", MUTED: "muted", GRID: "grid", CARD: "card"}
 THEME |= {colour: name for name, colour in SERIES.items()}
 THEME |= {colour: f"ramp-{number}" for number, colour in enumerate(RAMP)}
 
 WIDTH = 5.6
-"""Inches, of 72 units each: what is as wide as a phone is read at nearly its own size."""
+"""Inches, of 72 units each: about the width of a phone."""
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -86,7 +86,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Look:
-    """How a model is drawn in every picture, and marked in every table."""
+    """The colour and the marker of a model in every picture and table."""
 
     colour: str
     marker: str
@@ -106,28 +106,28 @@ CONTROLS = {"static": ("amber", "s"), "oracle": ("green", "^"), "random": ("grey
 
 
 def looks(kinds: Mapping[str, str]) -> dict[str, Look]:
-    """A look for each model, by its kind; those of one kind differ at least in their markers."""
+    """A look for each model, by its kind; models of one kind differ at least in their markers."""
     hues = {
         "converted": ["blue", "purple", "green", "amber"],
         "finetuned": ["vermillion", "amber", "purple", "green"],
         "other": ["purple", "green", "amber", "grey"],
     }
     markers = {"converted": "oPXs", "finetuned": "D<>p", "other": "PXvs"}
-    found: dict[str, Look] = {}
-    seen: dict[str, int] = {}
+    result: dict[str, Look] = {}
+    counts: dict[str, int] = {}
     for label, kind in kinds.items():
         word = next((word for word in CONTROLS if label.startswith(word)), None)
         if kind == "dense":
-            found[label] = Look(INK, "o")
+            result[label] = Look(INK, "o")
         elif kind == "control" and word and label.count(",") == 0:
             hue, marker = CONTROLS[word]
-            found[label] = Look(SERIES[hue], marker)
+            result[label] = Look(SERIES[hue], marker)
         else:
             kind = kind if kind in hues else "other"
-            number = seen.setdefault(kind, 0) % 4
-            seen[kind] += 1
-            found[label] = Look(SERIES[hues[kind][number]], markers[kind][number])
-    return found
+            number = counts.setdefault(kind, 0) % 4
+            counts[kind] += 1
+            result[label] = Look(SERIES[hues[kind][number]], markers[kind][number])
+    return result
 
 
 def panels(rows: int = 1, columns: int = 1, *, height: float, **options: Any) -> tuple[Figure, Any]:
@@ -187,12 +187,12 @@ def svg(draw: Callable[[], Figure], name: str, alt: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", head + text[text.index(">") + 1 :]).strip()
 
 
-def _only_size(found: re.Match[str]) -> str:
-    """Of a font, its size: the family is the page's."""
-    size = re.search(r"([\d.]+)px", found[0])
-    bold = "font-weight: 600; " if "bold" in found[0] or " 700 " in found[0] else ""
+def _only_size(match: re.Match[str]) -> str:
+    """The size and the weight of a font; the page sets the family."""
+    size = re.search(r"([\d.]+)px", match[0])
+    bold = "font-weight: 600; " if "bold" in match[0] or " 700 " in match[0] else ""
     return f"{bold}font-size: {size[1]}px; " if size else ""
 
 
-def _themed(found: re.Match[str]) -> str:
-    return f"var(--{THEME[found[0]]})" if found[0] in THEME else found[0]
+def _themed(match: re.Match[str]) -> str:
+    return f"var(--{THEME[match[0]]})" if match[0] in THEME else match[0]

@@ -38,9 +38,9 @@ def sources(recipe: Mapping[str, Any]) -> list[str]:
     """The works that the stages of a recipe build on, each once."""
     recipe = renamed(Recipe, recipe)
     static = recipe["partition"] == "static"
-    found = [*PARTITION.get(recipe["partition"], ())]
-    found += () if static else ROUTER.get(recipe["router"], ())
-    found += [REFIT] if recipe["refit"] else []
-    found += [DRIFT] if recipe["refit"] and recipe["drift"] else []
-    found += [SELF] if recipe["calibration"] == "self" else []
-    return list(dict.fromkeys(found))
+    works = [*PARTITION.get(recipe["partition"], ())]
+    works += () if static else ROUTER.get(recipe["router"], ())
+    works += [REFIT] if recipe["refit"] else []
+    works += [DRIFT] if recipe["refit"] and recipe["drift"] else []
+    works += [SELF] if recipe["calibration"] == "self" else []
+    return list(dict.fromkeys(works))

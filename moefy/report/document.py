@@ -1,4 +1,4 @@
-"""What a report says, before it is Markdown or HTML: sections of text, tables and pictures."""
+"""A report before it is Markdown or HTML: sections of text, tables and pictures."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column names the row, the others are right-aligned numbers or
-    words."""
+    """Cells as text. The first column names the row; the others are right-aligned."""
 
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     folded: bool = False
-    """Behind a line to open it, where a page can: for what few will read."""
+    """Whether the HTML page hides it behind a line that opens it."""
     on_terminal: bool = True
     """Whether `moefy report` prints it."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure that is drawn only where it is shown; `alt` tells those who cannot see it what it
-    shows."""
+    """A figure that is drawn only where it is shown; `alt` describes it for screen readers."""
 
     name: str
     title: str
@@ -39,7 +37,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Voices:
-    """What each model, (label, text), writes after the same prompt."""
+    """The texts that the models write after one prompt, as (label, text)."""
 
     prompt: str
     answers: tuple[tuple[str, str], ...]
@@ -47,7 +45,7 @@ class Voices:
 
 @dataclass(frozen=True)
 class Section:
-    """One question that a report answers."""
+    """One part of a report."""
 
     name: str
     title: str

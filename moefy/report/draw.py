@@ -22,7 +22,7 @@ TABLES = (
     "runs", "models", "texts", "seen_in_calibration", "robustness", "benchmarks", "routing",
     "speed", "finetune",
 )  # fmt: skip
-"""The parts that a report may lack."""
+"""Parts that may be absent from a report."""
 
 HTML = "moefy/report.html"
 
@@ -42,15 +42,15 @@ def draw(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def filled(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A report with every part, those empty that it lacks.
+    """A report with every part; absent ones are empty.
 
     Raises:
         MoefyError: code 7 for a report of another format.
     """
-    found = report.get("format", 1)
-    if found != FORMAT:
+    version = report.get("format", 1)
+    if version != FORMAT:
         raise MoefyError(
-            f"report.json is of format {found}; expected {FORMAT}; measure again: moefy report RUN",
+            f"report.json has format {version}; expected {FORMAT}; measure again: moefy report RUN",
             code=7,
         )
     absent = {key: [] for key in LISTS} | {key: {} for key in TABLES}
@@ -64,17 +64,17 @@ def write(run: Path, report: Mapping[str, Any]) -> None:
 
 
 def read_report(run: Path) -> dict[str, Any]:
-    """What the `report.json` of a run holds.
+    """The `report.json` of a run.
 
     Raises:
-        MoefyError: code 3 where there is none, 7 where it is no JSON.
+        MoefyError: code 3 if there is none, 7 if it is not JSON.
     """
     file = run / "moefy" / "report.json"
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
         raise MoefyError(
-            f"{file} is not there; expected a run that was measured: moefy report {run}"
+            f"{file} does not exist; measure the run first: moefy report {run}"
         ) from None
     except ValueError:
         raise MoefyError(f"{file} is not JSON; measure again: moefy report {run}", code=7) from None
@@ -83,7 +83,7 @@ def read_report(run: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def readable(run: Path) -> Iterator[None]:
-    """Refuse, with code 7, a `report.json` that a page cannot be drawn from in the block."""
+    """Raise code 7 when the block cannot draw a page from the `report.json` of a run."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -95,10 +95,10 @@ def readable(run: Path) -> Iterator[None]:
 
 
 def redraw(run: Path) -> dict[str, Any]:
-    """Draw the pages of a run anew from its `report.json`, and give what that holds.
+    """The report of a run, after its pages were drawn again from `report.json`.
 
     Raises:
-        MoefyError: code 3 where there is none, 7 where it is broken or of another format.
+        MoefyError: code 3 if there is none, 7 if it is broken or has another format.
     """
     report = read_report(run)
     with readable(run):

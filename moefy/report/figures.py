@@ -1,4 +1,4 @@
-"""The pictures: each function gives a figure from plain numbers, and knows nothing of a report."""
+"""The pictures: each function draws a figure from plain numbers, without a report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Line:
-    """Points that are joined: `low` and `high` bound each where they are known."""
+    """Joined points; `low` and `high` are the bounds of each, if known."""
 
     name: str
     look: Look
@@ -209,9 +209,9 @@ def bars(
     for row, (_, look, solid, pale) in enumerate(rows):
         axis_of.barh(row, pale, color=look.colour, alpha=0.28, height=0.66)
         axis_of.barh(row, solid, color=look.colour, height=0.66)
-        told = f"{solid:,.1f}" if solid == pale else f"{solid:,.1f} of {pale:,.1f}"
+        label = f"{solid:,.1f}" if solid == pale else f"{solid:,.1f} of {pale:,.1f}"
         axis_of.annotate(
-            told,
+            label,
             (pale, row),
             (6, 0),
             textcoords="offset points",

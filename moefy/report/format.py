@@ -1,4 +1,4 @@
-"""Numbers in words: what is not known is an empty cell, never a made-up zero."""
+"""Numbers as text; an unknown number is an empty cell, never a zero."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Number = float | int | None
 
 
 def fixed(value: Number, places: int = 2) -> str:
-    """`value` with so many digits behind the point.
+    """`value` with `places` digits behind the point.
 
     >>> fixed(1.2345), fixed(None), fixed(1234567.0, 1)
     ('1.23', '', '1,234,567.0')
@@ -18,7 +18,7 @@ def fixed(value: Number, places: int = 2) -> str:
 
 
 def uncertain(value: Number, error: Number, places: int = 3) -> str:
-    """`value` ± its standard error, which one window of text alone does not give.
+    """`value` ± its standard error, which is unknown for a single window of text.
 
     >>> uncertain(0.5, 0.01), uncertain(0.5, None), uncertain(None, 0.1)
     ('0.500 ± 0.010', '0.500', '')
@@ -73,7 +73,7 @@ def probability(value: Number) -> str:
 
 
 def shape_text(shape: Mapping[str, Any]) -> str:
-    """One line on how each FFN is divided."""
+    """The shape of the FFNs in one line."""
     if not shape["num_experts"]:
         return f"{shape['num_shared']} of {shape['num_neurons']} FFN neurons kept"
     return (
@@ -84,19 +84,19 @@ def shape_text(shape: Mapping[str, Any]) -> str:
 
 
 def model_name(run: Mapping[str, Any]) -> str:
-    """The dense model's name, without the folder that it lay in."""
+    """The dense model's name, without its folder."""
     return (
         run.get("hub_id") or str(run["model"]).rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
     )
 
 
 def computed_in(report: Mapping[str, Any]) -> str:
-    """What the models of a report were scored in: `, in float32`; nothing where it does not say."""
+    """The dtype of the scores of a report as `, in float32`; empty if it is unknown."""
     dtype = report.get("compute", {}).get("dtype")
     return f", in {dtype}" if dtype else ""
 
 
 def row_dtype(engine: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """What a row of speeds was measured in: its own dtype, or that of all of the engine's."""
+    """The dtype of a row of speeds: its own, or that of the engine."""
     dtype = row.get("dtype") or engine.get("dtype")
     return dtype if isinstance(dtype, str) else dtype.get(row["label"], "") if dtype else ""

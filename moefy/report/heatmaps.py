@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def heat(maps: Mapping[str, Sequence[tuple[int, Sequence[float]]]], *, tall: bool = True) -> Figure:
-    """Load of each expert (columns) in each layer (rows), beside one another for each of `maps`.
+    """Load of each expert (columns) in each layer (rows), one map beside the other.
 
-    A row is (layer, shares). A share is shown relative to an even one; a dead expert has a cross.
+    A row is (layer, shares). Colours show shares relative to an even one; a cross is a dead expert.
     """
     num_rows = max(len(rows) for rows in maps.values())
     step = 0.15 if tall and num_rows <= 48 else 0.09

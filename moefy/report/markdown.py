@@ -1,11 +1,11 @@
-"""Markdown: what a model or a file says comes out as text, whatever it holds."""
+"""Markdown, in which the text of a model or a file has no meaning of its own."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from moefy.report.document import Section, Table, Voices
+from moefy.report.document import Section, Voices
 
 MEANING = re.compile(r"([\\`*_\[\]<>#|~!])")
 """Characters that Markdown gives a meaning to somewhere in a line."""
@@ -28,18 +28,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def section(told: Section) -> str:
-    """A section without its pictures, whose numbers the tables and the text hold."""
-    parts = [f"## {told.title}", *map(escaped, told.lead)]
-    parts += [part for spoken in told.voices for part in _voices(spoken)]
-    parts += [part for found in told.tables for part in _table(found)]
+def section(content: Section) -> str:
+    """A section without its pictures; the tables and the text hold their numbers."""
+    parts = [f"## {content.title}", *map(escaped, content.lead)]
+    parts += [part for voices in content.voices for part in _voices(voices)]
+    for one in content.tables:
+        parts += [f"**{escaped(one.caption)}**", table(one.header, one.rows)]
     return "\n\n".join(parts)
 
 
-def _table(found: Table) -> list[str]:
-    return [f"**{escaped(found.caption)}**", table(found.header, found.rows)]
-
-
-def _voices(spoken: Voices) -> list[str]:
-    answers = "\n".join(f"- {escaped(label)}: {escaped(text)}" for label, text in spoken.answers)
-    return [f"> {escaped(spoken.prompt)}", answers]
+def _voices(voices: Voices) -> list[str]:
+    answers = "\n".join(f"- {escaped(label)}: {escaped(text)}" for label, text in voices.answers)
+    return [f"> {escaped(voices.prompt)}", answers]

@@ -26,7 +26,7 @@ COLUMNS = {
 
 
 def conversion_page(summary: Mapping[str, Any]) -> str:
-    """`moefy/conversion.md`: what was made, how, and what each layer lost."""
+    """`moefy/conversion.md`: the settings of a conversion, and what each layer lost."""
     layers = summary["layers"]
     keys = [key for key in COLUMNS if layers and key in layers[0]]
     rows = [[format(layer[key], COLUMNS[key][1]) for key in keys] for layer in layers]
@@ -40,33 +40,34 @@ def conversion_page(summary: Mapping[str, Any]) -> str:
         f"Why this class: {summary['target_reason']}.",
         f"Calibrated on {calibration['sequences']} sequences of {calibration['sequence_length']} "
         f"tokens from `{calibration['source']}`, of which the last "
-        f"{calibration['heldout_sequences']} were held out; every figure below is from those.",
+        f"{calibration['heldout_sequences']} were held out. Every figure below is from those.",
         f"Took {stages}; peak resident memory {summary['peak_resident_bytes'] / 1e9:.2f} GB.",
         f"Reopened with transformers as `{summary['reopened']['class']}` "
         f"({summary['reopened']['layers']} layers): relative difference of the last hidden states "
         f"{summary['reopened']['hidden_state_error']:.1e}.",
         *[f"Note: {note}." for note in notes],
         "## Layers",
-        "Share of the dense FFN's output energy that stays when a token may choose its own best "
-        "neurons, the best experts (oracle), the router's experts, experts by lot, or has the same "
-        "neurons as all others (static); how often router and oracle agree; relative output error "
-        "before and after the refit; coefficient of variation of the experts' load; the tokens "
-        "that the expert with the fewest was fitted on.",
+        "Best neurons, oracle, router, by lot and static: the share of the dense FFN's output "
+        "energy that stays when a token chooses its best neurons, its best experts, the router's "
+        "experts, random experts, or the same neurons as all tokens. Agreement: how often router "
+        "and oracle choose the same expert. Error: the relative output error before the refit. "
+        "Load CV: the coefficient of variation of the experts' load. Least tokens: how many the "
+        "least used expert was fitted on.",
         table([COLUMNS[key][0] for key in keys], rows),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def report_page(report: Mapping[str, Any]) -> str:
-    """`moefy/report.md`: the same as the HTML page, without its pictures."""
+    """`moefy/report.md`: the HTML page without its pictures."""
     parts = [f"# {escaped(title(report))}", f"{shape_text(report['run']['shape'])}."]
     parts += ["## Is it worth it?"] if report["advice"] else []
-    parts += [verdict(told) for told in verdicts(report)]
-    parts += [section(told) for told in sections(report) if told.tables or told.voices]
+    parts += map(verdict, verdicts(report))
+    parts += [section(part) for part in sections(report) if part.tables or part.voices]
     return "\n\n".join(parts) + "\n"
 
 
-def verdict(told: Verdict) -> str:
+def verdict(verdict: Verdict) -> str:
     """All advice of one verdict, as a list under its name."""
-    said = "\n".join(f"- **{escaped(head)}**{escaped(rest)}" for head, rest in told.said)
-    return f"### {told.sign} {escaped(told.word.capitalize())}\n\n{said}"
+    lines = "\n".join(f"- **{escaped(head)}**{escaped(rest)}" for head, rest in verdict.sentences)
+    return f"### {verdict.sign} {escaped(verdict.word.capitalize())}\n\n{lines}"

@@ -1,4 +1,4 @@
-"""What the conversion gave: speed, size and compute."""
+"""Speed, size and compute of the models."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PHASES = {"prefill": "Reading a prompt", "decode": "Writing"}
 def speed(report: Mapping[str, Any], looks: Looks) -> Section:
     """Tokens per second against dense, for each engine and phase."""
     pictures, tables = [], []
-    for number, (engine, told) in enumerate(report["speed"].items()):
+    for number, (engine, measured) in enumerate(report["speed"].items()):
         for phase, title in PHASES.items():
-            rows = [row for row in told["rows"] if row["phase"] == phase]
+            rows = [row for row in measured["rows"] if row["phase"] == phase]
             drawn = _lines(rows, looks)
             if not drawn:
                 continue
@@ -30,29 +30,29 @@ def speed(report: Mapping[str, Any], looks: Looks) -> Section:
                 + ", ".join(f"{y:.2f} at batch {x:g}" for x, y in zip(line.x, line.y, strict=True))
                 for line in drawn
             )
-            ideal = _ideal(told, phase, [row["label"] for row in rows if row["label"] != "dense"])
+            moes = [row["label"] for row in rows if row["label"] != "dense"]
+            ideal = _ideal(measured, phase, moes)
             alt += f"; ideal {ideal[-1][1]:.2f}" if ideal else ""
             draw = partial(figures.speed, drawn, ideal=ideal, x_axis="sequences at once (batch)")
             name = f"speed-{number}-{phase}"
             pictures.append(Picture(name, f"{title} ({phase}) in {engine}", alt, draw))
-        tables.append(_speed_table(engine, told))
+        tables.append(_speed_table(engine, measured))
     lead = (
-        "Speed relative to the dense model on the same machine, measured in turns: medians, and "
-        "the spread as a band. Each model runs in the dtype in which it is fastest there, of those "
-        "that were tried. The ideal is what the arithmetic that is saved would give if all "
-        "else cost nothing.",
+        "Speed relative to the dense model on the same machine. The models are measured in turns; "
+        "lines are medians over the rounds, bands their range. Each model runs in its fastest "
+        "dtype. The ideal is the speed if only arithmetic took time.",
     )
     return Section("speed", "Is it faster?", lead, tuple(pictures), tuple(tables))
 
 
-def _ideal(told: Mapping[str, Any], phase: str, labels: list[str]) -> list[tuple[float, float]]:
-    """What arithmetic would allow at each batch, of the last of `labels`: all have one shape."""
-    ideals = told.get("ideal_ratio") or {}
-    found = next((ideals[label] for label in reversed(labels) if label in ideals), ideals)
-    value = found.get(phase)
+def _ideal(measured: Mapping[str, Any], phase: str, labels: list[str]) -> list[tuple[float, float]]:
+    """The speed by arithmetic alone at each batch, of the last of `labels`: all have one shape."""
+    ideals = measured.get("ideal_ratio") or {}
+    by_phase = next((ideals[label] for label in reversed(labels) if label in ideals), ideals)
+    value = by_phase.get(phase)
     if isinstance(value, Mapping):
         return sorted((float(batch), ratio) for batch, ratio in value.items())
-    batches = sorted({row["batch"] for row in told["rows"]})
+    batches = sorted({row["batch"] for row in measured["rows"]})
     return [] if value is None else [(batch, value) for batch in batches]
 
 
@@ -64,17 +64,17 @@ def _lines(rows: list[Mapping[str, Any]], looks: Looks) -> list[figures.Line]:
             groups.setdefault((row["label"], row.get("context")), []).append(row)
     several = len({context for _, context in groups}) > 1
     drawn = []
-    for (label, context), found in groups.items():
-        ends = [(row.get("ratio_low"), row.get("ratio_high")) for row in found]
+    for (label, context), points in groups.items():
+        ends = [(row.get("ratio_low"), row.get("ratio_high")) for row in points]
         spread = [(low, high) for low, high in ends if low is not None and high is not None]
-        known = len(spread) == len(found)
+        known = len(spread) == len(points)
         first = next(key for key in groups if key[0] == label)
         drawn.append(
             figures.Line(
                 f"{label}, {context} tokens" if several else label,
                 looks[label],
-                [row["batch"] for row in found],
-                [row["ratio"] for row in found],
+                [row["batch"] for row in points],
+                [row["ratio"] for row in points],
                 [low for low, _ in spread] if known else [],
                 [high for _, high in spread] if known else [],
                 dashed=first != (label, context),
@@ -83,21 +83,21 @@ def _lines(rows: list[Mapping[str, Any]], looks: Looks) -> list[figures.Line]:
     return drawn
 
 
-def _speed_table(engine: str, told: Mapping[str, Any]) -> Table:
-    words = list(dict.fromkeys(_values(told.get("implementation"))))
-    if told.get("threads"):
-        words.append(f"{told['threads']} threads" if told["threads"] > 1 else "1 thread")
-    words += _values(told.get("processor"))
+def _speed_table(engine: str, measured: Mapping[str, Any]) -> Table:
+    words = list(dict.fromkeys(_values(measured.get("implementation"))))
+    if measured.get("threads"):
+        words.append(f"{measured['threads']} threads" if measured["threads"] > 1 else "1 thread")
+    words += _values(measured.get("processor"))
     rows = tuple(
         (
             f"{row['phase']}, batch {row['batch']}"
             + (f", context {row['context']}" if row.get("context") else ""),
             row["label"],
-            row_dtype(told, row),
+            row_dtype(measured, row),
             fixed(row["tokens_per_second"], 1),
-            *([""] * 3 if row["label"] == "dense" else _relative(told, row)),
+            *([""] * 3 if row["label"] == "dense" else _relative(measured, row)),
         )
-        for row in told["rows"]
+        for row in measured["rows"]
     )
     header = ("what", "model", "dtype", "tokens/s", "times dense", "over rounds", "ideal")
     named = ", ".join(str(word) for word in words if word)
@@ -113,20 +113,18 @@ def _relative(engine: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, s
     return fixed(row.get("ratio")), spread, fixed(ideal)
 
 
-def _values(told: Any) -> list[str]:
-    """What is told of all models, or of each."""
-    return [
-        str(value) for value in (told.values() if isinstance(told, Mapping) else [told]) if value
-    ]
+def _values(value: Any) -> list[str]:
+    """The value of all models, or the values of each."""
+    return [str(one) for one in (value.values() if isinstance(value, Mapping) else [value]) if one]
 
 
 def size(report: Mapping[str, Any], looks: Looks) -> Section:
     """Parameters, FLOPs and memory."""
     models = report["models"]
     bars = [
-        (label, looks[label], told["parameters_active"] / 1e6, told["parameters_total"] / 1e6)
-        for label, told in models.items()
-        if told.get("parameters_total") and told.get("parameters_active")
+        (label, looks[label], model["parameters_active"] / 1e6, model["parameters_total"] / 1e6)
+        for label, model in models.items()
+        if model.get("parameters_total") and model.get("parameters_active")
     ]
     pictures = []
     if bars:
@@ -144,19 +142,19 @@ def size(report: Mapping[str, Any], looks: Looks) -> Section:
     rows = tuple(
         (
             label,
-            large(told.get("parameters_total")),
-            large(told.get("parameters_active")),
-            large(told.get("flops_per_token")),
-            large(told.get("weight_bytes"), "B"),
-            large(told.get("kv_bytes_per_token"), "B"),
-            large(told.get("peak_bytes"), "B"),
+            large(model.get("parameters_total")),
+            large(model.get("parameters_active")),
+            large(model.get("flops_per_token")),
+            large(model.get("weight_bytes"), "B"),
+            large(model.get("kv_bytes_per_token"), "B"),
+            large(model.get("peak_bytes"), "B"),
         )
-        for label, told in models.items()
-        if told.get("parameters_total")
+        for label, model in models.items()
+        if model.get("parameters_total")
     )
     tables = (Table("Size and compute", header, rows),) if rows else ()
     lead = (
-        "All experts are in memory, active or not: a Mixture of Experts saves compute and what is "
-        "read from memory for a token, not memory itself.",
+        "All experts are in memory, active or not. A Mixture of Experts saves compute and memory "
+        "traffic per token, not memory.",
     )
     return Section("size", "Size and compute", lead, tuple(pictures), tables)

@@ -1,4 +1,4 @@
-"""What happens inside: routing, and what each layer lost."""
+"""Routing, and the error of each layer."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ MANY = 400
 
 def routing(report: Mapping[str, Any], looks: Looks) -> Section:
     """Which experts are used, by how much, and for which tokens."""
-    found = {label: told for label, told in report["routing"].items() if told.get("layers")}
+    models = {label: routed for label, routed in report["routing"].items() if routed.get("layers")}
     pictures: list[Picture] = []
     together: list[Picture] = []
     tables: list[Table] = []
-    for number, (label, told) in enumerate(found.items()):
-        layers = told["layers"]
-        alt = f"Load of each expert in each layer of {label}. {_told(layers)}"
+    for number, (label, routed) in enumerate(models.items()):
+        layers = routed["layers"]
+        alt = f"Load of each expert in each layer of {label}. {_extremes(layers)}"
         draw = partial(heat, {label: _loads(layers)})
         pictures.append(Picture(f"load-{number}", f"Load: {label}", alt, draw, SCALE))
-        texts = {name: part["layers"] for name, part in (told.get("by_text") or {}).items()}
+        texts = {name: part["layers"] for name, part in (routed.get("by_text") or {}).items()}
         if len(texts) > 1:
             alt = f"Load of the experts of {label}, by text. " + ". ".join(
-                f"{name}: {_told(part)}" for name, part in texts.items()
+                f"{name}: {_extremes(part)}" for name, part in texts.items()
             )
             maps = {name: _loads(part) for name, part in list(texts.items())[:4]}
             title = f"Which text goes where: {label}"
             pictures.append(Picture(f"by-text-{number}", title, alt, partial(heat, maps), SCALE))
         together += _together(label, layers, number)
         tables += _tokens(label, layers)
-    if found:
-        pictures += [*together, *_per_layer(found, looks)]
-        tables = _balance(found) + tables
+    if models:
+        pictures += [*together, *_per_layer(models, looks)]
+        tables = _balance(models) + tables
     lead = (
-        "An expert's load is its share of all choices, shown against an even share. A dead expert "
-        "(a cross) is never chosen. The coefficient of variation (CV) of the loads is 0 where all "
-        "experts do equal work; entropy is then 1.",
+        "An expert's load is its share of all choices, relative to an even share. A dead expert "
+        "(a cross) is never chosen. Where all experts do equal work, the coefficient of variation "
+        "(CV) of the loads is 0 and the entropy is 1.",
     )
     return Section("routing", "Who does the work?", lead, tuple(pictures), tuple(tables))
 
@@ -54,8 +54,8 @@ def _loads(layers: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[float]]]
     return [(row["layer"], row["load_E"]) for row in layers]
 
 
-def _told(layers: Sequence[Mapping[str, Any]]) -> str:
-    """What a heat map shows, in words."""
+def _extremes(layers: Sequence[Mapping[str, Any]]) -> str:
+    """The most and the least used expert, in words."""
     shares = [(share * len(row["load_E"]), row["layer"], expert)
               for row in layers for expert, share in enumerate(row["load_E"])]  # fmt: skip
     most, least = max(shares), min(shares)
@@ -89,11 +89,11 @@ def _three(rows: Sequence[Any]) -> list[Any]:
     return [rows[place] for place in places]
 
 
-def _per_layer(found: Mapping[str, Mapping[str, Any]], looks: Looks) -> list[Picture]:
+def _per_layer(models: Mapping[str, Mapping[str, Any]], looks: Looks) -> list[Picture]:
     """How uneven the loads are in each layer."""
     drawn = []
-    for label, told in found.items():
-        rows = [row for row in told["layers"] if row.get("load_cv") is not None]
+    for label, routed in models.items():
+        rows = [row for row in routed["layers"] if row.get("load_cv") is not None]
         if rows:
             x, y = [row["layer"] for row in rows], [row["load_cv"] for row in rows]
             drawn.append(figures.Line(label, looks[label], x, y, points=len(x) < 2))
@@ -164,7 +164,7 @@ def _tokens(label: str, layers: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def _token(token: Any) -> str:
-    """A token so that its spaces and line ends are seen; only its text where more is known."""
+    """The text of a token, with visible spaces and line ends."""
     if isinstance(token, Mapping):
         token = token["token"]
     elif not isinstance(token, str):
@@ -184,7 +184,7 @@ ENERGY = {
 
 
 def layers(report: Mapping[str, Any]) -> Section:
-    """What each layer lost at its conversion, on held-out calibration text."""
+    """The error of each layer at its conversion, on held-out calibration text."""
     rows = report["run"].get("layers") or []
     pictures = []
     before_after = zip(ERRORS.items(), (SERIES["grey"], SERIES["blue"]), strict=True)
@@ -205,19 +205,19 @@ def layers(report: Mapping[str, Any]) -> Section:
                 percent="energy" in name, height=3.6,
             )  # fmt: skip
             pictures.append(Picture(name, title, alt, draw))
-    told, table = _evenness(rows)
-    pictures += told
+    evenness, tables = _evenness(rows)
+    pictures += evenness
     lead = (
-        "Measured while converting, on calibration text not fitted on. Energy is the share "
-        "of the dense FFN's output that stays when a token may choose its own best neurons, the "
-        "best experts (oracle), the router's experts, experts by lot, or has the same neurons as "
-        "all others (static). The figures are in moefy/conversion.md.",
+        "Measured while converting, on held-out calibration text. Energy is the share of the dense "
+        "FFN's output that stays when a token chooses its best neurons, its best experts (oracle), "
+        "the router's experts, random experts (by lot), or the same neurons as all tokens "
+        "(static). The figures are in moefy/conversion.md.",
     )
-    return Section("layers", "Layer by layer", lead, tuple(pictures), tuple(table))
+    return Section("layers", "Layer by layer", lead, tuple(pictures), tuple(tables))
 
 
 def _evenness(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Picture], list[Table]]:
-    """What it costs to even out the loads by biases, over the layers where that was tried."""
+    """The cost of evening out the loads by biases, over the layers where that was tried."""
     curves = [row["balance"] for row in rows if row.get("balance")]
     if not curves:
         return [], []
@@ -231,18 +231,17 @@ def _evenness(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Picture], list[Ta
         for share in zip(*curves, strict=True)
     ]
     look = Look(SERIES["blue"], "o")
-    _, even, _, kept = zip(*points, strict=True)
-    line = figures.Line("", look, even, kept)
+    _, even, _, worth = zip(*points, strict=True)
+    line = figures.Line("", look, even, worth)
     alt = "What the router's experts are worth against how uneven their loads are. " + "; ".join(
         f"{worth:.1%} at {cv:.2f}" for _, cv, _, worth in points
     )
     axis = "coefficient of variation of the loads, mean of the layers"
     draw = partial(figures.lines, [line], x_axis=axis, percent=True)
     title = "What even loads cost"
-    header = ("share of the biases", "mean CV", "greatest CV", "worth kept")
+    header = ("share of the biases", "mean CV", "largest CV", "worth")
     table = Table(
-        "Even loads: of the biases that even them out, each layer takes the least share that is "
-        "enough",
+        "Even loads: each layer takes the least share of the balancing biases that is enough",
         header,
         tuple((f"{s:.0%}", fixed(cv), fixed(top), f"{w:.2%}") for s, cv, top, w in points),
         folded=True,

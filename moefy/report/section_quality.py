@@ -1,4 +1,4 @@
-"""What the conversion cost: the parts of a report that compare what the models write and know."""
+"""Quality: scores on texts, tasks and prompts against the dense model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from moefy.report.format import computed_in, fixed, percent, probability, uncert
 Looks = Mapping[str, Look]
 
 SEEN = 0.01
-"""Share of a text in the calibration text above which its scores are called too good."""
+"""Share of a text in the calibration text above which there is a warning."""
 
 SCORES = ("model", "perplexity", "dNLL", "bits per byte", "KL to dense", "same first choice")
 
 QUALITY = (
-    "dNLL is what the prediction of a token lost, in nats: ln(perplexity / dense perplexity); 0 is "
-    "the dense model. KL is the distance of the predicted distributions from the dense model's; "
-    "“same first choice” is how often both find the same token likeliest. Bars are two standard "
-    "errors to each side, over windows of text, paired with the dense model's."
+    "dNLL is the loss minus the dense model's, in nats per token: ln(perplexity / dense "
+    "perplexity). KL is the divergence of the predicted distributions from the dense model's. "
+    "“Same first choice” is how often both models predict the same token. Bars show two standard "
+    "errors to each side, paired over windows of text."
 )
 
 
@@ -33,7 +33,7 @@ def quality(report: Mapping[str, Any], looks: Looks) -> Section:
     for number, (text, rows) in enumerate(texts.items()):
         drawn = _losses(rows, looks)
         if drawn:
-            alt = f"Loss of quality against the dense model on {text}, dNLL: {_told(drawn)}"
+            alt = f"Loss of quality against the dense model on {text}, dNLL: {_in_words(drawn)}"
             draw = partial(figures.forest, {"": drawn}, axis="dNLL, nats per token: less is better")
             pictures.append(Picture(f"quality-{number}", f"Lost on {text}", alt, draw))
     tables = [
@@ -66,7 +66,7 @@ def meanings(report: Mapping[str, Any]) -> list[str]:
 
 
 def seen_warnings(report: Mapping[str, Any]) -> list[str]:
-    """Texts that calibration has seen, whose scores are therefore too good."""
+    """Texts that were calibrated on, so that their scores are too good."""
     return [
         f"{share:.0%} of {text} stands word for word in the calibration text"
         for text, share in report["seen_in_calibration"].items()
@@ -75,7 +75,7 @@ def seen_warnings(report: Mapping[str, Any]) -> list[str]:
 
 
 def _losses(rows: Mapping[str, Any], looks: Looks) -> list[tuple[str, Look, float, float | None]]:
-    """What each model but the dense one lost, where it is known, as `figures.forest` takes it."""
+    """The dNLL of each model but the dense one, as `figures.forest` takes it."""
     return [
         (label, looks[label], row["dnll"], row.get("dnll_standard_error"))
         for label, row in rows.items()
@@ -83,8 +83,8 @@ def _losses(rows: Mapping[str, Any], looks: Looks) -> list[tuple[str, Look, floa
     ]
 
 
-def _told(drawn: Sequence[tuple[str, Look, float, float | None]]) -> str:
-    """Values in words, for those who cannot see them."""
+def _in_words(drawn: Sequence[tuple[str, Look, float, float | None]]) -> str:
+    """Values as text, for screen readers."""
     return ", ".join(f"{label} {value:.3f}" for label, _, value, _ in drawn)
 
 
@@ -115,9 +115,9 @@ def frontier(report: Mapping[str, Any], looks: Looks) -> Section:
                 by_label.setdefault(point["label"], []).append((point["active"], point["dnll"]))
         drawn = [
             figures.Line(
-                label, looks[label], [x for x, _ in sorted(found)], [y for _, y in sorted(found)]
+                label, looks[label], [x for x, _ in sorted(pairs)], [y for _, y in sorted(pairs)]
             )
-            for label, found in by_label.items()
+            for label, pairs in by_label.items()
         ]
         alt = f"dNLL on {text} against the active share of the FFN. " + "; ".join(
             f"{line.name}: "
@@ -127,9 +127,9 @@ def frontier(report: Mapping[str, Any], looks: Looks) -> Section:
         draw = partial(figures.frontier, drawn)
         pictures.append(Picture(f"frontier-{number}", f"On {text}", alt, draw))
     lead = (
-        "Static pruning is the floor: it keeps the same neurons for all tokens. The oracle router "
-        "is the ceiling: it looks before it chooses, and is no model. All meet the dense model "
-        "where the whole FFN is active.",
+        "Static pruning is the floor: all tokens use the same neurons. The oracle router is the "
+        "ceiling: it computes all experts before it chooses. All models equal the dense one where "
+        "the whole FFN is active.",
     )
     rows = tuple(
         (point["label"], point["text"], f"{point['active']:.1%}", fixed(point["dnll"], 3))
@@ -145,8 +145,8 @@ def benchmarks(report: Mapping[str, Any], looks: Looks) -> Section:
     """Scores of tasks, with the significance of the difference from dense."""
     run: dict[str, dict[str, Any]] = {}
     rows = []
-    for task, found in report["benchmarks"].items():
-        for label, score in found.items():
+    for task, scores in report["benchmarks"].items():
+        for label, score in scores.items():
             if "not_run" in score or score.get("value") is None:
                 rows.append((f"{task}: {label}", "not run", "", "", str(score.get("not_run", ""))))
                 continue
@@ -164,19 +164,19 @@ def benchmarks(report: Mapping[str, Any], looks: Looks) -> Section:
     groups = {
         task: [
             (label, looks[label], score["value"], score.get("standard_error"))
-            for label, score in found.items()
+            for label, score in scores.items()
         ]
-        for task, found in run.items()
+        for task, scores in run.items()
     }
     if groups:
-        alt = "Benchmark scores. " + ". ".join(f"{task}: {_told(n)}" for task, n in groups.items())
+        values = ". ".join(f"{task}: {_in_words(drawn)}" for task, drawn in groups.items())
+        alt = f"Benchmark scores. {values}"
         draw = partial(figures.forest, groups, axis="score, two standard errors to each side")
         pictures.append(Picture("benchmarks", "Scores", alt, draw))
     header = ("task: model", "metric", "score", "difference from dense", "p")
     table = Table("Benchmarks", header, tuple(rows))
     lead = (
-        "Each item is answered by both models, and the difference is tested pairwise; * where "
-        "chance alone would give one as large less than once in twenty times.",
+        "Both models answer each item, and the difference is tested pairwise. * marks p < 0.05.",
     )
     return Section("benchmarks", "Benchmarks", lead, tuple(pictures), (table,) if rows else ())
 
@@ -186,7 +186,7 @@ def _signed(value: float | None) -> str:
 
 
 def robustness(report: Mapping[str, Any], looks: Looks) -> Section:
-    """What happens away from ordinary text."""
+    """Scores and routing on unusual text."""
     rows: dict[str, list[tuple[str, ...]]] = {}
     lost, moved = {}, {}
     for condition, scores in report["robustness"].items():
@@ -215,12 +215,12 @@ def robustness(report: Mapping[str, Any], looks: Looks) -> Section:
     ):
         groups = {condition: drawn for condition, drawn in groups.items() if drawn}
         if groups:
-            alt = f"{title}. " + ". ".join(f"{key}: {_told(n)}" for key, n in groups.items())
+            alt = f"{title}. " + ". ".join(f"{key}: {_in_words(n)}" for key, n in groups.items())
             draw = partial(figures.forest, groups, axis=axis)
             pictures.append(Picture(name, title, alt, draw))
     lead = (
-        "Entropy is how evenly the experts are used, 1 being even. Drift is how far the use of the "
-        "experts moved from that on ordinary text: 0 not at all, 1 altogether.",
+        "Entropy is 1 where all experts are used evenly. Drift is the share of the choices that "
+        "go to other experts than on ordinary text, from 0 to 1.",
     )
     header = ("condition", "perplexity", "dNLL", "KL to dense", "entropy", "drift")
     main = report.get("main")
@@ -233,16 +233,16 @@ def robustness(report: Mapping[str, Any], looks: Looks) -> Section:
 
 def prompts(report: Mapping[str, Any]) -> Section:
     """The user's own prompts, those that lost most first."""
-    found = sorted(report["prompts"], key=lambda row: -(row.get("drop") or 0))
-    labels = _in_order(label for row in found for label in row["scores"])
+    prompts = sorted(report["prompts"], key=lambda row: -(row.get("drop") or 0))
+    labels = _in_order(label for row in prompts for label in row["scores"])
     header = ("prompt", "answer", *labels, "drop")
     rows: dict[bool, list[tuple[str, ...]]] = {True: [], False: []}
-    for row in found:
+    for row in prompts:
         scores = (row["scores"].get(label) for label in labels)
         cells = (figures.short(row["prompt"], 80), figures.short(str(row.get("answer", "")), 40))
         numbers = (fixed(number, 3) for number in (*scores, row.get("drop")))
         rows[bool(row.get("flagged"))].append((*cells, *numbers))
-    captions = {True: "Answers that fell most, in nats per token", False: "The other answers"}
+    captions = {True: "Answers that became least likely", False: "The other answers"}
     tables = tuple(
         Table(
             captions[flagged],
@@ -254,7 +254,7 @@ def prompts(report: Mapping[str, Any]) -> Section:
         for flagged, some in rows.items()
         if some
     )
-    lead = ("How likely each model finds the answer that was given to it.",)
+    lead = ("The mean log-likelihood that each model gives to a token of your answer, in nats.",)
     return Section("prompts", "Your prompts", lead, tables=tables)
 
 
@@ -267,7 +267,7 @@ def generation(report: Mapping[str, Any]) -> Section:
         )
         for row in report["generation"]
     )
-    lead = ("Greedy, so each model says what it finds likeliest.",)
+    lead = ("Greedy decoding: each model writes its most likely tokens.",)
     return Section("generation", "Side by side", lead, voices=voices)
 
 

@@ -21,9 +21,9 @@ HUES = {"loss": "blue", "kl": "vermillion", "ce": "purple", "load_cv": "blue", "
 def finetune(report: Mapping[str, Any]) -> Section:
     """How fine-tuning went."""
     pictures, tables = [], []
-    for number, (label, told) in enumerate(report["finetune"].items()):
-        curve = [row for row in told.get("curve") or [] if "validation" not in row]
-        checks = [row for row in told.get("curve") or [] if row.get("validation")]
+    for number, (label, tuning) in enumerate(report["finetune"].items()):
+        curve = [row for row in tuning.get("curve") or [] if "validation" not in row]
+        checks = [row for row in tuning.get("curve") or [] if row.get("validation")]
         for name, title, keys in CURVES:
             drawn = [_curve(curve, key, key, HUES[key]) for key in keys]
             if name == "loss":
@@ -42,8 +42,8 @@ def finetune(report: Mapping[str, Any]) -> Section:
                 pictures.append(
                     Picture(f"finetune-{number}-{name}", f"{title}: {label}", alt, draw)
                 )
-        tables += _trained(label, told["summary"])
-    lead = ("Losses in nats per token; points are measured on text that was not trained on.",)
+        tables += _trained(label, tuning["summary"])
+    lead = ("Losses in nats per token. Points are measured on held-out text.",)
     return Section("finetune", "Fine-tuning", lead, tuple(pictures), tuple(tables))
 
 
@@ -59,8 +59,8 @@ def _curve(
 
 
 def _trained(label: str, summary: Mapping[str, Any]) -> list[Table]:
-    """What was trained on, and what came of it."""
-    told = [
+    """The data, the steps and the result of a fine-tune."""
+    rows = [
         ("text", str(summary["train"]["source"])),
         ("teacher", str(summary["teacher"]["model"])),
         ("tokens", large(summary.get("tokens"))),
@@ -71,11 +71,11 @@ def _trained(label: str, summary: Mapping[str, Any]) -> list[Table]:
     for key in checks.get("after") or {}:
         before, after = (checks.get(when, {}).get(key) for when in ("before", "after"))
         if isinstance(before, (int, float)) and isinstance(after, (int, float)):
-            told.append((f"held-out {key}", f"{before:.3f} to {after:.3f}"))
-    told += [
+            rows.append((f"held-out {key}", f"{before:.3f} to {after:.3f}"))
+    rows += [
         (f"step {event.get('step')}", f"{event.get('reason')}: {event.get('action')}")
         for event in summary.get("guard") or []
     ]
-    rows = tuple(row for row in told if row[1])
-    table = Table(f"Fine-tuning of {label}", ("what", "figure"), rows, on_terminal=False)
-    return [table] if rows else []
+    known = tuple(row for row in rows if row[1])
+    table = Table(f"Fine-tuning of {label}", ("what", "figure"), known, on_terminal=False)
+    return [table] if known else []

@@ -1,4 +1,4 @@
-"""A report's sections in the order in which they are read, and what stands above them."""
+"""A report's sections in reading order, its headline and its advice."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moefy.report.document import Section, Table
 from moefy.report.format import fixed, large, model_name, shape_text, times
 
 VERDICTS = {"pays": "▲", "does not pay": "▼", "not measured": "○"}
-"""The signs of the advice, so that it is not told by colour alone."""
+"""The signs of the advice, for readers who do not see its colours."""
 
 CLEAR = 0.05
-"""A difference in speed that is worth a word; the same as that of the advice."""
+"""The least difference in speed that is named; the same as that of the advice."""
 
 
 @dataclass(frozen=True)
@@ -31,39 +31,39 @@ class Tile:
 
 
 def labels(report: Mapping[str, Any]) -> dict[str, str]:
-    """The kind of each model that the report speaks of, the dense one first."""
-    found = {label: str(told.get("kind", "other")) for label, told in report["models"].items()}
+    """The kind of each model in the report, the dense one first."""
+    kinds = {label: str(entry.get("kind", "other")) for label, entry in report["models"].items()}
     named = [label for rows in report["texts"].values() for label in rows]
     named += [label for rows in report["robustness"].values() for label in rows]
     named += [label for rows in report["benchmarks"].values() for label in rows]
-    named += [label for told in report["generation"] for label in told["written"]]
-    named += [row["label"] for told in report["speed"].values() for row in told["rows"]]
+    named += [label for entry in report["generation"] for label in entry["written"]]
+    named += [row["label"] for entry in report["speed"].values() for row in entry["rows"]]
     named += [*report["routing"], *report["finetune"]]
     for label in named:
-        found.setdefault(label, "dense" if label == "dense" else "other")
+        kinds.setdefault(label, "dense" if label == "dense" else "other")
     for point in report["frontier"]:
-        found.setdefault(point["label"], point.get("kind", "other"))
+        kinds.setdefault(point["label"], point.get("kind", "other"))
     order = ("dense", "converted", "finetuned", "control", "other")
     return dict(
-        sorted(found.items(), key=lambda item: order.index(item[1]) if item[1] in order else 9)
+        sorted(kinds.items(), key=lambda item: order.index(item[1]) if item[1] in order else 9)
     )
 
 
 def subject(report: Mapping[str, Any]) -> str | None:
-    """The model that the report is about: the one it names, else the last stage of the run."""
+    """The main model of the report: the one it names, else the last stage of the run."""
     kinds = labels(report)
     if report.get("main") in kinds:
         return report["main"]
     for kind in ("finetuned", "converted"):
-        if found := [label for label, of in kinds.items() if of == kind]:
-            return found[-1]
+        if candidates := [label for label, of in kinds.items() if of == kind]:
+            return candidates[-1]
     return None
 
 
 def sections(report: Mapping[str, Any]) -> list[Section]:
-    """Every part that the report has something on."""
+    """The sections that are not empty."""
     shown: Mapping[str, Look] = looks(labels(report))
-    found = [
+    parts = [
         section_quality.quality(report, shown),
         section_quality.frontier(report, shown),
         section_cost.speed(report, shown),
@@ -75,13 +75,13 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
         section_inside.routing(report, shown),
         section_inside.layers(report),
         section_tuned.finetune(report),
-        made(report),
+        conversion(report),
     ]
-    return [section for section in found if section]
+    return [section for section in parts if section]
 
 
-def made(report: Mapping[str, Any]) -> Section:
-    """How the model was made, what was not run, and with which versions."""
+def conversion(report: Mapping[str, Any]) -> Section:
+    """The settings, the cost and the versions of the conversion, and what was not measured."""
     run = report["run"]
     calibration = run["calibration"]
     rows = [
@@ -101,32 +101,32 @@ def made(report: Mapping[str, Any]) -> Section:
     rows += [
         ("note", str(note)) for note in (*run["notes"], *calibration["notes"], *report["notes"])
     ]
-    tables = [Table("The conversion", ("what", "figure"), tuple(rows), on_terminal=False)]
+    tables = [Table("Settings and cost", ("what", "figure"), tuple(rows), on_terminal=False)]
     if report["not_run"]:
         missing = tuple((row["what"], row["reason"]) for row in report["not_run"])
         tables.append(Table("Not run", ("what", "why"), missing, on_terminal=False))
-    return Section("made", "How it was made", tables=tuple(tables))
+    return Section("conversion", "The conversion", tables=tuple(tables))
 
 
 def title(report: Mapping[str, Any]) -> str:
-    """What the report is on."""
+    """The dense model and the class that it was converted to."""
     return f"{model_name(report['run'])} as {report['run']['reopened']['class']}"
 
 
 def tiles(report: Mapping[str, Any]) -> list[Tile]:
-    """The few figures that most readers came for."""
+    """The headline: size, perplexity and speed of the main model."""
     label = subject(report)
     if label is None:
         return []
-    found = []
-    told, dense = report["models"].get(label, {}), report["models"].get("dense", {})
-    if told.get("parameters_active"):
+    result = []
+    model, dense = report["models"].get(label, {}), report["models"].get("dense", {})
+    if model.get("parameters_active"):
         whole = dense.get("parameters_total")
         word = f"dense: {large(whole)}" if whole else ""
-        found.append(Tile(large(told["parameters_active"]), "parameters active per token", word))
+        result.append(Tile(large(model["parameters_active"]), "parameters active per token", word))
     for text, rows in list(report["texts"].items())[:2]:
         if label in rows and "dense" in rows:
-            found.append(
+            result.append(
                 Tile(
                     fixed(rows[label]["perplexity"]),
                     f"perplexity on {text}",
@@ -141,12 +141,12 @@ def tiles(report: Mapping[str, Any]) -> list[Tile]:
         ]
         if rows:
             row = min(rows, key=lambda row: (row["batch"], row.get("context") or 0))
-            found.append(_speed_tile(engine, row))
-    return found[:6]
+            result.append(_speed_tile(engine, row))
+    return result[:6]
 
 
 def _speed_tile(engine: str, row: Mapping[str, Any]) -> Tile:
-    """A speed is called faster or slower where it was so in every round, as the advice has it."""
+    """A speed is called faster or slower if it was so in every round, as in the advice."""
     ratio, name = row["ratio"], f"writing in {engine}, batch {row['batch']}"
     low, high = row.get("ratio_low", ratio), row.get("ratio_high", ratio)
     if ratio >= 1 + CLEAR and low > 1:
@@ -158,19 +158,22 @@ def _speed_tile(engine: str, row: Mapping[str, Any]) -> Tile:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All advice of one verdict: `said` are (what matters, the rest) of each sentence."""
+    """All advice of one verdict; each sentence is in two parts, the first of which stands out."""
 
     word: str
     sign: str
-    said: tuple[tuple[str, str], ...]
+    sentences: tuple[tuple[str, str], ...]
 
 
 def verdicts(report: Mapping[str, Any]) -> list[Verdict]:
     """The advice by verdict, in the order in which each first comes."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    for told in report["advice"]:
-        found.setdefault(str(told["verdict"]), []).append(_halves(str(told["sentence"])))
-    return [Verdict(word, VERDICTS.get(word, "○"), tuple(said)) for word, said in found.items()]
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for advice in report["advice"]:
+        groups.setdefault(str(advice["verdict"]), []).append(_halves(str(advice["sentence"])))
+    return [
+        Verdict(word, VERDICTS.get(word, "○"), tuple(sentences))
+        for word, sentences in groups.items()
+    ]
 
 
 def _halves(sentence: str) -> tuple[str, str]:
@@ -179,5 +182,5 @@ def _halves(sentence: str) -> tuple[str, str]:
     >>> _halves("SLOWER at batch 1: 0.74 times."), _halves("It costs 1.1 nats; that is a lot.")
     (('SLOWER at batch 1', ': 0.74 times.'), ('It costs 1.1 nats', '; that is a lot.'))
     """
-    found = re.search(r"[:;] ", sentence)
-    return (sentence[: found.start()], sentence[found.start() :]) if found else (sentence, "")
+    match = re.search(r"[:;] ", sentence)
+    return (sentence[: match.start()], sentence[match.start() :]) if match else (sentence, "")

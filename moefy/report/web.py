@@ -17,12 +17,12 @@ NO_PICTURES = "pictures left out: matplotlib is not installed; pip install 'moef
 
 
 def can_draw() -> bool:
-    """Tell whether matplotlib is there: without it a page has its tables alone."""
+    """Whether matplotlib is installed; a page without it has its tables alone."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def report_html(report: Mapping[str, Any]) -> str:
-    """The page; what a model or a file says is escaped, and a picture's words are text."""
+    """The page. The text of a model or a file is escaped."""
     return template("report.html.jinja").render(
         report=report,
         title=title(report),

@@ -183,7 +183,7 @@ def test_every_part_is_there(report, page):
     names = {section.name for section in sections(report)}
     assert names == {
         "quality", "frontier", "speed", "size", "benchmarks", "generation", "prompts",
-        "robustness", "routing", "layers", "finetune", "made",
+        "robustness", "routing", "layers", "finetune", "conversion",
     }  # fmt: skip
     assert names <= {attributes.get("id") for attributes in page.all("section")}
     pictures = [one for section in sections(report) for one in section.pictures]
@@ -294,7 +294,7 @@ def test_verdicts_gather_what_is_said():
     told = [{"verdict": v, "sentence": s, "because": {}} for v, s in (("pays", "a: b"), ("x", "c"))]
     found = verdicts({"advice": [*told, {"verdict": "pays", "sentence": "d; e", "because": {}}]})
     assert [(one.word, one.sign) for one in found] == [("pays", "▲"), ("x", "○")]
-    assert found[0].said == (("a", ": b"), ("d", "; e"))
+    assert found[0].sentences == (("a", ": b"), ("d", "; e"))
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_pages_are_drawn_again_from_the_file_alone(report, pages, tmp_path):
 @pytest.mark.parametrize(
     ("content", "code", "says"),
     [
-        (None, 3, "not there"),
+        (None, 3, "does not exist"),
         ("{", 7, "not JSON"),
         ("[]", 7, "not as moefy writes it"),
         ('{"moefy": "0.1.0", "texts": {}}', 7, "format 1; expected 2"),
