@@ -44,7 +44,7 @@ ROWS = {
         "ffn partition router",
         "balance cluster refit",
         "routed",
-        "assign coverage forward gradients oracle profile ridge",
+        "assign forward gradients oracle profile ridge",
         "__init__",
     ],
     "evaluate": [

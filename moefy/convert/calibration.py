@@ -1,14 +1,11 @@
-"""What a conversion is calibrated on: tokens, and for some partitions the gradients on them."""
+"""The tokens that a conversion is calibrated on."""
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
 
-from torch import Tensor
-
 from moefy.checkpoint.validate import companion_files
-from moefy.convert.gradients import ffn_gradients
 from moefy.convert.memory import ADVICE, require, writing
 from moefy.convert.prepare import SELF, Job, Watch
 from moefy.models.opening import open_model
@@ -75,21 +72,4 @@ def _self_written(job: Job, watch: Watch, memory: int | None) -> packing.Tokens:
     )
     return dataclasses.replace(
         tokens, notes=(*notes, *tokens.notes), compute_dtype=way.compute.name
-    )
-
-
-def gradients(job: Job, tokens: packing.Tokens, watch: Watch) -> dict[int, Tensor]:
-    """How the dense model's loss changes with what each FFN writes, for a partition that asks.
-
-    Raises:
-        MoefyError: code 5 where the model does not fit in memory whole, in float32.
-    """
-    ids_BT = tokens.ids_BT[: -tokens.num_heldout]
-    weights = sum(entry.num_elements for entry in job.checkpoint.entries.values())
-    gradient_bytes = len(job.layers) * ids_BT.numel() * job.size("hidden_size")
-    require(
-        4 * weights + 2 * gradient_bytes, "a model that gives gradients", "use another --partition"
-    )
-    return ffn_gradients(
-        job.checkpoint, job.family, job.layers, ids_BT, job.device, partial(watch, "gradients")
     )

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from moefy.convert import forward, write
-from moefy.convert.coverage import gaps
 from moefy.convert.ffn import Block, convert_block
 from moefy.convert.prepare import Job
 from moefy.convert.profile import CHUNK, Inputs
 from moefy.convert.session import Session
+from moefy.convert.summary import gaps
 from moefy.distributed import Group, Share
 from moefy.errors import MoefyError
 from moefy.files.buffers import Store
@@ -133,15 +133,14 @@ def _begun(
 def _embedded(job: Job, tokens: Tokens, store: Store) -> Tensor:
     """What enters the first layer, (B, T, D). With a refit against drift twice: the dense model's
     states go along behind the converted one's."""
-    parts = tokens.ids_BT.split(SEQUENCES)
-    first = forward.embed(job.checkpoint, job.family, parts[0], job.device)
-    num_sequences, sides = len(tokens.ids_BT), 2 if job.method.error_propagation else 1
-    states_BTD = store.empty(sides * num_sequences, *first.shape[1:], device=job.device)
-    for number, ids_BT in enumerate(parts):
-        part = forward.embed(job.checkpoint, job.family, ids_BT, job.device) if number else first
-        for side in range(sides):
-            start = side * num_sequences + number * SEQUENCES
-            states_BTD[start : start + len(part)] = part
+    (num_sequences, length), hidden = tokens.ids_BT.shape, job.size("hidden_size")
+    sides = 2 if job.method.error_propagation else 1
+    states_BTD = store.empty(sides * num_sequences, length, hidden, device=job.device)
+    for start in range(0, num_sequences, SEQUENCES):
+        ids_BT = tokens.ids_BT[start : start + SEQUENCES]
+        part_BTD = forward.embed(job.checkpoint, job.family, ids_BT, job.device)
+        for side_BTD in states_BTD.split(num_sequences):
+            side_BTD[start : start + len(ids_BT)] = part_BTD
         store.release()
     return states_BTD
 

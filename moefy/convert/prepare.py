@@ -87,12 +87,6 @@ class Job:
         return self.family.task(self.checkpoint.config)
 
     @property
-    def stored_dtypes(self) -> list[str]:
-        """Dtype codes of the FFNs that are converted, each once."""
-        names = [name for layer in self.layers for name in self.family.ffn_names(layer)]
-        return sorted({self.checkpoint.entries[name].dtype for name in names})
-
-    @property
     def dtype(self) -> torch.dtype:
         """Of the FFN and router tensors that are written: as stored, and of several dtypes the one
         that holds them all."""
@@ -103,7 +97,9 @@ class Job:
     @property
     def stored_dtype(self) -> torch.dtype:
         """That of the FFNs that are converted, and of several the one that holds them all."""
-        return reduce(torch.promote_types, [DTYPES[code] for code in self.stored_dtypes])
+        names = [name for layer in self.layers for name in self.family.ffn_names(layer)]
+        codes = sorted({self.checkpoint.entries[name].dtype for name in names})
+        return reduce(torch.promote_types, [DTYPES[code] for code in codes])
 
     @property
     def device(self) -> torch.device:

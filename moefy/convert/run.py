@@ -13,18 +13,18 @@ from typing import Any
 from torch import Tensor
 
 from moefy import environment
-from moefy.checkpoint.check_values import Scan, scan
+from moefy.checkpoint.check_values import scan
 from moefy.checkpoint.reload import fitting_layers, reopen
 from moefy.config.recipe import num_bytes
 from moefy.convert import sensitivity, write
-from moefy.convert.calibration import calibration_tokens, gradients
-from moefy.convert.coverage import gaps
+from moefy.convert.calibration import calibration_tokens
+from moefy.convert.gradients import ffn_gradients
 from moefy.convert.layers import convert_layers, shared
-from moefy.convert.memory import Plan, fit, state_bytes
+from moefy.convert.memory import ADVICE, Plan, fit, require, state_bytes
 from moefy.convert.oracle import attach
 from moefy.convert.prepare import AUTO, SELF, Job, Watch
 from moefy.convert.session import Attempt, Session
-from moefy.convert.summary import END, summarise, write_report
+from moefy.convert.summary import END, gaps, summarise, write_report
 from moefy.distributed import Group
 from moefy.errors import MoefyError
 from moefy.files.buffers import Store
@@ -83,7 +83,9 @@ def _lead(
     """Do what the first process does: write the folder `part` whole. Gives the report."""
     job, state, clock, force = session.job, session.state, session.clock, session.attempt.force
     with clock.stage("check weights"):
-        scanned = check_weights(job, session.watch)
+        # What NaN makes a model write is no text either, so this comes first.
+        ffn = {name for layer in job.layers for name in job.family.ffn_names(layer)}
+        scanned = scan(job.checkpoint, ffn, partial(session.watch, "check weights"))
     state.claim({"inputs": scanned.digests}, force=force)
     with clock.stage("calibration text"):
         tokens = tokens or _tokens(session)
@@ -173,12 +175,6 @@ def _used(folder: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
 
 
-def check_weights(job: Job, watch: Watch) -> Scan:
-    """Look at all values before any work, for what NaN makes a model write is no text either."""
-    ffn = {name for layer in job.layers for name in job.family.ffn_names(layer)}
-    return scan(job.checkpoint, ffn, partial(watch, "check weights"))
-
-
 def _machine(job: Job, group: Group) -> dict[str, Any]:
     """The machine, and how many processes there are if several: either may decide bytes."""
     facts = environment.machine(job.device)
@@ -225,13 +221,23 @@ def _sensitivities(session: Session, tokens: packing.Tokens) -> list[float]:
 
 
 def _gradients(session: Session, tokens: packing.Tokens) -> dict[int, Tensor]:
-    """The gradients that a partition asks for, by layer, which are kept."""
-    if not session.job.method.gradient:
+    """The gradients that a partition asks for, by layer, which are kept.
+
+    Raises:
+        MoefyError: code 5 where the model does not fit in memory whole, in float32.
+    """
+    job = session.job
+    if not job.method.gradient:
         return {}
     with session.clock.stage("gradients"):
         if record := session.state.load_tensors("gradients"):
             return {int(layer): tensor for layer, tensor in record[0].items()}
-        slopes = gradients(session.job, tokens, session.watch)
+        ids_BT = tokens.ids_BT[: -tokens.num_heldout]
+        weights = sum(entry.num_elements for entry in job.checkpoint.entries.values())
+        slope_bytes = 2 * len(job.layers) * ids_BT.numel() * job.size("hidden_size")
+        require(4 * weights + slope_bytes, "a model that gives gradients", ADVICE["gradients"])
+        show = partial(session.watch, "gradients")
+        slopes = ffn_gradients(job.checkpoint, job.family, job.layers, ids_BT, job.device, show)
         tensors = {str(layer): slope for layer, slope in slopes.items()}
         session.state.save_tensors("gradients", tensors)
     return slopes
