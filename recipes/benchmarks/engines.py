@@ -62,10 +62,10 @@ def main(
     print("|---|---|---:|---:|---:|---:|")
     for folder in folders:
         prefixes, following = cut(folder, text, places, context)
-        wanted_PV = by_transformers(folder, prefixes)
+        expected_PV = by_transformers(folder, prefixes)
         for kind in types.split(","):
-            found_PV = by_llama_cpp(files[folder, kind], prefixes, wanted_PV.shape[1], threads)
-            print(closeness_row(folder, kind, wanted_PV, found_PV, following))
+            log_p_PV = by_llama_cpp(files[folder, kind], prefixes, expected_PV.shape[1], threads)
+            print(closeness_row(folder, kind, expected_PV, log_p_PV, following))
 
 
 def exported(folder: Path, kind: str, work: Path) -> Path:
@@ -87,14 +87,14 @@ def measured(
         folder: serve(file, threads, parallel=PARALLEL, context=context)
         for folder, file in files.items()
     }
-    found = {folder: {task: [] for task in TASKS} for folder in files}
+    speeds = {folder: {task: [] for task in TASKS} for folder in files}
     for turn in range(rounds + 1):
         for task in TASKS:
             for folder, server in servers.items():
                 speed = one_round(server, task, new_tokens, turn)
                 if turn:  # the first round warms up
-                    found[folder][task].append(speed)
-    return found
+                    speeds[folder][task].append(speed)
+    return speeds
 
 
 def one_round(server: Any, task: str, new_tokens: int, turn: int) -> float:
@@ -145,26 +145,26 @@ def by_llama_cpp(file: Path, prefixes: list[list[int]], size: int, threads: int)
     """The same of a GGUF file."""
     longest = max(map(len, prefixes)) + 8
     server = serve(file, threads, parallel=1, context=longest, exact=True)
-    found_PV = torch.empty(len(prefixes), size)
-    for row_V, ids in zip(found_PV, prefixes, strict=True):
+    log_p_PV = torch.empty(len(prefixes), size)
+    for row_V, ids in zip(log_p_PV, prefixes, strict=True):
         request = {"prompt": ids, "n_predict": 1, "n_probs": size, "cache_prompt": False}
-        made = server.handle_completions(request | {"temperature": 0.0})
-        (token,) = made["choices"][0]["logprobs"]["content"]
+        reply = server.handle_completions(request | {"temperature": 0.0})
+        (token,) = reply["choices"][0]["logprobs"]["content"]
         for entry in token["top_logprobs"]:
             row_V[entry["id"]] = entry["logprob"]
     # llama.cpp sums its softmax one by one in 32 bits: for 50,000 tokens it is 1e-4 off.
-    return found_PV.double().log_softmax(-1)
+    return log_p_PV.double().log_softmax(-1)
 
 
 def closeness_row(
-    folder: Path, kind: str, wanted_PV: torch.Tensor, found_PV: torch.Tensor, following: list[int]
+    folder: Path, kind: str, expected_PV: torch.Tensor, log_p_PV: torch.Tensor, following: list[int]
 ) -> str:
     """Perplexity at the places by both, divergence, and the largest gap in what is likeliest."""
     at = torch.tensor(following)[:, None]
-    own, theirs = (float(p.gather(1, at).mean().neg().exp()) for p in (found_PV, wanted_PV))
-    kl = float((wanted_PV.exp() * (wanted_PV - found_PV)).sum(1).mean())
-    top = wanted_PV.topk(min(20, wanted_PV.shape[1])).indices
-    gap = float((wanted_PV.gather(1, top) - found_PV.gather(1, top)).abs().max())
+    own, theirs = (float(p.gather(1, at).mean().neg().exp()) for p in (log_p_PV, expected_PV))
+    kl = float((expected_PV.exp() * (expected_PV - log_p_PV)).sum(1).mean())
+    top = expected_PV.topk(min(20, expected_PV.shape[1])).indices
+    gap = float((expected_PV.gather(1, top) - log_p_PV.gather(1, top)).abs().max())
     name = folder.resolve().name
     return f"| {name} | {kind} | {own:.3f} | {theirs:.3f} | {kl:.1e} | {gap:.1e} |"
 

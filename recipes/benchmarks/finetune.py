@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import records
 import typer
-from remembered import remembered
+from scores import chosen_dtype, dense_logits, scores
 from transformers import AutoModelForCausalLM
 
 from moefy.checkpoint.resolve import resolve
@@ -24,8 +25,6 @@ from moefy.compute import name_of
 from moefy.config.finetune import Settings, build
 from moefy.environment import processor
 from moefy.evaluate.candidates import load_model
-from moefy.evaluate.dtypes import one_dtype
-from moefy.evaluate.metrics import compare, standard_error
 from moefy.files.shards import stored_dtype
 from moefy.finetune.checkpoints import Checkpoints
 from moefy.finetune.inputs import (
@@ -108,22 +107,24 @@ def tune_dense(run: Path, out: Path, settings: Settings, watch: Callable[..., No
         callbacks=Callbacks(progress=watch),
     )
     trained.model.save_pretrained(out)
-    told = {"tokens": trained.tokens, "seconds": trained.seconds, "rate": trained.tokens_per_second}
-    (out / "training.json").write_text(json.dumps({**told, "validation": trained.validation}))
+    summary = {
+        "tokens": trained.tokens,
+        "seconds": trained.seconds,
+        "rate": trained.tokens_per_second,
+    }
+    (out / "training.json").write_text(json.dumps({**summary, "validation": trained.validation}))
 
 
 def score_all(
     folders: dict[str, Path], source: Path, texts: list[Path], out: Path, asked: str, tokens: int
 ) -> None:
-    """Score each model on each text, one at a time and all in one dtype, and note it down."""
-    compute = one_dtype(asked, [source, source])
-    if compute.note:
-        print(f"Note: {compute.note}")
+    """Score each model on each text, one at a time and all in one dtype, and record it."""
+    compute = chosen_dtype(asked, source)
     log = out / "scores.jsonl"
     (out / "cache").mkdir(exist_ok=True)
     known = {
         (row["model"], row["text"], row["asked"])
-        for row in rows(log)
+        for row in records.read(log)
         if row.get("dtype", name_of(stored_dtype(source))) == compute.name
     }
     tokenizer = load_tokenizer(source)
@@ -131,60 +132,49 @@ def score_all(
         windows = text_windows(tokenizer, path, num_tokens=tokens, length=1024)
         left = {n: f for n, f in folders.items() if (n, path.stem, tokens) not in known}
         for name, folder in left.items():
-            kept = out / "cache" / f"dense-{path.stem}-{tokens}.pt"
+            file = out / "cache" / f"dense-{path.stem}-{tokens}.pt"
             start = time.process_time()
-            base = remembered(source, kept, windows, compute.dtype)
-            found = compare(base, {name: load_model(folder, compute.dtype)}, windows)
-            score, dense = found[name], found["dense"]
+            dense = dense_logits(source, file, windows, compute.dtype)
             row = {
                 "model": name,
                 "text": path.stem,
                 "asked": tokens,
                 "dtype": compute.name,
                 "processor": processor(),
-                "tokens": score.num_tokens,
-                "dense_perplexity": dense.perplexity,
-                "perplexity": score.perplexity,
-                "dnll": score.nll - dense.nll,
-                "dnll_standard_error": standard_error(score, dense),
-                "kl": score.kl,
-                "top1": score.agreement,
+                **scores(load_model(folder, compute.dtype), dense, windows),
                 "cpu_seconds": round(time.process_time() - start, 1),
             }
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+            records.append(log, row)
+            print(f"{name} on {path.stem}: {cell(row)}", flush=True)
 
 
-def rows(log: Path) -> list[dict[str, Any]]:
-    """What has been noted down."""
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+def cell(row: dict[str, Any]) -> str:
+    """Perplexity, loss and divergence of a model on a text."""
+    return f"{row['perplexity']:.2f}, dNLL {row['dnll']:.3f}, KL {row['kl']:.3f}"
 
 
 def markdown(out: Path, num_tokens: int) -> str:
-    """dNLL of every model on every text, and how much of what a conversion lost is recovered."""
-    found = {
-        (r["model"], r["text"]): r for r in rows(out / "scores.jsonl") if r["asked"] == num_tokens
+    """dNLL of every model on every text, and the share of a conversion's loss that is recovered."""
+    rows = {
+        (row["model"], row["text"]): row
+        for row in records.read(out / "scores.jsonl")
+        if row["asked"] == num_tokens
     }
-    texts = sorted({text for _, text in found})
-    lines = ["| model | " + " | ".join(texts) + " |", "|" + "---|" * (1 + len(texts))]
-    for model in dict.fromkeys(model for model, _ in found):
+    texts = sorted({text for _, text in rows})
+    lines = []
+    for model in dict.fromkeys(model for model, _ in rows):
         cells = []
         for text in texts:
-            row = found.get((model, text))
-            if row is None:
-                cells.append("")
-                continue
-            cell = f"{row['perplexity']:.2f}, dNLL {row['dnll']:.3f}, KL {row['kl']:.3f}"
+            row = rows.get((model, text))
+            cells.append(cell(row) if row else "")
             start = "static, before" if model.startswith("static") else "ours, before"
-            before = found.get((start, text))
-            if before and model in CHANGES and model != "dense-trained":
-                cell += f"; **{1 - row['dnll'] / before['dnll']:.0%}** recovered"
-            cells.append(cell)
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    dense = {text: row["dense_perplexity"] for (_, text), row in found.items()}
-    lines.append("| dense, not trained | " + " | ".join(f"{dense[t]:.2f}" for t in texts) + " |")
-    return "\n".join(lines)
+            before = rows.get((start, text))
+            if row and before and model in CHANGES and model != "dense-trained":
+                cells[-1] += f"; **{1 - row['dnll'] / before['dnll']:.0%}** recovered"
+        lines.append([model, *cells])
+    dense = {text: row["dense_perplexity"] for (_, text), row in rows.items()}
+    lines.append(["dense, not trained", *(f"{dense[text]:.2f}" for text in texts)])
+    return records.table(["model", *texts], lines)
 
 
 if __name__ == "__main__":

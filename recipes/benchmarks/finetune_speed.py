@@ -4,7 +4,7 @@
 
 Both in the dtype that a fine-tune computes in (`--set compute_dtype=...`), the same batches, AdamW,
 CPU seconds of the process (a machine that does other things as well changes those less than the
-clock). The teacher's expectations come from a file; what computing them costs is told beside.
+clock). The teacher's expectations come from a file; the cost of computing them is printed beside.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Clock(TrainerCallback):
 
 
 class Labelled(Rows):
-    """The same rows as plain Trainer wants them."""
+    """The rows of plain Trainer."""
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """A row and what is to be predicted of it."""
+        """A row with its labels."""
         return {"input_ids": self.ids_BT[row], "labels": self.ids_BT[row]}
 
 
@@ -83,7 +83,7 @@ def main(
     ids_BT = tokens.ids_BT[:batch_size]
     live = teacher.live(dense, truncation)
     start = time.process_time()
-    kept = live(torch.arange(batch_size), ids_BT)
+    stored = live(torch.arange(batch_size), ids_BT)
     asked = time.process_time() - start
     dense.train().requires_grad_(True)
     train_BT = tokens.ids_BT[: -tokens.num_heldout]
@@ -107,7 +107,7 @@ def main(
             built,
             Routing(student, built),
             CollapseGuard(built),
-            teacher.Teacher(lambda row_B, ids_BT: kept),
+            teacher.Teacher(lambda row_B, ids_BT: stored),
             Checkpoints(Path(place)),
         )
         ours = Finetuner(

@@ -34,6 +34,8 @@ from typing import Any
 
 import typer
 
+from moefy.environment import processor
+
 MEASURED = {"seconds", "stage_seconds", "peak_resident_bytes", "peak_bytes", "tokens_per_second"}
 MEASURED |= {"created", "memory"}
 """Keys of JSON objects that no two runs share."""
@@ -59,7 +61,7 @@ def main(
     if status:
         raise SystemExit(f"the undisturbed command ended with {status}")
     expected = contents(place / "reference")
-    print(f"undisturbed: {took:.2f} s of processor time, {len(expected)} files", flush=True)
+    print(f"undisturbed: {took:.2f} s of {processor()}; {len(expected)} files", flush=True)
     done = chains = resumed = late = 0
     while done < kills:
         out, killed = place / "out", 0
@@ -109,8 +111,8 @@ def attempt(command: list[str], out: Path, budget: float | None) -> int:
     if budget is None:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     while True:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
             return os.waitstatus_to_exitcode(status)
         if spent(child) >= budget:
             os.kill(child, signal.SIGKILL)
@@ -125,17 +127,17 @@ def spent(process: int) -> float:
 
 def contents(folder: Path) -> dict[str, Any]:
     """Files by name: their bytes, or what their JSON says less what is measured."""
-    found: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.suffix == ".json":
-            found[name] = unmeasured(json.loads(path.read_text(encoding="utf-8")))
+            files[name] = unmeasured(json.loads(path.read_text(encoding="utf-8")))
         elif path.suffix == ".jsonl":
             lines = path.read_text(encoding="utf-8").splitlines()
-            found[name] = [unmeasured(json.loads(line)) for line in lines]
+            files[name] = [unmeasured(json.loads(line)) for line in lines]
         elif path.is_file():
-            found[name] = path.name if path.suffix == ".md" else path.read_bytes()
-    return found
+            files[name] = path.name if path.suffix == ".md" else path.read_bytes()
+    return files
 
 
 def unmeasured(value: Any) -> Any:
@@ -145,10 +147,10 @@ def unmeasured(value: Any) -> Any:
     return [unmeasured(item) for item in value] if isinstance(value, list) else value
 
 
-def different(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def different(expected: dict[str, Any], files: dict[str, Any]) -> list[str]:
     """Names of files that are not the same."""
-    names = expected.keys() | found.keys()
-    return sorted(name for name in names if expected.get(name) != found.get(name))
+    names = expected.keys() | files.keys()
+    return sorted(name for name in names if expected.get(name) != files.get(name))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import records
 import torch
 import typer
-from remembered import remembered
+from scores import chosen_dtype, dense_logits, scores
 
 from moefy.checkpoint.resolve import resolve
 from moefy.compute import name_of
@@ -31,8 +32,6 @@ from moefy.convert.session import Attempt
 from moefy.environment import processor
 from moefy.errors import MoefyError
 from moefy.evaluate.candidates import load_model
-from moefy.evaluate.dtypes import one_dtype
-from moefy.evaluate.metrics import compare, standard_error
 from moefy.files.shards import stored_dtype
 from moefy.text.tokenizer import load_tokenizer
 from moefy.text.windows import text_windows
@@ -90,37 +89,36 @@ def main(
         methods = "ours,static"
     out.mkdir(parents=True, exist_ok=True)
     log = out / "quality.jsonl"
-    wanted = [
+    points = [
         (float(fraction), int(seed), method.strip().replace(";", ","))
         for seed in seeds.split(",")
         for fraction in active.split(",")
         for method in methods.split(",")
     ]
     source = resolve(model)
-    compute = one_dtype(compute_dtype, [source, source])
-    if compute.note:
-        print(f"Note: {compute.note}")
+    compute = chosen_dtype(compute_dtype, source)
     stored = name_of(stored_dtype(source))
-    others = {row.get("dtype", stored) for row in rows(log)} - {compute.name}
+    others = {row.get("dtype", stored) for row in records.read(log)} - {compute.name}
     if others and not table:
         raise MoefyError(
             f"{log} holds scores in {', '.join(others)}, these would be in {compute.name}; give "
             "another --out or that --compute-dtype",
             code=2,
         )
-    for fraction, seed, method in [] if table else wanted:
-        if (fraction, seed, method) in {(r["active"], r["seed"], r["method"]) for r in rows(log)}:
+    for fraction, seed, method in [] if table else points:
+        if (fraction, seed, method) in {
+            (r["active"], r["seed"], r["method"]) for r in records.read(log)
+        }:
             continue
         recipe = Recipe(
             model, active=fraction, seed=seed, calibration=calibration, tokens=tokens, target=target
         )
         record = measure(recipe, method, text, out, eval_tokens, compute.dtype, keep=keep)
-        with log.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        records.append(log, record)
         shown = {key: value for key, value in record.items() if key not in ("layers", "scores")}
         shown["dnll"] = {name: round(s["dnll"], 3) for name, s in record["scores"].items()}
         print(json.dumps(shown), flush=True)
-    print(markdown(rows(log)))
+    print(markdown(records.read(log)))
 
 
 def measure(
@@ -146,25 +144,13 @@ def measure(
     summary = convert(job, folder, Attempt(force=True), tokens=tokens)
     seconds = time.perf_counter() - start
     tokenizer = load_tokenizer(job.checkpoint.folder)
-    models = {method: load_model(folder, dtype)}
-    scores = {}
+    model = load_model(folder, dtype)
+    by_text = {}
     for path in texts:
         windows = text_windows(tokenizer, path, num_tokens=num_tokens, length=1024)
-        kept = out / f"dense-logits-{path.stem}-{num_tokens}.pt"
-        base = remembered(job.checkpoint.folder, kept, windows, dtype)
-        found = compare(base, models, windows)
-        score, dense = found[method], found["dense"]
-        scores[path.stem] = {
-            "dense_perplexity": dense.perplexity,
-            "perplexity": score.perplexity,
-            "dnll": score.nll - dense.nll,
-            "dnll_standard_error": standard_error(score, dense),
-            "kl": score.kl,
-            "top1": score.agreement,
-            "tokens": score.num_tokens,
-            "window_tokens": score.tokens_W,
-            "window_dnll": [round(a - b, 3) for a, b in zip(score.nll_W, dense.nll_W, strict=True)],
-        }
+        file = out / f"dense-logits-{path.stem}-{num_tokens}.pt"
+        dense = dense_logits(job.checkpoint.folder, file, windows, dtype)
+        by_text[path.stem] = scores(model, dense, windows)
     if not keep:
         shutil.rmtree(folder)
     left_dense = summary["layers_left_dense"]
@@ -183,51 +169,45 @@ def measure(
         "processor": processor(),
         "convert_seconds": round(seconds, 1),
         "peak_bytes": summary["peak_resident_bytes"],
-        "scores": scores,
+        "scores": by_text,
         "layers": summary["layers"],
     }
 
 
-def rows(log: Path) -> list[dict]:
-    """The records measured so far."""
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-
-
-def markdown(records: list[dict]) -> str:
+def markdown(rows: list[dict[str, Any]]) -> str:
     """Means over seeds, and how much less is lost than with static pruning of the same seeds.
 
     Seeds whose static record is missing are left out of the comparison. The interval is 95 % of a
     bootstrap over windows, which all seeds and both methods share.
     """
-    if not records:
+    if not rows:
         return "nothing measured yet"
-    texts = list(records[0]["scores"])
-    lines = ["| active | method | seeds | " + " | ".join(texts) + " |"]
-    lines.append("|" + "---|" * (3 + len(texts)))
-    keys = sorted({(r["active"], r["method"]) for r in records}, key=lambda key: (-key[0], key[1]))
+    texts = list(rows[0]["scores"])
+    lines = []
+    keys = sorted({(r["active"], r["method"]) for r in rows}, key=lambda key: (-key[0], key[1]))
     for active, method in keys:
-        group = {r["seed"]: r for r in records if (r["active"], r["method"]) == (active, method)}
-        static = {r["seed"]: r for r in records if (r["active"], r["method"]) == (active, "static")}
+        group = {r["seed"]: r for r in rows if (r["active"], r["method"]) == (active, method)}
+        static = {r["seed"]: r for r in rows if (r["active"], r["method"]) == (active, "static")}
         cells = []
         for text in texts:
-            found = [r["scores"][text] for r in group.values()]
-            dnll = [score["dnll"] for score in found]
+            seeds = [r["scores"][text] for r in group.values()]
+            dnll = [score["dnll"] for score in seeds]
             spread = f" ± {statistics.stdev(dnll):.3f}" if len(dnll) > 1 else ""
             cell = (
-                f"{statistics.fmean(s['perplexity'] for s in found):.2f}, "
+                f"{statistics.fmean(s['perplexity'] for s in seeds):.2f}, "
                 f"dNLL {statistics.fmean(dnll):.3f}{spread}, "
-                f"KL {statistics.fmean(s['kl'] for s in found):.3f}, "
-                f"top-1 {statistics.fmean(s['top1'] for s in found):.3f}"
+                f"KL {statistics.fmean(s['kl'] for s in seeds):.3f}, "
+                f"top-1 {statistics.fmean(s['top1'] for s in seeds):.3f}"
             )
             both = [(group[s], static[s]) for s in sorted(group) if s in static]
             if method != "static" and both:
                 least, middle, most = saving(both, text)
                 cell += f"; **{middle:+.0%}** ({least:+.0%} to {most:+.0%})"
             cells.append(cell)
-        lines.append(f"| {active} | {method} | {len(group)} | " + " | ".join(cells) + " |")
-    dense = {t: records[0]["scores"][t]["dense_perplexity"] for t in texts}
-    lines.append("| 1.0 | dense | | " + " | ".join(f"{dense[t]:.2f}" for t in texts) + " |")
-    return "\n".join(lines)
+        lines.append([active, method, len(group), *cells])
+    dense = {t: rows[0]["scores"][t]["dense_perplexity"] for t in texts}
+    lines.append([1.0, "dense", "", *(f"{dense[text]:.2f}" for text in texts)])
+    return records.table(["active", "method", "seeds", *texts], lines)
 
 
 def saving(both: list[tuple[dict, dict]], text: str) -> tuple[float, float, float]:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import records
 import typer
 
 from moefy.config.finetune import build
@@ -62,6 +63,7 @@ def main(
     steps = num_steps(chosen, 1)
     points = {-(-steps // 2**halving) for halving in range(halvings + 1)}
     student: Any = None
+    print(f"{computed.student.name}, {processor()}")
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def load() -> Any:
@@ -72,7 +74,7 @@ def main(
     def score(step: int, rate: float | None) -> None:
         was_training = student.training
         student.eval()
-        found = {n: compare(dense, {"student": student}, w) for n, w in windows.items()}
+        results = {n: compare(dense, {"student": student}, w) for n, w in windows.items()}
         student.train(was_training)
         row = {
             "run": run.name,
@@ -81,12 +83,11 @@ def main(
             "tokens_per_second": rate,
             "dtype": computed.student.name,
             "processor": processor(),
-            "dnll": {n: f["student"].nll - f["dense"].nll for n, f in found.items()},
-            "kl": {n: f["student"].kl for n, f in found.items()},
-            "top1": {n: f["student"].agreement for n, f in found.items()},
+            "dnll": {n: f["student"].nll - f["dense"].nll for n, f in results.items()},
+            "kl": {n: f["student"].kl for n, f in results.items()},
+            "top1": {n: f["student"].agreement for n, f in results.items()},
         }
-        with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        records.append(out, row)
         dnll = " ".join(f"{name} {value:.3f}" for name, value in row["dnll"].items())
         print(f"{row['tokens']:>12,} tokens: dNLL {dnll}", flush=True)
 
@@ -107,9 +108,9 @@ def main(
             teacher=teacher.Teacher(targets),
             callbacks=Callbacks(log=seen),
         )
-    told = {"settings": vars(chosen), "validation": trained.validation, "guard": trained.guard}
-    told |= {"tokens": trained.tokens, "seconds": trained.seconds, "routing": trained.routing}
-    out.with_suffix(".json").write_text(json.dumps(told))
+    summary = {"settings": vars(chosen), "validation": trained.validation, "guard": trained.guard}
+    summary |= {"tokens": trained.tokens, "seconds": trained.seconds, "routing": trained.routing}
+    out.with_suffix(".json").write_text(json.dumps(summary))
     print(f"{trained.tokens_per_second:.0f} tokens/s with the scores, guard: {trained.guard}")
 
 

@@ -81,12 +81,12 @@ def main(
         text.write_text(own_text(), encoding="utf-8")
         for name in sizes.split(","):
             dense = resolve(small) if name == SMALL else Path(folder) / name
-            wanted = {"calibration": str(text), "tokens": tokens or 4096, "layers": convert}
+            settings = {"calibration": str(text), "tokens": tokens or 4096, "layers": convert}
             if name != SMALL:
                 make(dense, resolve(small), SIZES[name], num_layers)
-                wanted |= {"sequence_length": SIZES[name].length}
-                wanted |= {"tokens": tokens or SIZES[name].tokens}
-            result = measured(dense, Path(folder) / "moe", wanted, memory)
+                settings |= {"sequence_length": SIZES[name].length}
+                settings |= {"tokens": tokens or SIZES[name].tokens}
+            result = measured(dense, Path(folder) / "moe", settings, memory)
             print("\n".join(table(name, result)), flush=True)
 
 
@@ -145,13 +145,15 @@ def make(folder: Path, other: Path, size: Size, num_layers: int) -> None:
     write_json(folder / "config.json", config)
 
 
-def measured(dense: Path, out: Path, wanted: dict[str, Any], memory: str | None) -> dict[str, Any]:
+def measured(
+    dense: Path, out: Path, settings: dict[str, Any], memory: str | None
+) -> dict[str, Any]:
     """Convert in a process of its own; give what that tells, and the memory that it was seen with.
 
     Anonymous pages are what a process holds; pages of files are the system's to take back.
     """
-    told = json.dumps({"model": str(dense), **wanted})
-    command = [sys.executable, __file__, "one", told, str(out), "--memory", memory or ""]
+    text = json.dumps({"model": str(dense), **settings})
+    command = [sys.executable, __file__, "one", text, str(out), "--memory", memory or ""]
     peaks = dict.fromkeys(("VmHWM", "RssAnon", "RssFile"), 0)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         while run.poll() is None:
@@ -175,7 +177,7 @@ def resident(process: int) -> Iterator[tuple[str, int]]:
 
 
 @app.command()
-def one(wanted: str, out: Path, memory: str = "") -> None:
+def one(settings: str, out: Path, memory: str = "") -> None:
     """Convert one model and print, as JSON, what it took beside the floor."""
     from moefy.cli.shared import quiet_libraries
     from moefy.config.recipe import num_bytes
@@ -184,7 +186,7 @@ def one(wanted: str, out: Path, memory: str = "") -> None:
 
     quiet_libraries()
     limit = num_bytes(memory, "--memory") if memory else None
-    job = prepare(build(None, json.loads(wanted), []))
+    job = prepare(build(None, json.loads(settings), []))
     plan = estimate(job, limit)
     speeds: dict[str, list[float]] = {}
 
@@ -196,7 +198,7 @@ def one(wanted: str, out: Path, memory: str = "") -> None:
     start = time.perf_counter()
     summary = convert(job, out, Attempt(force=True, memory=limit), watch=watch)
     seconds = time.perf_counter() - start
-    rates = {kind: statistics.median(found) for kind, found in speeds.items()}
+    rates = {kind: statistics.median(values) for kind, values in speeds.items()}
     floor = {
         stage: sum(count / rates[kind] for kind, count in counts.items())
         for stage, counts in operations(job).items()

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import records
 import torch
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -71,8 +72,6 @@ def main(
                 hidden, neurons, layers, shape
             )
     work = {"prefill 512": (1, 512), "decode 1": (1, 1), "decode 8": (8, 1)}
-    print("| shape | experts | ideal | " + " | ".join(work) + " |")
-    print("|" + "---|" * (3 + len(work)))
     ratios = {name: {kind: [] for kind in work} for name in models}
     for turn in range(rounds + 1):
         for task, (batch, length) in work.items():
@@ -80,18 +79,20 @@ def main(
             if turn:  # the first round warms up
                 for name, taken in seconds.items():
                     ratios[name][task].append(seconds["dense"] / taken)
-    for name, found in ratios.items():
+    rows = []
+    for name, by_task in ratios.items():
         if name != "dense":
-            cells = " | ".join(f"{statistics.median(found[task]):.2f}" for task in work)
-            print(f"| {name} | {ideal[name]:.2f} | {cells} |")
+            medians = [f"{statistics.median(by_task[task]):.2f}" for task in work]
+            rows.append([*name.split(" | "), f"{ideal[name]:.2f}", *medians])
+    print(records.table(["shape", "experts", "ideal", *work], rows))
 
 
 def build(config: dict, dtype: torch.dtype, **options):
     """A model of random weights."""
     config = dict(config)
-    made = AutoConfig.for_model(config.pop("model_type"), **config)
+    settings = AutoConfig.for_model(config.pop("model_type"), **config)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(made, dtype=dtype, **options).eval()
+    return AutoModelForCausalLM.from_config(settings, dtype=dtype, **options).eval()
 
 
 def measure(model, batch: int, length: int, clock: Callable[[], float]) -> float:

@@ -16,7 +16,10 @@ import subprocess
 from pathlib import Path
 from statistics import median
 
+import records
 import typer
+
+from moefy.environment import processor
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 
@@ -35,24 +38,23 @@ def main(
     cache_mib: int = typer.Option(1024, help="Memory for keys and values."),
 ) -> None:
     """Print tokens per second in decode (batch 1 and 8) and prefill, and the ratios to dense."""
-    wanted = {"dtype": dtype, "eager": eager, "cache_mib": cache_mib}
-    wanted |= {"prefill": prefill, "steps": steps, "repeats": repeats}
+    options = {"dtype": dtype, "eager": eager, "cache_mib": cache_mib}
+    options |= {"prefill": prefill, "steps": steps, "repeats": repeats}
     turns = []
     for turn in range(rounds):
         typer.echo(f"round {turn + 1} of {rounds}", err=True)
-        turns.append([measure(python, threads, folder, wanted) for folder in (dense, *moes)])
-    print(
-        f"vLLM, {'eager' if eager else 'compiled'}, {dtype}, {threads} thread(s), tokens/s (ratio)"
-    )
+        turns.append([measure(python, threads, folder, options) for folder in (dense, *moes)])
+    mode = "eager" if eager else "compiled"
+    print(f"vLLM, {mode}, {dtype}, {threads} thread(s), {processor()}: tokens/s (ratio)")
     print()
     print(table([folder.name for folder in (dense, *moes)], turns))
 
 
-def measure(python: Path, threads: int, folder: Path, wanted: dict) -> dict[str, float]:
+def measure(python: Path, threads: int, folder: Path, options: dict) -> dict[str, float]:
     """Tokens per second by task, from a new process."""
     # Not bound to cores: a second benchmark would be bound to the same ones.
     limits = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    command = [str(python), str(WORKER), json.dumps({"folder": str(folder), **wanted})]
+    command = [str(python), str(WORKER), json.dumps({"folder": str(folder), **options})]
     run = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | limits
     )
@@ -62,15 +64,15 @@ def measure(python: Path, threads: int, folder: Path, wanted: dict) -> dict[str,
 def table(names: list[str], turns: list[list[dict[str, float]]]) -> str:
     """A Markdown table of medians over turns; the first model of each turn is the dense one."""
     tasks = list(turns[0][0])
-    lines = ["| model | " + " | ".join(tasks) + " |", "|---" * (1 + len(tasks)) + "|"]
+    rows = []
     for place, name in enumerate(names):
         cells = []
         for task in tasks:
             speed = median(turn[place][task] for turn in turns)
             ratio = median(turn[place][task] / turn[0][task] for turn in turns)
             cells.append(f"{speed:.1f} ({ratio:.2f})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return records.table(["model", *tasks], rows)
 
 
 if __name__ == "__main__":
