@@ -1,19 +1,17 @@
-"""Plain sentences on whether the MoE pays, by stated rules and from the numbers alone.
+"""Plain sentences on whether the MoE pays, by fixed rules and from the numbers alone.
 
-The rules, for each engine, phase, batch size and context:
+Speed, for each engine, phase, batch size and context:
 
 - it pays when the ratio to dense was above 1 in every round, and its median is 1.05 or more;
-- it does not pay when the ratio was below 1 in every round, and its median is 0.95 or less:
-  it is then said to be SLOWER;
-- else it makes no difference that was measured, which does not pay either, for quality was given.
+- it is SLOWER when the ratio was below 1 in every round, and its median is 0.95 or less;
+- else there is no measured difference, which does not pay either, because quality was lost.
 
-What falls out alike is told in one sentence, by engine and phase.
+Rows with the same verdict share a sentence, by engine and phase. A measurement that had less than
+0.8 of a core is called unreliable first.
 
-A measurement that had less than 0.8 of a core is called unreliable before anything is said of it.
-
-On quality: the run is held against static pruning with as many active neurons. When its loss is
-surely lower on a text (95 %, paired by window), routing does not pay there, whatever its speed. On
-memory: a MoE holds all of its experts; it pays where these take fewer bytes than dense.
+Quality: the run is compared with static pruning to as many active neurons. Routing pays on a text
+when its loss is surely lower there (95 %, paired by window). Memory: a MoE holds all of its
+experts, so it pays when these take fewer bytes than dense.
 """
 
 from __future__ import annotations
@@ -25,23 +23,23 @@ from typing import Any
 from scipy import stats
 
 CLEAR = 0.05
-"""A difference in speed that is worth a word."""
+"""The smallest difference in speed that counts."""
 
 QUIET = 0.8
-"""Processor seconds per second below which other programs have disturbed a measurement."""
+"""Processor seconds per second; below this, other programs have disturbed the measurement."""
 
 PAYS, PAYS_NOT, UNKNOWN = "pays", "does not pay", "not measured"
 
 PHASES = {"prefill": "reading a prompt", "decode": "writing"}
 
 HEADS = {"slower": "SLOWER", "no different": "No faster", "faster": "Faster"}
-"""How a sentence on speed starts, by the verdict."""
+"""The start of a sentence on speed, by the verdict."""
 
 Advice = dict[str, Any]
 
 
 def advice(report: Mapping[str, Any], label: str) -> list[Advice]:
-    """What is to be said of the stage `label`, speed first."""
+    """The advice on the candidate `label`, speed first."""
     return [
         *_speed(report.get("speed", {}), label),
         *_quality(report, label),
@@ -51,7 +49,7 @@ def advice(report: Mapping[str, Any], label: str) -> list[Advice]:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """What a row of speeds says: "faster", "slower", or "no different"."""
+    """Verdict on a row of speeds: "faster", "slower", or "no different"."""
     if row["ratio"] >= 1 + CLEAR and row["ratio_low"] > 1:
         return "faster"
     if row["ratio"] <= 1 - CLEAR and row["ratio_high"] < 1:
@@ -60,68 +58,72 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def _speed(speed: Mapping[str, Any], label: str) -> Iterator[Advice]:
-    for engine, told in speed.items():
-        if (cores := told.get("cores", 1.0)) < QUIET:
+    for engine, result in speed.items():
+        if (cores := result.get("cores", 1.0)) < QUIET:
             yield {
                 "verdict": UNKNOWN,
-                "sentence": f"The machine was busy while {engine} was measured: on average "
-                f"{cores:.2f} of a core was left for it. Its speeds are not to be relied on; "
-                "measure again on a quiet machine.",
+                "sentence": f"The machine was busy while {engine} was measured, which had only "
+                f"{cores:.2f} of a core on average. Its speeds are unreliable; measure again on "
+                "a quiet machine.",
                 "because": {"engine": engine, "cores": cores},
             }
-        rows = [row for row in told.get("rows", []) if row["label"] == label]
-        for phase, said in itertools.product(PHASES, HEADS):
-            alike = [row for row in rows if row["phase"] == phase and verdict(row) == said]
+        rows = [row for row in result.get("rows", []) if row["label"] == label]
+        for phase, outcome in itertools.product(PHASES, HEADS):
+            alike = [row for row in rows if row["phase"] == phase and verdict(row) == outcome]
             if alike:
-                yield _alike(engine, told, phase, said, alike)
-    if not any(told.get("rows") for told in speed.values()):
+                yield _alike(engine, result, phase, outcome, alike)
+    if not any(result.get("rows") for result in speed.values()):
         yield {
             "verdict": UNKNOWN,
-            "sentence": "Speed was not measured; whether this model is faster is not known.",
+            "sentence": "Speed was not measured, so it is unknown whether this model is faster.",
             "because": {},
         }
 
 
 def _alike(
-    engine: str, told: Mapping[str, Any], phase: str, said: str, rows: Sequence[Mapping[str, Any]]
+    engine: str,
+    result: Mapping[str, Any],
+    phase: str,
+    outcome: str,
+    rows: Sequence[Mapping[str, Any]],
 ) -> Advice:
-    """One sentence of the rows of an engine and a phase that say the same."""
-    ideals = [ideal for row in rows if (ideal := _ideal(told, row)) is not None]
+    """One sentence for the rows of an engine and a phase that have the same verdict."""
+    ideals = [value for row in rows if (value := _ideal(result, row)) is not None]
     low, high = min(row["ratio_low"] for row in rows), max(row["ratio_high"] for row in rows)
-    machine = _threads(told["threads"]) + _dtypes(told, rows)
+    machine = _threads(result["threads"]) + _dtypes(result, rows)
     ratios = _span([row["ratio"] for row in rows])
-    hoped = f"; arithmetic would allow {_span(ideals)}" if ideals else ""
+    ideal = f"; arithmetic would allow {_span(ideals)}" if ideals else ""
     return {
-        "verdict": PAYS if said == "faster" else PAYS_NOT,
-        "sentence": f"{HEADS[said]} in {engine} on this machine ({machine}), {PHASES[phase]} "
+        "verdict": PAYS if outcome == "faster" else PAYS_NOT,
+        "sentence": f"{HEADS[outcome]} in {engine} on this machine ({machine}), {PHASES[phase]} "
         f"{_sizes(rows)}: {ratios} times the dense model's tokens per second ({low:.2f} to "
-        f"{high:.2f} over the rounds{hoped}).",
+        f"{high:.2f} over the rounds{ideal}).",
         "because": {
             "engine": engine,
             "phase": phase,
             "rows": [
                 {key: row[key] for key in ("batch", "context", "ratio", "ratio_low", "ratio_high")}
-                | {"ideal": _ideal(told, row)}
+                | {"ideal": _ideal(result, row)}
                 for row in rows
             ],
         },
     }
 
 
-def _dtypes(told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """What `rows` were computed in, and dense beside them if that was another dtype."""
+def _dtypes(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The dtypes of `rows`, and those of dense if they differ."""
     work = {(row["phase"], row["batch"], row["context"]) for row in rows}
     dense = [
         row
-        for row in told["rows"]
+        for row in result["rows"]
         if row["label"] == "dense" and (row["phase"], row["batch"], row["context"]) in work
     ]
     own, theirs = (
-        _listed(sorted({row["dtype"] for row in found if row.get("dtype")}))
-        for found in (rows, dense)
+        _listed(sorted({row["dtype"] for row in some if row.get("dtype")}))
+        for some in (rows, dense)
     )
-    if not own:  # an engine that has one type for all
-        own = theirs = told["dtype"] if isinstance(told.get("dtype"), str) else ""
+    if not own:  # an engine with one type for all
+        own = theirs = result["dtype"] if isinstance(result.get("dtype"), str) else ""
     return (f", {own}" if own else "") + (f", dense {theirs}" if theirs not in ("", own) else "")
 
 
@@ -134,8 +136,8 @@ def _sizes(rows: Sequence[Mapping[str, Any]]) -> str:
     contexts: dict[int, list[str]] = {}
     for row in rows:
         contexts.setdefault(row["batch"], []).append(str(row["context"]))
-    told = [f"{batch} ({_listed(lengths)} tokens)" for batch, lengths in contexts.items()]
-    return f"at batch {_listed(told)}"
+    batches = [f"{batch} ({_listed(lengths)} tokens)" for batch, lengths in contexts.items()]
+    return f"at batch {_listed(batches)}"
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -143,7 +145,7 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _span(values: Sequence[float]) -> str:
-    """The least and the greatest; one of them where they are the same on paper."""
+    """The smallest and the largest value; only one if both look the same."""
     return " to ".join(dict.fromkeys(f"{value:.2f}" for value in (min(values), max(values))))
 
 
@@ -151,8 +153,8 @@ def _threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
 
 
-def _ideal(told: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
-    ideal = told.get("ideal_ratio", {}).get(row["label"], {}).get(row["phase"])
+def _ideal(result: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
+    ideal = result.get("ideal_ratio", {}).get(row["label"], {}).get(row["phase"])
     return ideal.get(str(row["batch"])) if isinstance(ideal, Mapping) else ideal
 
 
@@ -167,28 +169,28 @@ def _quality(report: Mapping[str, Any], label: str) -> Iterator[Advice]:
         )
         because = {"text": text, "dnll": own["dnll"], "error": own["dnll_standard_error"]}
         if static is None:
-            lacks = "it was not held against static pruning."
-            yield {"verdict": UNKNOWN, "sentence": f"{cost}; {lacks}", "because": because}
+            end = "it was not compared with static pruning."
+            yield {"verdict": UNKNOWN, "sentence": f"{cost}; {end}", "because": because}
             continue
         gain, error = own["gain_over_static"], own["gain_standard_error"]
         needed = needed_errors(own["windows"])
         because |= {"static_dnll": static["dnll"], "gain": gain, "gain_error": error}
         because |= {"windows": own["windows"], "needed_errors": needed}
         sure = error is not None and needed is not None and gain > needed * error
-        kept = f"static pruning to as many active neurons costs {static['dnll']:.3f}"
+        pruned = f"static pruning to as many active neurons costs {static['dnll']:.3f}"
         if sure:
-            end = f"; {kept}: the experts are worth {gain:.3f}."
+            end = f"; {pruned}: the experts are worth {gain:.3f}."
         elif gain > 0:
-            end = f"; {kept}: {gain:.3f} more, which on so little text may be chance."
+            end = f"; {pruned}: {gain:.3f} more, which may be chance on so little text."
         else:
-            end = f"; {kept}, NO MORE: a smaller dense model does as well, and needs no experts."
+            end = f"; {pruned}, NO MORE: a smaller dense model does as well, and needs no experts."
         yield {"verdict": PAYS if sure else PAYS_NOT, "sentence": cost + end, "because": because}
 
 
 def needed_errors(windows: int) -> float | None:
-    """Standard errors that a difference over so many windows must have, to be sure at 95 %.
+    """The quantile of Student's t at 95 %: the standard errors that make a difference certain.
 
-    The quantile of Student's t, which with two windows is 12.7 and with many 2.0.
+    It is 12.7 with two windows and 2.0 with many.
     """
     return float(stats.t.ppf(0.975, windows - 1)) if windows > 1 else None
 
@@ -218,6 +220,6 @@ def _routing(layers: list[Mapping[str, Any]]) -> Iterator[Advice]:
         yield {
             "verdict": PAYS_NOT,
             "sentence": f"{count} dead experts (below 5 % of the mean load; in layers {where}): "
-            "they take memory and do next to nothing on these texts.",
+            "they take memory and do almost nothing on these texts.",
             "because": {"dead": count, "layers": [*dead]},
         }

@@ -1,4 +1,4 @@
-"""Benchmarks through lm-eval, with paired significance against the dense model."""
+"""Benchmarks by lm-eval, with paired significance against the dense model."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ from moefy.evaluate.cache import digest
 from moefy.files.publish import sha256
 
 PREFERRED = ("acc", "exact_match", "acc_norm", "f1", "bits_per_byte", "word_perplexity")
-"""The measure that is told of a task, if it has it; else its first."""
+"""The metric that is reported for a task, if it has one of these; else its first."""
 
 DRAWS = 2000
-"""Of a bootstrap."""
+"""Samples of the bootstrap."""
 
 
 def check_tasks(tasks: Sequence[str], include: Path | None) -> Any:
-    """lm-eval's register of tasks, in which all of `tasks` are found.
+    """lm-eval's task manager, which knows all of `tasks`.
 
     Raises:
-        MoefyError: code 5 when lm-eval is not installed, 2 for a folder or a task that is not
-            there.
+        MoefyError: code 5 when lm-eval is not installed, 2 for a missing folder or task.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MoefyError("--tasks needs lm-eval; run: pip install 'moefy[eval]'", code=5)
@@ -56,17 +55,17 @@ def run_task(
 ) -> dict[str, Any]:
     """One task's scores by sample: {"metric": ..., "values": {id: value}, "others": {...}}.
 
-    A value is a number, or a pair of a sum and the weight that it is divided by. A group of tasks
-    is scored over the samples of all.
+    A value is a number, or a pair of a sum and the weight that divides it. A group of tasks is
+    scored over all samples of its tasks.
     """
     import lm_eval
     from lm_eval.models import huggingface
 
-    # Its classes are decorated, and what a type checker sees of them is not what they are.
+    # Its classes are decorated in a way that type checkers do not understand.
     harness, models = cast(Any, lm_eval), cast(Any, huggingface)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        done = harness.simple_evaluate(
+        result = harness.simple_evaluate(
             model=models.HFLM(
                 # Else likelihoods of a bfloat16 model are rounded to a multiple of 8.
                 pretrained=model,
@@ -80,47 +79,47 @@ def run_task(
             log_samples=True,
             bootstrap_iters=0,
         )
-    names = [name for name in done["samples"] if done["samples"][name]]
-    first = done["samples"][names[0]][0]
-    metrics = [name for name in first["metrics"]]
+    names = [name for name in result["samples"] if result["samples"][name]]
+    first = result["samples"][names[0]][0]
+    metrics = list(first["metrics"])
     metric = next((name for name in PREFERRED if name in metrics), metrics[0])
     values = {
         f"{name}/{sample['doc_id']}": sample[metric]
         for name in names
-        for sample in done["samples"][name]
+        for sample in result["samples"][name]
     }
     others = {
         key.partition(",")[0]: value
-        for key, value in done["results"].get(task, {}).items()
+        for key, value in result["results"].get(task, {}).items()
         if isinstance(value, int | float)
         and "stderr" not in key
         and key.partition(",")[0] in metrics
         and key.partition(",")[0] != metric
     }
-    direction = done["higher_is_better"].get(names[0], {}).get(metric, True)
+    direction = result["higher_is_better"].get(names[0], {}).get(metric, True)
     return {"metric": metric, "values": values, "others": others, "higher_is_better": direction}
 
 
-def compared(found: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:
+def compared(own: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:
     """A model's row of a task: its value, and the paired difference from the dense model.
 
     Right-or-wrong samples are compared by McNemar's exact test, all others by a bootstrap over the
     samples.
     """
-    metric = found["metric"]
-    own, theirs = (_pairs(told, sorted(found["values"])) for told in (found, dense))
-    value, base = _mean(metric, own), _mean(metric, theirs)
+    metric = own["metric"]
+    pairs, theirs = (_pairs(scores, sorted(own["values"])) for scores in (own, dense))
+    value, base = _mean(metric, pairs), _mean(metric, theirs)
     row = {
         "metric": metric,
         "value": value,
-        "standard_error": _standard_error(metric, own),
-        "samples": len(own),
-        "higher_is_better": found["higher_is_better"],
-        "others": found["others"],
+        "standard_error": _standard_error(metric, pairs),
+        "samples": len(pairs),
+        "higher_is_better": own["higher_is_better"],
+        "others": own["others"],
     }
-    if found is dense:
+    if own is dense:
         return row
-    return row | {"difference": value - base, **_significance(metric, own, theirs)}
+    return row | {"difference": value - base, **_significance(metric, pairs, theirs)}
 
 
 def _significance(metric: str, own: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
@@ -140,11 +139,11 @@ def _significance(metric: str, own: np.ndarray, theirs: np.ndarray) -> dict[str,
     }
 
 
-def _pairs(told: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+def _pairs(scores: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
     """Values and weights of the samples, in the order of `names`."""
-    if sorted(told["values"]) != list(names):
+    if sorted(scores["values"]) != list(names):
         raise MoefyError("lm-eval scored other samples of dense than of the run", code=3)
-    rows = [told["values"][name] for name in names]
+    rows = [scores["values"][name] for name in names]
     pairs = [row if isinstance(row, list | tuple) else (row, 1.0) for row in rows]
     return np.array(pairs, dtype=float)
 
@@ -154,7 +153,7 @@ def _mean(metric: str, pairs: np.ndarray) -> float:
 
 
 def _score(metric: str, total: Any, weight: Any) -> Any:
-    """What a metric makes of summed values; likelihoods are in nats.
+    """A metric of summed values and weights; likelihoods are in nats.
 
     >>> round(_score("bits_per_byte", -math.log(2), 1.0), 3)
     1.0
@@ -181,7 +180,7 @@ def _standard_error(metric: str, pairs: np.ndarray) -> float | None:
 
 
 def content(task: str, manager: Any) -> str:
-    """Digest of what a local task reads: its settings and its data files."""
+    """Digest of a local task: its settings and its data files."""
     entry: Any = getattr(manager, "task_index", {}).get(task)
     path = getattr(entry, "yaml_path", None) or (entry or {}).get("yaml_path")
     if not path or not Path(path).is_file():

@@ -1,4 +1,4 @@
-"""The dtype that all models of a report compute in, and those in which their speed is tried."""
+"""The dtype in which all models of a report compute, and the dtypes in which speed is measured."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def num_bytes(folders: Sequence[Path], dtype: torch.dtype) -> int:
 
 
 def room() -> int:
-    """Bytes that there are for models."""
+    """Free bytes for models."""
     return max(0, available() - LIBRARIES)
 
 
 def one_dtype(asked: str, folders: Sequence[Path]) -> ComputeDtype:
     """The dtype for all models in `folders`, the first of which is dense and decides.
 
-    A folder stands there once for each model of its size that is open at the same time.
+    A folder is listed once for each model of its size that is open at the same time.
 
     Raises:
         MoefyError: code 2 or 5, as `compute_dtype`.
@@ -42,26 +42,26 @@ def one_dtype(asked: str, folders: Sequence[Path]) -> ComputeDtype:
 def dtypes_to_try(
     asked: str, stored: torch.dtype, computed: torch.dtype, folders: Sequence[Path]
 ) -> tuple[list[torch.dtype], dict[str, str]]:
-    """The dtypes in which speed is tried, and why others are not.
+    """The dtypes in which speed is measured, and the reason for each one that is left out.
 
-    What is asked for is the only one. Else these are the stored dtype and float32: a small product
-    tells which of them is hopeless. The models are open in `computed` already, so another dtype
-    must fit beside it.
+    A dtype that the user `asked` for is the only one. Else the stored dtype and float32 are tried,
+    unless a small product shows that one is hopeless. The models are open in `computed` already, so
+    another dtype must fit into memory beside it.
     """
     if asked != AUTO:
         return [computed], {}
     chosen, left_out = [computed], {}
     for dtype in dict.fromkeys((stored, torch.float32)):
-        times, beside = slowness(dtype, CPU), num_bytes(folders, computed)
-        takes, there = num_bytes(folders, dtype), room()
         if dtype == computed:
             continue
+        times, needed = slowness(dtype, CPU), num_bytes(folders, dtype)
+        left = max(0, room() - num_bytes(folders, computed))
         if times > HOPELESS:
             left_out[name_of(dtype)] = f"a product takes {times:.1f} times as long as in float32"
-        elif beside + takes > there:
+        elif needed > left:
             left_out[name_of(dtype)] = (
-                f"the models take {takes / 1e9:.1f} GB more in it, of "
-                f"{max(0, there - beside) / 1e9:.1f} GB that are left"
+                f"the models take {needed / 1e9:.1f} GB more in it, of "
+                f"{left / 1e9:.1f} GB that are left"
             )
         else:
             chosen.append(dtype)

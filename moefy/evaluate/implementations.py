@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,29 +47,29 @@ class Workload:
     clock: Clock
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A model in one dtype: its fastest implementation for each piece of work."""
+class Way(NamedTuple):
+    """One way to compute a model."""
 
-    best: dict[Work, str | None]
-    seconds: dict[Work, float]
-    """Lacks the work that was not tried, because the dtype is hopeless there."""
-    left_out: dict[str, str]
-    """Why an implementation cannot compute this model: each one restricts the widths (grouped_mm
-    needs rows of multiples of 16 bytes)."""
+    dtype: torch.dtype
+    implementation: str | None
+    """Of the experts; None for a dense model."""
+
+    def __str__(self) -> str:
+        name = name_of(self.dtype)
+        return f"{self.implementation} in {name}" if self.implementation else name
 
 
 @dataclass(frozen=True)
 class Fastest:
     """A model in every dtype that is the fastest one for some piece of work."""
 
-    models: dict[torch.dtype, tuple[Any, Trial]]
-    dtypes: dict[Work, torch.dtype]
+    models: dict[torch.dtype, Any]
+    best: dict[Work, Way]
+    prefill: dict[torch.dtype, str | None]
+    """The fastest implementation for prefill in each dtype, at the smallest batch."""
     left_out: dict[str, str]
-
-    def implementation(self, work: Work) -> str | None:
-        """The experts implementation for a piece of work."""
-        return self.models[self.dtypes[work]][1].best.get(work)
+    """Why a way cannot compute this model: each implementation restricts the widths (grouped_mm
+    needs rows of multiples of 16 bytes)."""
 
 
 def fastest(
@@ -79,152 +78,112 @@ def fastest(
     """A model in the fastest of `dtypes` for each piece of work; the other dtypes are released.
 
     Raises:
-        MoefyError: code 6, when the model can be computed in none.
+        MoefyError: code 6, when the model can be computed in no way.
     """
-    work = list(itertools.product(PHASES, workload.grid.batches))
-    trials: dict[torch.dtype, tuple[Any, Trial]] = {}
-    left_out: dict[str, str] = {}
-    least: dict[Work, float] = {}
-    for dtype in dtypes:
-        model = open_in(dtype)
-        if len(dtypes) == 1 and not _has_implementations(model):
-            return Fastest({dtype: (model, Trial({}, {}, {}))}, dict.fromkeys(work, dtype), {})
+    models = {dtype: open_in(dtype) for dtype in dtypes}
+    ways = [Way(dtype, name) for dtype, model in models.items() for name in _known(model)]
+    batches = workload.grid.batches
+    if len(ways) == 1:
+        best = dict.fromkeys(itertools.product(PHASES, batches), ways[0])
+        return Fastest(models, best, dict.fromkeys(dtypes), {})
+    result = Fastest(models, {}, {}, {})
+    hopeful = dict.fromkeys(PHASES, ways)
+    for batch in batches:
+        for phase, seconds in _try(result, workload, batch, hopeful).items():
+            if not seconds:
+                reasons = "; ".join(f"{way}: {why}" for way, why in result.left_out.items())
+                raise MoefyError(f"nothing can compute this model ({reasons})", code=6)
+            result.best[phase, batch] = _clearly_best(seconds, dtypes)
+            most = HOPELESS * min(seconds.values())
+            hopeful[phase] = [way for way, value in seconds.items() if value <= most]
+            if phase == "prefill" and not result.prefill:
+                # Ways are pairs of dtype and implementation; of each dtype the last one stays.
+                result.prefill.update(sorted(seconds, key=seconds.__getitem__, reverse=True))
+    used = {way.dtype for way in result.best.values()}
+    return dataclasses.replace(result, models={dtype: models[dtype] for dtype in used})
+
+
+def _known(model: Any) -> tuple[str | None, ...]:
+    """The experts implementations that transformers has for this model."""
+    return IMPLEMENTATIONS if getattr(model, "_can_set_experts_implementation", bool)() else (None,)
+
+
+def _try(
+    model: Fastest, workload: Workload, batch: int, hopeful: Mapping[str, Sequence[Way]]
+) -> dict[str, dict[Way, float]]:
+    """Seconds of every hopeful way at one batch size, by phase; failures go into `left_out`."""
+    seconds: dict[str, dict[Way, float]] = {phase: {} for phase in PHASES}
+    context = min(TRIAL, max(LEAST_TRIED, MOST_TRIED // batch))
+    short = Grid((), 1, min(workload.grid.new_tokens, 4))
+    workload = dataclasses.replace(workload, grid=short)
+    for way in dict.fromkeys([*hopeful["prefill"], *hopeful["decode"]]):
+        opened, name = model.models[way.dtype], way.implementation
+        # A way that is only tried for decoding prefills by the fastest one of its dtype.
+        prefill = name if way in hopeful["prefill"] else model.prefill[way.dtype]
         try:
-            trial = best_implementations(model, workload, least)
-        except MoefyError as error:
-            if dtype == dtypes[-1] and not trials:
-                raise
-            left_out[name_of(dtype)] = str(error)
+            if not model.best:  # the first run of an implementation is slower
+                one_round(opened, workload, (batch, context, 0), prefill, name)
+            values = one_round(opened, workload, (batch, context, 1), prefill, name)
+        except Exception as error:  # a library's own, of a kind that it does not name
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            model.left_out[str(way)] = reason
             continue
-        trials[dtype] = (model, trial)
-        left_out |= {f"{name} in {name_of(dtype)}": why for name, why in trial.left_out.items()}
-        for one, seconds in trial.seconds.items():
-            least[one] = min(seconds, least.get(one, seconds))
-    best = {one: _clearly_best(trials, one) for one in work}
-    return Fastest({dtype: trials[dtype] for dtype in set(best.values())}, best, left_out)
+        for phase, value in zip(PHASES, values, strict=True):
+            if way in hopeful[phase]:
+                seconds[phase][way] = value
+    return seconds
 
 
-def _clearly_best(trials: Mapping[torch.dtype, tuple[Any, Trial]], work: Work) -> torch.dtype:
-    """The fastest dtype for a piece of work; the first one, unless another is clearly faster."""
-    seconds = {dtype: trial.seconds.get(work, math.inf) for dtype, (_, trial) in trials.items()}
-    first, best = next(iter(seconds)), min(seconds, key=seconds.__getitem__)
-    return best if seconds[first] > CLEARLY * seconds[best] else first
+def _clearly_best(seconds: Mapping[Way, float], dtypes: Sequence[torch.dtype]) -> Way:
+    """The fastest way in the first dtype, unless one in another dtype is clearly faster."""
+    best = min(seconds, key=seconds.__getitem__)
+    first = min((way.dtype for way in seconds), key=dtypes.index)
+    usual = min((way for way in seconds if way.dtype == first), key=seconds.__getitem__)
+    return best if seconds[usual] > CLEARLY * seconds[best] else usual
 
 
 def fastest_round(
     model: Fastest, workload: Workload, batch: int, context: int, turn: int
 ) -> tuple[float, float]:
-    """`one_round` with each phase in its fastest dtype."""
-
-    def seconds(phase: str, workload: Workload) -> tuple[float, float]:
-        opened, trial = model.models[model.dtypes[phase, batch]]
-        return one_round(opened, workload, batch, context, turn, trial.best)
-
-    prefill, decode = seconds("decode", workload)
-    if model.dtypes["prefill", batch] != model.dtypes["decode", batch]:
-        no_steps = dataclasses.replace(workload.grid, new_tokens=0)
-        prefill, _ = seconds("prefill", dataclasses.replace(workload, grid=no_steps))
+    """`one_round` with each phase in its fastest way."""
+    first, then = model.best["prefill", batch], model.best["decode", batch]
+    run, opened = (batch, context, turn), model.models[then.dtype]
+    if first.dtype == then.dtype:
+        return one_round(opened, workload, run, first.implementation, then.implementation)
+    _, decode = one_round(opened, workload, run, model.prefill[then.dtype], then.implementation)
+    no_steps = dataclasses.replace(workload.grid, new_tokens=0)
+    workload = dataclasses.replace(workload, grid=no_steps)
+    prefill, _ = one_round(model.models[first.dtype], workload, run, first.implementation, None)
     return prefill, decode
-
-
-def best_implementations(
-    model: Any, workload: Workload, least: Mapping[Work, float] | None = None
-) -> Trial:
-    """The fastest experts implementation by phase and batch size; None for a dense model.
-
-    `least` holds the seconds of other dtypes: what is hopeless against them is not tried on.
-
-    Raises:
-        MoefyError: code 6, when no implementation can compute this model.
-    """
-    least = least or {}
-    known: list[str | None] = [*IMPLEMENTATIONS] if _has_implementations(model) else [None]
-    hopeful = dict.fromkeys(PHASES, known)
-    trial, batches = Trial({}, {}, {}), workload.grid.batches
-    for batch in batches:
-        for phase, seconds in _try(model, workload, batch, hopeful, trial).items():
-            work = (phase, batch)
-            if not hopeful[phase]:
-                trial.best[work] = trial.best[phase, batches[0]]
-                continue
-            if not seconds:
-                reasons = "; ".join(f"{name}: {why}" for name, why in trial.left_out.items())
-                raise MoefyError(
-                    f"no experts implementation can compute this model ({reasons})", code=6
-                )
-            best = min(seconds, key=seconds.__getitem__)
-            trial.best[work], trial.seconds[work] = best, seconds[best]
-            most = HOPELESS * min(seconds[best], least.get(work, math.inf))
-            hopeful[phase] = [name for name in seconds if seconds[name] <= most]
-    return trial
-
-
-def _try(
-    model: Any,
-    workload: Workload,
-    batch: int,
-    hopeful: Mapping[str, Sequence[str | None]],
-    trial: Trial,
-) -> dict[str, dict[str | None, float]]:
-    """Seconds of every hopeful implementation at one batch size, by phase.
-
-    Those that fail go into `trial.left_out`.
-    """
-    seconds: dict[str, dict[str | None, float]] = {phase: {} for phase in PHASES}
-    context = min(TRIAL, max(LEAST_TRIED, MOST_TRIED // batch))
-    usual = trial.best.get(("prefill", workload.grid.batches[0]))
-    short = Grid((), 1, min(workload.grid.new_tokens, 4))
-    workload = dataclasses.replace(workload, grid=short)
-    for name in dict.fromkeys([*hopeful["prefill"], *hopeful["decode"]]):
-        # One that is only tried for decoding prefills by the best one at the smallest batch.
-        prefill = name if name in hopeful["prefill"] else usual
-        names = {("prefill", batch): prefill, ("decode", batch): name}
-        try:
-            if not trial.best:  # the first run is slower whatever the implementation
-                one_round(model, workload, batch, context, 0, names)
-            values = one_round(model, workload, batch, context, 1, names)
-        except Exception as error:  # a library's own, of a kind that it does not name
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            trial.left_out[name or "transformers"] = reason
-            continue
-        for phase, value in zip(PHASES, values, strict=True):
-            if name in hopeful[phase]:
-                seconds[phase][name] = value
-    return seconds
-
-
-def _has_implementations(model: Any) -> bool:
-    """Whether transformers has several experts implementations for this model."""
-    return getattr(model, "_can_set_experts_implementation", bool)()
 
 
 def one_round(
     model: Any,
     workload: Workload,
-    batch: int,
-    context: int,
-    turn: int,
-    names: Mapping[Work, str | None],
+    run: tuple[int, int, int],
+    prefill: str | None,
+    decode: str | None,
 ) -> tuple[float, float]:
     """Seconds to prefill `batch` stretches of `context` tokens, and to decode the next ones.
 
-    Decoding follows the text, so that all models decode the same tokens. `names` are the experts
-    implementations.
+    `run` is the batch size, the context length and the round; `prefill` and `decode` are the
+    experts implementations. Decoding follows the text: all models decode the same tokens.
     """
+    batch, context, turn = run
     ids_BT = stretches(workload.ids_T, batch, context + workload.grid.new_tokens, turn)
     clock = workload.clock
     with torch.inference_mode():
-        _use(model, names.get(("prefill", batch)))
+        _use(model, prefill)
         start = clock()
         cache = model(ids_BT[:, :context], use_cache=True, logits_to_keep=1).cache
-        prefill = clock() - start
-        _use(model, names.get(("decode", batch)))
+        prefilled = clock() - start
+        _use(model, decode)
         start = clock()
         for step in range(context, ids_BT.shape[1]):
             model(ids_BT[:, step : step + 1], cache=cache, use_cache=True)
-        return prefill, clock() - start
+        return prefilled, clock() - start
 
 
-def _use(model: Any, name: str | None) -> None:
-    if name is not None:
-        model.set_experts_implementation(name)
+def _use(model: Any, implementation: str | None) -> None:
+    if implementation is not None:
+        model.set_experts_implementation(implementation)

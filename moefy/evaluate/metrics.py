@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Score:
-    """A model on some text, against the dense model; sums per window, so that errors can be had."""
+    """A model on some text, against the dense model, as sums per window."""
 
     tokens_W: tuple[int, ...]
     nll_W: tuple[float, ...]
@@ -58,11 +58,11 @@ def compare(
     keep: int | None = None,
     watch: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Score]:
-    """Score every model, and the dense one under the name "dense", on windows of token ids (T,).
+    """The score of every model, and of dense as "dense", on windows of token ids (T,).
 
-    All see a window before the next one is taken, so the dense logits are computed once. `dense`
+    All models take a window before the next one, so the dense logits are computed once. `dense`
     may also be a function from token ids (T,) to log-probabilities (T - 1, V). With `keep`, only
-    the last so many tokens of each window are scored; those before them are context.
+    the last `keep` tokens of each window are scored; the others are context.
     """
     sums: dict[str, list[tuple[int, float, float, int]]] = {name: [] for name in ("dense", *models)}
     for done, ids_T in enumerate(windows, 1):
@@ -79,7 +79,7 @@ def compare(
 def log_probabilities(model: Any, ids_T: Tensor, keep: int | None = None) -> Tensor:
     """Float32 log-probabilities of the next token at every place but the last, (T - 1, V).
 
-    With `keep`, of the last so many tokens.
+    With `keep`, of the last `keep` tokens.
     """
     some = {} if keep is None else {"logits_to_keep": min(keep + 1, len(ids_T))}
     with torch.inference_mode():
@@ -101,9 +101,9 @@ def _sums(log_p_TV: Tensor, reference_TV: Tensor, ids_T: Tensor) -> tuple[int, f
 
 
 def standard_error(score: Score, dense: Score | None = None) -> float | None:
-    """Standard error of the mean NLL over several windows; with `dense`, of the difference from it.
+    """Standard error of the mean NLL over windows, or with `dense` of the difference from it.
 
-    The difference is paired: windows that are hard for both do not widen it.
+    The difference is paired, so windows that are hard for both do not widen it.
     """
     tokens_W = torch.tensor(score.tokens_W, dtype=torch.float64)
     sum_W = torch.tensor(score.nll_W, dtype=torch.float64)

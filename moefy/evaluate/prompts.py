@@ -1,4 +1,4 @@
-"""What models write after a prompt, and how likely they find the answers that should be there."""
+"""Answers to prompts: the text that a model writes, and the likelihood of a given answer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMPTS = (
 NEW_TOKENS = 32
 
 WORST = 0.1
-"""Share of the prompts, those with the largest drops, that is flagged: at least one."""
+"""Share of the prompts that may be flagged, those with the largest drops; at least one."""
 
 NOTICEABLE = 0.1
 """Nats per token: a smaller drop is not flagged."""
@@ -49,14 +49,14 @@ def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_
 
 
 def read_prompts(path: Path, tokenizer: Any) -> list[dict[str, Any]]:
-    """The prompts of a file of rows; an answer may be missing, and is None then.
+    """The prompts of a file of rows; a missing answer is None.
 
-    A row holds a `prompt`, which is asked as it is, or the turns of a conversation (see `chat`):
-    the chat template of `tokenizer` makes the prompt of them, up to the last turn if that is the
-    assistant's, which is the answer then. `chat` tells which of both.
+    A row holds a `prompt`, which is used unchanged, or the turns of a conversation (see `chat`).
+    The chat template of `tokenizer` then writes the prompt, and a last turn of the assistant is the
+    answer. The key `chat` of the result marks such a row.
 
     Raises:
-        MoefyError: code 3, naming the row, for a file or a row that is something else.
+        MoefyError: code 3, naming the row, for a file or a row of another kind.
     """
     if not (file := path.expanduser()).is_file():
         raise MoefyError(f"{path}: no readable file; {EXPECTED}")
@@ -87,8 +87,8 @@ def likelihood(
 ) -> float:
     """Mean log-likelihood of the tokens of `answer` after `prompt`, nats per token.
 
-    Answers are tokenised apart from their prompts, a space before them where neither has one; in a
-    `chat` the template has written what stands between.
+    Answers are tokenised apart from their prompts, with a space between where neither has one; in a
+    `chat` the template has written the separator.
     """
     glue = "" if chat or prompt[-1:].isspace() or answer[:1].isspace() else " "
     head = tokenizer(prompt)["input_ids"]
@@ -103,7 +103,7 @@ def likelihood(
 def regressions(
     rows: Sequence[Mapping[str, Any]], main: str, dense: str = "dense"
 ) -> list[dict[str, Any]]:
-    """Rows of `scores` by label, with how far `main` is below dense, and the worst ones flagged."""
+    """The rows with the `drop` of `main` below dense in their `scores`; the worst are flagged."""
     drops = [row["scores"][dense] - row["scores"][main] for row in rows]
     count = max(1, math.floor(WORST * len(rows)))
     order = sorted(range(len(rows)), key=lambda number: (-drops[number], number))

@@ -1,4 +1,4 @@
-"""What a model is made of and takes: parameters, operations, weights, cache and peak memory."""
+"""Sizes of a model: parameters, operations, weights, cache and peak memory."""
 
 from __future__ import annotations
 
@@ -20,21 +20,19 @@ from moefy.models import routing
 from moefy.models.opening import open_model, runnable
 
 PROBE = 32
-"""Tokens of which the cache is measured: fewer than any sliding window."""
+"""Tokens in the measured cache: fewer than any sliding window."""
 
 PREFILL, DECODE = 512, 8
-"""Tokens read and written while the peak is measured."""
+"""Tokens read and written during the measurement of the peak."""
 
 
 def sizes(model: Any, stored: torch.dtype) -> dict[str, Any]:
-    """Parameters, FLOPs per token, and bytes, of a loaded model.
+    """Parameters, FLOPs per token, and bytes of a loaded model.
 
-    Bytes are those of the `stored` dtype, whatever dtype the model was loaded in.
-
-    Two operations for each active weight that is multiplied, the head included and an embedding
-    that is only looked up not; attention's own products, which grow with the context, are left
-    out. The cache is that of transformers after a few tokens, so recurrent states count as if they
-    grew.
+    Bytes count the `stored` dtype, whatever dtype the model was loaded in. FLOPs count two
+    operations for each active weight of a product, the head included; the embedding and the
+    products of attention, which grow with the context, are left out. The cache is measured after a
+    few tokens, so a recurrent state counts as if it grew.
     """
     parameters = {p.data_ptr(): p for p in model.parameters()}.values()
     total = sum(p.numel() for p in parameters)
@@ -73,7 +71,7 @@ def sizes(model: Any, stored: torch.dtype) -> dict[str, Any]:
 
 
 def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """The tensors in a cache: of its layers, whatever kind they are."""
+    """The tensors in a cache, whatever kind its layers are."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
@@ -87,21 +85,21 @@ def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
 def ideals(
     sizes: Mapping[str, Mapping[str, Any]], batches: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
-    """What arithmetic and memory traffic would allow each label, relative to dense.
+    """The speed relative to dense that arithmetic and memory traffic allow, by label.
 
     Prefill is bound by operations: FLOPs of dense over own. Decoding is bound by the weights that
-    are read in a step: all that are always on, and of E experts with K per token, a batch of B
-    reads 1 - (1 - K/E)^B on average, if tokens choose evenly and apart from each other.
+    one step reads: those that are always on, and 1 - (1 - K/E)^B of the experts for a batch of B,
+    on average, if tokens choose evenly and independently.
     """
     dense = next(iter(sizes.values()))
-    found = {}
+    result = {}
     for label, own in sizes.items():
         decode = {
             str(batch): _read_bytes(dense, batch) / _read_bytes(own, batch) for batch in batches
         }
         prefill = dense["flops_per_token"] / own["flops_per_token"]
-        found[label] = {"prefill": prefill, "decode": decode}
-    return found
+        result[label] = {"prefill": prefill, "decode": decode}
+    return result
 
 
 def _read_bytes(sizes: Mapping[str, Any], batch: int) -> float:
@@ -116,14 +114,14 @@ def _read_bytes(sizes: Mapping[str, Any], batch: int) -> float:
 
 
 def peak_bytes(folder: Path, dtype: str, threads: int = 1) -> int:
-    """Most memory that a process takes to load a model in `dtype`, read 512 tokens and write 8.
+    """Peak memory of loading a model in `dtype`, reading 512 tokens and writing 8.
 
-    In a process of its own, less what Python and the libraries take before.
+    Measured in a process of its own, less what Python and the libraries take before.
 
     Raises:
-        MoefyError: code 5, when that process ends otherwise than well.
+        MoefyError: code 5, when that process fails.
     """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "moefy.evaluate.sizes", str(folder), dtype],
         capture_output=True,
         encoding="utf-8",
@@ -132,24 +130,24 @@ def peak_bytes(folder: Path, dtype: str, threads: int = 1) -> int:
         | {"OMP_NUM_THREADS": str(threads)},
     )
     try:
-        return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+        return int(json.loads(process.stdout.splitlines()[-1])["peak"])
     except (ValueError, LookupError):
-        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        last = (process.stderr.strip().splitlines() or [f"it ended with {process.returncode}"])[-1]
         raise MoefyError(
             f"peak memory of {folder} was not measured: {last[:200]}", code=5
         ) from None
 
 
 def _resident(name: str) -> int:
-    """Resident bytes of this process: now (`VmRSS`), or the most so far (`VmHWM`).
+    """Resident bytes of this process: now (`VmRSS`), or the peak so far (`VmHWM`).
 
-    What `getrusage` calls the most is, in a child, at least what its parent had.
+    `getrusage` is the second choice: its peak of a child includes that of the parent.
     """
     status = Path("/proc/self/status")
     if status.is_file():
-        told = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        if name in told:
-            return 1024 * int(told[name].split()[0])
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        if name in fields:
+            return 1024 * int(fields[name].split()[0])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -43,10 +43,10 @@ def measure(
     seconds = timed([*opened], grid.work, grid.rounds, run, longest=LONG, watch=watch)
     rows = speed_rows(seconds, grid.new_tokens)
     for row in rows:
-        model, work = opened[row["label"]], (row["phase"], row["batch"])
-        row |= {"dtype": name_of(model.dtypes[work]), "way": model.implementation(work)}
+        way = opened[row["label"]].best[row["phase"], row["batch"]]
+        row |= {"dtype": name_of(way.dtype), "way": way.implementation}
     implementations = {
-        label: {work: name for work in model.dtypes if (name := model.implementation(work))}
+        label: {work: way.implementation for work, way in model.best.items() if way.implementation}
         for label, model in opened.items()
     }
     return {
@@ -57,7 +57,7 @@ def measure(
         "threads": torch.get_num_threads(),
         "cores": cores(start, spent),
         "dtype": {
-            label: _in_words({work: name_of(dtype) for work, dtype in model.dtypes.items()})
+            label: _in_words({work: name_of(way.dtype) for work, way in model.best.items()})
             for label, model in opened.items()
         },
         "rounds": grid.rounds,

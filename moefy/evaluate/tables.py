@@ -1,4 +1,4 @@
-"""What readings say, in the words of `report.json`."""
+"""Rows of `report.json` from the results of candidates on texts."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from moefy.evaluate.scoring import Choices, TextResult, merged
 from moefy.models import routing
 
 TOP_TOKENS = 8
-"""Told of each expert."""
+"""Tokens listed for each expert."""
 
 SEEN_ENOUGH = 5
-"""Times that a token must occur to be told of an expert."""
+"""Occurrences of a token that is listed for an expert, at least."""
 
 STATIC = "static"
-"""The control that a run must beat; its label."""
+"""Label of the control that a run must beat."""
 
 MOST_PAIRED = 32
-"""Experts up to which it is told which are chosen together."""
+"""The largest number of experts whose coactivation is reported."""
 
 
-def score_rows(readings: Mapping[str, TextResult], num_bytes: int) -> dict[str, dict[str, Any]]:
+def score_rows(results: Mapping[str, TextResult], num_bytes: int) -> dict[str, dict[str, Any]]:
     """One text's scores by label; the first is dense."""
-    dense = next(iter(readings.values())).score
-    rows = {label: _row(reading.score, dense, num_bytes) for label, reading in readings.items()}
-    if STATIC in readings:
-        static = readings[STATIC].score
-        for label, reading in readings.items():
-            rows[label]["gain_over_static"] = static.nll - reading.score.nll
-            rows[label]["gain_standard_error"] = standard_error(static, reading.score)
+    dense = next(iter(results.values())).score
+    rows = {label: _row(result.score, dense, num_bytes) for label, result in results.items()}
+    if STATIC in results:
+        static = results[STATIC].score
+        for label, result in results.items():
+            rows[label]["gain_over_static"] = static.nll - result.score.nll
+            rows[label]["gain_standard_error"] = standard_error(static, result.score)
     return rows
 
 
@@ -54,7 +54,7 @@ def _row(score: Score, dense: Score, num_bytes: int) -> dict[str, Any]:
 
 
 def num_bytes(tokenizer: Any, windows: Sequence[Tensor]) -> int:
-    """UTF-8 bytes of the tokens that are predicted: all but the first of each window."""
+    """UTF-8 bytes of the predicted tokens: all but the first of each window."""
     texts = [
         tokenizer.decode(
             ids_T[1:].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -69,21 +69,21 @@ def routing_tables(
     labels: Sequence[str],
     piece: Callable[[int], str],
 ) -> dict[str, dict[str, Any]]:
-    """How each label routes, over all texts and on each; `piece` writes a token id."""
-    found: dict[str, dict[str, Any]] = {}
+    """The routing of each label, over all texts and on each one; `piece` decodes a token id."""
+    rows: dict[str, dict[str, Any]] = {}
     for label in labels:
-        read = {text: readings[label].choices for text, readings in by_text.items()}
+        read = {text: results[label].choices for text, results in by_text.items()}
         if not any(read.values()):
             continue
         layers = [merged(parts) for parts in zip(*read.values(), strict=True)]
-        found[label] = {
+        rows[label] = {
             "layers": [_layer(layer, piece) for layer in layers],
             "by_text": {
                 text: {"layers": [_balance(layer) for layer in choices]}
                 for text, choices in read.items()
             },
         }
-    return found
+    return rows
 
 
 def _balance(layer: Choices) -> dict[str, Any]:
@@ -91,19 +91,19 @@ def _balance(layer: Choices) -> dict[str, Any]:
 
 
 def _layer(layer: Choices, piece: Callable[[int], str]) -> dict[str, Any]:
-    told = _balance(layer)
+    row = _balance(layer)
     if len(layer.count_E) <= MOST_PAIRED:
-        told["coactivation_EE"] = [
-            [round(both / layer.tokens, 4) for both in row] for row in layer.both_EE
+        row["coactivation_EE"] = [
+            [round(both / layer.tokens, 4) for both in both_E] for both_E in layer.both_EE
         ]
-    return told | {"top_tokens": _top_tokens(layer, piece)}
+    return row | {"top_tokens": _top_tokens(layer, piece)}
 
 
 def _top_tokens(layer: Choices, piece: Callable[[int], str]) -> list[list[dict[str, Any]]]:
-    """For each expert, the tokens that go to it most surely, of those that occur often enough.
+    """For each expert, the frequent tokens of which it gets the largest share.
 
-    Shares are drawn towards the expert's share of all tokens, as if each token had occurred a few
-    times more: so a rare token does not come first by luck.
+    Each share is shrunk towards the expert's share of all tokens, as if the token had occurred a
+    few times more, so that no rare token comes first by luck.
     """
     experts = []
     each = layer.tokens and sum(layer.count_E) / layer.tokens  # experts per token
@@ -113,39 +113,39 @@ def _top_tokens(layer: Choices, piece: Callable[[int], str]) -> list[list[dict[s
         for token, count_E in layer.of_token.items():
             times = round(sum(count_E) / each)
             if times >= SEEN_ENOUGH:
-                drawn = (count_E[expert] + SEEN_ENOUGH * usual) / (times + SEEN_ENOUGH)
-                ranked.append((drawn, int(token), count_E[expert] / times, times))
+                shrunk = (count_E[expert] + SEEN_ENOUGH * usual) / (times + SEEN_ENOUGH)
+                ranked.append((shrunk, int(token), count_E[expert] / times, times))
         ranked.sort(key=lambda row: (-row[0], row[1]))
         experts.append(
             [
                 {"token": piece(token), "share": round(share, 3), "times": times}
-                for drawn, token, share, times in ranked[:TOP_TOKENS]
-                if drawn > usual
+                for shrunk, token, share, times in ranked[:TOP_TOKENS]
+                if shrunk > usual
             ]
         )
     return experts
 
 
 def load_of(layer: Choices) -> Tensor:
-    """Share of the choices that each expert has."""
+    """Share of the choices that each expert got."""
     count_E = torch.tensor(layer.count_E, dtype=torch.float64)
     return count_E / count_E.sum().clamp_min(1)
 
 
 def robustness_row(
-    reading: TextResult, dense: TextResult, reference: Sequence[Choices]
+    result: TextResult, dense: TextResult, reference: Sequence[Choices]
 ) -> dict[str, Any]:
-    """A model on a text, and how its routing there differs from that on the `reference`."""
+    """A model on a text, and the drift of its routing from that on the `reference`."""
     row: dict[str, Any] = {
-        "tokens": reading.score.num_tokens,
-        "perplexity": reading.score.perplexity,
-        "dnll": reading.score.nll - dense.score.nll,
-        "kl": reading.score.kl,
+        "tokens": result.score.num_tokens,
+        "perplexity": result.score.perplexity,
+        "dnll": result.score.nll - dense.score.nll,
+        "kl": result.score.kl,
         "routing_entropy": None,
         "routing_drift": None,
     }
-    if reading.choices and reference:
-        loads = [load_of(layer) for layer in reading.choices]
+    if result.choices and reference:
+        loads = [load_of(layer) for layer in result.choices]
         drifts = [
             routing.drift(load_E, load_of(layer))
             for load_E, layer in zip(loads, reference, strict=True)

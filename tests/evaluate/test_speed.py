@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moefy.errors import MoefyError
 from moefy.evaluate import implementations, sizes
-from moefy.evaluate.implementations import IMPLEMENTATIONS, Workload, best_implementations
+from moefy.evaluate.implementations import IMPLEMENTATIONS, Workload, fastest
 from moefy.evaluate.rounds import Grid
 from moefy.evaluate.speed import measure
 
@@ -47,21 +47,23 @@ def test_a_model_that_no_way_computes_is_no_slow_model(monkeypatch):
         raise RuntimeError("a fault\nof two lines")
 
     monkeypatch.setattr(implementations, "one_round", broken)
-    with pytest.raises(MoefyError, match="eager: RuntimeError: a fault of two lines") as caught:
-        best_implementations(mixture(16), WORKLOAD)
+    fault = "eager in float32: RuntimeError: a fault of two lines"
+    with pytest.raises(MoefyError, match=fault) as caught:
+        fastest(lambda dtype: mixture(16), [torch.float32], WORKLOAD)
     assert caught.value.code == 6
 
 
 def test_a_way_that_fails_at_more_sequences_is_left_out_there(monkeypatch):
-    def round_(model, workload, batch, context, turn, used):
-        if batch == 2 and used["decode", 2] == "eager":
+    def round_(model, workload, run, prefill, decode):
+        if run[0] == 2 and decode == "eager":
             raise RuntimeError("too many")
-        return 1.0, {"eager": 1.0, "grouped_mm": 1.5, "batched_mm": 9.0}[used["decode", batch]]
+        return 1.0, {"eager": 1.0, "grouped_mm": 1.5, "batched_mm": 9.0}[decode]
 
     monkeypatch.setattr(implementations, "one_round", round_)
-    result = best_implementations(mixture(16), WORKLOAD)
-    assert result.best["decode", 1] == "eager" and result.best["decode", 2] == "grouped_mm"
-    assert result.left_out == {"eager": "RuntimeError: too many"}
+    result = fastest(lambda dtype: mixture(16), [torch.float32], WORKLOAD)
+    assert result.best["decode", 1].implementation == "eager"
+    assert result.best["decode", 2].implementation == "grouped_mm"
+    assert result.left_out == {"eager in float32": "RuntimeError: too many"}
 
 
 def test_peak_memory_is_measured_at_such_a_width_too(tmp_path, capsys):
@@ -144,11 +146,12 @@ def test_a_dtype_in_which_a_model_cannot_be_computed_is_left_out():
     clock = [0.0]
 
     def opened(dtype):
-        return (Broken if dtype == torch.float16 else Timed)(clock, 1.0, 1.0)
+        return (Timed if dtype == torch.float32 else Broken)(clock, 1.0, 1.0)
 
     dtypes = [torch.float16, torch.float32]
     result = measure({"dense": opened}, IDS_T, SMALL, dtypes=dtypes, clock=lambda: clock[0])
     assert {row["dtype"] for row in result["rows"]} == {"float32"}
     assert "not implemented for Half" in result["left_out"]["dense"]["float16"]
-    with pytest.raises(MoefyError, match="no experts implementation can compute"):
-        measure({"dense": opened}, IDS_T, SMALL, dtypes=dtypes[:1] * 2, clock=lambda: clock[0])
+    with pytest.raises(MoefyError, match="nothing can compute this model .float16: RuntimeError"):
+        dtypes = [torch.float16, torch.bfloat16]
+        measure({"dense": opened}, IDS_T, SMALL, dtypes=dtypes, clock=lambda: clock[0])
