@@ -55,13 +55,21 @@ def help_line(option: Field) -> str:
     return line
 
 
+def flags(option: Field) -> str:
+    """The flag of an option; `--refit/--no-refit` for one that may be on by default."""
+    if option.kind is not bool or option.default is False or not option.option.flag:
+        return option.flag
+    return f"{option.flag}/--no-{option.flag.removeprefix('--')}"
+
+
 def default_of(option: Field) -> str:
     """What an option is if not given, in words; empty where it has no value then."""
     value = option.default
     if option.option.unset:
         return option.option.unset
     if isinstance(value, bool):
-        return option.flag.removeprefix("--") if value else ""
+        on = option.flag.removeprefix("--") if option.option.flag else "true"
+        return on if value else ""
     if isinstance(value, int | float):
         return number(value)
     return value if isinstance(value, str) else ""
@@ -93,10 +101,7 @@ def _declared(option: Field) -> Any:
     line = help_line(option).replace("[", "\\[")  # brackets are markup to typer
     if option.option.argument:
         return typer.Argument(help=line, show_default=False)
-    names = option.flag
-    if option.kind is bool and option.default is not False:
-        names += f"/--no-{names.removeprefix('--')}"
-    return typer.Option(names, help=line, show_default=False, hidden=option.option.hidden)
+    return typer.Option(flags(option), help=line, show_default=False, hidden=option.option.hidden)
 
 
 def _is_argument(parameter: inspect.Parameter) -> bool:

@@ -48,21 +48,31 @@ class Recipe:
     model: Annotated[str, Option("Folder, hub id, or `demo`.", argument=True)]
     revision: Annotated[str | None, Option("Hub revision (branch, tag or commit).")] = None
     active: Annotated[
-        float, Option("FFN neurons active per token, shared ones included, as a fraction.")
+        float,
+        Option("FFN neurons active per token, shared ones included, as a fraction.", most=1),
     ] = 0.5
-    experts: Annotated[int | None, Option("Routed experts per layer.", unset="8")] = None
+    experts: Annotated[int | None, Option("Routed experts per layer.", least=2, unset="8")] = None
     top_k: Annotated[
         int | None,
-        Option("Routed experts that each token goes to.", unset="2", old="experts_per_token"),
+        Option(
+            "Routed experts that each token goes to.", least=1, unset="2", old="experts_per_token"
+        ),
     ] = None
     shared_fraction: Annotated[
         float | None,
-        Option("FFN neurons that are always active, as a fraction.", unset="chosen", old="shared"),
+        Option(
+            "FFN neurons that are always active, as a fraction.",
+            most=1,
+            unset="chosen",
+            old="shared",
+        ),
     ] = None
     overlap: Annotated[
         float,
         Option(
             "FFN neurons stored, as a multiple of the dense ones; above 1, experts overlap.",
+            least=1,
+            most=64,
             old="total",
         ),
     ] = 1.0

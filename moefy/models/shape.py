@@ -25,8 +25,6 @@ ALIGNMENTS = (128, 64, 32, 16, 8)
 OVERLAPPING = (32, 28, 24, 20, 16, 12, 8, 7, 6, 5, 4, 3, 2)
 """Experts that overlap, most first: more than 8 only of the greatest width."""
 
-MOST_STORED = 64
-"""How many times the FFN may be stored."""
 
 TOLERANCE = 0.01
 """How far the active and the shared fraction may lie from what was asked."""
@@ -55,7 +53,7 @@ def solve(
     Raises:
         MoefyError: code 2, naming the nearest legal values, when nothing fits.
     """
-    _check(num_neurons, active, experts, experts_per_token, shared, total)
+    _check(num_neurons, active, experts, experts_per_token, shared)
     fits = fits or any_shared
 
     def answers(shape: Shape) -> bool:
@@ -273,10 +271,8 @@ def _check(
     experts: int | None,
     per_token: int | None,
     shared: float | None,
-    total: float,
 ) -> None:
-    if not 1 <= total <= MOST_STORED:
-        raise MoefyError(f"--overlap is {total:g}; expected 1 to {MOST_STORED}", code=2)
+    """Refuse what the ranges of a recipe's options do not."""
     if not 0 < active <= 1:
         raise MoefyError(f"--active is {active:g}; expected a fraction above 0, up to 1", code=2)
     if shared is not None and not 0 <= shared < 1:
@@ -285,8 +281,6 @@ def _check(
         )
     if experts is not None and not 2 <= experts <= num_neurons:
         raise MoefyError(f"--experts is {experts}; expected 2 to {num_neurons}", code=2)
-    if per_token is not None and per_token < 1:
-        raise MoefyError(f"--top-k is {per_token}; expected at least 1", code=2)
     if experts is not None and per_token is not None and per_token > experts:
         raise MoefyError(
             f"--top-k is {per_token} but there are {experts} experts; expected at most {experts}",

@@ -190,6 +190,13 @@ def test_a_value_of_the_wrong_type_is_refused(setting, expected):
         ("seed=-1", "at least 0"),
         ("seed=4294967296", "at most 4,294,967,295"),
         ("dtype=float8", "float16"),
+        ("active=1.5", "at most 1"),
+        ("experts=1", "at least 2"),
+        ("top_k=0", "at least 1"),
+        ("shared_fraction=nan", "at least 0"),
+        ("overlap=0.5", "at least 1"),
+        ("overlap=65", "at most 64"),
+        ("overlap=nan", "at least 1"),
     ],
 )
 def test_a_value_out_of_range_is_refused(setting, expected):

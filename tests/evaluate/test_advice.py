@@ -156,9 +156,11 @@ MEASURED = {
         ("dnll>0.1", ["dnll is 0.3 on wiki"]),
         ("dnll > 0.01", ["on wiki", "on code"]),
         ("dnll>0.5", []),
-        ("0.01 < dnll < 0.1", ["on code"]),
+        ("dnll > 0.01 and dnll < 0.1", ["on code"]),
+        ("dnll > 3e-1 or dnll < .1", ["on code"]),
         ("dead > 0 and load_cv > 0.3", ["dead is 1, load_cv is 0.4"]),
-        ("dnll > 0.2 and kl < 0.2 or not dead >= 1", []),
+        ("dnll > 0.2 and kl < 0.2 or dead > 1", []),
+        ("dead > 1 or dnll > 0.2 and kl >= 0.2", ["dead is 1, dnll is 0.3, kl is 0.2 on wiki"]),
         ("decode_ratio < 1", ["decode_ratio is 0.7"]),
         ("dnll < -1", []),
         # What was not measured does not let a gate open.
@@ -189,7 +191,11 @@ def test_conditions(text, fails):
         "dnll > 0; dnll",
         "[dnll][0] > 0",
         "(" * 400 + "dnll",
-        "dnll > 0" + " or dnll > 0" * 100,
+        "dnll > 0 or",
+        "dnll > 0 and or dead > 0",
+        "not dead > 0",
+        "0.1 < dnll",
+        "dnll > nan",
     ],
 )
 def test_what_is_no_condition(text):
