@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WAIT = timedelta(days=7)
-"""For another process; the first one alone has work that may take hours."""
+"""Longest wait for another process. The first one has work of its own that may take hours."""
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class Group:
         return torch.cat(parts)
 
     def before(self, count: int) -> tuple[int, int]:
-        """Of a count in every process: how much those before this one have, and all have."""
+        """The sum of a count over the processes before this one, and over all."""
         counts = [count] if self.size == 1 else self._all(count)
         return sum(counts[: self.rank]), sum(counts)
 
@@ -112,14 +112,14 @@ ALONE = Group()
 class Share:
     """Which sequences are this process's.
 
-    Rows (B, ...) are one for each sequence; or so many several times over.
+    Tensors (B, ...) have one row per sequence, or several runs of such rows.
     """
 
     group: Group
     num_sequences: int
     """Of all processes."""
     block: int
-    """Sequences that stay together, so that they are computed together whoever has them."""
+    """Sequences that always stay together, because they are computed together."""
 
     @property
     def piece(self) -> slice:
@@ -129,21 +129,21 @@ class Share:
         return slice(*(min(self.block * end, self.num_sequences) for end in ends))
 
     def own(self, all_B: Tensor) -> Tensor:
-        """Its own rows, of those of all."""
+        """The rows of this process, from those of all."""
         if self.group.size == 1:
             return all_B
         times_MB = all_B.view(-1, self.num_sequences, *all_B.shape[1:])
         return times_MB[:, self.piece].flatten(0, 1).clone()
 
     def whole(self, own_B: Tensor) -> Tensor:
-        """The rows of all, of which those of each process are its own."""
+        """The rows of all processes, from those of each."""
         if self.group.size == 1:
             return own_B
         times_MB = own_B.view(-1, self.piece.stop - self.piece.start, *own_B.shape[1:])
         return self.group.gather(times_MB.transpose(0, 1)).transpose(0, 1).flatten(0, 1)
 
     def last(self, own_B: Tensor) -> Tensor:
-        """The last row of all."""
+        """The last row of the last process."""
         return self.group.broadcast(own_B[-1].clone(), source=self.group.size - 1)
 
 

@@ -40,6 +40,6 @@ class Clock:
 
 
 def _settle() -> None:
-    """Wait for what a GPU has been given to do, or it would count for what comes next."""
+    """Wait until a GPU has finished its work: its seconds belong to this stage."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

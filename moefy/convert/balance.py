@@ -9,10 +9,10 @@ from moefy.convert.ridge import ridge
 from moefy.convert.routed import top_mask
 
 STEPS = 200
-"""Of the descent on the biases."""
+"""Steps of the descent on the biases."""
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Of the biases that even out the load; the least that does is taken."""
+"""Shares of the biases that are tried; the smallest share that evens out the load is used."""
 
 
 def balance(

@@ -16,7 +16,7 @@ from moefy.errors import MoefyError
 from moefy.types import FFN, Partition, Profile
 
 RUNS = 10
-"""K-means runs on the tokens, of which the tightest counts."""
+"""K-means runs on the tokens; the tightest is used."""
 
 
 def ranked(score_F: Tensor, num_shared: int) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,10 @@ OVERHEAD = 1.05
 """Measured time of these operations within a layer over that of the same ones alone."""
 
 PER_ACTIVATION, PER_INPUT = 8e3, 2.4e8
-"""What else a layer takes, in operations of a product that take as long: for every activation of a
-neuron, which several passes over memory read, and for every input of the router, which is fitted in
-a fixed number of steps. Fitted to SmolLM2-135M at 4,096 and 16,384 tokens; a 7B-shaped layer, which
-they were not fitted to, takes 183 s where they and its floor of 150 make 172."""
+"""The other work of a layer, counted in operations of a product that take as long. The first is per
+activation of a neuron, which several passes over memory read. The second is per input of the
+router, which is fitted in a fixed number of steps. Both were fitted to SmolLM2-135M at 4,096 and
+16,384 tokens. A 7B-shaped layer takes 183 s; its products (150 s) and this work make 172 s."""
 
 SPEEDS = {"product": 1.0, "factor": 0.5, "solve": 0.5}
 """Measured speed of operations, of which a matrix product's is one."""
@@ -31,8 +31,8 @@ SPEEDS = {"product": 1.0, "factor": 0.5, "solve": 0.5}
 def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
     """Shapes, parameters, FLOPs per token, and estimated memory, disk and time.
 
-    Times assume the matrix-product speed of this machine, measured for a moment. A note tells where
-    it does not fit in `memory` bytes or in what there is.
+    Times assume the matrix-product speed of this machine, measured for a moment. A note says so
+    where the conversion does not fit in `memory` bytes or on this machine.
     """
     slots = write.slots(job)
     plan = fit(job, slots, memory)
@@ -92,7 +92,7 @@ def _seconds(job: Job) -> float:
 
 
 def operations(job: Job) -> dict[str, dict[str, float]]:
-    """Floating-point operations that converting a layer cannot do without, by stage and kind.
+    """The least floating-point operations that converting a layer takes, by stage and kind.
 
     Kinds are matrix products, factorisations and triangular solves. The refit looks for a strength;
     only the factorisation and the solution of the one that it takes count.

@@ -71,7 +71,7 @@ def embed(checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.
 def _embedded(
     checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.device
 ) -> Tensor:
-    """What transformers' own embeddings make of the token ids."""
+    """What the embeddings of transformers give for the token ids."""
     config, home = model_config(checkpoint), str(family.embeddings)
     with torch.device("meta"):
         model: Any = AutoModel.from_config(config)
@@ -190,8 +190,8 @@ def ending(checkpoint: Checkpoint, family: Family) -> Callable[[Tensor], Tensor]
 def _one_layer(
     checkpoint: Checkpoint, family: Family, layer: int, device: torch.device
 ) -> tuple[Any, Any, _Tap, Leave]:
-    """A base model holding only `layer`, that layer, the tap in place of its FFN, and what is to be
-    done to what leaves."""
+    """A base model that holds only `layer`, that layer, the tap in place of its FFN, and what the
+    layer does to the sum."""
     single = some_layers(model_config(checkpoint), layer, layer + 1)
     with torch.device("meta"):
         model: Any = AutoModel.from_config(single, dtype=torch.float32)

@@ -23,19 +23,19 @@ from moefy.text.packing import Tokens
 from moefy.timing import Clock
 
 SEQUENCES = 32
-"""Whose embeddings are looked up at a time."""
+"""Sequences whose embeddings are looked up at a time."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What is left of the layers when all are written."""
+    """What the conversion of all layers leaves behind, beside their tensors."""
 
     figures: list[dict[str, Any]]
-    """Of every layer that was converted."""
+    """Figures of every converted layer."""
     ends: list[Tensor | None]
     """The states that leave each layer on the last sequence, where they were kept."""
     norms: dict[int, Tensor]
-    """Of routers that are no rows, by layer."""
+    """The norms of routers that look at activations, by layer."""
 
 
 def convert_layers(
@@ -87,8 +87,8 @@ def convert_layers(
 
 
 def shared(group: Group, num_sequences: int, length: int) -> Share:
-    """Share sequences of `length` tokens by what attention and the FFN compute at a time, if
-    sequences fill that.
+    """Divide sequences of `length` tokens among the processes, in blocks that attention and the FFN
+    compute at a time.
 
     Raises:
         MoefyError: code 2, where some processes have none.
@@ -104,7 +104,7 @@ def shared(group: Group, num_sequences: int, length: int) -> Share:
 
 
 def _own(tokens: Tokens, group: Group) -> tuple[Share, Tokens]:
-    """Which sequences are this process's, and these."""
+    """The share of this process, and its tokens."""
     num_sequences, length = tokens.ids_BT.shape
     share = shared(group, num_sequences, length)
     first_heldout = num_sequences - tokens.num_heldout

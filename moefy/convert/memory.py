@@ -44,7 +44,7 @@ ADVICE = {
     "gradients": "use another --partition",
     "calibration": "give a --calibration FILE",
 }
-"""What helps where a stage takes too much."""
+"""What to do where a stage takes too much."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Plan:
 
     peak_bytes: int
     stage: str
-    """Which takes most."""
+    """The stage that takes most."""
     file_bytes: int
-    """Of the files that the states lie in; zero where they lie in memory."""
+    """Size of the files that hold the states; zero where memory does."""
     refusal: str = ""
-    """What to say where it does not fit."""
+    """The error message where it does not fit."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Writing:
     batch_size: int
     """Documents at a time."""
     num_bytes: int
-    """What that takes."""
+    """Memory that this takes."""
 
     @property
     def notes(self) -> list[str]:
@@ -111,7 +111,7 @@ def writer(entries: Iterable[Entry], config: Mapping[str, Any], num_layers: int)
 
 
 def state_bytes(job: Job) -> int:
-    """Bytes on disk that a conversion keeps until it is whole, in order to go on if it is stopped.
+    """Bytes on disk that let a stopped conversion go on, until the result is whole.
 
     Two generations of states between layers, and another being written.
     """
@@ -196,9 +196,11 @@ def state_arrays(job: Job) -> int:
 def predicted(
     job: Job, slots: Mapping[str, Slot], *, in_files: bool = False, most: int | None = None
 ) -> dict[str, int]:
-    """Resident bytes at most of every stage, where there are `most`. Pages of mapped files that the
-    system can take back whenever it needs them count only where they are read in whole (see
-    `reopen`)."""
+    """The most resident bytes of every stage, on a machine that has `most`.
+
+    The system can take back pages of mapped files whenever it needs them. They count only where
+    they are read in whole (see `reopen`).
+    """
     base = base_bytes(job.checkpoint.folder)
     states = 0 if in_files else state_arrays(job)
     slopes = 2 * len(job.layers) * job.recipe.tokens * job.size("hidden_size")
@@ -248,7 +250,7 @@ def _layer(job: Job) -> dict[str, int]:
 
 
 def _attention(job: Job) -> int:
-    """Weights and work of what of a layer is no FFN."""
+    """Weights of a layer outside its FFN, and the states they work on."""
     layer, ffn = job.family.layer, set(job.family.ffn_names(0))
     first = layer.format(layer=0)
     others = {
@@ -283,7 +285,7 @@ def writing(job: Job, most: int | None = None) -> Writing:
 
 
 def _whole(job: Job, most: int | None) -> dict[str, int]:
-    """What stages hold for which the dense model must be in memory whole."""
+    """What the stages hold that need the whole dense model in memory."""
     entries, recipe = job.checkpoint.entries.values(), job.recipe
     stages = {}
     if recipe.calibration == SELF:
@@ -298,10 +300,9 @@ def _whole(job: Job, most: int | None) -> dict[str, int]:
 
 
 def _reopened(job: Job, slots: Mapping[str, Slot]) -> int:
-    """What is read of the files of the model that is opened again, and its weights.
+    """What reopening the result holds: its files, and weights that are no view of a file.
 
-    Those that keep their dtype stay where the file is mapped; single experts are put into one
-    tensor.
+    Weights that keep their dtype are such a view. Single experts are copied into one tensor.
     """
     layer = job.target.prefix + job.family.layer
     layers = fitting_layers(slots, job.num_layers, layer)

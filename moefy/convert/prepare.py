@@ -1,4 +1,4 @@
-"""What a conversion will be, settled from headers and configuration before a weight is read."""
+"""What a conversion will do, decided from headers and configuration before a weight is read."""
 
 from __future__ import annotations
 
@@ -88,15 +88,14 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the FFN and router tensors that are written: as stored, and of several dtypes the one
-        that holds them all."""
+        """The dtype of the FFN and router tensors that are written."""
         if self.recipe.dtype != "as-stored":
             return getattr(torch, self.recipe.dtype)
         return self.stored_dtype
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """That of the FFNs that are converted, and of several the one that holds them all."""
+        """The dtype of the FFNs that are converted: of several, the one that holds all values."""
         names = [name for layer in self.layers for name in self.family.ffn_names(layer)]
         codes = sorted({self.checkpoint.entries[name].dtype for name in names})
         return reduce(torch.promote_types, [DTYPES[code] for code in codes])
@@ -178,7 +177,7 @@ def read_source(recipe: Recipe) -> Source:
 
 
 def _check_writes(recipe: Recipe, method: Method, family: Family) -> None:
-    """Refuse what takes a model that predicts the next token, where `family` has none."""
+    """Refuse options that need a model to predict the next token, where it does not."""
     if "ForCausalLM" in family.tasks:
         return
     if recipe.calibration == SELF:
@@ -278,12 +277,12 @@ def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:
 
 
 def _dtype_notes(checkpoint: Checkpoint, dtype: str) -> list[str]:
-    """What becomes of several dtypes in one checkpoint."""
+    """A note on a checkpoint of several dtypes."""
     counts = Counter(entry.dtype for entry in checkpoint.entries.values())
     if len(counts) < 2:
         return []
     stored = ", ".join(f"{number} {code}" for code, number in sorted(counts.items()))
-    return [f"of {stored} tensors each keeps its dtype; what is made of FFNs is {dtype}"]
+    return [f"{stored} tensors keep their dtypes; converted FFNs are written in {dtype}"]
 
 
 def check_device(name: str) -> None:

@@ -18,11 +18,12 @@ STRENGTHS = ((0.3, 1.0, 3.0), (0.1, 0.03, 0.01))
 way until the held-out error rises. It has one minimum, mostly at the first or second."""
 
 MIXTURES = 256
-"""Of the outputs, on which the strengths are compared where these are at least four times as many:
-each costs a factorisation then, but only the best one a solution for all outputs."""
+"""Random mixtures of the outputs, on which strengths are compared where there are at least four
+times as many outputs. Each strength costs a factorisation then, and only the best one a solution
+for all outputs."""
 
 EXPERT_STRENGTHS = (0.3, 1.0, 3.0, 10.0)
-"""The same for single experts, which see fewer tokens."""
+"""Ridge strengths for single experts, which see fewer tokens."""
 
 ROUNDING = 1e-10
 """Share of the squared output that may be missing by float32 rounding alone."""

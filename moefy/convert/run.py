@@ -83,7 +83,7 @@ def _lead(
     """Do what the first process does: write the folder `part` whole. Gives the report."""
     job, state, clock, force = session.job, session.state, session.clock, session.attempt.force
     with clock.stage("check weights"):
-        # What NaN makes a model write is no text either, so this comes first.
+        # This comes first: a model with NaN writes no text either.
         ffn = {name for layer in job.layers for name in job.family.ffn_names(layer)}
         scanned = scan(job.checkpoint, ffn, partial(session.watch, "check weights"))
     state.claim({"inputs": scanned.digests}, force=force)
@@ -176,7 +176,7 @@ def _used(folder: Path) -> int:
 
 
 def _machine(job: Job, group: Group) -> dict[str, Any]:
-    """The machine, and how many processes there are if several: either may decide bytes."""
+    """The machine, and the number of processes if there are several: both may decide bytes."""
     facts = environment.machine(job.device)
     return {**facts, "processes": group.size} if group.size > 1 else facts
 
@@ -195,7 +195,7 @@ def _facts(job: Job, group: Group) -> dict[str, Any]:
 
 
 def _tokens(session: Session) -> packing.Tokens:
-    """The calibration tokens; those that the model writes itself, which takes long, are kept."""
+    """The calibration tokens. Text that the model writes takes long, so its tokens are kept."""
     job, state = session.job, session.state
     if job.recipe.calibration != SELF:
         return calibration_tokens(job, session.watch)
@@ -209,8 +209,7 @@ def _tokens(session: Session) -> packing.Tokens:
 
 
 def _sensitivities(session: Session, tokens: packing.Tokens) -> list[float]:
-    """What leaving a layer dense would save, of every layer, where the recipe leaves it to that;
-    it is kept."""
+    """What leaving each layer dense would save, where the recipe asks for that; it is kept."""
     if session.job.recipe.layers != AUTO:
         return []
     with session.clock.stage("sensitivity"):
@@ -221,7 +220,7 @@ def _sensitivities(session: Session, tokens: packing.Tokens) -> list[float]:
 
 
 def _gradients(session: Session, tokens: packing.Tokens) -> dict[int, Tensor]:
-    """The gradients that a partition asks for, by layer, which are kept.
+    """The gradients that a partition asks for, by layer; they are kept.
 
     Raises:
         MoefyError: code 5 where the model does not fit in memory whole, in float32.

@@ -19,7 +19,7 @@ from moefy.models.shape import fine, pruned
 from moefy.text.packing import Tokens
 
 PIECE = 128
-"""Tokens of a piece of a sequence: with short ones, few tokens are of many documents."""
+"""Tokens of a piece of a sequence: short pieces take few tokens from many documents."""
 
 PROBES = 8
 """Held-out pieces on which the sensitivities are measured."""
