@@ -15,10 +15,6 @@ from torch import Tensor
 
 from moefy.errors import MoefyError
 
-AUTO = "auto"
-CHOICES = (AUTO, "float32", "bfloat16", "float16")
-"""The values of `--compute-dtype`."""
-
 INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx10_2"),
     torch.float16: ("avx512_fp16", "amx_fp16", "avx10_1", "avx10_2"),
@@ -48,7 +44,7 @@ class ComputeDtype:
 
 
 def compute_dtype(
-    asked: str,
+    choice: str,
     stored: torch.dtype,
     device: torch.device,
     *,
@@ -57,20 +53,19 @@ def compute_dtype(
 ) -> ComputeDtype:
     """The dtype to compute in for weights that are stored as `stored`.
 
-    `asked` is one of `CHOICES`. `auto` is the stored dtype where `device` supports it, else float32
-    if its `float32_bytes` fit in `room` bytes, else the stored dtype.
+    `choice` is a value of `--compute-dtype`. `auto` is the stored dtype where `device` supports it,
+    else float32 if its `float32_bytes` fit in `room` bytes, else the stored dtype.
 
     Raises:
-        MoefyError: code 2 for an unknown name; 5 if float32 was asked for and does not fit.
+        MoefyError: code 5 if float32 was chosen and does not fit.
     """
-    check_asked(asked)
     short = f"float32 takes {float32_bytes / 1e9:.1f} GB, there are {room / 1e9:.1f} GB"
-    if asked != AUTO:
-        chosen: torch.dtype = getattr(torch, asked)
+    if choice != "auto":
+        chosen: torch.dtype = getattr(torch, choice)
         if chosen == torch.float32 != stored and float32_bytes > room:
             raise MoefyError(f"--compute-dtype float32: {short}; leave it out", code=5)
         same = chosen == stored
-        return ComputeDtype(chosen, "" if same else f"computes in {asked}, as asked for")
+        return ComputeDtype(chosen, "" if same else f"computes in {choice}, as asked for")
     if native(stored, device):
         return ComputeDtype(stored)
     name, slower = name_of(stored), slowness(stored, device)
@@ -85,13 +80,6 @@ def compute_dtype(
         f"computes in float32, not in {name} as stored: this machine is {slower:.1f} times slower "
         "in that",
     )
-
-
-def check_asked(asked: str) -> None:
-    """Raise code 2 for a name that is not in `CHOICES`."""
-    if asked not in CHOICES:
-        expected = ", ".join(CHOICES)
-        raise MoefyError(f"--compute-dtype is {asked!r}; expected one of {expected}", code=2)
 
 
 def native(dtype: torch.dtype, device: torch.device) -> bool:

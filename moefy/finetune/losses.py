@@ -6,6 +6,7 @@ loss is a mean over all tokens. `V` is the vocabulary, `P` the teacher's tokens 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,11 +36,6 @@ class Routed:
     energy_TE: Tensor | None = None
     """Squared norm of each expert's output."""
 
-    @property
-    def share_E(self) -> Tensor:
-        """The load as shares of all choices."""
-        return self.load_E / self.load_E.sum().clamp(1)
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -47,15 +43,19 @@ class Batch:
 
     logits_TV: Tensor
     """Of all positions that have a next token, float32."""
-    log_z_T: Tensor
-    """Their logsumexp."""
     next_T: Tensor
     temperature: float = 1.0
     teacher_TP: tuple[Tensor, Tensor] | None = None
-    """Ids and log-probabilities of the teacher's likeliest tokens."""
+    """Ids of the teacher's P likeliest tokens, and their log-probabilities at `temperature`; minus
+    infinity in unused places."""
     states_LTD: Sequence[Tensor] = ()
     teacher_LTD: Sequence[Tensor] = ()
     layers: Sequence[Routed] = ()
+
+    @functools.cached_property
+    def log_z_T(self) -> Tensor:
+        """The logsumexp of the logits."""
+        return self.logits_TV.logsumexp(-1)
 
 
 @dataclass(frozen=True)
@@ -74,90 +74,85 @@ class Loss:
     """It costs next to nothing, and its curve is logged at weight 0 as well."""
 
 
-def next_token(logits_TV: Tensor, next_T: Tensor, log_z_T: Tensor | None = None) -> Tensor:
-    """Cross-entropy of the tokens that follow, nats. `log_z_T` is logsumexp of the logits."""
-    log_z_T = logits_TV.logsumexp(-1) if log_z_T is None else log_z_T
-    return (log_z_T - logits_TV.gather(1, next_T[:, None])[:, 0]).mean(0)
+def next_token(batch: Batch) -> Tensor:
+    """Cross-entropy of the tokens that follow, nats."""
+    own_T = batch.logits_TV.gather(1, batch.next_T[:, None])[:, 0]
+    return (batch.log_z_T - own_T).mean(0)
 
 
-def distillation(
-    logits_TV: Tensor,
-    ids_TP: Tensor,
-    log_p_TP: Tensor,
-    *,
-    temperature: float = 1.0,
-    log_z_T: Tensor | None = None,
-) -> Tensor:
+def distillation(batch: Batch) -> Tensor:
     """KL(teacher || student) in nats over the teacher's likeliest tokens and the rest as one.
 
-    `ids_TP` are the teacher's P likeliest tokens, `log_p_TP` their log-probabilities at
-    `temperature`, minus infinity where a place is not used. With P = V this is the whole KL, with
-    fewer a lower bound on it. `log_z_T` is logsumexp of `logits_TV / temperature`. Times the
+    With P = V this is the whole KL, with fewer tokens a lower bound on it. It is multiplied by the
     squared temperature, so that gradients are as large as at 1.
 
     Source: Hinton et al., 2015, arXiv:1503.02531, for the temperature.
     """
-    if log_z_T is None:
-        log_z_T = (logits_TV / temperature).logsumexp(-1)
-    log_q_TP = logits_TV.gather(1, ids_TP) / temperature - log_z_T[:, None]
+    assert batch.teacher_TP is not None
+    ids_TP, log_p_TP = batch.teacher_TP
+    scale, log_z_T = batch.temperature, batch.log_z_T
+    if scale != 1:
+        log_z_T = (batch.logits_TV / scale).logsumexp(-1)
+    log_q_TP = batch.logits_TV.gather(1, ids_TP) / scale - log_z_T[:, None]
     p_TP, used_TP = log_p_TP.exp(), log_p_TP.isfinite()
     kl_T = torch.where(used_TP, p_TP * (log_p_TP - log_q_TP), 0).sum(-1)
     rest_T = (1 - p_TP.sum(-1)).clamp(0)
     other_T = (1 - torch.where(used_TP, log_q_TP, -torch.inf).exp().sum(-1)).clamp(TINY)
-    return temperature**2 * (kl_T + rest_T.xlogy(rest_T) - rest_T * other_T.log()).mean(0)
+    return scale**2 * (kl_T + rest_T.xlogy(rest_T) - rest_T * other_T.log()).mean(0)
 
 
-def hidden_match(states_LTD: Sequence[Tensor], teacher_LTD: Sequence[Tensor]) -> Tensor:
+def hidden_match(batch: Batch) -> Tensor:
     """Squared distance of the states behind every layer, relative to the teacher's square."""
     layers = []
-    for state_TD, target_TD in zip(states_LTD, teacher_LTD, strict=True):
+    for state_TD, target_TD in zip(batch.states_LTD, batch.teacher_LTD, strict=True):
         error_T = (state_TD.float() - target_TD.float()).square().sum(-1)
         # Over the layer, not token by token: a few tokens have huge states.
         layers.append(error_T.mean(0) / target_TD.float().square().sum(-1).mean(0))
     return torch.stack(layers).mean()
 
 
-def router_cross_entropy(logits_TE: Tensor, energy_TE: Tensor | None, k: int) -> Tensor:
-    """Cross-entropy of the router's softmax to the `k` experts of most energy, 1 / k each, nats.
+def router_cross_entropy(layer: Routed) -> Tensor:
+    """Cross-entropy of the router's softmax to the K experts of most energy, 1 / K each, nats.
 
-    Its least value is log k.
+    Its least value is log K.
     """
-    assert energy_TE is not None
-    best_TK = energy_TE.topk(k, dim=-1).indices
-    return -logits_TE.log_softmax(-1).gather(1, best_TK).mean(-1).mean(0)
+    assert layer.energy_TE is not None
+    best_TK = layer.energy_TE.topk(layer.index_TK.shape[1], dim=-1).indices
+    return -layer.logits_TE.log_softmax(-1).gather(1, best_TK).mean(-1).mean(0)
 
 
-def switch(logits_TE: Tensor, load_E: Tensor) -> Tensor:
-    """The Switch auxiliary loss, E * sum over experts of load times mean probability.
+def switch(layer: Routed) -> Tensor:
+    """The Switch auxiliary loss, E * sum over experts of share of the load times mean probability.
 
-    `load_E` are shares of all choices, summing to one, of all processes. 1 at balance, E if all
-    tokens go to the same experts. (Classes of transformers that compute it count K there.)
+    1 at balance, E if all tokens go to the same experts. (Classes of transformers that compute it
+    count K there.)
 
     Source: Fedus et al., 2021, arXiv:2101.03961, equation 4.
     """
-    return logits_TE.shape[1] * (load_E * logits_TE.softmax(-1).mean(0)).sum()
+    share_E = layer.load_E / layer.load_E.sum().clamp(1)
+    return len(share_E) * (share_E * layer.logits_TE.softmax(-1).mean(0)).sum()
 
 
-def variation(logits_TE: Tensor, mean_E: Tensor | None = None) -> Tensor:
+def variation(layer: Routed) -> Tensor:
     """Squared coefficient of variation of the experts' mean probability: 0 at balance.
 
-    Softer than `switch`, for it looks at probabilities only. `mean_E` is the mean over all
-    processes, where there are several: then the value is that of all, the gradient one's share.
+    Softer than `switch`, for it only uses probabilities. With `mean_E` the value is that of all
+    processes, and the gradient the part of this one.
 
     Source: Shazeer et al., 2017, arXiv:1701.06538, the importance loss.
     """
-    share_E = logits_TE.softmax(-1).mean(0)
-    if mean_E is not None:
-        share_E = mean_E + share_E - share_E.detach()
+    share_E = layer.logits_TE.softmax(-1).mean(0)
+    if layer.mean_E is not None:
+        share_E = layer.mean_E + share_E - share_E.detach()
     return len(share_E) * share_E.square().sum() - 1
 
 
-def router_z(logits_TE: Tensor) -> Tensor:
+def router_z(layer: Routed) -> Tensor:
     """Mean squared logsumexp of the router's logits, which keeps them small.
 
     Source: Zoph et al., 2022, arXiv:2202.08906, equation 5.
     """
-    return logits_TE.logsumexp(-1).square().mean(0)
+    return layer.logits_TE.logsumexp(-1).square().mean(0)
 
 
 def load(index_TK: Tensor, num_experts: int) -> Tensor:
@@ -165,52 +160,20 @@ def load(index_TK: Tensor, num_experts: int) -> Tensor:
     return index_TK[index_TK >= 0].bincount(minlength=num_experts)[:num_experts].float()
 
 
-def _ce(batch: Batch) -> Tensor:
-    return next_token(batch.logits_TV, batch.next_T, batch.log_z_T)
-
-
-def _kl(batch: Batch) -> Tensor:
-    assert batch.teacher_TP is not None
-    return distillation(
-        batch.logits_TV,
-        *batch.teacher_TP,
-        temperature=batch.temperature,
-        log_z_T=batch.log_z_T if batch.temperature == 1 else None,
-    )
-
-
-def _per_layer(loss: Callable[[Routed], Tensor]) -> Callable[[Batch], Tensor]:
+def _mean(loss: Callable[[Routed], Tensor]) -> Callable[[Batch], Tensor]:
     """The mean over the MoE layers of a loss of one router."""
     return lambda batch: torch.stack([loss(layer) for layer in batch.layers]).mean()
 
 
+AUX = ("aux", "balance_weight")
 LOSSES = (
-    Loss("ce", "ce", _ce, free=True),
-    Loss("kl", "kl", _kl, (TEACHER,)),
-    Loss("hidden", "hidden", lambda b: hidden_match(b.states_LTD, b.teacher_LTD), (STATES,)),
-    Loss(
-        "aux",
-        "balance_weight",
-        _per_layer(lambda r: switch(r.logits_TE, r.share_E)),
-        (ROUTERS,),
-        balance="switch",
-        free=True,
-    ),
-    Loss(
-        "aux",
-        "balance_weight",
-        _per_layer(lambda r: variation(r.logits_TE, r.mean_E)),
-        (ROUTERS, MEAN),
-        balance="variation",
-        free=True,
-    ),
-    Loss("z", "router_z", _per_layer(lambda r: router_z(r.logits_TE)), (ROUTERS,)),
-    Loss(
-        "router_ce",
-        "router_ce",
-        _per_layer(lambda r: router_cross_entropy(r.logits_TE, r.energy_TE, r.index_TK.shape[1])),
-        (ROUTERS, ENERGY),
-    ),
+    Loss("ce", "ce", next_token, free=True),
+    Loss("kl", "kl", distillation, (TEACHER,)),
+    Loss("hidden", "hidden", hidden_match, (STATES,)),
+    Loss(*AUX, _mean(switch), (ROUTERS,), balance="switch", free=True),
+    Loss(*AUX, _mean(variation), (ROUTERS, MEAN), balance="variation", free=True),
+    Loss("z", "router_z", _mean(router_z), (ROUTERS,)),
+    Loss("router_ce", "router_ce", _mean(router_cross_entropy), (ROUTERS, ENERGY)),
 )
 """All losses. The log has their curves in this order."""
 

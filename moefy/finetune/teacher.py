@@ -22,7 +22,6 @@ from torch import Tensor
 from moefy.errors import MoefyError
 from moefy.files.publish import replacing
 
-Progress = Callable[[int, int], None]
 Targets = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From rows (B,) and their ids (B, T) to the teacher's tokens: ids and log-probabilities, each
 (B, T, P)."""
@@ -74,7 +73,7 @@ def cached(
     ids_BT: Tensor,
     truncation: Truncation,
     batch_size: int,
-    progress: Progress = lambda *_: None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Targets:
     """The targets of the rows of `ids_BT`, read from `file`; `model` computes a missing file.
 
@@ -118,7 +117,11 @@ def cache_name(teacher: dict[str, str], tokens: str, truncation: Truncation, dty
 
 
 def _write(
-    file: Path, targets: Targets, ids_BT: Tensor, batch_size: int, progress: Progress
+    file: Path,
+    targets: Targets,
+    ids_BT: Tensor,
+    batch_size: int,
+    progress: Callable[[int, int], None],
 ) -> None:
     ids, log_p, count = [], [], []
     for first in range(0, len(ids_BT), batch_size):

@@ -149,8 +149,8 @@ class Finetuner(Checkpointed, Trainer):
             MoefyError: code 6, when there is none, or it is not above zero.
         """
         settings = self.settings
-        asked = settings.balance in ("switch", "variation") and settings.balance_weight > 0
-        if not asked or not self.routing.layers:
+        balances = settings.balance in ("switch", "variation") and settings.balance_weight > 0
+        if not balances or not self.routing.layers:
             return
         # Zero is the least value of the variation: that of experts which are all active.
         if aux is None or not (aux > 0 or (aux == 0 and settings.balance == "variation")):
@@ -234,7 +234,7 @@ def text_batch(
         ids_TP, log_p_TP = (t[:, :-1].flatten(0, 1) for t in targets_BTP)
         teacher = (ids_TP, log_p_TP)
     next_T = ids_BT[:, 1:].flatten()
-    return Batch(logits_TV, logits_TV.logsumexp(-1), next_T, temperature, teacher, **more)
+    return Batch(logits_TV, next_T, temperature, teacher, **more)
 
 
 class _Progress(TrainerCallback):

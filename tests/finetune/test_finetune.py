@@ -331,12 +331,30 @@ def test_balancing_that_has_no_say_is_refused(run, text, tmp_path, monkeypatch):
         planted.setattr(losses, "LOSSES", others)
         refused("first step is missing")
     with monkeypatch.context() as planted:
-        planted.setattr(losses, "switch", lambda z_TE, _: 0 * z_TE.sum())
+        zero = losses.Loss(*losses.AUX, lambda b: 0 * b.logits_TV.sum(), (losses.ROUTERS,))
+        planted.setattr(losses, "LOSSES", (*others, zero))
         refused("first step is 0")
     with monkeypatch.context() as planted:
         planted.setattr(inputs, "moe_layers", lambda model: moe_layers(model)[1:])
         refused("1 of 2 routers")
     assert tuned(run, tmp_path / "out", text, force=True)["steps"] == 8
+
+
+def test_a_new_loss_is_one_entry(run, text, tmp_path, monkeypatch):
+    """Its curve is in the log, its value in the sum, and what it needs is computed."""
+    entry = losses.Loss("size", "ce", lambda b: b.teacher_LTD[0].square().mean(), (losses.STATES,))
+    monkeypatch.setattr(losses, "LOSSES", (*losses.LOSSES, entry))
+    tuned(run, tmp_path / "out", text, ce=0.5, tokens=1024)
+    row = json.loads((tmp_path / "out" / "moefy" / "finetune.jsonl").read_text().splitlines()[0])
+    total = row["kl"] + 0.5 * (row["ce"] + row["size"]) + 0.01 * row["aux"] + 0.001 * row["z"]
+    assert row["size"] > 0 and row["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_nothing_is_computed_that_no_loss_needs():
+    text_only = build(None, {"kl": 0.0, "ce": 1.0, "balance": "none", "router_z": 0.0}, [])
+    assert losses.needs(text_only) == set()
+    assert losses.TEACHER in losses.needs(build(None, {}, []))
+    assert losses.ENERGY in losses.needs(build(None, {"router_ce": 0.1}, []))
 
 
 def test_a_static_run_is_tuned_as_well(pico, converted, text, tmp_path):

@@ -8,6 +8,7 @@ from torch import nn
 
 from moefy.config.finetune import Settings
 from moefy.finetune import losses
+from moefy.finetune.losses import Batch, Routed
 from moefy.finetune.router_noise import is_noisy, noisy_choices, with_capacity
 from moefy.finetune.teacher import Truncation, likeliest
 
@@ -29,17 +30,29 @@ def routed():
     return torch.randn(T, E, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
+def distilled(logits, ids, log_p, temperature=1.0):
+    """A batch with the teacher's tokens."""
+    return Batch(logits, torch.zeros(T, dtype=torch.long), temperature, (ids, log_p.double()))
+
+
+def layer(logits_TE, load_E=None, **more):
+    """What a router with these logits did."""
+    index_TK = logits_TE.topk(K).indices
+    load_E = losses.load(index_TK, E) if load_E is None else load_E
+    return Routed(logits_TE, index_TK, load_E, **more)
+
+
 def test_next_token_is_transformers_cross_entropy(logits):
     ids_T = torch.arange(T) % V
     assert torch.allclose(
-        losses.next_token(logits, ids_T), nn.functional.cross_entropy(logits, ids_T)
+        losses.next_token(Batch(logits, ids_T)), nn.functional.cross_entropy(logits, ids_T)
     )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_distillation_from_all_tokens_is_the_whole_kl(logits, teacher, temperature):
     ids, log_p = likeliest(teacher, Truncation(top_p=1.1, top_tokens=V, temperature=temperature))
-    found = losses.distillation(logits, ids, log_p.double(), temperature=temperature)
+    found = losses.distillation(distilled(logits, ids, log_p, temperature))
     whole = sum(
         float(p * (math.log(p) - math.log(q)))
         for t in range(T)
@@ -54,7 +67,7 @@ def test_distillation_from_all_tokens_is_the_whole_kl(logits, teacher, temperatu
 
 def test_distillation_from_a_few_counts_the_rest_as_one_token(logits, teacher):
     ids, log_p = likeliest(teacher, Truncation(top_p=0.7, top_tokens=4))
-    found = float(losses.distillation(logits, ids, log_p.double()))
+    found = float(losses.distillation(distilled(logits, ids, log_p)))
     total = 0.0
     for t in range(T):
         p_V, q_V = teacher[t].softmax(0), logits[t].softmax(0)
@@ -68,13 +81,13 @@ def test_distillation_from_a_few_counts_the_rest_as_one_token(logits, teacher):
         total += sum(p * math.log(p / q) for p, q in parts)
     assert found == pytest.approx(total / T, rel=1e-4)
     ids, log_p = likeliest(teacher, Truncation(top_p=1.1, top_tokens=V))
-    assert found < float(losses.distillation(logits, ids, log_p.double()))
+    assert found < float(losses.distillation(distilled(logits, ids, log_p)))
 
 
 def test_a_student_that_equals_its_teacher_has_no_gradient(teacher):
     student = teacher.clone().requires_grad_()
     ids, log_p = likeliest(teacher, Truncation(top_p=0.5))
-    losses.distillation(student, ids, log_p.double()).backward()
+    losses.distillation(distilled(student, ids, log_p)).backward()
     assert float(student.grad.abs().max()) < 1e-6
 
 
@@ -83,45 +96,48 @@ def test_switch_is_one_at_balance_and_as_transformers_has_it(routed):
 
     routed = routed.float()
     load_E = losses.load(routed.topk(K).indices, E)
-    ours = losses.switch(routed, load_E / load_E.sum())
+    ours = losses.switch(Routed(routed, routed.topk(K).indices, load_E))
     assert torch.allclose(K * ours, load_balancing_loss_func((routed,), E, K))
     even = torch.zeros(E, E, dtype=torch.float64)
-    assert float(losses.switch(even, torch.full((E,), 1 / E))) == pytest.approx(1)
+    assert float(losses.switch(layer(even, torch.ones(E)))) == pytest.approx(1)
     one = 100 * nn.functional.one_hot(torch.zeros(T, dtype=torch.long), E).double()
-    assert float(losses.switch(one, torch.eye(E)[0])) == pytest.approx(E)
+    assert float(losses.switch(layer(one, torch.eye(E)[0]))) == pytest.approx(E)
 
 
 def test_variation_and_z(routed):
     share_E = routed.softmax(-1).mean(0)
     naive = float(share_E.var(correction=0) / share_E.mean() ** 2)
-    assert float(losses.variation(routed)) == pytest.approx(naive)
+    assert float(losses.variation(layer(routed))) == pytest.approx(naive)
     naive = sum(math.log(sum(math.exp(v) for v in row)) ** 2 for row in routed.tolist()) / T
-    assert float(losses.router_z(routed)) == pytest.approx(naive)
+    assert float(losses.router_z(layer(routed))) == pytest.approx(naive)
 
 
 def test_two_halves_with_statistics_of_both_have_the_gradient_of_the_whole(routed):
     whole = routed[:6].clone().requires_grad_()
-    losses.variation(whole).backward()
+    losses.variation(layer(whole)).backward()
     mean_E = routed[:6].softmax(-1).mean(0)
     halves = []
     for part in routed[:6].chunk(2):
         half = part.clone().requires_grad_()
-        losses.variation(half, mean_E).backward()
+        losses.variation(layer(half, mean_E=mean_E)).backward()
         halves.append(half.grad / 2)  # as gradients are averaged over processes
     assert torch.allclose(torch.cat(halves), whole.grad)
 
 
 def test_router_cross_entropy_is_least_where_the_best_experts_are_chosen(routed):
-    worth_TE = routed.exp()
+    energy_TE = routed.exp()
     right = 50 * (routed >= routed.topk(K).values[:, -1:]).double()
-    assert float(losses.router_cross_entropy(right, worth_TE, K)) == pytest.approx(math.log(K))
-    assert float(losses.router_cross_entropy(-right, worth_TE, K)) > 10
+    assert float(losses.router_cross_entropy(layer(right, energy_TE=energy_TE))) == pytest.approx(
+        math.log(K)
+    )
+    assert float(losses.router_cross_entropy(layer(-right, energy_TE=energy_TE))) > 10
 
 
 def test_hidden_match(logits, teacher):
     naive = sum(float((logits[t] - teacher[t]).square().sum()) for t in range(T))
     naive /= sum(float(teacher[t].square().sum()) for t in range(T))
-    assert float(losses.hidden_match([logits], [teacher])) == pytest.approx(naive, rel=1e-5)
+    states = Batch(logits, logits, states_LTD=[logits], teacher_LTD=[teacher])
+    assert float(losses.hidden_match(states)) == pytest.approx(naive, rel=1e-5)
 
 
 def test_nothing_is_disturbed_by_default(routed):
