@@ -138,7 +138,7 @@ def _converted(out: Path, recipe: Recipe) -> bool:
     _check_whole(out)
     if os.path.isdir(recipe.model):  # else a hub id, whose revision is in the recipe
         summary = read_report(out)
-        if not dense_model(out, summary, recipe, recipe.model, "MODEL").made(summary):
+        if not dense_model(out, summary, recipe, recipe.model, "MODEL").is_source(summary):
             raise MoefyError(
                 f"{out} was converted from other weights than {recipe.model} holds now; {ANEW}",
                 code=2,

@@ -56,7 +56,7 @@ def prepare(
     notes = _other_weights(model, [*own, *others], given=settings.dense is not None)
     recipes = _control_recipes(settings, recipe) | methods
     missing += missing_others
-    converted = model.made(summary)
+    converted = model.is_source(summary)
     if recipes and not converted:
         missing.append(_without_controls(run, model, asked=methods or settings.controls))
         recipes = {}
@@ -159,7 +159,7 @@ def _other_weights(model: DenseModel, candidates: Sequence[Candidate], *, given:
     """
     notes = []
     for candidate in candidates:
-        if candidate.summary is None or model.made(candidate.summary):
+        if candidate.summary is None or model.is_source(candidate.summary):
             continue
         if not given:
             raise MoefyError(

@@ -1,7 +1,7 @@
-"""What a checkpoint is and what can become of it, from configuration and headers alone.
+"""What a checkpoint is and what it can become, from its configuration and headers alone.
 
-Tells more than `open_checkpoint`, which stops at the first thing that is wrong: whatever can be
-read is told, and what is wrong beside it. transformers, which takes seconds, is not asked.
+`open_checkpoint` stops at the first problem; this reads all it can, and lists the problems beside
+it. It does not import transformers, which takes seconds.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ SIZES = {
     "vocabulary": ("vocab_size",),
     "positions": ("max_position_embeddings", "n_positions"),
 }
-"""What a size is called here, and in configurations."""
+"""Our name of a size -> its names in configurations."""
 
 MISREAD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What reading a value of the wrong kind raises."""
+"""The exceptions of reading a value of the wrong kind."""
 
 INSIDE = ("text_config", "dense")
-"""Keys under which a configuration holds that of a language model."""
+"""Keys that may hold the configuration of the language model."""
 
 COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|position_ids|(attn|attention)\.(masked_)?bias)$")
-"""Tensors that old versions stored, and that are no parameters."""
+"""Tensors that old versions stored and that are not parameters."""
 
 FFN = re.compile(
     r"\.(mlp|feed_forward|ffn|block_sparse_moe|shared_mlp|fc[12]|DenseReluDense)\."
@@ -48,9 +48,9 @@ FFN = re.compile(
 
 
 def describe(model: str, *, revision: str | None = None) -> dict[str, Any]:
-    """Everything that `moefy inspect` tells of `model`, ready for JSON.
+    """The facts that `moefy inspect` prints of `model`, ready for JSON.
 
-    `problems` are lines, and `code` is that of the first as an exit code, 0 if there is none.
+    `problems` are lines; `code` is the exit code of the first, 0 if there is none.
 
     Raises:
         MoefyError: code 3 when there is no model, or no configuration that can be read.
@@ -64,7 +64,7 @@ def describe(model: str, *, revision: str | None = None) -> dict[str, Any]:
 
     kind = moe if moe.is_moe(config, entries) else dense
     classes = config.get("architectures")
-    found = {
+    result = {
         "model": Path(model).absolute().name if Path(model).is_dir() else model,
         "path": str(folder),
         "kind": "MoE" if kind is moe else "dense",
@@ -73,25 +73,25 @@ def describe(model: str, *, revision: str | None = None) -> dict[str, Any]:
         "sizes": _sizes(config),
         **_tensors(entries),
     }
-    more = kind.describe(folder, config, entries)
-    problems = {str(problem): problem.code for problem in (*problems, *more["problems"])}
+    details = kind.describe(folder, config, entries)
+    problems = {str(problem): problem.code for problem in (*problems, *details["problems"])}
     return {
-        **found,
-        **more,
-        "sizes": {**found["sizes"], **more.get("sizes", {})},
+        **result,
+        **details,
+        "sizes": {**result["sizes"], **details.get("sizes", {})},
         "problems": [*problems],
         "code": next(iter(problems.values()), 0),
     }
 
 
 def misread(folder: Path, error: Exception) -> MoefyError:
-    """The problem with a configuration in which a value is of a kind that none has there."""
+    """The problem of a configuration with a value of the wrong kind."""
     reason = f"{type(error).__name__}: {error}"
     return contradiction(f"{folder / CONFIG} cannot be understood: {reason}")
 
 
 def _stored(folder: Path) -> tuple[dict[str, Entry], list[MoefyError]]:
-    """Every tensor, or none and the reason."""
+    """All tensors, or none and the reason."""
     try:
         return read_entries(folder), []
     except MoefyError as error:
@@ -99,7 +99,7 @@ def _stored(folder: Path) -> tuple[dict[str, Entry], list[MoefyError]]:
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    """A configuration with the keys of the model inside it, where it holds one."""
+    """A configuration together with the keys of the model inside it, if there is one."""
     inside = next((config[key] for key in INSIDE if isinstance(config.get(key), dict)), {})
     return {**inside, **config}
 
@@ -110,7 +110,7 @@ def _sizes(config: Config) -> dict[str, int | None]:
 
 
 def number(config: Config, keys: tuple[str, ...]) -> int | None:
-    """The first of the keys that holds a number above 0, for all layers or for the first."""
+    """The value of the first key that holds a number above 0, of all layers or of the first."""
     for key in keys:
         value = config.get(key)
         # One for each layer, in some classes.
@@ -121,16 +121,16 @@ def number(config: Config, keys: tuple[str, ...]) -> int | None:
 
 
 def head_dim(config: Config, entries: Entries) -> int | None:
-    """The width of an attention head: as stored, for classes differ in what they assume."""
-    heads, told = number(config, SIZES["heads"]), number(config, SIZES["head_dim"])
+    """The width of an attention head, from the tensors: classes differ in their defaults."""
+    heads, configured = number(config, SIZES["heads"]), number(config, SIZES["head_dim"])
     if heads is None:
-        return told
+        return configured
     # Not by the queries first: in some classes they are stored with gates.
     for ending in ("self_attn.o_proj.weight", "self_attn.q_proj.weight"):
         for name, entry in entries.items():
             if name.endswith(ending) and len(entry.shape) == 2:
                 return entry.shape[1 if "o_proj" in ending else 0] // heads
-    return told or (number(config, SIZES["hidden"]) or 0) // heads or None
+    return configured or (number(config, SIZES["hidden"]) or 0) // heads or None
 
 
 def _tensors(entries: Entries) -> dict[str, Any]:

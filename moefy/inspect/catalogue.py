@@ -1,4 +1,4 @@
-"""What moefy knows: the families, the stock classes, and the engines that know those."""
+"""The families, stock classes and engines that moefy knows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a dense checkpoint can become: the stock classes that hold it, and in which shapes."""
+"""The stock classes that can hold a dense checkpoint, with their shapes and engines."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from moefy.models.targets.target import Dense, Target
 from moefy.types import Shape
 
 ACTIVE = (0.75, 0.5, 0.25)
-"""Values of `--active` for which a shape is told."""
+"""Values of `--active` for which a shape is shown."""
 
 UNITS = (128, 32)
-"""Expert widths that fused kernels, and those that quantised formats, take the multiples of."""
+"""Expert widths suit fused kernels in multiples of the first, quantised formats in the second."""
 
 MOST_EXPERTS = 128
-"""Counts above are not told."""
+"""The largest number of experts that is shown."""
 
 Fits = Callable[[Shape], bool]
 
 
 def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
-    """Targets and engines of a dense checkpoint, if it can be converted; else why not."""
+    """The targets and engines of a dense checkpoint, or why it cannot be converted."""
     try:
-        return _told(open_checkpoint(folder), entries)
+        return _possible(open_checkpoint(folder), entries)
     except MoefyError as error:
         problem = error
     except MISREAD as error:
@@ -42,8 +42,8 @@ def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
     return {"problems": [problem], "convertible": False, "targets": {}, "engines": {}}
 
 
-def _told(checkpoint: Checkpoint, entries: Entries) -> dict[str, Any]:
-    """What can become of a checkpoint that is whole."""
+def _possible(checkpoint: Checkpoint, entries: Entries) -> dict[str, Any]:
+    """The targets and engines of a whole checkpoint."""
     family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
     dense = as_dense(family, checkpoint.config, checkpoint.entries)
     num_neurons = family.num_neurons(checkpoint.config)
@@ -61,7 +61,7 @@ def _told(checkpoint: Checkpoint, entries: Entries) -> dict[str, Any]:
             "head_dim": head_dim(checkpoint.config, entries),
         },
         "tied": dense.tied,
-        "convertible": any(found["holds"] for found in held.values()),
+        "convertible": any(target["holds"] for target in held.values()),
         "missing_feature": None if family.targets else family.missing_feature,
         "targets": held,
         "engines": {
@@ -108,11 +108,11 @@ def _solve(num_neurons: int, active: float, target: Target) -> Shape | None:
 
 def _widths(num_neurons: int, unit: int, target: Target) -> dict[str, int]:
     """Expert counts -> the widest multiple of `unit` that the experts can have."""
-    found = {}
+    widths = {}
     for count in range(2, MOST_EXPERTS + 1):
         widest = num_neurons // count // unit * unit
         for width in range(widest, 0, -unit):
             if target.fits(Shape(num_neurons, num_neurons - count * width, count, width, 1)):
-                found[str(count)] = width
+                widths[str(count)] = width
                 break
-    return found
+    return widths

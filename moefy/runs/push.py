@@ -29,9 +29,9 @@ MODEL = (
     "LICENCE*",
     "NOTICE*",
 )
-TOLD = ("recipe.toml", "conversion.*", "finetune.*", "report.json", "report.md", "report.html")
+RECORDS = ("recipe.toml", "conversion.*", "finetune.*", "report.json", "report.md", "report.html")
 CALIBRATION = "moefy/calibration.safetensors"
-"""The tokens of the calibration text: one could read it from them."""
+"""The tokens of the calibration text, from which it can be read."""
 
 
 def push(
@@ -44,16 +44,15 @@ def push(
     dry: bool = False,
     watch: Watch = lambda *_: None,
 ) -> dict[str, Any]:
-    """Upload the run to the model repository `repo`, making it if need be; tell what was sent.
+    """Upload the run to the model repository `repo`, creating it if need be; give what was sent.
 
-    The card is sent last, with the repository's name in its snippet; what is in the folder stays as
-    it is. Caches, exports, other people's files and the calibration tokens are left out, the last
-    unless `calibration`. An upload that was cut short goes on where it was, called again. With
-    `dry` nothing is sent, nor is the network asked.
+    The card is sent last, with the repository's name in its snippet; the folder does not change.
+    Caches, exports and other files are left out, and the calibration tokens unless `calibration`.
+    A second call resumes an upload that was cut short. With `dry` nothing uses the network.
 
     Raises:
-        MoefyError: code 2 for what is no name of a repository, 3 for a run that is not whole, 5 for
-            what the Hub does not allow, or when it is out of reach.
+        MoefyError: code 2 for an invalid repository name, 3 for a run that is not whole, 5 if the
+            Hub refuses or is out of reach.
     """
     summary = check_files(run, watch)
     _check_name(repo)
@@ -61,7 +60,7 @@ def push(
     files = chosen(run, calibration=calibration)
     sent = {name: (run / name).stat().st_size for name in files}
     everything = {str(f.relative_to(run)) for f in run.rglob("*") if f.is_file()}
-    told = {
+    result = {
         "repo": repo,
         "revision": revision,
         "private": private,
@@ -71,24 +70,24 @@ def push(
         "url": None,
     }
     if dry:
-        return told
-    return told | {"url": _upload(run, repo, files, card, private, revision, watch)}
+        return result
+    return result | {"url": _upload(run, repo, files, card, private, revision, watch)}
 
 
 def chosen(run: Path, *, calibration: bool = False) -> list[str]:
-    """What of a run is uploaded: the model, its card, and what tells how it was made."""
-    patterns = [*MODEL, CARD, *(f"moefy/{name}" for name in TOLD)]
+    """The files of a run that are uploaded: the model, its card and the records of the run."""
+    patterns = [*MODEL, CARD, *(f"moefy/{name}" for name in RECORDS)]
     patterns += [CALIBRATION] if calibration else []
-    found = [
+    names = [
         str(file.relative_to(run))
         for file in sorted(run.rglob("*"))
         if file.is_file() and not file.is_symlink()
     ]
-    return [name for name in found if any(_matches(name, pattern) for pattern in patterns)]
+    return [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a path is meant, in the pattern's own folder and no deeper."""
+    """Whether a path matches, in the pattern's own folder and no deeper."""
     return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
 
 
@@ -133,14 +132,13 @@ def _upload(
     except LocalTokenNotFoundError as error:
         raise MoefyError("no token of the Hub is set; run `hf auth login`", code=5) from error
     except OfflineModeIsEnabled as error:
-        raise MoefyError(
-            "HF_HUB_OFFLINE is set, so nothing can be sent; unset it", code=5
-        ) from error
+        raise MoefyError("HF_HUB_OFFLINE is set; unset it to upload", code=5) from error
     except HfHubHTTPError as error:
         raise MoefyError(f"the Hub refused {repo}: {_first(error)}", code=5) from error
     except (HTTPError, OSError) as error:
         raise MoefyError(
-            f"the Hub is out of reach ({_first(error)}); run the same again to go on", code=5
+            f"the Hub is out of reach ({_first(error)}); run the same command again to resume",
+            code=5,
         ) from error
     watch("upload", 2, 2)
     return str(url)
@@ -158,7 +156,7 @@ def _check_name(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise MoefyError(
-            f"REPO {repo!r} is no name of a repository ({_first(error)}); expected owner/name",
+            f"REPO {repo!r} is not a repository name ({_first(error)}); expected owner/name",
             code=2,
         ) from error
 

@@ -1,4 +1,4 @@
-"""Do a run again from its recipe, and compare."""
+"""Repeat a run from its recipe, and compare the files."""
 
 from __future__ import annotations
 
@@ -28,40 +28,42 @@ def reproduce(
     memory: int | None = None,
     watch: Watch = lambda *_: None,
 ) -> dict[str, Any]:
-    """Run the conversion again that wrote `recipe`, and compare all files with those of its report.
+    """Repeat the conversion that wrote `recipe`, and compare all files with those of its report.
 
-    `model` is where the dense model lies now, if not where it did. Gives the new report with
-    `reproduced`: whether the bytes are the same, which files differ, and what else does: the
-    calibration text, versions, or the machine.
+    `model` is the dense model's place now, if it has moved. Gives the new report with
+    `reproduced`: whether the bytes are the same, which files differ, and what may be the cause:
+    the calibration text, versions, or the machine.
 
     Raises:
-        MoefyError: code 3 when the model is another one, or `recipe` lies in no run; all that
+        MoefyError: code 3 if the model is another one, or `recipe` is not in a run; all that
             `convert` raises.
     """
     values = read(recipe)
     if model:
         values["model"] = model
-        values.pop("revision", None)  # of the model that was named then
-    told = read_report(recipe.resolve().parent.parent)
+        values.pop("revision", None)  # of the model that the recipe names
+    recorded = read_report(recipe.resolve().parent.parent)
     job = prepare(build(None, values, []))
     folder = job.checkpoint.folder
-    if other := [name for name, digest in told["inputs"].items() if _other(folder / name, digest)]:
+    if other := [
+        name for name, digest in recorded["inputs"].items() if _other(folder / name, digest)
+    ]:
         raise MoefyError(
             f"{folder} is not the model that was converted: {some(other)} differ; name it as MODEL"
         )
     attempt = Attempt(force=force, restart=restart, memory=memory)
-    made = convert(job, out, attempt, watch=watch)
-    names = told["outputs"].keys() | made["outputs"].keys()
-    differ = [n for n in sorted(names) if told["outputs"].get(n) != made["outputs"].get(n)]
-    # It names the libraries and the folder of the model, which may have other ones.
+    result = convert(job, out, attempt, watch=watch)
+    names = recorded["outputs"].keys() | result["outputs"].keys()
+    differ = [n for n in sorted(names) if recorded["outputs"].get(n) != result["outputs"].get(n)]
+    # It names the libraries and the model's folder, which may differ.
     differ = [name for name in differ if name != RECIPE]
-    made["reproduced"] = {
+    result["reproduced"] = {
         "run": str(recipe),
         "same": not differ,
         "files_that_differ": differ,
-        "because": environment.differences(_facts(told), _facts(made)) if differ else [],
+        "because": environment.differences(_facts(recorded), _facts(result)) if differ else [],
     }
-    return made
+    return result
 
 
 def _other(file: Path, digest: str) -> bool:
@@ -69,6 +71,6 @@ def _other(file: Path, digest: str) -> bool:
 
 
 def _facts(summary: dict[str, Any]) -> dict[str, Any]:
-    """What of a report may explain other bytes."""
+    """The facts of a report that may explain other bytes."""
     facts = {key: summary.get(key, {}) for key in ("moefy", "versions", "machine", "device")}
     return {**facts, "calibration": {"sha256": summary["calibration"]["sha256"]}}

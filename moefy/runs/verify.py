@@ -1,4 +1,4 @@
-"""Check a published run again: that it is what was written, and computes what it did."""
+"""Check that a run's files are as written, and that it computes the same numbers."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ from moefy.files.shards import read
 from moefy.runs.folder import FINETUNED, REPORT, check_present, read_report, read_tuning, written
 
 WITHOUT_DIGEST = ("README.md", *(f"moefy/{name}" for name in (REPORT, "conversion.md", FINETUNED)))
-"""Files of a run that hold the digests, are drawn from those, or are for people to write on."""
+"""Files of a run without a digest: they hold the digests, or people may edit them."""
 
 ADDED = ("moefy/report.*", "moefy/measured/*")
 """What `moefy report` adds."""
 
 SLACK = 1e-3
-"""By how much the error of the hidden states may differ from the report's: other versions and other
-numbers of threads round otherwise, and near-ties between experts may fall the other way."""
+"""By how much the error of the hidden states may differ from the report's: other versions and
+thread counts round otherwise, and near-ties between experts may change."""
 
 
 def verify(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
-    """What was checked in the folder of a run, and what was found.
+    """The checks of a run's folder, and their results.
 
-    Digests of all files, headers against files and configuration, values that are finite, then one
-    forward pass through stock transformers, whose hidden states are compared with the conversion's.
-    The first check that fails is the last that is made. `code` is the exit code: 0, 3 for files
-    that are not what was written, 6 for other numbers.
+    Digests of all files, headers against files and configuration, finite values, then one forward
+    pass through stock transformers, whose hidden states are compared with the conversion's. The
+    first failure ends it. `code` is the exit code: 0, 3 for changed files, 6 for other numbers.
 
     Raises:
-        MoefyError: code 3, when the folder holds no report of a run, or a broken one.
+        MoefyError: code 3, if the folder holds no report of a run, or a broken one.
     """
     summary = read_report(run)
     digests = written(run, summary)
@@ -47,25 +46,25 @@ def verify(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
         "values": lambda: _values(run, watch),
         "forward pass": lambda: _forward(run, summary),
     }
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     code = 0
     for done, (name, check) in enumerate(checks.items()):
         watch(f"verify {name}", done, len(checks))
         try:
-            found.append({"check": name, "passed": True, "found": check()})
+            results.append({"check": name, "passed": True, "found": check()})
         except MoefyError as error:
-            found.append({"check": name, "passed": False, "found": str(error)})
+            results.append({"check": name, "passed": False, "found": str(error)})
             code = error.code
             break
-    left = list(checks)[len(found) :]
-    return {"run": str(run), "passed": code == 0, "code": code, "checks": found, "not_run": left}
+    left = list(checks)[len(results) :]
+    return {"run": str(run), "passed": code == 0, "code": code, "checks": results, "not_run": left}
 
 
 def check_files(run: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
-    """The report of a run's conversion, when every file of the run is as it was written.
+    """The report of a run's conversion, if every file of the run is as it was written.
 
     Raises:
-        MoefyError: code 3, for what is missing or has changed.
+        MoefyError: code 3, for missing or changed files.
     """
     summary = read_report(run)
     _digests(run, written(run, summary), watch)
@@ -84,12 +83,12 @@ def _digests(run: Path, digests: Mapping[str, str], watch: Watch) -> str:
     if changed:
         raise MoefyError(f"{run}: not as the run wrote it: {some(changed)}")
     others = _others(run, digests)
-    more = f"; not looked at, for the run has no digest of them: {some(others)}" if others else ""
+    more = f"; not checked, because the run has no digest of them: {some(others)}" if others else ""
     return f"{len(digests)} files are as they were written{more}"
 
 
 def _others(run: Path, digests: Mapping[str, str]) -> list[str]:
-    """Files that the run has no digest of: it did not write them, or it was an older moefy's."""
+    """Files without a digest: the run did not write them, or an older moefy did."""
     files = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
     return sorted(
         name
@@ -116,15 +115,15 @@ def _forward(run: Path, summary: dict[str, Any]) -> str:
     """Hidden states of the last calibration sequence, against those of the conversion."""
     entries = read_header(run / "moefy" / "calibration.safetensors")
     tensors = {name: read(name, entry) for name, entry in entries.items()}
-    told = summary["reopened"]
+    recorded = summary["reopened"]
     tuned = read_tuning(run) is not None
     end_TD = None if tuned else tensors.get(END)
     try:
-        found = reopen(
+        result = reopen(
             run,
             tensors["ids"][-1].long(),
             [end_TD] * (len(summary["layers"]) + len(summary["layers_left_dense"])),
-            layer=told.get("prefix", "model.layers.{layer}."),
+            layer=recorded.get("prefix", "model.layers.{layer}."),
             task=summary["task"],
         )
     except MoefyError:
@@ -132,11 +131,11 @@ def _forward(run: Path, summary: dict[str, Any]) -> str:
     except Exception as error:  # whatever a value of the configuration makes transformers raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise MoefyError(f"transformers cannot open {run}: {reason}", code=6) from error
-    loaded = f"{found['class']} loads {found['layers']} layers with no key too many or too few"
+    loaded = f"{result['class']} loads {result['layers']} layers with no missing or unexpected key"
     if end_TD is None:
-        why = "the weights were fine-tuned" if tuned else "the run kept none"
-        return f"{loaded}; its states are finite; there are none to compare them with: {why}"
-    error, before = found["hidden_state_error"], told["hidden_state_error"]
+        why = "the weights were fine-tuned" if tuned else "the run stored none"
+        return f"{loaded}; its states are finite; they are not compared: {why}"
+    error, before = result["hidden_state_error"], recorded["hidden_state_error"]
     if abs(error - before) > SLACK + 0.1 * before:
         raise MoefyError(
             f"{run} computes hidden states with a relative error of {error:.3g}; the report says "

@@ -437,8 +437,8 @@ CASES += [
     *lines(
         2,
         {
-            "push out a/b/c --dry-run": ("'a/b/c' is no name", "owner/name"),
-            "push out ../x": ("'../x' is no name",),
+            "push out a/b/c --dry-run": ("'a/b/c' is not a repository name", "owner/name"),
+            "push out ../x": ("'../x' is not a repository name",),
             "push out": ("repo",),
             "verify": ("run",),
             "report": ("run",),

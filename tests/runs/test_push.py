@@ -166,7 +166,7 @@ def refusal() -> HfHubHTTPError:
     [
         ("create_repo", refusal(), "refused owner/name: 403 Forbidden"),
         ("create_repo", OfflineModeIsEnabled("no"), "HF_HUB_OFFLINE"),
-        ("upload_folder", ConnectionError("cut"), "out of reach (cut); run the same again"),
+        ("upload_folder", ConnectionError("cut"), "out of reach (cut); run the same command"),
         ("upload_file", refusal(), "refused"),
     ],
 )

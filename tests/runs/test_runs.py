@@ -206,12 +206,12 @@ def test_a_model_that_was_trained_further_is_not_the_run_s_own(pair, run, text):
     assert scored(out, text)["notes"] == [] and taught(out) == model
     other_weights(model)
     for ask in (lambda: scored(out, text), lambda: taught(out)):
-        with pytest.raises(MoefyError, match="its weights differ; give that one") as caught:
+        with pytest.raises(MoefyError, match="its weights differ; name that one") as caught:
             ask()
         assert caught.value.code == 3
     # Who names it knows it: what is held against it is said of the report.
     report = scored(out, text, dense=str(model))
-    assert "converted was not converted from" in report["notes"][0]
+    assert "converted from other weights" in report["notes"][0]
     assert report["models"]["dense"]["meaning"] == "a model that --dense names"
     assert taught(out, teacher=str(model)) == model
 
@@ -231,7 +231,7 @@ def test_a_model_that_has_moved_is_used_everywhere(pair, text, tmp_path, monkeyp
     model, out = pair
     model.rename(tmp_path / "moved")
     for ask, flag in ((lambda: scored(out, text), "--dense"), (lambda: taught(out), "--teacher")):
-        with pytest.raises(MoefyError, match=f"is not at {model}; give the folder .* {flag}"):
+        with pytest.raises(MoefyError, match=f"is not at {model}; name its folder by {flag}"):
             ask()
     assert taught(out, teacher=str(tmp_path / "moved")) == tmp_path / "moved"
     more = {"controls": True, "against": ("partition=moefication",)}
