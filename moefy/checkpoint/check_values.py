@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from io import BufferedReader
 
 import torch
 from torch import Tensor
 
 from moefy.checkpoint.tensors import Checkpoint
 from moefy.errors import MoefyError
-from moefy.files.publish import BLOCK, sha256
-from moefy.files.safetensors_header import CONFIG, Entry, damaged, read_header
-from moefy.files.shards import DTYPES
+from moefy.files.publish import sha256
+from moefy.files.safetensors_header import CONFIG, read_header
+from moefy.files.shards import DTYPES, blocks
 
 ABSURD = 1e4
 """A value above this many times the root mean square of the others gives a warning. Values of
@@ -59,15 +58,15 @@ def scan(
         entries = sorted(read_header(path).values(), key=lambda entry: (entry.start, entry.stop))
         with path.open("rb") as file:
             digest.update(file.read(entries[0].start))
-            for entry in entries:
-                name, values = names.get((path, entry.start)), _Values()
-                for block in _blocks(file, entry):
-                    digest.update(block)
-                    if name:  # a tensor that the class reads
-                        values.add(torch.frombuffer(block, dtype=DTYPES[entry.dtype]))
-                    watch(done := done + len(block), total)
-                if name:
-                    notes += values.judge(name, matrix=len(entry.shape) > 1, ffn=name in ffn)
+        for entry in entries:
+            name, values = names.get((path, entry.start)), _Values()
+            for block in blocks(entry):
+                digest.update(block)
+                if name:  # a tensor that the class reads
+                    values.add(torch.frombuffer(block, dtype=DTYPES[entry.dtype]))
+                watch(done := done + len(block), total)
+            if name:
+                notes += values.judge(name, matrix=len(entry.shape) > 1, ffn=name in ffn)
         digests[path.name] = digest.hexdigest()
     digests[CONFIG] = sha256(checkpoint.folder / CONFIG)
     return Scan(tuple(notes), digests)
@@ -78,17 +77,6 @@ def check_finite(name: str, tensor: Tensor) -> None:
     values = _Values()
     values.add(tensor.reshape(-1))
     values.judge(name, matrix=False, ffn=False)
-
-
-def _blocks(file: BufferedReader, entry: Entry) -> Iterator[bytearray]:
-    """The bytes of a tensor, from the current position of `file`."""
-    left = entry.stop - entry.start
-    while left:
-        block = bytearray(min(BLOCK, left))
-        if file.readinto(block) != len(block):
-            raise damaged(f"{entry.file} has become shorter while it was read")
-        left -= len(block)
-        yield block
 
 
 class _Values:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.errors import MoefyError
+from moefy.files.publish import write_json
 from moefy.files.safetensors_header import ADAPTER, weight_files
 
 DEMO = "demo"
@@ -180,8 +181,7 @@ def _split_digits(tokenizer: Any) -> None:
 def _drop(path: Path, *keys: str) -> None:
     """Rewrite a JSON object without `keys`, which describe the GGUF file."""
     value = json.loads(path.read_text("utf-8"))
-    rest = {key: item for key, item in value.items() if key not in keys}
-    path.write_text(json.dumps(rest, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write_json(path, {key: item for key, item in value.items() if key not in keys})
 
 
 def _publish(draft: Path, folder: Path) -> None:

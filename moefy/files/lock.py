@@ -1,7 +1,7 @@
 """One process at a time on one folder.
 
-Not by the library `filelock`: it gives up on file systems that answer ENOLCK or EOPNOTSUPP, as
-network file systems do, and its locks name no holder.
+The library `filelock` is no substitute: it fails on file systems that answer ENOLCK or EOPNOTSUPP,
+as network file systems do, and its locks name no holder.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moefy.errors import MoefyError
 from moefy.files.publish import BLOCK, hexdigest, sync, write_json
-from moefy.files.safetensors_header import BYTES, Entry, read_config, read_entries
+from moefy.files.safetensors_header import BYTES, Entry, damaged, read_config, read_entries
 
 DTYPES = {
     "F64": torch.float64,
@@ -147,7 +147,7 @@ class ShardWriter:
     def copy(self, name: str, entry: Entry) -> None:
         """Copy a tensor's bytes from its file, block by block."""
         assert self._slots[name].num_bytes == entry.stop - entry.start, name
-        self._put(name, _blocks(entry))
+        self._put(name, blocks(entry))
 
     def _put(self, name: str, blocks: Iterable) -> None:
         file, start = self._where[name]
@@ -213,14 +213,19 @@ def save(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, st
     return writer.digests
 
 
-def _blocks(entry: Entry) -> Iterator[bytes]:
+def blocks(entry: Entry) -> Iterator[bytearray]:
+    """The bytes of a stored tensor, block by block.
+
+    Raises:
+        MoefyError: code 3, when the file has shrunk since its header was read.
+    """
     with entry.file.open("rb") as file:
         file.seek(entry.start)
         left = entry.stop - entry.start
         while left:
-            block = file.read(min(BLOCK, left))
-            if not block:
-                raise MoefyError(f"{entry.file} ends early; fetch the file again")
+            block = bytearray(min(BLOCK, left))
+            if file.readinto(block) != len(block):
+                raise damaged(f"{entry.file} has become shorter while it was read")
             left -= len(block)
             yield block
 
