@@ -80,21 +80,18 @@ def run_task(
             bootstrap_iters=0,
         )
     names = [name for name in result["samples"] if result["samples"][name]]
-    first = result["samples"][names[0]][0]
-    metrics = list(first["metrics"])
+    metrics = list(result["samples"][names[0]][0]["metrics"])
     metric = next((name for name in PREFERRED if name in metrics), metrics[0])
     values = {
         f"{name}/{sample['doc_id']}": sample[metric]
         for name in names
         for sample in result["samples"][name]
     }
+    totals = {key.partition(",")[0]: v for key, v in result["results"].get(task, {}).items()}
     others = {
-        key.partition(",")[0]: value
-        for key, value in result["results"].get(task, {}).items()
-        if isinstance(value, int | float)
-        and "stderr" not in key
-        and key.partition(",")[0] in metrics
-        and key.partition(",")[0] != metric
+        name: totals[name]
+        for name in metrics
+        if name != metric and isinstance(totals.get(name), int | float)
     }
     direction = result["higher_is_better"].get(names[0], {}).get(metric, True)
     return {"metric": metric, "values": values, "others": others, "higher_is_better": direction}
@@ -108,7 +105,7 @@ def compared(own: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]
     """
     metric = own["metric"]
     pairs, theirs = (_pairs(scores, sorted(own["values"])) for scores in (own, dense))
-    value, base = _mean(metric, pairs), _mean(metric, theirs)
+    value, base = (float(_score(metric, *array.sum(0))) for array in (pairs, theirs))
     row = {
         "metric": metric,
         "value": value,
@@ -148,10 +145,6 @@ def _pairs(scores: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
     return np.array(pairs, dtype=float)
 
 
-def _mean(metric: str, pairs: np.ndarray) -> float:
-    return float(_score(metric, pairs[:, 0].sum(), pairs[:, 1].sum()))
-
-
 def _score(metric: str, total: Any, weight: Any) -> Any:
     """A metric of summed values and weights; likelihoods are in nats.
 
@@ -167,14 +160,13 @@ def _score(metric: str, total: Any, weight: Any) -> Any:
 def _bootstrap(metric: str, pairs: np.ndarray) -> np.ndarray:
     """The metric over draws of the samples; the same draws for every model."""
     draws = np.random.default_rng(0).integers(0, len(pairs), (DRAWS, len(pairs)))
-    drawn = pairs[draws].sum(1)
-    return _score(metric, drawn[:, 0], drawn[:, 1])
+    return _score(metric, *pairs[draws].sum(1).T)
 
 
 def _standard_error(metric: str, pairs: np.ndarray) -> float | None:
     if len(pairs) < 2:
         return None
-    if (pairs[:, 1] == 1).all() and metric not in ("perplexity",):
+    if (pairs[:, 1] == 1).all() and metric != "perplexity":
         return float(pairs[:, 0].std(ddof=1) / math.sqrt(len(pairs)))
     return float(_bootstrap(metric, pairs).std())
 

@@ -49,15 +49,6 @@ GRIDS = {
 """By the effort of a report."""
 
 
-def schedule(work: Sequence[Any], rounds: int) -> list[tuple[int, Any]]:
-    """Pairs of a round and a piece of work; round 0 only warms up, with the first piece.
-
-    >>> schedule(["short", "long"], 2)
-    [(0, 'short'), (1, 'short'), (1, 'long'), (2, 'short'), (2, 'long')]
-    """
-    return [(0, work[0]), *((turn, one) for turn in range(1, rounds + 1) for one in work)]
-
-
 def stretches(ids_T: Tensor, batch: int, length: int, turn: int) -> Tensor:
     """`batch` stretches of the text, evenly spread and different in every round, (B, T)."""
     room = max(len(ids_T), 1)
@@ -86,11 +77,12 @@ def timed(
 ) -> Seconds:
     """Seconds of all models in turn; `run` takes a label, a piece of work and the round.
 
-    A piece of work that took more than `longest` seconds in two rounds gets no third one.
+    Round 0 only warms up, with the first piece of work. A piece of work that took more than
+    `longest` seconds in two rounds gets no third one.
     """
     seconds: Seconds = {}
     total = dict.fromkeys(work, 0.0)
-    steps = schedule(work, rounds)
+    steps = [(0, work[0]), *((turn, piece) for turn in range(1, rounds + 1) for piece in work)]
     for done, (turn, piece) in enumerate(steps, 1):
         if turn > 2 and total[piece] > longest:
             continue

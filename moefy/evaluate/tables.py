@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -150,8 +151,6 @@ def robustness_row(
             routing.drift(load_E, load_of(layer))
             for load_E, layer in zip(loads, reference, strict=True)
         ]
-        row["routing_entropy"] = sum(routing.balance(load_E)["entropy"] for load_E in loads) / len(
-            loads
-        )
-        row["routing_drift"] = sum(drifts) / len(drifts)
+        row["routing_entropy"] = fmean(routing.balance(load_E)["entropy"] for load_E in loads)
+        row["routing_drift"] = fmean(drifts)
     return row
