@@ -1,4 +1,4 @@
-"""What is said of planted numbers, and which conditions hold for them."""
+"""Advice on planted numbers, and the conditions that hold for them."""
 
 import math
 
@@ -38,7 +38,7 @@ def report(rows=(), **more):
     [
         (1.30, 1.20, 1.40, "pays", "Faster"),
         (0.70, 0.60, 0.80, "does not pay", "SLOWER"),
-        # One round against it, or too little: no recommendation is made of it.
+        # One round against it, or too little: that is no recommendation.
         (1.30, 0.95, 1.60, "does not pay", "No faster"),
         (1.03, 1.02, 1.04, "does not pay", "No faster"),
         (0.97, 0.96, 0.98, "does not pay", "No faster"),
@@ -60,15 +60,15 @@ def test_what_falls_out_alike_is_told_at_once_and_nothing_else_is():
         speed_row(0.8, 0.7, 0.9, batch=32),
         speed_row(1.2, 1.1, 1.3, "prefill"),
     ]
-    found = advice(report(rows), "converted")
-    assert [one["verdict"] for one in found] == ["pays", "does not pay", "pays"]
-    assert [one["because"]["phase"] for one in found] == ["prefill", "decode", "decode"]
+    sentences = advice(report(rows), "converted")
+    assert [one["verdict"] for one in sentences] == ["pays", "does not pay", "pays"]
+    assert [one["because"]["phase"] for one in sentences] == ["prefill", "decode", "decode"]
     assert (
         "writing at batch 1 (128 tokens) and 32 (128 tokens): 0.70 to 0.80"
-        in (found[1]["sentence"])
+        in (sentences[1]["sentence"])
     )
-    assert "0.60 to 0.90 over the rounds" in found[1]["sentence"]
-    assert [row["batch"] for row in found[1]["because"]["rows"]] == [1, 32]
+    assert "0.60 to 0.90 over the rounds" in sentences[1]["sentence"]
+    assert [row["batch"] for row in sentences[1]["because"]["rows"]] == [1, 32]
 
 
 def test_what_was_not_measured_is_not_recommended():
@@ -78,11 +78,11 @@ def test_what_was_not_measured_is_not_recommended():
 
 @pytest.mark.parametrize(("cores", "busy"), [(0.2, True), (0.95, False), (1.9, False)])
 def test_a_busy_machine_is_told_before_its_speeds(cores, busy):
-    found = report([speed_row(1.3, 1.2, 1.4)])
-    found["speed"]["transformers"]["cores"] = cores
-    said = advice(found, "converted")
-    assert ("are unreliable" in said[0]["sentence"]) == busy
-    assert len(said) == 1 + busy
+    measured = report([speed_row(1.3, 1.2, 1.4)])
+    measured["speed"]["transformers"]["cores"] = cores
+    sentences = advice(measured, "converted")
+    assert ("are unreliable" in sentences[0]["sentence"]) == busy
+    assert len(sentences) == 1 + busy
 
 
 def scores(own, static, gain_error, windows=20):
@@ -169,9 +169,9 @@ MEASURED = {
     ],
 )
 def test_conditions(text, fails):
-    found = conditions.failures(conditions.parse(text), MEASURED, "converted")
-    assert len(found) == len(fails)
-    assert all(say in line for say, line in zip(fails, found, strict=True)), found
+    lines = conditions.failures(conditions.parse(text), MEASURED, "converted")
+    assert len(lines) == len(fails)
+    assert all(say in line for say, line in zip(fails, lines, strict=True)), lines
 
 
 @pytest.mark.parametrize(
@@ -260,9 +260,9 @@ def test_likelihoods_are_compared_by_a_paired_bootstrap():
 
 def test_the_worst_tenth_is_flagged_if_it_is_worse():
     rows = [{"scores": {"dense": -1.0, "moe": -1.0 - drop / 10}} for drop in range(20)]
-    found = prompts.regressions(rows, "moe")
-    assert [number for number, row in enumerate(found) if row["flagged"]] == [18, 19]
-    assert found[19]["drop"] == pytest.approx(1.9)
+    rows = prompts.regressions(rows, "moe")
+    assert [number for number, row in enumerate(rows) if row["flagged"]] == [18, 19]
+    assert rows[19]["drop"] == pytest.approx(1.9)
     same = prompts.regressions([{"scores": {"dense": -1.0, "moe": -1.05}}] * 3, "moe")
     assert not any(row["flagged"] for row in same)
 
@@ -307,21 +307,21 @@ def test_a_planted_slow_model_is_slow_and_is_said_to_be():
     clock = [0.0]
     models = {"dense": Clocked(clock, 0.001), "converted": Clocked(clock, 0.002)}
     grid = Grid(((1, 32), (8, 16)), rounds=3, new_tokens=4)
-    found = measure(
+    result = measure(
         {label: lambda dtype, model=model: model for label, model in models.items()},
         torch.arange(500),
         grid,
         dtypes=[torch.float32],
         clock=lambda: clock[0],
     )
-    rows = [row for row in found["rows"] if row["label"] == "converted"]
+    rows = [row for row in result["rows"] if row["label"] == "converted"]
     places = [(row["phase"], row["batch"], row["context"]) for row in rows]
     assert places == [("prefill", 1, 32), ("prefill", 8, 16), ("decode", 1, 32), ("decode", 8, 16)]
     assert all(row["ratio"] == pytest.approx(0.5) for row in rows)
     assert all(row["tokens_per_second"] == pytest.approx(500) for row in rows)
-    speed = {"transformers": {**found, "ideal_ratio": {}, "cores": 1.0}}
-    told = advice(report() | {"speed": speed}, "converted")
-    assert [one["sentence"][:6] for one in told] == ["SLOWER"] * 2
+    speed = {"transformers": {**result, "ideal_ratio": {}, "cores": 1.0}}
+    sentences = advice(report() | {"speed": speed}, "converted")
+    assert [one["sentence"][:6] for one in sentences] == ["SLOWER"] * 2
     # Both read the same: so many stretches, then a token of each at a time, in every round.
     assert models["dense"].calls == models["converted"].calls
     assert models["dense"].calls[:5] == [(1, 32), *[(1, 1)] * 4]
@@ -331,14 +331,14 @@ def test_only_what_takes_long_is_spared_the_third_round():
     clock = [0.0]
     models = {"dense": Clocked(clock, 0.05), "converted": Clocked(clock, 0.05)}
     grid = Grid(((1, 32), (8, 16)), rounds=4, new_tokens=4)
-    found = measure(
+    result = measure(
         {label: lambda dtype, model=model: model for label, model in models.items()},
         torch.arange(500),
         grid,
         dtypes=[torch.float32],
         clock=lambda: clock[0],
     )
-    assert {(row["batch"], row["rounds"]) for row in found["rows"]} == {(1, 4), (8, 2)}
+    assert {(row["batch"], row["rounds"]) for row in result["rows"]} == {(1, 4), (8, 2)}
 
 
 def test_ratios_are_taken_within_rounds():
@@ -361,8 +361,8 @@ def test_ideals_by_hand():
     # 20 always on, 80 in 8 experts of which 2 run: 40 in all for one token.
     moe = {"flops_per_token": 80, "weight_bytes": 110, "weight_bytes_active": 50}
     moe |= {"embedding_bytes": 10, "experts": [8, 2]}
-    found = ideals({"dense": dense, "moe": moe}, [1, 2, 1000])["moe"]
-    assert found["prefill"] == 2.5
-    assert found["decode"]["1"] == pytest.approx(100 / 40)
-    assert found["decode"]["2"] == pytest.approx(100 / (20 + 80 * (1 - 0.75**2)))
-    assert found["decode"]["1000"] == pytest.approx(1)
+    ratios = ideals({"dense": dense, "moe": moe}, [1, 2, 1000])["moe"]
+    assert ratios["prefill"] == 2.5
+    assert ratios["decode"]["1"] == pytest.approx(100 / 40)
+    assert ratios["decode"]["2"] == pytest.approx(100 / (20 + 80 * (1 - 0.75**2)))
+    assert ratios["decode"]["1000"] == pytest.approx(1)

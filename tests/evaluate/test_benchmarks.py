@@ -90,8 +90,8 @@ def test_perplexity_is_lm_evals_on_the_same_windows(model, tokenizer, text):
 
 def test_a_task_of_ones_own(model, tokenizer, task_folder):
     manager = check_tasks(["moefy_words"], task_folder)
-    found = run_task(model, tokenizer, "moefy_words", manager, None)
-    assert found["metric"] == "acc" and len(found["values"]) == 12
+    scores = run_task(model, tokenizer, "moefy_words", manager, None)
+    assert scores["metric"] == "acc" and len(scores["values"]) == 12
     rows = [json.loads(line) for line in (task_folder / "words.jsonl").read_text().splitlines()]
     for number, row in enumerate(rows):
         # A choice is as likely as all of its tokens together.
@@ -101,8 +101,8 @@ def test_a_task_of_ones_own(model, tokenizer, task_folder):
             for choice in row["choices"]
         ]
         right = max(range(3), key=sums.__getitem__) == row["gold"]
-        assert found["values"][f"moefy_words/{number}"] == right
-    assert compared(found, found)["value"] == sum(found["values"].values()) / 12
+        assert scores["values"][f"moefy_words/{number}"] == right
+    assert compared(scores, scores)["value"] == sum(scores["values"].values()) / 12
     some = run_task(model, tokenizer, "moefy_words", manager, 5)
     assert len(some["values"]) == 5
 
@@ -112,12 +112,12 @@ def test_a_task_whose_data_have_changed_is_another(task_folder):
     before = content("moefy_words", manager)
     assert before and content("moefy_words", manager) == before
     file = task_folder / "words.jsonl"
-    kept = file.read_text()
+    text = file.read_text()
     try:
-        file.write_text(kept.replace('"gold": 0', '"gold": 1', 1))
+        file.write_text(text.replace('"gold": 0', '"gold": 1', 1))
         assert content("moefy_words", manager) != before
     finally:
-        file.write_text(kept)
+        file.write_text(text)
 
 
 def test_tasks_that_are_not_there(task_folder, tmp_path, monkeypatch):

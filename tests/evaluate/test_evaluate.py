@@ -88,14 +88,14 @@ def test_log_probabilities_are_of_the_next_token(pair, windows):
 
 def test_dense_may_be_a_function_and_progress_is_told(pair, windows):
     dense, other = pair
-    told = []
-    by_model = compare(dense, {"other": other}, windows, watch=lambda *step: told.append(step))
+    steps = []
+    by_model = compare(dense, {"other": other}, windows, watch=lambda *step: steps.append(step))
 
     def stored(ids_T: torch.Tensor) -> torch.Tensor:
         return log_probabilities(dense, ids_T)
 
     assert compare(stored, {"other": other}, windows) == by_model
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 # Standard errors
@@ -116,25 +116,25 @@ def test_the_standard_error_is_that_of_a_bootstrap_over_windows(equal):
     tokens_W = np.full(count, 100) if equal else dice.integers(20, 200, count)
     dense_W = tokens_W * dice.normal(3.0, 0.5, count)
     difference_W = tokens_W * dice.normal(0.1, 0.05, count)
-    found = standard_error(*scores_of(difference_W, tokens_W, dense_W))
+    error = standard_error(*scores_of(difference_W, tokens_W, dense_W))
     drawn_BW = dice.integers(0, count, (4000, count))
     means_B = difference_W[drawn_BW].sum(1) / tokens_W[drawn_BW].sum(1)
-    assert found == pytest.approx(means_B.std(), rel=0.08)
+    assert error == pytest.approx(means_B.std(), rel=0.08)
     if equal:  # then it is the textbook's
         textbook = (difference_W / tokens_W).std(ddof=1) / count**0.5
-        assert found == pytest.approx(textbook, rel=1e-9)
+        assert error == pytest.approx(textbook, rel=1e-9)
     # Paired: not the error of either model's own mean, which texts that are hard for both inflate.
     own_B = dense_W[drawn_BW].sum(1) / tokens_W[drawn_BW].sum(1)
-    assert own_B.std() > 5 * found
+    assert own_B.std() > 5 * error
 
 
 def test_a_difference_far_below_the_sums_is_not_rounded_away():
     tokens_W = np.full(8, 1023)
     dense_W = np.linspace(3000, 4000, 8) + 1 / 3
     difference_W = 1e-6 * np.arange(8)
-    found = standard_error(*scores_of(difference_W, tokens_W, dense_W))
+    error = standard_error(*scores_of(difference_W, tokens_W, dense_W))
     textbook = (difference_W / tokens_W).std(ddof=1) / 8**0.5
-    assert found == pytest.approx(textbook, rel=1e-4)
+    assert error == pytest.approx(textbook, rel=1e-4)
 
 
 def test_one_window_has_no_standard_error():

@@ -47,39 +47,41 @@ def test_every_part_of_a_report(run, text, tmp_path, monkeypatch):
     )
     with monkeypatch.context() as patch:
         patch.setattr(parts, "peak_bytes", lambda folder, dtype, threads: len(str(folder)))
-        found = evaluate(run, settings)
-    assert found["not_run"] == []
-    assert found["format"] == 2 and found["main"] == "converted"
-    assert json.loads((run / "moefy" / "report.json").read_text()) == found
-    row = found["texts"]["text"]["converted"]
+        report = evaluate(run, settings)
+    assert report["not_run"] == []
+    assert report["format"] == 2 and report["main"] == "converted"
+    assert json.loads((run / "moefy" / "report.json").read_text()) == report
+    row = report["texts"]["text"]["converted"]
     assert row["nll"] == pytest.approx(math.log(row["perplexity"]))
     characters = len(text.read_text()[:2000].encode())  # as many bytes, for it is ASCII
     assert 0 < row["bits_per_byte"] < row["nll"] / math.log(2) * row["tokens"] / 50 < characters
-    assert found["robustness"].keys() == {
+    assert report["robustness"].keys() == {
         "in-domain",
         "random tokens",
         "truncated prompts",
         "long context",
         "text: text",
     }
-    for rows in found["robustness"].values():
+    for rows in report["robustness"].values():
         assert 0 <= rows["converted"]["routing_drift"] < 1
         assert 0 < rows["converted"]["routing_entropy"] <= 1
         assert rows["dense"]["routing_drift"] is None
-    assert found["robustness"]["long context"]["dense"]["tokens"] == 64
-    told = found["models"]["converted"]
-    assert told["peak_bytes"] == len(str(run))
-    assert told["parameters_active"] < told["parameters_total"]
-    assert told["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4  # layers, k and v, heads, width, float
-    assert [one["answer"] == "river" for one in found["prompts"]] == [True, False]
-    assert all(math.isfinite(one["drop"]) for one in found["prompts"])
-    assert len(found["speed"]["transformers"]["rows"]) == 2 * 2 * 2
-    layers = found["routing"]["converted"]["layers"]
+    assert report["robustness"]["long context"]["dense"]["tokens"] == 64
+    sizes_of_run = report["models"]["converted"]
+    assert sizes_of_run["peak_bytes"] == len(str(run))
+    assert sizes_of_run["parameters_active"] < sizes_of_run["parameters_total"]
+    assert (
+        sizes_of_run["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4
+    )  # layers, k and v, heads, width, float
+    assert [one["answer"] == "river" for one in report["prompts"]] == [True, False]
+    assert all(math.isfinite(one["drop"]) for one in report["prompts"])
+    assert len(report["speed"]["transformers"]["rows"]) == 2 * 2 * 2
+    layers = report["routing"]["converted"]["layers"]
     assert [layer["layer"] for layer in layers] == [0, 1]
     for layer in layers:
         assert sum(layer["load_E"]) == pytest.approx(1, abs=1e-4)
         assert len(layer["coactivation_EE"]) == len(layer["top_tokens"]) == len(layer["load_E"])
-    assert found["failed"] and "dnll" in found["failed"][0] and len(found["failed"]) == 1
+    assert report["failed"] and "dnll" in report["failed"][0] and len(report["failed"]) == 1
 
     # Nothing is measured a second time, and the report is the same.
     def never(*_, **__):
@@ -92,10 +94,10 @@ def test_every_part_of_a_report(run, text, tmp_path, monkeypatch):
     monkeypatch.setattr(parts.prompts, "likelihood", never)
     again = evaluate(run, settings)
     timed = {"created": "", "seconds": {}}
-    assert again | timed == found | timed
+    assert again | timed == report | timed
     # The negative control: another text is another measurement.
     other = evaluate(run, scores(text, controls=False, dense=None))
-    assert other["texts"]["text"] == found["texts"]["text"]
+    assert other["texts"]["text"] == report["texts"]["text"]
     (tmp_path / "other.txt").write_text(text.read_text()[3000:])
     lost = "measured again"
     with pytest.raises(MoefyError, match=lost):
@@ -111,12 +113,12 @@ def test_a_report_that_was_cut_short_goes_on(run, text, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             evaluate(run, scores(text))
     assert not (run / "moefy" / "report.json").exists()
-    kept = {file.name for file in (run / "moefy" / "measured").iterdir()}
-    assert len(kept) == 2
+    names = {file.name for file in (run / "moefy" / "measured").iterdir()}
+    assert len(names) == 2
     monkeypatch.setattr(scoring, "score_models", stopped)
     assert evaluate(run, scores(text))["not_run"] == []
     # A damaged measurement counts as none.
-    for name in kept:
+    for name in names:
         (run / "moefy" / "measured" / name).write_text('{"value"')
     with pytest.raises(KeyboardInterrupt):
         evaluate(run, scores(text))
@@ -153,16 +155,16 @@ def test_a_part_that_fails_takes_no_other_with_it(run, text, monkeypatch):
         raise RuntimeError("a fault\nof two lines")
 
     monkeypatch.setattr(parts.prompts, "continuation", broken)
-    found = evaluate(run, scores(text))
-    assert found["not_run"] == [
+    report = evaluate(run, scores(text))
+    assert report["not_run"] == [
         {"what": "generation", "reason": "RuntimeError: a fault of two lines"}
     ]
-    assert found["texts"]["text"] and found["generation"] == []
+    assert report["texts"]["text"] and report["generation"] == []
 
 
 def test_a_model_against_itself_is_no_distance_away(run, text):
-    found = evaluate(run, scores(text, dense=str(run)))
-    row = found["texts"]["text"]["converted"]
+    report = evaluate(run, scores(text, dense=str(run)))
+    row = report["texts"]["text"]["converted"]
     assert row["kl"] == 0 and row["dnll"] == 0 and row["top1_agreement"] == 1
 
 
@@ -176,14 +178,14 @@ def test_a_planted_dead_expert_shows(planted, pico, converted, text, tmp_path):
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     tensors[name][3] -= 100.0 * planted
     save_file(tensors, file, {"format": "pt"})
-    found = evaluate(run, scores(text))
-    layers = found["routing"]["converted"]["layers"]
+    report = evaluate(run, scores(text))
+    layers = report["routing"]["converted"]["layers"]
     assert (layers[1]["load_E"][3] == 0) == planted
     assert (layers[1]["dead"] > 0) == planted
-    told = [one for one in found["advice"] if "dead expert" in one["sentence"]]
-    assert bool(told) == planted
+    sentences = [one for one in report["advice"] if "dead expert" in one["sentence"]]
+    assert bool(sentences) == planted
     if planted:
-        assert told[0]["because"]["layers"] == [1]
+        assert sentences[0]["because"]["layers"] == [1]
         # A token that is on no expert's list does not name the dead one's.
         assert layers[1]["top_tokens"][3] == []
 
@@ -203,36 +205,36 @@ def finetuned(parent: Path, out: Path, **more) -> Path:
 def test_every_stage_of_a_run_and_other_runs_stand_side_by_side(run, text, tmp_path):
     tuned = finetuned(run, tmp_path / "runs" / "tuned")
     twice = finetuned(tuned, tmp_path / "runs" / "twice")
-    found = evaluate(twice, scores(text, against=(str(run),)))
+    report = evaluate(twice, scores(text, against=(str(run),)))
     labels = ["dense", "converted", "finetuned", "finetuned 2", "run"]
-    assert list(found["texts"]["text"]) == labels
-    assert found["main"] == "finetuned 2" and list(found["runs"]) == [*labels[1:3], "run"]
-    assert found["texts"]["text"]["run"] == found["texts"]["text"]["converted"]
-    assert found["texts"]["text"]["finetuned"] != found["texts"]["text"]["converted"]
-    assert found["finetune"]["finetuned"]["curve"] == [{"step": 1, "loss": 2.0}]
+    assert list(report["texts"]["text"]) == labels
+    assert report["main"] == "finetuned 2" and list(report["runs"]) == [*labels[1:3], "run"]
+    assert report["texts"]["text"]["run"] == report["texts"]["text"]["converted"]
+    assert report["texts"]["text"]["finetuned"] != report["texts"]["text"]["converted"]
+    assert report["finetune"]["finetuned"]["curve"] == [{"step": 1, "loss": 2.0}]
     # Moved together, they still find each other; alone, the report says what is missing.
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "runs", moved)
     shutil.rmtree(tmp_path / "runs")
     assert list(evaluate(moved / "twice", scores(text))["texts"]["text"]) == labels[:4]
     shutil.rmtree(moved / "run")
-    found = evaluate(moved / "tuned", scores(text))
-    assert list(found["texts"]["text"]) == ["dense", "finetuned"]
-    assert "fine-tuned from is not there" in found["not_run"][0]["reason"]
+    report = evaluate(moved / "tuned", scores(text))
+    assert list(report["texts"]["text"]) == ["dense", "finetuned"]
+    assert "fine-tuned from is not there" in report["not_run"][0]["reason"]
     # The negative control of being there: one of that name, of other weights.
     shutil.copytree(moved / "tuned", moved / "run")
     (moved / "run" / "moefy" / "finetune.json").unlink()
-    found = evaluate(moved / "tuned", scores(text))
-    assert list(found["texts"]["text"]) == ["dense", "finetuned"]
-    assert "fine-tuned from has other weights now" in found["not_run"][0]["reason"]
+    report = evaluate(moved / "tuned", scores(text))
+    assert list(report["texts"]["text"]) == ["dense", "finetuned"]
+    assert "fine-tuned from has other weights now" in report["not_run"][0]["reason"]
 
 
 def test_another_tokenizer_is_refused(run, text, tmp_path):
     other = Path(shutil.copytree(run, tmp_path / "other"))
     file = other / "tokenizer.json"
-    told = json.loads(file.read_text())
-    told["model"]["merges"] = told["model"]["merges"][:5]
-    file.write_text(json.dumps(told))
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:5]
+    file.write_text(json.dumps(tokenizer))
     with pytest.raises(MoefyError, match="another tokenizer") as refused:
         evaluate(other, scores(text))
     assert refused.value.code == 3
@@ -277,8 +279,8 @@ def test_a_dense_token_stream_scores_only_what_is_kept(pico):
     some = compare(model, {}, [ids_T], keep=10)["dense"]
     with torch.inference_mode():
         logits_TV = model(ids_T[None]).logits[0, -11:-1]
-    wanted = torch.nn.functional.cross_entropy(logits_TV, ids_T[-10:])
-    assert some.num_tokens == 10 and some.nll == pytest.approx(float(wanted), rel=1e-5)
+    expected = torch.nn.functional.cross_entropy(logits_TV, ids_T[-10:])
+    assert some.num_tokens == 10 and some.nll == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(pico, tmp_path, monkeypatch):

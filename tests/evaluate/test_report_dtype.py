@@ -77,22 +77,22 @@ def settings(pair, text, **more) -> Settings:
 @pytest.mark.parametrize("native", [True, False])
 def test_all_models_compute_in_one_dtype_that_the_machine_has(native, pair, text, machine, opened):
     machine(native=native)
-    found = evaluate(pair[1], settings(pair, text, against=("partition=shuffle",)))
+    report = evaluate(pair[1], settings(pair, text, against=("partition=shuffle",)))
     name = "bfloat16" if native else "float32"
     assert len(opened) == 3 and set(opened) == {HALF if native else WHOLE}
-    assert found["compute"] | {"processor": ""} == {
+    assert report["compute"] | {"processor": ""} == {
         "dtype": name,
         "stored": "bfloat16",
-        "note": found["compute"]["note"],
+        "note": report["compute"]["note"],
         "processor": "",
     }
-    assert found["compute"]["processor"] and computed_in(found) == f", in {name}"
-    notes = [note for note in found["notes"] if "this machine is 200.0 times slower" in note]
+    assert report["compute"]["processor"] and computed_in(report) == f", in {name}"
+    notes = [note for note in report["notes"] if "this machine is 200.0 times slower" in note]
     assert len(notes) == (not native)
-    # What is stored is told in its own bytes.
+    # Stored bytes count in the stored dtype.
     values = sum(t.numel() for t in load_file(pair[0] / "model.safetensors").values())
-    assert found["models"]["dense"]["weight_bytes"] == 2 * values
-    assert found["models"]["dense"]["dtype"] == "bfloat16"
+    assert report["models"]["dense"]["weight_bytes"] == 2 * values
+    assert report["models"]["dense"]["dtype"] == "bfloat16"
 
 
 def test_what_was_measured_in_another_dtype_is_measured_again(pair, text, machine, monkeypatch):
@@ -115,20 +115,20 @@ def test_what_was_measured_in_another_dtype_is_measured_again(pair, text, machin
 def test_speed_is_tried_in_both_dtypes_where_both_are_native(pair, text, machine, opened):
     grid = Grid(((1, 16), (2, 16)), rounds=1, new_tokens=2)
     machine(native=True)
-    found = evaluate(pair[1], settings(pair, text, speed=True, grid=grid, llama_cpp=False))
-    speed = found["speed"]["transformers"]
+    report = evaluate(pair[1], settings(pair, text, speed=True, grid=grid, llama_cpp=False))
+    speed = report["speed"]["transformers"]
     assert opened.count(HALF) == opened.count(WHOLE) == 2 and speed["processor"]
     assert {row["dtype"] for row in speed["rows"]} <= {"bfloat16", "float32"}
     assert len(speed["rows"]) == 8
     opened.clear()
     machine(native=False)
-    found = evaluate(pair[1], settings(pair, text, speed=True, grid=grid, llama_cpp=False))
+    report = evaluate(pair[1], settings(pair, text, speed=True, grid=grid, llama_cpp=False))
     assert set(opened) == {WHOLE}
-    assert {row["dtype"] for row in found["speed"]["transformers"]["rows"]} == {"float32"}
+    assert {row["dtype"] for row in report["speed"]["transformers"]["rows"]} == {"float32"}
     assert any(
-        "speed in bfloat16 was not tried: a product takes 200.0" in n for n in found["notes"]
+        "speed in bfloat16 was not tried: a product takes 200.0" in n for n in report["notes"]
     )
-    assert any("float32), reading" in one["sentence"] for one in found["advice"])
+    assert any("float32), reading" in one["sentence"] for one in report["advice"])
 
 
 def test_every_open_model_counts_and_what_does_not_fit_stays_as_stored(pair, machine, monkeypatch):
@@ -163,11 +163,11 @@ def test_dtypes_whose_speed_is_tried(pair, machine, monkeypatch):
 
 def test_bytes_are_those_of_the_stored_dtype():
     config = AutoConfig.for_model("qwen2_moe", num_experts=4, num_experts_per_tok=2, **PICO)
-    told = [
+    rows = [
         sizes(AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), HALF)
         for dtype in (HALF, WHOLE)
     ]
-    assert told[0] == told[1]
+    assert rows[0] == rows[1]
 
 
 def test_the_stored_dtype_is_the_one_that_is_named_or_that_of_most_values(pair, pico):
