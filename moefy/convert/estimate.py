@@ -39,7 +39,7 @@ def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
     notes = [*job.notes, *([plan.refusal] if plan.refusal else [])]
     if job.recipe.calibration == SELF:
         notes += writing(job, memory).notes
-    dense = sum(entry.num_elements for entry in job.checkpoint.entries.values())
+    dense = job.num_weights
     total = sum(slot.num_bytes // DTYPES[slot.dtype].itemsize for slot in slots.values())
     hidden, shape = job.size("hidden_size"), job.shape
     neuron = (3 if job.family.gated else 2) * hidden
@@ -84,9 +84,8 @@ def _seconds(job: Job) -> float:
     layer = sum(taken.values()) + PER_ACTIVATION * job.recipe.tokens * job.shape.num_neurons
     layer += PER_INPUT * job.size("hidden_size") if job.method.fit is not None else 0
     num_dense = max(job.layers) + 1 - len(job.layers)
-    weights = sum(entry.num_elements for entry in job.checkpoint.entries.values())
     # There and back through all weights, of which none needs a gradient.
-    gradient = 4 * weights * job.recipe.tokens if job.method.gradient else 0
+    gradient = 4 * job.num_weights * job.recipe.tokens if job.method.gradient else 0
     whole = layer * len(job.layers) + (taken["attention"] + taken["dense"]) * num_dense + gradient
     return whole / _speed(job.device)
 
@@ -100,14 +99,11 @@ def operations(job: Job) -> dict[str, dict[str, float]]:
     recipe, shape, hidden = job.recipe, job.shape, job.size("hidden_size")
     tokens, neurons = recipe.tokens, shape.num_neurons
     matrices, sides = 3 if job.family.gated else 2, 2 if job.method.error_propagation else 1
-    prefix, ffn = job.family.layer.format(layer=0), set(job.family.ffn_names(0))
-    others = {name: e for name, e in job.checkpoint.entries.items() if name.startswith(prefix)}
-    weights = sum(entry.num_elements for name, entry in others.items() if name not in ffn)
     once, gram = 2.0 * tokens * neurons * hidden, 2.0 * tokens * hidden * hidden
     sample = min(tokens, SAMPLE)
     counts: dict[str, dict[str, float]] = {
         "attention": {
-            "product": 2.0 * sides * tokens * (weights + recipe.sequence_length * hidden)
+            "product": 2.0 * sides * tokens * (job.other_weights + recipe.sequence_length * hidden)
         },
         "dense": {"product": (sides - 1) * matrices * once},
         "profile": {"product": matrices * once},

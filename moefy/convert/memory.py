@@ -117,8 +117,13 @@ def state_bytes(job: Job) -> int:
     """
     hidden = 4 * job.size("hidden_size")
     states = job.recipe.tokens * hidden * (2 if job.method.error_propagation else 1)
-    slopes = job.recipe.tokens * hidden // 2 * len(job.layers) if job.method.gradient else 0
-    return 3 * states + slopes + 8 * job.recipe.tokens
+    return 3 * states + gradient_bytes(job) + 8 * job.recipe.tokens
+
+
+def gradient_bytes(job: Job) -> int:
+    """Bytes of the gradients that a partition asks for."""
+    count = job.recipe.tokens * job.size("hidden_size") * len(job.layers)
+    return 2 * count if job.method.gradient else 0
 
 
 def available() -> int:
@@ -202,9 +207,7 @@ def predicted(
     they are read in whole (see `reopen`).
     """
     base = base_bytes(job.checkpoint.folder)
-    states = 0 if in_files else state_arrays(job)
-    slopes = 2 * len(job.layers) * job.recipe.tokens * job.size("hidden_size")
-    always = base + states + (slopes if job.method.gradient else 0)
+    always = base + gradient_bytes(job) + (0 if in_files else state_arrays(job))
     stages = {stage: always + held for stage, held in _layer(job).items()}
     stages |= {stage: base + held for stage, held in _whole(job, most).items()}
     stages["reopen"] = base + _reopened(job, slots)
@@ -251,16 +254,8 @@ def _layer(job: Job) -> dict[str, int]:
 
 def _attention(job: Job) -> int:
     """Weights of a layer outside its FFN, and the states they work on."""
-    layer, ffn = job.family.layer, set(job.family.ffn_names(0))
-    first = layer.format(layer=0)
-    others = {
-        name: entry
-        for name, entry in job.checkpoint.entries.items()
-        if name.startswith(first) and name not in ffn
-    }
-    weights = 4 * sum(entry.num_elements for entry in others.values())
     rows = 4 * min(4 * job.recipe.sequence_length, job.recipe.tokens)
-    return weights + 8 * rows * job.size("hidden_size")
+    return 4 * job.other_weights + 8 * rows * job.size("hidden_size")
 
 
 def writing(job: Job, most: int | None = None) -> Writing:
@@ -286,16 +281,14 @@ def writing(job: Job, most: int | None = None) -> Writing:
 
 def _whole(job: Job, most: int | None) -> dict[str, int]:
     """What the stages hold that need the whole dense model in memory."""
-    entries, recipe = job.checkpoint.entries.values(), job.recipe
-    stages = {}
+    recipe, stages = job.recipe, {}
     if recipe.calibration == SELF:
         stages["calibration"] = writing(job, most).num_bytes
     if job.method.gradient:
         hidden, length = job.size("hidden_size"), recipe.sequence_length
         way_back = 4 * length * job.num_layers * (16 * hidden + 4 * job.shape.num_neurons)
         way_back += 16 * length * job.size("vocab_size")
-        slopes = 2 * len(job.layers) * recipe.tokens * hidden
-        stages["gradients"] = 4 * sum(entry.num_elements for entry in entries) + way_back + slopes
+        stages["gradients"] = 4 * job.num_weights + way_back + gradient_bytes(job)
     return stages
 
 

@@ -87,6 +87,26 @@ class Job:
         return self.family.task(self.checkpoint.config)
 
     @property
+    def num_weights(self) -> int:
+        """Weights of the dense model."""
+        return sum(entry.num_elements for entry in self.checkpoint.entries.values())
+
+    @property
+    def other_weights(self) -> int:
+        """Weights of the first layer outside its FFN."""
+        first, ffn = self.family.layer.format(layer=0), self.family.ffn_names(0)
+        return sum(
+            entry.num_elements
+            for name, entry in self.checkpoint.entries.items()
+            if name.startswith(first) and name not in ffn
+        )
+
+    @property
+    def ffn_names(self) -> dict[str, int]:
+        """The tensors of the FFNs that are converted, and the layers that they are in."""
+        return {name: layer for layer in self.layers for name in self.family.ffn_names(layer)}
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the FFN and router tensors that are written."""
         if self.recipe.dtype != "as-stored":
@@ -96,8 +116,7 @@ class Job:
     @property
     def stored_dtype(self) -> torch.dtype:
         """The dtype of the FFNs that are converted: of several, the one that holds all values."""
-        names = [name for layer in self.layers for name in self.family.ffn_names(layer)]
-        codes = sorted({self.checkpoint.entries[name].dtype for name in names})
+        codes = sorted({self.checkpoint.entries[name].dtype for name in self.ffn_names})
         return reduce(torch.promote_types, [DTYPES[code] for code in codes])
 
     @property

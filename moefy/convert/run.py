@@ -20,7 +20,7 @@ from moefy.convert import sensitivity, write
 from moefy.convert.calibration import calibration_tokens
 from moefy.convert.gradients import ffn_gradients
 from moefy.convert.layers import convert_layers, shared
-from moefy.convert.memory import ADVICE, Plan, fit, require, state_bytes
+from moefy.convert.memory import ADVICE, Plan, fit, gradient_bytes, require, state_bytes
 from moefy.convert.oracle import attach
 from moefy.convert.prepare import AUTO, SELF, Job, Watch
 from moefy.convert.session import Attempt, Session
@@ -84,8 +84,7 @@ def _lead(
     job, state, clock, force = session.job, session.state, session.clock, session.attempt.force
     with clock.stage("check weights"):
         # This comes first: a model with NaN writes no text either.
-        ffn = {name for layer in job.layers for name in job.family.ffn_names(layer)}
-        scanned = scan(job.checkpoint, ffn, partial(session.watch, "check weights"))
+        scanned = scan(job.checkpoint, job.ffn_names, partial(session.watch, "check weights"))
     state.claim({"inputs": scanned.digests}, force=force)
     with clock.stage("calibration text"):
         tokens = tokens or _tokens(session)
@@ -232,9 +231,8 @@ def _gradients(session: Session, tokens: packing.Tokens) -> dict[int, Tensor]:
         if record := session.state.load_tensors("gradients"):
             return {int(layer): tensor for layer, tensor in record[0].items()}
         ids_BT = tokens.ids_BT[: -tokens.num_heldout]
-        weights = sum(entry.num_elements for entry in job.checkpoint.entries.values())
-        slope_bytes = 2 * len(job.layers) * ids_BT.numel() * job.size("hidden_size")
-        require(4 * weights + slope_bytes, "a model that gives gradients", ADVICE["gradients"])
+        needed = 4 * job.num_weights + gradient_bytes(job)
+        require(needed, "a model that gives gradients", ADVICE["gradients"])
         show = partial(session.watch, "gradients")
         slopes = ffn_gradients(job.checkpoint, job.family, job.layers, ids_BT, job.device, show)
         tensors = {str(layer): slope for layer, slope in slopes.items()}

@@ -34,7 +34,6 @@ def summarise(
     inputs: dict[str, str],
 ) -> dict[str, Any]:
     """What `moefy/conversion.json` holds, less the digests of the output."""
-    entries = job.checkpoint.entries
     local = job.recipe.model == DEMO or Path(job.recipe.model).expanduser().is_dir()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
@@ -48,7 +47,7 @@ def summarise(
         "licence": licence(job.checkpoint.folder),
         "engines": known_engines(job.target.model_type) if job.method.fit else ["every engine"],
         "shape": {**dataclasses.asdict(job.shape), "active_fraction": job.shape.active_fraction},
-        "parameters_dense": sum(entry.num_elements for entry in entries.values()),
+        "parameters_dense": job.num_weights,
         "layers": layers,
         "layers_left_dense": [n for n in range(job.num_layers) if n not in job.layers],
         "recipe": dataclasses.asdict(job.recipe),

@@ -29,8 +29,7 @@ def slots(job: Job) -> dict[str, Slot]:
 
 def _slots(job: Job) -> dict[str, Slot]:
     """What is made of the dense checkpoint's tensors, under names less the target's prefix."""
-    ffn_of = {name: layer for layer in job.layers for name in job.family.ffn_names(layer)}
-    block = _block_slots(job)
+    ffn_of, block = job.ffn_names, _block_slots(job)
     table: dict[str, Slot] = {}
     for name, entry in sorted(job.checkpoint.entries.items()):
         layer = ffn_of.get(name)
@@ -45,31 +44,24 @@ def _slots(job: Job) -> dict[str, Slot]:
 
 def _block_slots(job: Job) -> dict[str, Slot]:
     """Tensors of one converted FFN, from shapes alone."""
-    shape, hidden = job.shape, job.size("hidden_size")
-    family = job.family
-    ffn = empty_ffn(shape.num_neurons, hidden, gated=family.gated, biased=family.biased)
+    shape, hidden, family = job.shape, job.size("hidden_size"), job.family
+    num_shared = shape.num_active if job.method.fit is None else shape.num_shared
     with torch.device("meta"):
-        static = job.method.fit is None
+        matrix_FD = torch.empty(shape.num_neurons, hidden)
+        ffn = FFN(
+            matrix_FD if family.gated else None,
+            matrix_FD,
+            torch.empty(hidden, shape.num_neurons),
+            bias_F=torch.empty(shape.num_neurons) if family.biased else None,
+        )
         partition = Partition(
-            torch.empty(shape.num_active if static else shape.num_shared, dtype=torch.long),
+            torch.empty(num_shared, dtype=torch.long),
             torch.empty(shape.num_experts, shape.expert_width, dtype=torch.long),
         )
         router_ED = torch.empty(shape.num_experts, hidden)
         split = Split(ffn, partition, router_ED, shape.experts_per_token, job.dtype)
         tensors = job.target.tensors(split)
     return {name: Slot(CODES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
-
-
-def empty_ffn(neurons: int, hidden: int, *, gated: bool, biased: bool) -> FFN:
-    """An FFN of shapes alone, its tensors on no device."""
-    with torch.device("meta"):
-        matrix_FD = torch.empty(neurons, hidden)
-        return FFN(
-            matrix_FD if gated else None,
-            matrix_FD,
-            torch.empty(hidden, neurons),
-            bias_F=torch.empty(neurons) if biased else None,
-        )
 
 
 def _stored(job: Job, code: str) -> str:
@@ -107,9 +99,8 @@ def _rest(job: Job, name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 def copy(job: Job, writer: ShardWriter, watch: Watch) -> None:
     """Write everything that is no converted FFN: byte for byte, unless another dtype is asked."""
-    skip = {name for layer in job.layers for name in job.family.ffn_names(layer)}
-    added = _added(job, _slots(job))
-    work = {name: name for name in job.checkpoint.entries if name not in skip}
+    added, ffn_of = _added(job, _slots(job)), job.ffn_names
+    work = {name: name for name in job.checkpoint.entries if name not in ffn_of}
     heads = {name: origin for name, (_, origin) in added.items() if origin}
     for done, (name, origin) in enumerate([*work.items(), *heads.items()], 1):
         entry = job.checkpoint.entries[origin]

@@ -52,11 +52,7 @@ def fit(
 
 
 def refine(
-    routed: RoutedFFN,
-    profile: Profile,
-    *,
-    generator: torch.Generator,
-    options: Options = DEFAULTS,
+    routed: RoutedFFN, profile: Profile, *, generator: torch.Generator, options: Options = DEFAULTS
 ) -> Router:
     """Fit again, to what the experts of a refitted FFN are worth beside those that are chosen.
 
