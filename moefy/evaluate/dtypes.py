@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moefy.compute import AUTO, ComputeDtype, compute_dtype, name_of, slowness
+from moefy.compute import ComputeDtype, compute_dtype, name_of, slowness
 from moefy.convert.memory import LIBRARIES, available
 from moefy.evaluate.implementations import HOPELESS
 from moefy.files.safetensors_header import read_entries
@@ -48,7 +48,7 @@ def dtypes_to_try(
     unless a small product shows that one is hopeless. The models are open in `computed` already, so
     another dtype must fit into memory beside it.
     """
-    if asked != AUTO:
+    if asked != "auto":
         return [computed], {}
     chosen, left_out = [computed], {}
     for dtype in dict.fromkeys((stored, torch.float32)):
