@@ -34,5 +34,5 @@ def gguf(
 
     read_report(run)  # `export` itself takes any model: reports measure the dense one by it
     with watching(quiet=quiet) as watch:
-        made = export(run, out, quantize, force=force, watch=watch)
-    show(made, terminal.show_export, as_json, quiet)
+        result = export(run, out, quantize, force=force, watch=watch)
+    show(result, terminal.show_export, as_json, quiet)

@@ -15,17 +15,17 @@ def inspect(
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what the checkpoint PATH is, what can become of it, and which engines run it.
+    """Show what the checkpoint PATH is, what it can become, and which engines run it.
 
-    Where something is wrong with it, tells as well what can be read. The exit code is 3 for a
-    broken checkpoint and 4 for one that cannot be converted.
+    For a broken checkpoint it shows what can be read. The exit code is then 3, and 4 for a
+    checkpoint that cannot be converted.
     """
     from moefy.inspect import describe, terminal
 
-    found = describe(path, revision=revision)
-    show(found, terminal.show_inspection, as_json, quiet=False)
-    if problems := found["problems"]:
-        raise MoefyError("; ".join(problems), code=found["code"])
+    result = describe(path, revision=revision)
+    show(result, terminal.show_inspection, as_json, quiet=False)
+    if problems := result["problems"]:
+        raise MoefyError("; ".join(problems), code=result["code"])
 
 
 def families(as_json: Json = False) -> None:

@@ -23,8 +23,8 @@ def command(
 ) -> Callable[[Callable[[Given, Switches], None]], Callable[..., None]]:
     """A command that takes the fields of `recipe` and of `switches`.
 
-    The function gets a table of those of `recipe` that were given, so that a file's values stand
-    where none was, and a value of the class `switches`.
+    The function gets the options of `recipe` that the command line names, since a recipe's file
+    sets the others, and a value of the class `switches`.
     """
 
     def decorate(function: Callable[[Given, Switches], None]) -> Callable[..., None]:

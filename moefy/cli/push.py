@@ -15,7 +15,7 @@ def push(
     repo: Annotated[str, typer.Argument(help="Repository on the Hub, owner/name.")],
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Who may see a repository that is made."),
+        typer.Option("--private/--public", help="Visibility of a new repository."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to upload to.")] = None,
     calibration: Annotated[
@@ -29,8 +29,8 @@ def push(
 ) -> None:
     """Upload the run RUN to the Hugging Face Hub as REPO.
 
-    Sent are the model, its card, and under moefy/ the recipe and the reports, which hold the
-    prompts that were measured and the paths of your folders. Left out are caches, exports and the
+    It sends the model, its card, and under moefy/ the recipe and the reports. These hold the
+    prompts that were measured and the paths of your folders. It leaves out caches, exports and the
     calibration tokens.
     """
     quiet_libraries()
@@ -38,7 +38,7 @@ def push(
     from moefy.runs.push import push as send
 
     with watching(quiet=quiet) as watch:
-        told = send(
+        summary = send(
             run,
             repo,
             private=private,
@@ -47,10 +47,10 @@ def push(
             dry=dry_run,
             watch=watch,
         )
-    show(told, _pushed, as_json, quiet)
+    show(summary, _show, as_json, quiet)
 
 
-def _pushed(told: dict[str, Any]) -> None:
+def _show(summary: dict[str, Any]) -> None:
     from moefy.report import terminal
 
-    terminal.show_push(told)
+    terminal.show_push(summary)

@@ -23,9 +23,9 @@ def run(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert, fine-tune and report, as RECIPE says; what has been done already is skipped.
+    """Convert, fine-tune and report as RECIPE says; skip what has been done already.
 
-    The fine-tune, if there is a table [finetune], goes to OUT-finetuned. The table [report] says
+    A fine-tune, where RECIPE has a table [finetune], goes to OUT-finetuned. The table [report] says
     what to measure.
     """
     build(recipe, {}, [])  # most mistakes are found here, before anything slow is imported

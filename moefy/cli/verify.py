@@ -16,7 +16,7 @@ def verify(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that RUN is what was written, and computes what it did.
+    """Check that RUN is as it was written, and computes as it did.
 
     Digests of all files, headers, finite values, and a forward pass through stock transformers
     against the figures of the report. The exit code is 3 for files that were changed and 6 for
@@ -27,13 +27,13 @@ def verify(
     from moefy.runs.verify import verify as check
 
     with watching(quiet=quiet) as watch:
-        found = check(run, watch)
-    show(found, _told, as_json, quiet)
-    if not found["passed"]:
-        raise MoefyError(found["checks"][-1]["found"], code=found["code"])
+        result = check(run, watch)
+    show(result, _show, as_json, quiet)
+    if not result["passed"]:
+        raise MoefyError(result["checks"][-1]["found"], code=result["code"])
 
 
-def _told(found: dict[str, Any]) -> None:
+def _show(result: dict[str, Any]) -> None:
     from moefy.report import terminal
 
-    terminal.show_checks(found)
+    terminal.show_checks(result)

@@ -30,19 +30,19 @@ def calibration_tokens(job: Job, watch: Watch, *, memory: int | None = None) -> 
     """
     recipe, folder = job.recipe, job.checkpoint.folder
     size = job.size("vocab_size")
-    shape = {"num_tokens": recipe.tokens, "length": recipe.sequence_length, "seed": recipe.seed}
+    amount = packing.Amount(recipe.tokens, recipe.sequence_length, recipe.seed)
     if recipe.calibration == SELF:
         return _self_written(job, watch, memory)
     if recipe.text_field == packing.IDS:
-        return packing.load_ids(recipe.calibration, vocab_size=size, **shape)
+        return packing.load_ids(recipe.calibration, amount, vocab_size=size)
     tokenizer = load_tokenizer(folder)
     tokens = packing.load(
         tokenizer,
         recipe.calibration,
+        amount,
         text_field=recipe.text_field,
         vocab_size=size,
         stratify=recipe.stratify,
-        **shape,
     )
     notes = vocabulary_notes(tokenizer, size)
     return dataclasses.replace(tokens, notes=(*notes, *tokens.notes))
@@ -64,9 +64,7 @@ def _self_written(job: Job, watch: Watch, memory: int | None) -> packing.Tokens:
     tokens = sample(
         model.to(job.device).eval(),
         tokenizer,
-        num_tokens=recipe.tokens,
-        length=recipe.sequence_length,
-        seed=recipe.seed,
+        packing.Amount(recipe.tokens, recipe.sequence_length, recipe.seed),
         batch_size=way.batch_size,
         progress=partial(watch, "calibration text"),
     )

@@ -220,20 +220,19 @@ def read_text(
     length = settings.sequence_length
     train_tokens = num_steps(settings, world) * tokens_per_step(settings, world)
     total = train_tokens + settings.validation_tokens // length * length
-    share = settings.validation_tokens / total
-    shape = {"num_tokens": total, "length": length, "seed": settings.seed, "heldout": share}
+    amount = packing.Amount(total, length, settings.seed, settings.validation_tokens / total)
     if settings.data == "self":
-        tokens = write(progress=partial(watch, "write text"), **shape)
+        tokens = write(amount, progress=partial(watch, "write text"))
     elif settings.text_field == packing.IDS:
-        tokens = packing.load_ids(settings.data, vocab_size=run.vocab_size, **shape)
+        tokens = packing.load_ids(settings.data, amount, vocab_size=run.vocab_size)
     else:
         watch("read text", 0, 1)
         tokens = packing.load(
             load_tokenizer(run.folder),
             settings.data,
+            amount,
             text_field=settings.text_field,
             vocab_size=run.vocab_size,
-            **shape,
         )
     rows, step = (
         len(tokens.ids_BT) - tokens.num_heldout,
@@ -248,7 +247,14 @@ def read_text(
     return tokens
 
 
-def write_text(folder: Path, settings: Settings, dtype: torch.dtype, **shape: Any) -> Tokens:
+def write_text(
+    folder: Path,
+    settings: Settings,
+    dtype: torch.dtype,
+    amount: packing.Amount,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tokens:
     """Text that the dense model in `folder` writes, as many documents at a time as fit in memory.
 
     Raises:
@@ -262,4 +268,5 @@ def write_text(folder: Path, settings: Settings, dtype: torch.dtype, **shape: An
     needed = sizes.num_bytes(dtype.itemsize, batch_size)
     require(needed, "a model that writes its own training text", "give a --data FILE")
     model = load_teacher(folder, settings, dtype)
-    return sample(model, load_tokenizer(folder), batch_size=batch_size, **shape)
+    tokenizer = load_tokenizer(folder)
+    return sample(model, tokenizer, amount, batch_size=batch_size, progress=progress)

@@ -1,4 +1,4 @@
-"""Conversations, as the text that a model's chat template makes of them."""
+"""Conversations as text, by a model's chat template."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moefy.errors import MoefyError
 from moefy.text.tokenizer import first_ids
 
 FIELDS = ("messages", "conversations")
-"""Where rows hold their turns."""
+"""The fields of rows that hold turns."""
 
 SPEAKERS = {
     "user": "user",
@@ -27,7 +27,7 @@ SPEAKERS = {
     "function_response": "tool",
     "observation": "tool",
 }
-"""Who speaks `from` a turn, and the role that templates know."""
+"""A turn's speaker (`from`), and the role that templates know."""
 
 DAY = datetime(2025, 1, 1)
 TODAY = (
@@ -36,23 +36,23 @@ TODAY = (
 TODAY = TODAY.format(
     "".join(f".replace('%{c}', '{DAY.strftime('%' + c)}')" for c in "aAbBdHjmMpSyY")
 )
-"""Goes before a template that asks for today: the same rows are the same text on any day."""
+"""Goes before a template that prints the date, so the same rows give the same text on any day."""
 
 EXPECTED = "expected turns such as {'role': 'user', 'content': '...'}, or with `from` and `value`"
 
 
 def conversation(row: Mapping[str, Any]) -> list[Any] | None:
     """The turns of a row, unchecked, if it holds any."""
-    held = (row.get(field) for field in FIELDS)
-    return next((turns for turns in held if isinstance(turns, list)), None)
+    values = (row.get(field) for field in FIELDS)
+    return next((turns for turns in values if isinstance(turns, list)), None)
 
 
 def turns(value: Sequence[Any], where: str) -> list[dict[str, Any]]:
-    """Give turns of either form with role and content, the content a string.
+    """Turns of either form with role and content, the content a string.
 
     Raises:
-        MoefyError: code 3, telling the turn, for one of another form, by a speaker that is not
-            known, or with something else than text.
+        MoefyError: code 3 for a turn of another form, of an unknown speaker, or with something
+            else than text.
     """
     return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(value, 1)]
 
@@ -60,10 +60,10 @@ def turns(value: Sequence[Any], where: str) -> list[dict[str, Any]]:
 def written(
     tokenizer: Any, turns: Sequence[Mapping[str, Any]], where: str, *, reply: bool = False
 ) -> str:
-    """Give a conversation as text; with `reply`, up to where the assistant's answer begins.
+    """A conversation as text; with `reply`, up to where the assistant's answer begins.
 
     The text lacks the beginning-of-text token if the tokenizer puts one before every text, and the
-    end-of-text token, for these are put between documents anyway.
+    end-of-text token: packing adds both.
 
     Raises:
         MoefyError: code 3 for a tokenizer without a chat template, and for turns that it refuses.
@@ -100,7 +100,7 @@ def written(
 
 def _turn(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
-        raise MoefyError(f"{where}: {type(turn).__name__} found; {EXPECTED}")
+        raise MoefyError(f"{where}: a turn is {type(turn).__name__}; {EXPECTED}")
     if isinstance(role := turn.get("role"), str):
         # What else templates read: names, calls of tools. Parquet has a null where JSON has none.
         more = {key: value for key, value in turn.items() if value is not None}
@@ -124,7 +124,9 @@ def _content(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise MoefyError(f"{where}: {type(content).__name__} found; expected text, or parts of it")
+        raise MoefyError(
+            f"{where}: content is {type(content).__name__}; expected text, or parts of it"
+        )
     return "".join(_part(part, where) for part in content)
 
 

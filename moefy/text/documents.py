@@ -19,20 +19,20 @@ from moefy.text.rows import SUFFIXES, TABLES, lines, rows, start, suffix
 from moefy.text.stratify import spread
 
 TEXT = "text"
-"""The field that holds the text of a row, if no other is named."""
+"""The field of a row that holds its text by default."""
 
 MOST_CHARACTERS, MOST_IDS = 2**28, 2**26
-"""What is read of a file or folder at most, so that a text larger than memory still works."""
+"""The most to read of a file or folder, so that a text larger than memory still works."""
 
 STREAM_CHARACTERS_PER_TOKEN = 64
-"""What is read of a streamed data set per token wanted: enough to shuffle, little to fetch."""
+"""Characters of a streamed data set to read per token: enough to shuffle, little to fetch."""
 
 KIND_CHARACTERS_PER_TOKEN, KIND_CHARACTERS = 256, 2**23
-"""Of the shuffled text per token wanted, and at most, whose kinds are told apart: enough to have
-all shares, and read in seconds."""
+"""Characters to sort into kinds, per token and at most: enough for all shares, and read in
+seconds."""
 
 CHARACTERS_PER_TOKEN = 4
-"""About what a token stands for."""
+"""A rough mean."""
 
 BOM = "\ufeff"
 
@@ -62,13 +62,13 @@ def documents(source: str, *, text_field: str = TEXT, tokenizer: Any = None) -> 
         texts = chain.from_iterable(_stored(file, text_field, tokenizer) for file in _below(path))
     else:
         texts = _stored(path, text_field, tokenizer)
-    num_read = num_found = 0
+    num_read = num_texts = 0
     for text in texts:
         num_read += 1
         if text.strip():
-            num_found += 1
+            num_texts += 1
             yield text
-    if not num_found:
+    if not num_texts:
         raise MoefyError(
             f"{source}: {num_read} documents or rows and no text in them; expected UTF-8 text "
             f"(of a folder: {', '.join(SUFFIXES)} files); give another text"
@@ -76,10 +76,10 @@ def documents(source: str, *, text_field: str = TEXT, tokenizer: Any = None) -> 
 
 
 def beginning(path: Path, num_characters: int, tokenizer: Any, *, text_field: str = TEXT) -> str:
-    """Give the first characters of a file as one text to evaluate on.
+    """The first characters of a file as one text to evaluate on.
 
-    Running text stays as it is. Of rows, the end-of-text token of `tokenizer` stands between one
-    document and the next, as it does in calibration.
+    Running text stays as it is. Between rows stands the end-of-text token of `tokenizer`, as in
+    calibration.
 
     Raises:
         MoefyError: as `documents`.
@@ -107,9 +107,9 @@ def shuffled(
     text_field: str = TEXT,
     tokenizer: Any = None,
 ) -> tuple[list[str], list[str]]:
-    """Give the distinct documents of `source` in random order, and notes.
+    """The distinct documents of `source` in random order, and notes.
 
-    Of a stream as much is read as `num_tokens` call for.
+    Of a stream it reads only as much as `num_tokens` need.
     """
     stream = locate(source) is None
     most = STREAM_CHARACTERS_PER_TOKEN * num_tokens if stream else MOST_CHARACTERS
@@ -134,9 +134,9 @@ def shuffled(
 
 
 def stratified(texts: list[str], num_tokens: int, *, share: int) -> list[str]:
-    """Give `texts` in an order in which each kind of them has about its share of any beginning.
+    """`texts` in an order in which each kind has about its share of any beginning.
 
-    A document counts up to `share` tokens. Texts far behind what gives `num_tokens` stay there.
+    A document counts up to `share` tokens. Texts far beyond the first `num_tokens` stay in place.
     """
     most = CHARACTERS_PER_TOKEN * share
     enough = min(KIND_CHARACTERS_PER_TOKEN * num_tokens, KIND_CHARACTERS)
@@ -145,23 +145,23 @@ def stratified(texts: list[str], num_tokens: int, *, share: int) -> list[str]:
 
 
 def id_rows(source: str, field: str) -> Iterator[array[int]]:
-    """Yield the token ids of the rows of a file or folder, leaving out rows that have none.
+    """Yield the token ids of the rows of a file or folder; skip rows that have none.
 
     Raises:
         MoefyError: code 3 for a source that is missing, is no file of rows, or holds no ids.
     """
     path = locate(source)
     files = [] if path is None else _below(path) if path.is_dir() else [path]
-    num_found = 0
+    num_rows = 0
     for where, row in chain.from_iterable(rows(file) or () for file in files):
         ids = _value(row, field, where)
         whole = isinstance(ids, list) and all(type(n) is int and 0 <= n < 2**31 for n in ids)
         if not whole:
             raise MoefyError(f"{where}: {field!r} holds no list of token ids; expected one")
-        num_found += bool(ids)
+        num_rows += bool(ids)
         if ids:
             yield array("i", ids)
-    if not num_found:
+    if not num_rows:
         raise MoefyError(
             f"{source}: no token ids; expected a file of JSON or parquet rows with them in "
             f"{field!r}"
@@ -169,7 +169,7 @@ def id_rows(source: str, field: str) -> Iterator[array[int]]:
 
 
 def locate(source: str) -> Path | None:
-    """Give the file or folder that `source` names, or None for a data set of the hub."""
+    """The file or folder that `source` names, or None for a data set of the hub."""
     path = Path(source).expanduser()
     if path.is_dir() or path.is_file():
         return path
@@ -258,6 +258,6 @@ def _streamed(source: str) -> Iterator[dict[str, Any]]:
     except (DatasetsError, HTTPError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MoefyError(
-            f"{source}: no such file or folder, and not to be had as a data set ({reason}); "
+            f"{source}: no such file or folder, and no data set that can be read ({reason}); "
             "check the name, or give a text file"
         ) from error

@@ -1,4 +1,4 @@
-"""Token batches to fit on, from text; `self_text` makes those that the model writes itself."""
+"""Token batches from text; `self_text` makes those that the model writes itself."""
 
 from __future__ import annotations
 
@@ -16,10 +16,23 @@ from moefy.text.documents import MOST_IDS, TEXT, id_rows, shuffled, stratified
 from moefy.text.tokenizer import encode, first_ids, require_rows
 
 LEAST_SEQUENCES = 8
-"""One held out and seven to fit on: with fewer, nothing that is fitted means anything."""
+"""One held out and seven to fit on: fits on fewer mean nothing."""
 
 IDS = "input_ids"
 """The field of rows that are tokenised already."""
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How many tokens to take, in sequences of how many, by which seed.
+
+    `heldout` is the share of the sequences that is for validation.
+    """
+
+    num_tokens: int
+    length: int
+    seed: int = 0
+    heldout: float = 1 / 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,41 +56,40 @@ class Tokens:
 def load(
     tokenizer: Any,
     source: str,
+    amount: Amount,
     *,
-    num_tokens: int,
-    length: int,
-    seed: int,
     text_field: str = TEXT,
-    heldout: float = 1 / 8,
     vocab_size: int | None = None,
     stratify: bool = False,
 ) -> Tokens:
-    """Pack the documents of `source` into `num_tokens // length` sequences of `length` tokens.
+    """Pack the documents of `source` into sequences of tokens.
 
-    The documents (see `documents`) are rid of exact duplicates, shuffled, tokenised and joined
-    with the end-of-text token between them. With `stratify` they come in such an order that each
-    kind of text has about its share however few are used (`kinds.spread`). Every sequence starts
-    with the beginning-of-text token if the tokenizer puts one before a text. No document gives more
-    than 4 * `length` tokens unless the others have run out. The held-out sequences, a share of
-    `heldout` but at least one, are the last ones, and start at a document of their own if the text
-    has enough of them. A text with fewer tokens than asked for gives fewer sequences and a note.
-    `vocab_size` is the number of embedding rows of the model, if that is to be checked.
+    Exact duplicates among the documents (see `documents`) are dropped. The others are shuffled,
+    tokenised and joined with the end-of-text token between them. With `stratify` their order gives
+    each kind of text about its share, however few are used (`stratify.spread`). Every sequence
+    starts with the beginning-of-text token if the tokenizer puts one before a text. No document
+    gives more than 4 * `length` tokens unless the others have run out. The held-out sequences, at
+    least one, come last. They start with a document of their own if the text has enough documents.
+    A short text gives fewer sequences and a note. `vocab_size` is the number of the model's
+    embeddings, if the ids are to be checked against it.
 
     Raises:
         MoefyError: code 2 for a request of fewer than 8 sequences; code 3 for a text that gives
             fewer, for a bad source, and for a tokenizer with ids beyond `vocab_size`.
     """
-    num_sequences, share = count_sequences(num_tokens, length), 4 * length
-    texts, notes = shuffled(source, num_tokens, seed, text_field=text_field, tokenizer=tokenizer)
-    if stratify:
-        texts = stratified(texts, num_tokens, share=share)
+    share = 4 * amount.length
     bos = first_ids(tokenizer)
-    room = length - len(bos)
+    room = amount.length - len(bos)
     # More than is used, so that the held-out part can skip to the start of a document.
-    wanted = num_sequences * room + share
-    parts = _gather(tokenizer, texts, share=share, wanted=wanted)
-    usable, fewer = _usable(source, parts, room, num_sequences, num_tokens)
-    num_heldout = count_heldout(usable, heldout)
+    enough = count_sequences(amount) * room + share
+    texts, notes = shuffled(
+        source, amount.num_tokens, amount.seed, text_field=text_field, tokenizer=tokenizer
+    )
+    if stratify:
+        texts = stratified(texts, amount.num_tokens, share=share)
+    parts = _gather(tokenizer, texts, share=share, enough=enough)
+    usable, fewer = _usable(source, parts, room, amount)
+    num_heldout = count_heldout(usable, amount.heldout)
     ids_BN, num_documents, shared = pack(parts, room, usable - num_heldout, num_heldout)
     require_rows(ids_BN, vocab_size)
     ids_BT = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(usable, -1), ids_BN], 1)
@@ -85,23 +97,15 @@ def load(
     return Tokens(ids_BT, num_heldout, source, digest(ids_BT), num_documents, tuple(notes))
 
 
-def load_ids(
-    source: str,
-    *,
-    num_tokens: int,
-    length: int,
-    seed: int,
-    heldout: float = 1 / 8,
-    vocab_size: int | None = None,
-) -> Tokens:
-    """Pack rows of token ids, under `IDS`, for which no tokenizer is needed, as `load` does texts.
+def load_ids(source: str, amount: Amount, *, vocab_size: int | None = None) -> Tokens:
+    """Pack rows of token ids, under `IDS`, as `load` packs texts; they need no tokenizer.
 
-    The rows are shuffled and joined as they are: special tokens are those that they hold.
+    The rows are shuffled and joined as they are, without special tokens between them.
 
     Raises:
         MoefyError: as `load`.
     """
-    num_sequences = count_sequences(num_tokens, length)
+    num_sequences, length = count_sequences(amount), amount.length
     rows, num_read, notes = [], 0, []
     for row in id_rows(source, IDS):
         if num_read >= MOST_IDS:
@@ -109,7 +113,8 @@ def load_ids(
             break
         rows.append(row)
         num_read += len(row)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(amount.seed)
+    order = torch.randperm(len(rows), generator=generator).tolist()
     # As many as are used; one more, so that the held-out part can skip to the start of a row.
     enough = num_sequences * length + max(map(len, rows))
     ends = accumulate(len(rows[index]) for index in order)
@@ -118,48 +123,52 @@ def load_ids(
         for index, end in zip(order, ends, strict=True)
         if end - len(rows[index]) < enough
     ]
-    usable, fewer = _usable(source, parts, length, num_sequences, num_tokens)
-    num_heldout = count_heldout(usable, heldout)
+    usable, fewer = _usable(source, parts, length, amount)
+    num_heldout = count_heldout(usable, amount.heldout)
     ids_BT, num_documents, shared = pack(parts, length, usable - num_heldout, num_heldout)
     require_rows(ids_BT, vocab_size)
     notes += [*fewer, *shared]
     return Tokens(ids_BT, num_heldout, source, digest(ids_BT), num_documents, tuple(notes))
 
 
-def count_sequences(num_tokens: int, length: int) -> int:
-    """Give how many sequences a request makes."""
-    if length < 2 or num_tokens // length < LEAST_SEQUENCES:
+def count_sequences(amount: Amount) -> int:
+    """The number of sequences in an amount.
+
+    Raises:
+        MoefyError: code 2 for fewer than `LEAST_SEQUENCES`.
+    """
+    if amount.length < 2 or amount.num_tokens // amount.length < LEAST_SEQUENCES:
         raise MoefyError(
-            f"{num_tokens:,} tokens in sequences of {length} asked for; expected at least "
-            f"{LEAST_SEQUENCES} sequences of 2 tokens or more; ask for more tokens",
+            f"{amount.num_tokens:,} tokens in sequences of {amount.length} asked for; expected at "
+            f"least {LEAST_SEQUENCES} sequences of 2 tokens or more; ask for more tokens",
             code=2,
         )
-    return num_tokens // length
+    return amount.num_tokens // amount.length
 
 
 def _usable(
-    source: str, parts: list[list[int]], room: int, num_sequences: int, num_tokens: int
+    source: str, parts: list[list[int]], room: int, amount: Amount
 ) -> tuple[int, list[str]]:
-    """Give how many sequences of `room` tokens the documents make, and a note if that is fewer."""
-    num_found = sum(len(ids) for ids in parts)
-    usable = min(num_sequences, num_found // room)
+    """The number of sequences of `room` tokens that the documents make, and a note if it is low."""
+    num_sequences, total = count_sequences(amount), sum(len(ids) for ids in parts)
+    usable = min(num_sequences, total // room)
     if usable < LEAST_SEQUENCES:
         raise MoefyError(
-            f"{source}: {num_found:,} tokens in {len(parts):,} documents make {usable} sequences "
+            f"{source}: {total:,} tokens in {len(parts):,} documents make {usable} sequences "
             f"of {room}; expected at least {LEAST_SEQUENCES} (7 to fit on, 1 held out); give "
             "more text or a shorter length"
         )
-    few = f"asked for {num_tokens:,} tokens, the text gave {num_found:,}"
+    few = f"asked for {amount.num_tokens:,} tokens, the text gave {total:,}"
     return usable, [few] if usable < num_sequences else []
 
 
 def count_heldout(num_sequences: int, heldout: float) -> int:
-    """Give how many of the sequences are held out: at least one, and never all."""
+    """The number of held-out sequences: at least one, and never all."""
     return min(max(1, round(heldout * num_sequences)), num_sequences - 1)
 
 
-def _gather(tokenizer: Any, texts: list[str], *, share: int, wanted: int) -> list[list[int]]:
-    """Take `share` tokens of every document in turn until there are `wanted`.
+def _gather(tokenizer: Any, texts: list[str], *, share: int, enough: int) -> list[list[int]]:
+    """Take `share` tokens of every document in turn until there are `enough`.
 
     Gives the ids of each document, in the order of `texts`, end-of-text token included.
     """
@@ -168,7 +177,7 @@ def _gather(tokenizer: Any, texts: list[str], *, share: int, wanted: int) -> lis
     readers = {index: _shares(tokenizer, text, share) for index, text in enumerate(texts)}
     taken: dict[int, list[int]] = {}
     num_taken = 0
-    while readers and num_taken < wanted:
+    while readers and num_taken < enough:
         for index, reader in list(readers.items()):
             ids = next(reader, None)
             if ids is None:
@@ -176,7 +185,7 @@ def _gather(tokenizer: Any, texts: list[str], *, share: int, wanted: int) -> lis
                 continue
             taken.setdefault(index, []).extend(ids)
             num_taken += len(ids)
-            if num_taken >= wanted:
+            if num_taken >= enough:
                 break
     return [ids + end for ids in taken.values()]
 
@@ -203,7 +212,7 @@ def _shares(tokenizer: Any, text: str, share: int) -> Iterator[list[int]]:
 def pack(
     parts: list[list[int]], room: int, num_fit: int, num_heldout: int
 ) -> tuple[Tensor, int, list[str]]:
-    """Cut documents in a row into sequences of `room` ids; the held-out ones come last.
+    """Sequences of `room` ids from joined documents; the held-out ones come last.
 
     The held-out part starts at the first document that the others leave whole, or as late as the
     text allows. Gives the sequences, the number of documents in them, and a note if one is in both.
@@ -220,5 +229,5 @@ def pack(
 
 
 def digest(ids_BT: Tensor) -> str:
-    """Give the SHA-256 of the ids as little-endian 64-bit integers."""
+    """The SHA-256 of the ids as little-endian 64-bit integers."""
     return hashlib.sha256(ids_BT.numpy().astype("<i8").tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Rows, or else running text, out of a file: what it is, is judged by what it holds."""
+"""Rows or running text out of a file, whose content decides which of the two it holds."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from moefy.errors import MoefyError
 
 JSON = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (".txt", ".md", *JSON, ".parquet")
-"""The files that are read out of a folder, also with `.gz` behind."""
+"""The files of a folder that are read, also with `.gz` behind."""
 
 TABLES = (".csv", ".tsv")
-"""Nothing in their content tells these from text."""
+"""Their content cannot be told from text."""
 
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 OTHERS = {
@@ -59,11 +59,11 @@ def suffix(path: Path) -> str:
 
 
 def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]] | None:
-    """Give the rows of a file, each with where it stands; None for running text.
+    """The rows of a file, each with its place; None for running text.
 
-    Rows are JSON objects, one behind the other or in one array, or those of a parquet file; either
-    may be compressed by gzip. JSON that is not named so is taken for rows if it begins with two
-    objects, or is one: `[Chapter 1]` and `{\\bf LaTeX}` are text. One row is in memory at a time.
+    Rows are JSON objects, one after the other or in one array, or those of a parquet file; either
+    may be compressed by gzip. A file of another name holds rows if it begins with two JSON objects,
+    or is one: `[Chapter 1]` and `{\\bf LaTeX}` are text. One row is in memory at a time.
 
     Raises:
         MoefyError: code 3 for a file that can be neither, or, while the rows are read, for one that
@@ -93,7 +93,7 @@ def lines(path: Path) -> Iterator[str]:
     """Yield the lines of a file of running text, without a byte-order mark.
 
     Raises:
-        MoefyError: code 3, telling the byte, where it is not UTF-8 text.
+        MoefyError: code 3, with the byte, where it is not UTF-8 text.
     """
     with _text(path) as file:
         for line in file:
@@ -103,7 +103,7 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def start(path: Path, num_characters: int) -> str:
-    """Give the first characters of a file of running text, without a byte-order mark.
+    """The first characters of a file of running text, without a byte-order mark.
 
     Raises:
         MoefyError: as `lines`.
@@ -144,7 +144,7 @@ def _text(path: Path) -> Iterator[TextIO]:
 
 
 def _fault(path: Path) -> MoefyError:
-    """Where the first byte is that UTF-8 text does not have."""
+    """The error for a file that is no UTF-8 text, with the first wrong byte."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     expected = "expected UTF-8 text; convert the file or give another"
     offset = 0
@@ -185,7 +185,7 @@ def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{path}, {f'row {number}' if in_array else f'line {values.line}'}"
             row = values.take(where)
             if not isinstance(row, dict):
-                raise MoefyError(f"{where}: {type(row).__name__} found; expected an object")
+                raise MoefyError(f"{where}: the row is {type(row).__name__}; expected an object")
             yield where, row
             if in_array and values.peek() == ",":
                 values.skip()
@@ -248,7 +248,7 @@ class _Values:
         return bool(block)
 
     def _cut_off(self, error: Exception) -> bool:
-        """Whether more text may mend it: no word, number or escape has more than 16 characters."""
+        """Whether more text may help: no word, number or escape has more than 16 characters."""
         if not isinstance(error, json.JSONDecodeError):
             return False
         unterminated = error.msg.startswith("Unterminated string")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from moefy.errors import MoefyError
 from moefy.text.documents import documents
-from moefy.text.packing import Tokens, count_heldout, count_sequences, digest, pack
+from moefy.text.packing import Amount, Tokens, count_heldout, count_sequences, digest, pack
 from moefy.text.tokenizer import encode, first_ids
 
 OPENINGS = Path(__file__).with_name("openings.txt")
@@ -35,24 +36,21 @@ BATCHES = (128, 64, 32, 16, 8, 4, 2, 1)
 def sample(
     model: Any,
     tokenizer: Any | None,
+    amount: Amount,
     *,
-    num_tokens: int,
-    length: int,
-    seed: int,
     batch_size: int = BATCHES[0],
-    heldout: float = 1 / 8,
     temperature: float = TEMPERATURE,
     document: int = DOCUMENT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tokens:
-    """Let the model write `num_tokens // length` sequences of `length` tokens.
+    """Sequences of tokens that the model writes itself.
 
-    It writes documents of `document` tokens, which are packed as `data.load` packs those of a text.
-    Each starts with one of `OPENINGS`, drawn so that each kind of them has its share, and goes on
-    with draws from the model's whole distribution at `temperature`. Where the model ends a text,
-    the next opening follows. Without a tokenizer a random token stands for an opening. The result
-    depends on `seed` and `batch_size`; global random state is neither read nor changed. `progress`
-    is called with the tokens done and the tokens in all.
+    It writes documents of `document` tokens, packed as `packing.load` packs those of a text. Each
+    starts with one of `OPENINGS`, of every kind about its share. Draws from the model's whole
+    distribution at `temperature` follow. Where the model ends a text, the next opening follows.
+    Without a tokenizer a random token stands for an opening. The result depends on the seed and on
+    `batch_size`; global random state is neither read nor changed. `progress` gets the tokens done
+    and the tokens in all.
 
     `model.generate` would end a sequence at an end-of-text token, or ban it; it cannot go on with
     another opening.
@@ -63,19 +61,26 @@ def sample(
     Raises:
         MoefyError: code 2 for a request of fewer than 8 sequences, 6 if logits are not finite.
     """
-    num_sequences = count_sequences(num_tokens, length)
-    num_heldout = count_heldout(num_sequences, heldout)
+    num_sequences = count_sequences(amount)
+    num_heldout = count_heldout(num_sequences, amount.heldout)
     first = first_ids(tokenizer) if tokenizer else []
     end = [tokenizer.eos_token_id] if tokenizer and tokenizer.eos_token_id is not None else []
-    room = length - len(first)
+    room = amount.length - len(first)
     size = min(document, room)
     # The held-out sequences start with a document of their own.
     num_documents = sum(
         -(-num * room // size) for num in (num_sequences - num_heldout, num_heldout)
     )
-    generator = torch.Generator(model.device).manual_seed(seed)
     rows = model.get_input_embeddings().weight.shape[0]
-    openings = _openings(tokenizer, rows, max(1, size // MOST_OPENING), seed)
+    writer = Writer(
+        model,
+        _openings(tokenizer, rows, max(1, size // MOST_OPENING), amount.seed),
+        first,
+        end,
+        size,
+        temperature,
+        torch.Generator(model.device).manual_seed(amount.seed),
+    )
     parts: list[list[int]] = []
     while len(parts) < num_documents:
         num = min(batch_size, num_documents - len(parts))
@@ -85,7 +90,7 @@ def sample(
             if progress:
                 progress(done + step * num, num_documents * size)
 
-        parts += _written(model, num, first, openings, end, size, temperature, generator, tick)
+        parts += writer.write(num, tick)
     ids_BN, _, notes = pack(parts, room, num_sequences - num_heldout, num_heldout)
     ids_BT = torch.cat([torch.tensor(first).long().expand(num_sequences, -1), ids_BN], 1)
     return Tokens(ids_BT, num_heldout, "self", digest(ids_BT), num_documents, tuple(notes))
@@ -113,40 +118,45 @@ def _openings(tokenizer: Any | None, rows: int, most: int, seed: int) -> Iterato
         at = (at + step) % num
 
 
-@torch.no_grad()
-def _written(
-    model: Any,
-    num: int,
-    first: list[int],
-    openings: Iterator[list[int]],
-    end: list[int],
-    size: int,
-    temperature: float,
-    generator: torch.Generator,
-    tick: Callable[[int], None],
-) -> list[list[int]]:
-    """Let the model write `num` documents of `size` ids each, `end` included and `first` not."""
-    given = [next(openings) for _ in range(num)]
-    shortest = min(map(len, given))
-    written = [ids[:shortest] for ids in given]
-    # What is left of each row's opening, last id first.
-    given = [ids[shortest:][::-1] for ids in given]
-    ids_BT = torch.tensor([first + ids for ids in written], device=model.device)
-    cache = None
-    while True:
-        tick(len(written[0]))
-        if len(written[0]) >= size - len(end):
-            break
-        output = model(input_ids=ids_BT, cache=cache, use_cache=True, logits_to_keep=1)
-        cache = output.cache
-        drawn_B = _drawn(output.logits[:, -1].float() / temperature, generator).tolist()
-        for row, token in enumerate(drawn_B):
-            written[row].append(given[row].pop() if given[row] else token)
-            if written[row][-1:] == end and not given[row]:
-                given[row] = next(openings)[::-1]
-        ids_BT = torch.tensor([ids[-1:] for ids in written], device=model.device)
-    tick(size)
-    return [ids + end for ids in written]
+@dataclass(frozen=True)
+class Writer:
+    """A model that writes documents."""
+
+    model: Any
+    openings: Iterator[list[int]]
+    first: list[int]
+    """Ids before every document, and not of it."""
+    end: list[int]
+    """Ids behind every document."""
+    size: int
+    """Ids of a document, its end included."""
+    temperature: float
+    generator: torch.Generator
+
+    @torch.no_grad()
+    def write(self, num: int, tick: Callable[[int], None]) -> list[list[int]]:
+        """Write `num` documents at once; `tick` gets the ids of each that are done."""
+        openings = [next(self.openings) for _ in range(num)]
+        shortest = min(map(len, openings))
+        documents = [ids[:shortest] for ids in openings]
+        # The rest of each row's opening, last id first.
+        rests = [ids[shortest:][::-1] for ids in openings]
+        ids_BT = torch.tensor([self.first + ids for ids in documents], device=self.model.device)
+        cache = None
+        while True:
+            tick(len(documents[0]))
+            if len(documents[0]) >= self.size - len(self.end):
+                break
+            output = self.model(input_ids=ids_BT, cache=cache, use_cache=True, logits_to_keep=1)
+            cache = output.cache
+            logits_BV = output.logits[:, -1].float() / self.temperature
+            for row, token in enumerate(_drawn(logits_BV, self.generator).tolist()):
+                documents[row].append(rests[row].pop() if rests[row] else token)
+                if documents[row][-1:] == self.end and not rests[row]:
+                    rests[row] = next(self.openings)[::-1]
+            ids_BT = torch.tensor([ids[-1:] for ids in documents], device=self.model.device)
+        tick(self.size)
+        return [ids + self.end for ids in documents]
 
 
 def _drawn(logits_BV: Tensor, generator: torch.Generator) -> Tensor:

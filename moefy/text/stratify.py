@@ -10,27 +10,26 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.feature_extraction.text import HashingVectorizer
 
 KINDS = 16
-"""Kinds told apart; with fewer than twice as many documents, none are."""
+"""The number of kinds; fewer than twice as many documents are not sorted."""
 
 BEGINNING = 2048
-"""Characters of a document that tell its kind."""
+"""Characters at the start of a document that decide its kind."""
 
 FEATURES = 2**12
 """Numbers that groups of three characters are hashed to."""
 
 SAMPLE = 4096
-"""Documents that kinds are found from, at most; the others go to the kind they are nearest."""
+"""Documents to cluster at most; the others go to the nearest kind."""
 
 
 def spread(texts: list[str], most: int) -> list[int]:
-    """Give the order of `texts` of which every beginning has about each kind's share of all.
+    """The order of `texts` in which every beginning has about each kind's share of all.
 
     A kind is a cluster (k-means) of documents by their groups of three characters, which asks for
-    neither a tokenizer nor spaces between words. Likest kinds are joined, up to two sides that are
-    least alike, say prose and code. At each fork the side goes next that leaves both nearer to
-    their shares, so that kinds, and kinds joined, stay within a few documents of theirs. Within a
-    kind the order is that of `texts`. Shares are of characters, of which the first `most` of a
-    document count.
+    neither a tokenizer nor spaces between words. The most similar kinds are joined first, the least
+    similar sides, say prose and code, last. At each fork the side goes next that leaves both nearer
+    to their shares: kinds, and kinds joined, stay within a few documents of theirs. Within a kind
+    the order is that of `texts`. Shares count characters, and of a document only its first `most`.
 
     Source: stratified sampling with proportional allocation, the strata nested.
     """
@@ -49,11 +48,11 @@ def spread(texts: list[str], most: int) -> list[int]:
     done = [0] * len(whole)
 
     def off(fork: int, side: int) -> float:
-        """How far `side` would be from its share of what the fork has given, if it went next."""
+        """How far `side` would be from its share of what the fork has had, if it went next."""
         if not count[side]:
             return float("inf")
-        given = done[fork] + mean[side]
-        return abs(done[side] + mean[side] - given * whole[side] / max(1, whole[fork]))
+        taken = done[fork] + mean[side]
+        return abs(done[side] + mean[side] - taken * whole[side] / max(1, whole[fork]))
 
     order: list[int] = []
     while len(order) < len(texts):
@@ -75,14 +74,14 @@ def _kinds(texts: list[str]) -> tuple[np.ndarray, list[tuple[int, int]]]:
     )
     # Roots of shares, whose distance is Hellinger's: else a few frequent groups are all there is.
     root_NV = read.transform(text[:BEGINNING] for text in texts).sqrt()
-    # Of k-means' forms that by mini-batches gives the same clusters with any number of threads, as
-    # long as no sum of distances decides when it stops.
-    found: Any = MiniBatchKMeans(
+    # Mini-batch k-means gives the same clusters with any number of threads, as long as no sum of
+    # distances decides when it stops.
+    clusters: Any = MiniBatchKMeans(
         KINDS,
         max_iter=20,
         max_no_improvement=None,  # pyright: ignore[reportArgumentType]
         compute_labels=False,
         random_state=0,
     ).fit(root_NV[:: max(1, -(-len(texts) // SAMPLE))])
-    joined = linkage(found.cluster_centers_, "ward")[:, :2].astype(int).tolist()
-    return found.predict(root_NV), [(one, other) for one, other in joined]
+    joined = linkage(clusters.cluster_centers_, "ward")[:, :2].astype(int).tolist()
+    return clusters.predict(root_NV), [(one, other) for one, other in joined]

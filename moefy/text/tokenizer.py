@@ -12,8 +12,8 @@ from moefy.files.safetensors_header import CONFIG
 from moefy.models.opening import plain_config
 
 FEW_PIECES = 0.8
-"""A tokenizer with fewer pieces than this share of the embeddings is told of: tables are padded,
-but by less."""
+"""A tokenizer with fewer pieces than this share of the embeddings gets a warning: padding adds
+less."""
 
 OTHERS = ("tokenizer.model", "tekken.json")
 """What transformers reads in place of the files of a tokenizer's class."""
@@ -27,7 +27,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    # Whose class follows from the model's, without settings that mean nothing here.
+    # The tokenizer's class follows from the model's configuration.
     config = plain_config(folder) if (folder / CONFIG).is_file() else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -75,7 +75,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def first_ids(tokenizer: Any) -> list[int]:
-    """Give the beginning-of-text token if the tokenizer puts one before a text, else nothing."""
+    """The beginning-of-text token if the tokenizer puts one before a text, else nothing."""
     first = tokenizer("x")["input_ids"][:1]
     known = (tokenizer.bos_token_id, tokenizer.cls_token_id)
     return first if first and first[0] in known else []

@@ -1,4 +1,4 @@
-"""The texts that are evaluated on: cut into windows, and compared with what was calibrated on."""
+"""Evaluation texts: cut into windows, and compared with the calibration text."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def text_windows(
 
 
 def overlap(ids_BT: Tensor, windows: list[Tensor], *, span: int = 32) -> float:
-    """Give the share of the windows' `span`-token pieces that occur word for word in `ids_BT`.
+    """The share of the windows' `span`-token pieces that occur word for word in `ids_BT`.
 
     Pieces are shorter where a window or a sequence is.
-    Near 0 for a text that was kept apart, near 1 for one that is part of the calibration text.
+    Near 0 for a separate text, near 1 for one that is part of the calibration text.
     Compares 64-bit hashes: memory and time are those of B * T * `span` integers.
     """
     span = min(span, ids_BT.shape[1], *map(len, windows))

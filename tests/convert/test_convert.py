@@ -817,9 +817,9 @@ def test_calibration_text_is_stratified_unless_the_recipe_says_no(stratify, pico
     few = {"tokens": 1024, "sequence_length": 64, "calibration": str(text), "stratify": stratify}
     job = prepare(build(None, {"model": str(folder), **few}, []))
     found = calibration_tokens(job, lambda *_: None)
-    shape = {"num_tokens": 1024, "length": 64, "seed": 0}
+    amount = packing.Amount(1024, 64)
     known = [
-        packing.load(load_tokenizer(folder), str(text), stratify=flag, **shape).sha256
+        packing.load(load_tokenizer(folder), str(text), amount, stratify=flag).sha256
         for flag in (stratify, not stratify)
     ]
     assert found.sha256 == known[0] != known[1]

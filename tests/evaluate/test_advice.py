@@ -272,7 +272,7 @@ def test_the_worst_tenth_is_flagged_if_it_is_worse():
     [
         ("", "no prompts in it"),
         ("hello", "line 1: not valid JSON"),
-        ('{"prompt": "a"}\n["b"]', "line 2: list found; expected an object"),
+        ('{"prompt": "a"}\n["b"]', "line 2: the row is list; expected an object"),
         ('{"prompt": "a", "answer": ""}', "an empty answer"),
         ('{"prompt": 3}', "no prompt"),
     ],

@@ -21,6 +21,7 @@ from moefy.finetune.checks import check_machine
 from moefy.finetune.optim import MasterAdamW, parts
 from moefy.finetune.routing import Routing, activations, moe_layers
 from moefy.finetune.run import finetune, home_of
+from moefy.text.packing import Amount
 
 SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
 FAST = {"learning_rate": 3e-3, "rest_learning_rate": 3e-3, "router_learning_rate": 1e-2}
@@ -457,15 +458,14 @@ def test_text_that_the_model_writes_keeps_to_the_memory_there_is(pico, monkeypat
     sizes = memory.writer(read_entries(folder).values(), config.to_dict(), config.num_hidden_layers)
     sample, batches = inputs.sample, []
 
-    def sampling(*models, batch_size, **shape):
+    def sampling(*arguments, batch_size, **options):
         batches.append(batch_size)
-        return sample(*models, batch_size=batch_size, **shape)
+        return sample(*arguments, batch_size=batch_size, **options)
 
     def write(room):
         for module in (inputs, memory):
             monkeypatch.setattr(module, "available", lambda: room)
-        shape = {"num_tokens": 1024, "length": 64, "seed": 0}
-        return inputs.write_text(folder, settings, torch.float32, **shape)
+        return inputs.write_text(folder, settings, torch.float32, Amount(1024, 64))
 
     monkeypatch.setattr(inputs, "sample", sampling)
     for batch_size in (8, 1):

@@ -1,10 +1,13 @@
 """A tokenizer of words, texts of them, and how text is refused."""
 
+import dataclasses
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from moefy.errors import MoefyError
+from moefy.text.packing import Amount
 
 BOS, EOS, WORDS = 1, 2, 1000
 
@@ -36,3 +39,10 @@ def assert_refused(act, *fragments, code=3):
     assert "\n" not in message
     for fragment in fragments:
         assert fragment in message
+
+
+def split_amount(options):
+    """The amount that some options make, and the other options."""
+    amount = {field.name for field in dataclasses.fields(Amount)} & options.keys()
+    others = {key: value for key, value in options.items() if key not in amount}
+    return Amount(**{key: options[key] for key in amount}), others

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from words import BOS, EOS, WORDS, assert_refused, word_tokenizer, words
+from words import BOS, EOS, WORDS, assert_refused, split_amount, word_tokenizer, words
 
 from moefy.errors import MoefyError
 from moefy.text import documents, packing
@@ -33,8 +33,8 @@ def one_word_documents(num, size):
 
 
 def load(source, tokenizer=None, **changes):
-    options = {"num_tokens": 256, "length": 16, "seed": 0} | changes
-    return packing.load(tokenizer or word_tokenizer(), source, **options)
+    amount, options = split_amount({"num_tokens": 256, "length": 16} | changes)
+    return packing.load(tokenizer or word_tokenizer(), source, amount, **options)
 
 
 def said(ids_BT):
@@ -114,7 +114,7 @@ def test_a_data_set_that_is_not_there_is_one_line(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("no such thing\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert_refused(lambda: list(documents.documents("name")), "data set (no such thing)")
+    assert_refused(lambda: list(documents.documents("name")), "read (no such thing)")
 
 
 def test_without_datasets_the_install_line_is_shown(monkeypatch):
@@ -138,7 +138,7 @@ def test_without_datasets_the_install_line_is_shown(monkeypatch):
         ("utf16.txt", "text".encode("utf-16"), ["binary"]),
         ("broken.jsonl", b'{"text": "a"}\n\n{"text": ', ["line 3: not valid JSON"]),
         ("deep.jsonl", b"[" * 10**5, ["row 1: not valid JSON"]),
-        ("list.jsonl", b'["a"]', ["row 1", "str found; expected an object"]),
+        ("list.jsonl", b'["a"]', ["row 1", "the row is str; expected an object"]),
         ("other.jsonl", b'{"body": "a", "id": 1}', ["'text'", "the fields are 'body', 'id'"]),
         ("number.jsonl", b'{"text": 1}', ["holds int; expected a string"]),
         ("nothing.jsonl", b'{"text": ""}\n{"text": null}', ["2 documents or rows and no text"]),

@@ -10,9 +10,10 @@ from datetime import datetime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from words import BOS, EOS, assert_refused, word_tokenizer, words
+from words import BOS, EOS, assert_refused, split_amount, word_tokenizer, words
 
-from moefy import cli, pipeline
+from moefy import cli
+from moefy.config import report
 from moefy.config.toml import read_toml
 from moefy.errors import MoefyError
 from moefy.evaluate.prompts import likelihood, read_prompts
@@ -80,8 +81,8 @@ def stored(tmp_path, name, values):
 
 
 def calibrated(file, tokenizer=None, **options):
-    options = {"num_tokens": 256, "length": 16, "seed": 0} | options
-    return packing.load(tokenizer or word_tokenizer(), str(file), **options).ids_BT.tolist()
+    amount, options = split_amount({"num_tokens": 256, "length": 16} | options)
+    return packing.load(tokenizer or word_tokenizer(), str(file), amount, **options).ids_BT.tolist()
 
 
 def scored(file, tokenizer=None, **options):
@@ -130,10 +131,8 @@ def test_rows_of_ids_are_the_same_in_every_container(tmp_path, name):
         row["input_ids"] for row in held
     ]
     plain = stored(tmp_path, "a.jsonl", held)
-    shape = {"num_tokens": 160, "length": 16, "seed": 0}
-    assert (
-        packing.load_ids(str(file), **shape).sha256 == packing.load_ids(str(plain), **shape).sha256
-    )
+    amount = packing.Amount(160, 16)
+    assert packing.load_ids(str(file), amount).sha256 == packing.load_ids(str(plain), amount).sha256
 
 
 def test_only_the_rows_of_ids_that_are_used_are_packed(tmp_path):
@@ -141,8 +140,7 @@ def test_only_the_rows_of_ids_that_are_used_are_packed(tmp_path):
     held = [{"input_ids": [n] * (1 + n % 50)} for n in range(600)]
     file = stored(tmp_path, "a.jsonl", held)
     for heldout in (1 / 8, 0.5, 1.0):
-        shape = {"num_tokens": 320, "length": 20, "seed": 3}
-        tokens = packing.load_ids(str(file), heldout=heldout, **shape)
+        tokens = packing.load_ids(str(file), packing.Amount(320, 20, 3, heldout))
         order = packing.torch.randperm(
             600, generator=packing.torch.Generator().manual_seed(3)
         ).tolist()
@@ -156,10 +154,10 @@ def test_only_the_rows_of_ids_that_are_used_are_packed(tmp_path):
 def test_rows_of_ids_beyond_the_limit_are_not_read_and_noted(tmp_path, monkeypatch):
     file = tmp_path / "a.jsonl"
     file.write_bytes(json_lines([{"input_ids": [n] * 20} for n in range(60)]) + b"no JSON")
-    shape = {"num_tokens": 160, "length": 16, "seed": 0}
-    assert_refused(lambda: packing.load_ids(str(file), **shape), "line 61: not valid JSON")
+    amount = packing.Amount(160, 16)
+    assert_refused(lambda: packing.load_ids(str(file), amount), "line 61: not valid JSON")
     monkeypatch.setattr(packing, "MOST_IDS", 400)
-    tokens = packing.load_ids(str(file), **shape)
+    tokens = packing.load_ids(str(file), amount)
     assert tokens.notes == ("only the first 400 ids were read",)
     assert int(tokens.ids_BT.max()) < 20
 
@@ -167,7 +165,7 @@ def test_rows_of_ids_beyond_the_limit_are_not_read_and_noted(tmp_path, monkeypat
 @pytest.mark.parametrize("ids", ["1", [1.0], [-1], [True], [2**31], [[1]], None, {}])
 def test_what_are_no_ids_is_refused(tmp_path, ids):
     file = stored(tmp_path, "a.ndjson", [{"input_ids": [1] * 200}, {"input_ids": ids}])
-    read = lambda: packing.load_ids(str(file), num_tokens=128, length=16, seed=0)  # noqa: E731
+    read = lambda: packing.load_ids(str(file), packing.Amount(128, 16))  # noqa: E731
     assert_refused(read, "line 2: 'input_ids' holds no list of token ids")
 
 
@@ -315,7 +313,7 @@ def readers(file):
         lambda: calibrated(file),
         lambda: scored(file),
         lambda: prompted(file),
-        lambda: packing.load_ids(str(file), num_tokens=128, length=16, seed=0),
+        lambda: packing.load_ids(str(file), packing.Amount(128, 16)),
     ]
 
 
@@ -527,10 +525,10 @@ def test_special_tokens_stand_once(tmp_path, adds_bos):
 
 
 def test_a_report_of_a_recipe_may_name_the_field():
-    assert pipeline.report_settings({"text": "a.json", "text_field": "body"}).text_field == "body"
-    assert pipeline.report_settings({}).text_field == documents.TEXT
-    with pytest.raises(MoefyError, match="text_field is 3; expected str"):
-        pipeline.report_settings({"text_field": 3})
+    assert report.build({"text": "a.json", "text_field": "body"}).text_field == "body"
+    assert report.build({}).text_field == documents.TEXT
+    with pytest.raises(MoefyError, match="--text-field is 3; expected str"):
+        report.build({"text_field": 3})
 
 
 def test_a_text_field_comes_before_a_conversation(tmp_path):
@@ -569,10 +567,10 @@ def test_a_tokenizer_without_a_template_says_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     ("turn", "says"),
     [
-        ("hello", ["turn 1: str found"]),
+        ("hello", ["turn 1: a turn is str"]),
         ({"content": "w1"}, ["turn 1: the fields are content", "'role'"]),
         ({"from": "prompter", "value": "w1"}, ["from 'prompter'", "human"]),
-        ({"role": "user", "content": 3}, ["turn 1: int found"]),
+        ({"role": "user", "content": 3}, ["turn 1: content is int"]),
         ({"role": "user", "content": [{"type": "image_url"}]}, ["type 'image_url'", "text alone"]),
         ({"role": "user", "content": [3]}, ["type 'int'"]),
         ({"role": "nobody", "content": "w1"}, ["refuses the conversation (nobody may speak)"]),
@@ -768,5 +766,5 @@ def test_finetune_takes_rows_of_ids(converted, pico, tmp_path):
     shape = {"sequence_length": 32, "batch_size": 1, "tokens": 640, "validation_tokens": 64}
     asked = Settings(data=file, text_field="input_ids", **shape)
     tokens = inputs.read_text(inputs.open_run(run), asked, 1, None, lambda *_: None)
-    expected = packing.load_ids(file, num_tokens=704, length=32, seed=0, heldout=64 / 704)
+    expected = packing.load_ids(file, packing.Amount(704, 32, heldout=64 / 704))
     assert tokens.ids_BT.tolist() == expected.ids_BT.tolist()

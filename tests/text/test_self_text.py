@@ -6,6 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from words import split_amount
 
 from moefy.text import self_text
 from moefy.text.documents import documents
@@ -59,8 +60,8 @@ def few():
 
 
 def sample(model, tokenizer=None, **changes):
-    options = {"num_tokens": 640, "length": 40, "seed": 0, "batch_size": 6} | changes
-    return self_text.sample(model, tokenizer, **options)
+    amount, options = split_amount({"num_tokens": 640, "length": 40, "batch_size": 6} | changes)
+    return self_text.sample(model, tokenizer, amount, **options)
 
 
 def beginnings(tokenizer, most):
