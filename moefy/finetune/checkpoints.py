@@ -107,12 +107,13 @@ class Checkpoints:
         write_sealed(folder / WHOLE, {"identity": dict(self.identity), "files": files})
 
     def last(self, until: float = math.inf) -> Path | None:
-        """The last whole checkpoint of a step not after `until`; None if there is none."""
+        """This fine-tune's last whole checkpoint of a step not after `until`; None without one."""
         for step in reversed(steps(self.home)):
             folder = self.home / f"{PREFIX}{step}"
             record = _record(folder) if step <= until else None
-            if record and record["files"] == file_digests(folder, without=(WHOLE,)):
-                return folder
+            if record and not differences(record["identity"], self.identity):
+                if record["files"] == file_digests(folder, without=(WHOLE,)):
+                    return folder
         return None
 
     def differences(self) -> list[str]:

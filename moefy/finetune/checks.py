@@ -39,10 +39,8 @@ def check_machine(settings: Settings) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.fsdp not in (0, world):
         raise MoefyError(
-            f"fsdp is {settings.fsdp}, and there is {world} process; start as many by torchrun "
-            f"--nproc-per-node={settings.fsdp} -m moefy finetune"
-            if world == 1
-            else f"fsdp is {settings.fsdp}, and there are {world} processes; expected as many",
+            f"fsdp is {settings.fsdp}, and the number of processes {world}; expected as many: "
+            f"torchrun --nproc-per-node={settings.fsdp} -m moefy finetune",
             code=2,
         )
     if settings.teacher_cache:

@@ -111,9 +111,9 @@ def finetune(
     checkpoints of another fine-tune, and replaces `out`.
 
     Raises:
-        MoefyError: code 2 for places that are taken and for what cannot be done with this run, 3
-            for a run, text or teacher that will not do, 5 for what the machine does not have, 6
-            when training goes wrong, 7 for checkpoints of another fine-tune.
+        MoefyError: code 2 for an `out` that exists and for settings that do not fit the run, 3 for
+            a bad run, text or teacher, 5 for missing resources, 6 when training goes wrong, 7 for
+            checkpoints of another fine-tune.
     """
     check_machine(settings)
     process = PartialState(cpu=device(settings).type == "cpu")
@@ -172,7 +172,7 @@ def _train(plan: Plan, checkpoints: Checkpoints) -> Trained:
 
 
 def _teacher(plan: Plan) -> Teacher:
-    """The teacher as far as the losses need it, or a cache of what they need."""
+    """The parts of the teacher that the losses need, from the model or from a cache."""
     settings, needs = plan.settings, losses.needs(plan.settings)
     if not needs & {losses.TEACHER, losses.STATES}:
         return Teacher()
@@ -199,7 +199,7 @@ def home_of(out: Path) -> Path:
 
 
 def last_step(out: Path) -> int | None:
-    """The step that an unfinished fine-tune to `out` would go on from; None where there is none."""
+    """The step from which an unfinished fine-tune to `out` would resume; None without one."""
     return max(steps(home_of(Path(os.path.abspath(out)))), default=None)
 
 
@@ -222,7 +222,9 @@ def _open_home(home: Path, out: Path, process: PartialState) -> Iterator[None]:
 
 
 def _claim(checkpoints: Checkpoints, *, force: bool, restart: bool) -> None:
-    """Check that the checkpoints are of this fine-tune, or remove them where that is asked for.
+    """Check that the checkpoints are of this fine-tune.
+
+    `force` removes those of another one instead, and `restart` removes all.
 
     Raises:
         MoefyError: code 7, when they are of another one.
