@@ -64,7 +64,7 @@ class MoefyConfig(PreTrainedConfig):
         return AutoConfig.for_model(values.pop("model_type"), **values)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """What caches and samplers ask for sizes."""
+        """The configuration from which caches and samplers take sizes."""
         return self.dense_config()
 
 
@@ -98,9 +98,9 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
 
     def activations(self, expert: int, x_TD: Tensor) -> Tensor:
-        """What one expert's neurons answer, (T, N)."""
+        """The activations of one expert's neurons, (T, N)."""
         bias = None if self.up_bias is None else self.up_bias[expert]
-        return _answer(nn.functional.linear(x_TD, self.up_proj[expert], bias), self)
+        return _activations(nn.functional.linear(x_TD, self.up_proj[expert], bias), self)
 
     def forward(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """The chosen experts' outputs, times their gates, summed."""
@@ -126,11 +126,11 @@ class Shared(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Their output."""
-        return self.down_proj(_answer(self.up_proj(x_TD), self))
+        return self.down_proj(_activations(self.up_proj(x_TD), self))
 
 
 class MoeBlock(nn.Module):
-    """Stands where a dense FFN stood."""
+    """Replaces a dense FFN."""
 
     def __init__(self, config: MoefyConfig, dense: PreTrainedConfig) -> None:
         super().__init__()
@@ -214,13 +214,13 @@ class MoefyModel(PreTrainedModel):
         return self.inside.get_output_embeddings()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """A checkpoint brings all weights; what is made anew starts as a linear layer does."""
+        """Initialise new weights like those of a linear layer; a checkpoint brings all of them."""
         for parameter in module.parameters(recurse=False):
             nn.init.normal_(parameter, std=0.02)
 
 
 class MoefyForCausalLM(MoefyModel, GenerationMixin):
-    """The same for text that goes on."""
+    """The same for causal language models."""
 
     opens = AutoModelForCausalLM
 
@@ -231,7 +231,7 @@ class MoefyForCausalLM(MoefyModel, GenerationMixin):
 
 
 class MoefyForSeq2SeqLM(MoefyModel, GenerationMixin):
-    """The same for text that is made of other text."""
+    """The same for sequence-to-sequence models."""
 
     opens = AutoModelForSeq2SeqLM
 
@@ -242,18 +242,18 @@ class MoefyForSeq2SeqLM(MoefyModel, GenerationMixin):
 
 
 class MoefyForMaskedLM(MoefyModel):
-    """The same for text with gaps."""
+    """The same for masked language models."""
 
     opens = AutoModelForMaskedLM
 
 
 class MoefyForSequenceClassification(MoefyModel):
-    """The same for the kinds of text."""
+    """The same for classifiers."""
 
     opens = AutoModelForSequenceClassification
 
 
-def _answer(up: Tensor, module: Any) -> Tensor:
+def _activations(up: Tensor, module: Any) -> Tensor:
     if not module.gated:
         return module.act_fn(up)
     gate, up = up.chunk(2, dim=-1)

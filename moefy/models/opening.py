@@ -1,4 +1,4 @@
-"""Models opened with transformers' own classes, whatever their configurations ask for in vain."""
+"""Models opened with transformers' own classes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def auto_class(task: str) -> Any:
 
 
 def plain_config(folder: Path, *, code: int = 3) -> PreTrainedConfig:
-    """The configuration of a folder, less what changes no number: how attention and experts are
-    computed, which may need what is not installed here, and what is returned beside the result.
+    """The configuration of a folder, without the choice of kernels and of additional outputs.
+
+    These change no number, and kernels may need a package that is not installed.
 
     Raises:
         MoefyError: `code`, for values that its class does not take.
@@ -34,7 +35,7 @@ def plain_config(folder: Path, *, code: int = 3) -> PreTrainedConfig:
             experts_implementation=None,
             output_attentions=False,
         )
-    except Exception as error:  # whatever a value of a wrong kind makes transformers raise
+    except Exception as error:  # transformers raises anything for values of a wrong kind
         failure = f"transformers cannot open {folder / CONFIG_NAME}"
         raise library_error(failure, error, advice="correct it", code=code) from error
     config._attn_implementation = config._experts_implementation = None
@@ -50,10 +51,10 @@ def open_model(
     code: int = 3,
     **more: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """A model from local files, and what transformers says of its tensors' names by kind of fault.
+    """A model from local files, and transformers' lists of wrong tensor names by kind of fault.
 
     Raises:
-        MoefyError: `code` where transformers cannot open it, 5 where it lacks a package for it.
+        MoefyError: `code` if transformers cannot open it, 5 if a package is missing.
     """
     config = config or plain_config(folder, code=code)
     try:
@@ -64,7 +65,7 @@ def open_model(
             output_loading_info=True,
             **more,
         )
-    except Exception as error:  # whatever a damaged configuration makes transformers raise
+    except Exception as error:  # transformers raises anything for a damaged configuration
         if isinstance(error, MemoryError) or "out of memory" in str(error):
             raise
         advice = f"expected a {CONFIG_NAME} that fits the weights"
@@ -74,7 +75,7 @@ def open_model(
 
 
 def check_loaded(folder: Path, info: dict[str, Any]) -> None:
-    """Refuse a model whose tensors are not those of its class, some of which are then random.
+    """Refuse a model that lacks tensors of its class (they would be random) or has others.
 
     Raises:
         MoefyError: code 3.
@@ -86,18 +87,18 @@ def check_loaded(folder: Path, info: dict[str, Any]) -> None:
         )
 
 
-def library_error(found: str, error: Exception, *, advice: str = "", code: int = 3) -> MoefyError:
-    """One line on an exception of a library, and what to do."""
+def library_error(failure: str, error: Exception, *, advice: str = "", code: int = 3) -> MoefyError:
+    """An exception of a library as one line, with what to do."""
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if isinstance(error, ImportError):
-        return MoefyError(f"{found}: {reason}; install it", code=5)
-    return MoefyError(f"{found}: {reason}{'; ' * bool(advice)}{advice}", code=code)
+        return MoefyError(f"{failure}: {reason}; install it", code=5)
+    return MoefyError(f"{failure}: {reason}{'; ' * bool(advice)}{advice}", code=code)
 
 
 def runnable(model: Any) -> Any:
-    """A loaded model, with its experts run one by one where transformers' default cannot.
+    """A loaded model, with its experts run one by one if transformers' default cannot run them.
 
-    That is `grouped_mm`, which takes rows of multiples of 16 bytes.
+    The default is `grouped_mm`, which takes rows of multiples of 16 bytes.
     """
     odd = (p.shape[-1] * p.element_size() % 16 for p in model.parameters() if p.ndim == 3)
     if model.config.model_type != "moefy" and any(odd):

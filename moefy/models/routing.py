@@ -1,4 +1,4 @@
-"""Which experts the tokens go to, in any class: what its routers choose while a model runs."""
+"""The choices of the routers of a loaded model of any class."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def experts(model: Any) -> dict[int, Any]:
 
 @contextlib.contextmanager
 def watched(model: Any, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `see(layer, logits_TE, index_TK)` whenever a router of `model` has chosen.
+    """Call `see(layer, logits_TE, index_TK)` after each forward pass of a router of `model`.
 
-    Tokens come flattened, batch by batch; tensors are those of the graph, so a loss can be made of
-    the logits. The model is as before when the block ends.
+    Tokens are flattened, batch by batch. The tensors are part of the graph, so that a loss can use
+    the logits. The hooks are removed when the block ends.
     """
 
     def seeing(layer: int) -> Callable[..., None]:
@@ -91,10 +91,10 @@ def watched(model: Any, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[
 
 @contextlib.contextmanager
 def recorded(model: Any) -> Iterator[dict[int, list[Tensor]]]:
-    """Give a dictionary that fills, while `model` runs, with each layer's choices (T, K), int16."""
-    seen: dict[int, list[Tensor]] = {layer: [] for layer in routers(model)}
-    with watched(model, lambda layer, _, index_TK: seen[layer].append(index_TK.to(torch.int16))):
-        yield seen
+    """A dictionary of each layer's choices (T, K), int16, which fills while `model` runs."""
+    choices: dict[int, list[Tensor]] = {layer: [] for layer in routers(model)}
+    with watched(model, lambda layer, _, index_TK: choices[layer].append(index_TK.to(torch.int16))):
+        yield choices
 
 
 def load(index_TK: Tensor, count: int) -> Tensor:
@@ -104,10 +104,10 @@ def load(index_TK: Tensor, count: int) -> Tensor:
 
 
 def balance(load_E: Tensor, dead_below: float = DEAD) -> dict[str, Any]:
-    """What is said of a load: its coefficient of variation, entropy and number of dead experts.
+    """The coefficient of variation, the entropy and the number of dead experts of a load.
 
-    The entropy is relative to that of an even load: one when all experts are used alike, zero
-    when one takes all.
+    The entropy is relative to that of an even load: one if all experts are used alike, zero if one
+    takes all.
 
     >>> balance(torch.tensor([0.5, 0.5, 0.0, 0.0]))["entropy"], balance(torch.ones(4) / 4)["dead"]
     (0.5, 0)
@@ -124,15 +124,12 @@ def balance(load_E: Tensor, dead_below: float = DEAD) -> dict[str, Any]:
 
 
 def coactivation(index_TK: Tensor, count: int) -> Tensor:
-    """Share of tokens that go to both experts, float64 (E, E); to each one on the diagonal."""
+    """Share of tokens that two experts get, float64 (E, E); on the diagonal, that one gets."""
     index_TK = index_TK.long().cpu()
     chosen_TE = torch.zeros(len(index_TK), count).scatter_(1, index_TK, 1.0)
     return (chosen_TE.T @ chosen_TE).double() / max(len(index_TK), 1)
 
 
 def drift(load_E: Tensor, reference_E: Tensor) -> float:
-    """How far a load is from another: the share of choices that go elsewhere, from 0 to 1.
-
-    The total variation distance.
-    """
+    """The total variation distance of two loads: the share of choices that go elsewhere, 0 to 1."""
     return float((load_E.double() - reference_E.double()).abs().sum()) / 2

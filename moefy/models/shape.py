@@ -27,7 +27,7 @@ OVERLAPPING = (32, 28, 24, 20, 16, 12, 8, 7, 6, 5, 4, 3, 2)
 
 
 TOLERANCE = 0.01
-"""How far the active and the shared fraction may lie from what was asked."""
+"""How far the active and the shared fraction may be from the requested ones."""
 
 
 def solve(
@@ -40,15 +40,14 @@ def solve(
     fits: Callable[[Shape], bool] | None = None,
     total: float = 1.0,
 ) -> Shape:
-    """The best legal shape for an FFN of `num_neurons` under the options that were given.
+    """The best legal shape for an FFN of `num_neurons` under the given options.
 
-    What is not given is chosen: neither almost all nor almost none of the active neurons shared
-    (`LEAST_PART`), expert widths that are multiples of 32 where there are any, 8 experts if they
-    fit, else the next preferred count, two experts per token, else the next higher number, and then
-    the widest alignment. All experts are on where all neurons are to be. `fits` tells which shapes
-    the class to be written can hold; a shared expert of any width, if not given. With a `total`
-    above one experts overlap: 8 that are one per token, or more where it has room for more of them,
-    as wide as it allows.
+    Options that are None are chosen in this order: neither almost all nor almost none of the active
+    neurons shared (`LEAST_PART`); expert widths in multiples of 32, if there are any; 8 experts,
+    else the next preferred count; two experts per token, else the next higher number; the widest
+    alignment. With all neurons active, all experts are. `fits` says which shapes the target holds;
+    by default a shared expert of any width. With a `total` above one experts overlap: 8 experts and
+    one per token, or more experts if there is room, as wide as it allows.
 
     Raises:
         MoefyError: code 2, naming the nearest legal values, when nothing fits.
@@ -65,8 +64,8 @@ def solve(
 
     if total > 1:
         k = experts_per_token or 1
-        if found := _overlapping(num_neurons, active, total, experts, k, answers):
-            return found
+        if shape := _overlapping(num_neurons, active, total, experts, k, answers):
+            return shape
     else:
         possible = _disjoint(num_neurons, active, experts, experts_per_token)
         if fitting := list(filter(answers, possible)):
@@ -77,10 +76,10 @@ def solve(
         "shared-fraction": shared,
         "overlap": total if total > 1 else None,
     }
-    wanted = ", ".join(f"--{name} {value}" for name, value in asked.items() if value is not None)
+    options = ", ".join(f"--{name} {value}" for name, value in asked.items() if value is not None)
     raise MoefyError(
         f"no split of {num_neurons} FFN neurons has --active {active:g}"
-        + (f" with {wanted}" if wanted else "")
+        + (f" with {options}" if options else "")
         + f"; {_nearest(num_neurons, active, experts, fits)}",
         code=2,
     )

@@ -11,8 +11,8 @@ from moefy.models.families.family import Config, Family
 
 def names() -> list[str]:
     """The `model_type`s that can be converted, sorted."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in found if name != "family")
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in modules if name != "family")
 
 
 def load(model_type: str, config: Config | None = None) -> Family:

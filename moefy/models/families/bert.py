@@ -20,7 +20,7 @@ def named(name: str) -> str:
     name = re.sub(r"^(?=(embeddings|encoder|pooler)\.)", "bert.", name)
     return re.sub(
         r"LayerNorm\.(gamma|beta)$",
-        lambda found: {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}[found[1]],
+        lambda match: {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}[match[1]],
         name,
     )
 

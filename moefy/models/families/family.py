@@ -170,8 +170,8 @@ class Family:
 
     def task(self, config: Config) -> str:
         """What a checkpoint is for, as the name of its class says."""
-        found = config.get("architectures")
-        (name, *_) = found if isinstance(found, list) and found else [""]
+        classes = config.get("architectures")
+        (name, *_) = classes if isinstance(classes, list) and classes else [""]
         return next((task for task in self.tasks if str(name).endswith(task)), self.tasks[0])
 
     def tied(self, config: Config, names: Iterable[str]) -> bool:

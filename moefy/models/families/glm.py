@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def share(config: Config) -> float:
     """How much of a head is rotated; half, if the configuration does not say."""
     rope = config.get("rope_parameters") or {}
-    found = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor")
-    return float(found or 0.5)
+    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    return float(share or 0.5)
 
 
 def rest(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ def rest(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def canonical(config: dict) -> dict:
-    """What is rotated said, as classes with another default need it."""
+    """The configuration with the rotated share, for classes with another default."""
     rope = {**(config.get("rope_parameters") or {}), "partial_rotary_factor": share(config)}
     return {**config, "rope_parameters": rope}
 

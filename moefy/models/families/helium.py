@@ -21,11 +21,11 @@ def halved(config: Config, name: str, tensor: Tensor, share: float = 1.0) -> Ten
     head; anything else as it is."""
     import torch
 
-    found = re.search(r"self_attn\.([qk])_proj\.(weight|bias)$", name)
-    if not found:
+    match = re.search(r"self_attn\.([qk])_proj\.(weight|bias)$", name)
+    if not match:
         return tensor
     heads = config["num_attention_heads"]
-    if found[1] == "k":
+    if match[1] == "k":
         heads = config.get("num_key_value_heads") or heads
     head_HN = tensor.unflatten(0, (heads, -1))
     width = head_HN.shape[1]

@@ -17,12 +17,12 @@ from moefy.models.families.family import (
 
 def variant(config: Config) -> dict[str, Any]:
     """OPT 350M norms what leaves a sublayer, not what enters it; Galactica has no biases."""
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     if not config.get("do_layer_norm_before", True):
-        found["behind"] = "final_layer_norm"
+        changes["behind"] = "final_layer_norm"
     if not config.get("enable_bias", True):
-        found |= {"ffn": ("fc1.weight", "fc2.weight"), "shapes": shapes_bare, "down_bias": None}
-    return found
+        changes |= {"ffn": ("fc1.weight", "fc2.weight"), "shapes": shapes_bare, "down_bias": None}
+    return changes
 
 
 FAMILY = Family(

@@ -38,10 +38,10 @@ def rest(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """
     import torch
 
-    found = re.search(r"layers\.(\d+)\.self_attn\.([qkvo])_proj\.weight$", name)
-    if not found:
+    match = re.search(r"layers\.(\d+)\.self_attn\.([qkvo])_proj\.weight$", name)
+    if not match:
         return {name: tensor}
-    layer, part = int(found[1]), found[2]
+    layer, part = int(match[1]), match[2]
     heads = config["num_attention_heads"]
     if part in "kv":
         heads = config.get("num_key_value_heads") or heads

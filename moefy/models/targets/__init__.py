@@ -15,8 +15,8 @@ OWN = "moefy"
 
 def names() -> list[str]:
     """The stock MoE classes that can be written, sorted."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in found if name not in ("target", "dense"))
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in modules if name not in ("target", "dense"))
 
 
 def load(model_type: str, family: Family = FAMILY) -> Target:

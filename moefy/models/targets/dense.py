@@ -16,8 +16,8 @@ def narrower(family: Family) -> Target:
         return family.resized(dense.config, shape.num_active)
 
     def tensors(split: Split) -> Tensors:
-        kept = family.write(split.part(split.partition.shared_S))
-        return dict(zip(family.ffn, kept, strict=True))
+        tensors = family.write(split.part(split.partition.shared_S))
+        return dict(zip(family.ffn, tensors, strict=True))
 
     return Target(
         family.model_type,

@@ -47,21 +47,21 @@ def target(family: Family) -> Target:
 
         block = family.block + "."
         experts = [split.part(neurons) for neurons in split.partition.experts_EN]
-        found = {
+        block_tensors = {
             block + "gate.weight": split.scaled_ED,
             block + "experts.up_proj": torch.stack([_above(part) for part in experts]),
             block + "experts.down_proj": torch.stack([part.down_DF for part in experts]),
         }
         biases = [part.bias_F for part in experts if part.bias_F is not None]
         if biases:
-            found[block + "experts.up_bias"] = torch.stack(biases)
+            block_tensors[block + "experts.up_bias"] = torch.stack(biases)
         if len(split.partition.shared_S):
             shared = split.part(split.partition.shared_S)
-            found[block + "shared.up_proj.weight"] = _above(shared)
-            found[block + "shared.down_proj.weight"] = shared.down_DF
+            block_tensors[block + "shared.up_proj.weight"] = _above(shared)
+            block_tensors[block + "shared.down_proj.weight"] = shared.down_DF
             if shared.bias_F is not None:
-                found[block + "shared.up_proj.bias"] = shared.bias_F
-        return found
+                block_tensors[block + "shared.up_proj.bias"] = shared.bias_F
+        return block_tensors
 
     return Target(
         "moefy",

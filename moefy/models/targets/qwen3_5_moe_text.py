@@ -27,11 +27,11 @@ LINEAR = "conv_kernel_dim key_head_dim value_head_dim num_key_heads num_value_he
 def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     """The configuration of a Qwen3.5-MoE text model of this shape."""
     config = dense.config
-    kept = {key: value for key, value in copied(config).items() if key != "intermediate_size"}
+    common = {key: value for key, value in copied(config).items() if key != "intermediate_size"}
     return {
         "architectures": ["Qwen3_5MoeForCausalLM"],
         "model_type": "qwen3_5_moe_text",
-        **kept,
+        **common,
         **{f"linear_{key}": config[f"linear_{key}"] for key in LINEAR},
         "layer_types": config["layer_types"],
         "head_dim": dense.head_dim,

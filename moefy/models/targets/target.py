@@ -1,4 +1,4 @@
-"""What moefy needs to know of a stock MoE class."""
+"""The facts of a stock MoE class that moefy needs."""
 
 from __future__ import annotations
 
@@ -194,17 +194,17 @@ def copied(config: Mapping[str, Any]) -> dict[str, Any]:
         "rms_norm_eps use_cache attention_dropout pad_token_id bos_token_id eos_token_id "
         "rope_parameters"
     ).split()
-    kept = {key: config[key] for key in keys if config.get(key) is not None}
+    result = {key: config[key] for key in keys if config.get(key) is not None}
     # An absent padding token is not the class's own default.
-    kept["pad_token_id"] = config.get("pad_token_id")
+    result["pad_token_id"] = config.get("pad_token_id")
     rope = config.get("rope_parameters") or {}
     # Loaders older than transformers 5, and other engines, read only these two.
-    kept["rope_theta"] = rope.get("rope_theta", 10000.0)
+    result["rope_theta"] = rope.get("rope_theta", 10000.0)
     scaled = rope.get("rope_type", "default") != "default"
-    kept["rope_scaling"] = (
+    result["rope_scaling"] = (
         {key: value for key, value in rope.items() if key != "rope_theta"} if scaled else None
     )
-    return kept
+    return result
 
 
 def sliding(dense: Dense) -> dict[str, Any]:
@@ -240,5 +240,5 @@ def shared_tensors(split: Split, prefix: str, scale: float = 1.0) -> Tensors:
 def _glu(part: FFN, prefix: str, names: tuple[str, str, str]) -> Tensors:
     """Gate, up and down under a prefix."""
     assert part.gate_FD is not None, "stock classes hold gated FFNs only"
-    found = (part.gate_FD, part.up_FD, part.down_DF)
-    return {prefix + name: tensor for name, tensor in zip(names, found, strict=True)}
+    matrices = (part.gate_FD, part.up_FD, part.down_DF)
+    return {prefix + name: tensor for name, tensor in zip(names, matrices, strict=True)}
