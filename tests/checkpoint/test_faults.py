@@ -170,10 +170,10 @@ def test_the_size_of_blocks_changes_nothing(block, own_pico, monkeypatch):
     d.flip_bit(QUERY, 1000, 30)(folder)
     d.tensor("model.norm.weight", torch.ones_like)(folder)
     d.tensor(UP, torch.ones_like)(folder)
-    found = scan(open_checkpoint(folder))
-    assert len(found.notes) == 2  # a norm of ones is as it starts
-    assert f"{UP} is all 1" in "".join(found.notes) and QUERY in "".join(found.notes)
-    assert found.digests == {name: sha256(folder / name) for name in (SINGLE, CONFIG)}
+    scanned = scan(open_checkpoint(folder))
+    assert len(scanned.notes) == 2  # a norm of ones is as it starts
+    assert f"{UP} is all 1" in "".join(scanned.notes) and QUERY in "".join(scanned.notes)
+    assert scanned.digests == {name: sha256(folder / name) for name in (SINGLE, CONFIG)}
     with pytest.raises(MoefyError, match="all 1"):
         scan(open_checkpoint(folder), {UP})
 

@@ -54,9 +54,9 @@ def write_all(folder: Path, tensors: dict[str, torch.Tensor], order: list[str], 
     return {file.name: file.read_bytes() for file in files}
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert found.dtype == expected.dtype and found.shape == expected.shape
-    raw = [t.contiguous().view(-1).view(torch.uint8) for t in (found, expected)]
+def assert_same(result: torch.Tensor, expected: torch.Tensor) -> None:
+    assert result.dtype == expected.dtype and result.shape == expected.shape
+    raw = [t.contiguous().view(-1).view(torch.uint8) for t in (result, expected)]
     assert torch.equal(*raw)
 
 
@@ -141,11 +141,11 @@ def test_several_files_and_their_index(seed, tmp_path):
     assert sorted(files) == [
         f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, 1 + count)
     ]
-    found = {name: load_file(tmp_path / "out" / name) for name in files}
+    result = {name: load_file(tmp_path / "out" / name) for name in files}
     for name, tensor in tensors.items():
-        assert_same(found[index["weight_map"][name]][name], tensor)
-    assert sum(map(len, found.values())) == len(tensors)
-    for held in found.values():
+        assert_same(result[index["weight_map"][name]][name], tensor)
+    assert sum(map(len, result.values())) == len(tensors)
+    for held in result.values():
         assert len(held) == 1 or sum(t.nbytes for t in held.values()) <= 200
 
 
@@ -178,14 +178,14 @@ def test_nothing_can_be_opened_before_all_is_written(tmp_path):
     writer = ShardWriter(tmp_path, slots(tensors), shard_bytes=500)
 
     def readable() -> list[str]:
-        found = []
+        result = []
         for file in sorted(tmp_path.iterdir()):
             try:
                 with safe_open(file, "pt"):
-                    found.append(file.name)
+                    result.append(file.name)
             except SafetensorError:
                 pass
-        return found
+        return result
 
     assert len(list(tmp_path.iterdir())) == 2
     for name, tensor in tensors.items():

@@ -41,8 +41,8 @@ def a_job(pico, text) -> Callable[..., Job]:
     """`a_job(model)`: a conversion of a tiny model on few tokens."""
 
     def job(model: Path | None = None, **recipe: Any) -> Job:
-        given = {"model": str(model or pico("llama")), "calibration": str(text), **FEW, **recipe}
-        return prepare(build(None, given, []))
+        options = {"model": str(model or pico("llama")), "calibration": str(text), **FEW, **recipe}
+        return prepare(build(None, options, []))
 
     return job
 
@@ -50,7 +50,7 @@ def a_job(pico, text) -> Callable[..., Job]:
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Callable[..., Path]]:
     """`disk(*options)`: a file system of its own, empty; skipped where none can be mounted."""
-    made: list[Path] = []
+    places: list[Path] = []
 
     def mount(*options: str) -> Path:
         place = tmp_path / "disk"
@@ -58,11 +58,11 @@ def disk(tmp_path) -> Iterator[Callable[..., Path]]:
         command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "moefy-test", str(place)]
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("needs the right to mount")
-        made.append(place)
+        places.append(place)
         return place
 
     yield mount
-    for place in made:
+    for place in places:
         subprocess.run(["umount", str(place)], check=True)
 
 
@@ -251,8 +251,8 @@ def test_a_gpu_with_no_room_for_a_batch_takes_halves(a_job, tmp_path, monkeypatc
         return model, *rest
 
     monkeypatch.setattr(forward, "_one_layer", small)
-    for found, wanted in zip(tapped(), expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(tapped(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert seen == [4, 2, 2, 4, 2, 2]
     rows[0] = 1
     with pytest.raises(torch.OutOfMemoryError):
@@ -276,8 +276,8 @@ def changed(part: Path) -> None:
 
 def reconfigured(part: Path) -> None:
     file = part / "config.json"
-    told = json.loads(file.read_text())
-    file.write_text(json.dumps(told | {"num_experts_per_tok": 3}))
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"num_experts_per_tok": 3}))
 
 
 @pytest.mark.parametrize(
@@ -320,8 +320,8 @@ def test_odd_names_in_an_ascii_world(pico, text, converted, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (out / SINGLE).read_bytes() == (converted(pico("llama")) / SINGLE).read_bytes()
     assert sorted(os.listdir(out.parent)) == ["dense", "out put ✓", "words ✓.txt"]
-    told = json.loads((out / "moefy" / "conversion.json").read_text(encoding="utf-8"))
-    assert told["calibration"]["source"] == str(words)
+    summary = json.loads((out / "moefy" / "conversion.json").read_text(encoding="utf-8"))
+    assert summary["calibration"]["source"] == str(words)
     assert read(out / "moefy" / "recipe.toml")["model"] == str(model)
     assert str(out).replace("\n", "") in done.stdout.decode().replace("\n", "")
     refused = subprocess.run([*command, "--quiet"], capture_output=True, env=env, timeout=300)

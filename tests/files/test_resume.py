@@ -116,13 +116,13 @@ def contents(folder: Path) -> dict[str, Any]:
             return {key: less(item) for key, item in value.items() if key not in MEASURED}
         return [less(item) for item in value] if isinstance(value, list) else value
 
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".json":
-            found[str(path.relative_to(folder))] = less(json.loads(path.read_text()))
+            result[str(path.relative_to(folder))] = less(json.loads(path.read_text()))
         elif path.is_file() and path.name != "conversion.md":
-            found[str(path.relative_to(folder))] = path.read_bytes()
-    return found
+            result[str(path.relative_to(folder))] = path.read_bytes()
+    return result
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
@@ -134,9 +134,9 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 def assert_same(out: Path, whole: Path) -> None:
     """`out` is there, alone, and as an undisturbed run made it."""
     assert os.listdir(out.parent) == [out.name]
-    found, expected = contents(out), contents(whole)
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if found[name] != expected[name]] == []
+    result, expected = contents(out), contents(whole)
+    assert result.keys() == expected.keys()
+    assert [name for name in expected if result[name] != expected[name]] == []
 
 
 @pytest.fixture
@@ -241,8 +241,8 @@ def test_a_rerun_may_have_less_memory_or_more(filed_first, a_job, out, whole):
     first, second = (little, None) if filed_first else (None, little)
     attempt, watch = Attempt(memory=first), dying_at("layer 1")
     assert forked(lambda: convert(job, out, attempt, watch=watch)) == -signal.SIGKILL
-    made = convert(job, out, Attempt(memory=second))
-    assert bool(made["memory"]["file_bytes"]) is not filed_first
+    summary = convert(job, out, Attempt(memory=second))
+    assert bool(summary["memory"]["file_bytes"]) is not filed_first
     assert_same(out, whole)
 
 
@@ -253,9 +253,9 @@ def test_a_wrong_state_would_be_seen(a_job, out, whole, monkeypatch):
     layers = resume.State.layers
 
     def wrong(self: resume.State, *arguments: Any) -> Any:
-        states_BTD, kept = layers(self, *arguments)
+        states_BTD, saved = layers(self, *arguments)
         assert states_BTD is not None
-        return states_BTD * (1 + 1e-6), kept
+        return states_BTD * (1 + 1e-6), saved
 
     monkeypatch.setattr(resume.State, "layers", wrong)
     convert(job, out)
@@ -376,12 +376,12 @@ def test_a_rerun_may_name_the_device_that_was_chosen(stopped, a_job, out, whole)
 
 
 def test_the_same_run_goes_on_with_force_and_starts_over_by_restart(stopped, a_job, out, whole):
-    kept = shutil.copytree(stopped.parent, out.parent.parent / "kept")
+    saved = shutil.copytree(stopped.parent, out.parent.parent / "kept")
     seen = stages_of(a_job(), out, force=True)
     assert [now for now in seen if now.startswith("layer ")] == []
     assert_same(out, whole)
     shutil.rmtree(out)
-    shutil.copytree(kept, stopped.parent)
+    shutil.copytree(saved, stopped.parent)
     seen = stages_of(a_job(), out, restart=True)
     assert any(now.startswith("layer 0") for now in seen)
     assert_same(out, whole)
@@ -510,8 +510,8 @@ def moefy(a_job, out) -> Callable[..., tuple[int, str]]:
 
         code = forked(command)
         os.close(mouth)
-        with os.fdopen(ear, encoding="utf-8") as said:
-            return code, said.read()
+        with os.fdopen(ear, encoding="utf-8") as stream:
+            return code, stream.read()
 
     return run
 

@@ -82,7 +82,7 @@ def test_gates_stay_at_one(once):
     model = AutoModelForCausalLM.from_pretrained(out)
     seen = []
     for layer in moe_layers(model):
-        layer.router.register_forward_hook(lambda module, args, made: seen.append(made[1]))
+        layer.router.register_forward_hook(lambda module, args, out: seen.append(out[1]))
     with torch.no_grad():
         model(torch.arange(100)[None])
     for gate_TK in seen:
@@ -213,9 +213,9 @@ def test_a_cache_holds_more_tokens_a_place_than_16_bits_count(tmp_path):
     truncation = teacher.Truncation(top_p=1.0, top_tokens=40_000)
     file = tmp_path / "cache.safetensors"
     live = teacher.live(model, truncation)(torch.arange(2), ids_BT)
-    kept = teacher.cached(file, lambda: model, ids_BT, truncation, 2)(torch.arange(2), ids_BT)
+    stored = teacher.cached(file, lambda: model, ids_BT, truncation, 2)(torch.arange(2), ids_BT)
     assert live[1].isfinite().sum(-1).min() > 2**15
-    assert torch.equal(kept[1], live[1])
+    assert torch.equal(stored[1], live[1])
 
 
 def test_a_cache_is_of_one_dtype_of_the_teacher():
@@ -232,11 +232,11 @@ def test_a_damaged_cache_is_refused(pico, tmp_path):
     file = tmp_path / "cache.safetensors"
     arguments = (file, load, ids, teacher.Truncation(), 2)
     live = teacher.live(load(), teacher.Truncation())(torch.arange(2), ids)
-    kept = teacher.cached(*arguments)(torch.arange(2), ids)
+    stored = teacher.cached(*arguments)(torch.arange(2), ids)
     used = live[1].isfinite()
     width = live[1].shape[-1]
-    assert torch.equal(kept[1][..., :width], live[1])
-    assert torch.equal(kept[0][..., :width][used], live[0][used])
+    assert torch.equal(stored[1][..., :width], live[1])
+    assert torch.equal(stored[0][..., :width][used], live[0][used])
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(MoefyError, match="damaged"):
         teacher.cached(*arguments)
@@ -260,7 +260,7 @@ def test_the_routers_gradient_is_that_of_a_soft_choice(run, soft):
     x = torch.randn(1, 60, 32, generator=torch.Generator().manual_seed(1))
     y = block(x)
     hook.remove()
-    (found,) = torch.autograd.grad((y * slope).sum(), layer.rows)
+    (gradient,) = torch.autograd.grad((y * slope).sum(), layer.rows)
     # Naive: every expert alone, one at a time, weighted by a softmax that is differentiated.
     x_TD, rows = x[0], layer.rows.detach().clone().requires_grad_()
     k, num = seen["o"][2].shape[1], layer.num_experts
@@ -273,7 +273,7 @@ def test_the_routers_gradient_is_that_of_a_soft_choice(run, soft):
     counted_TE = share_TE if soft == "all" else share_TE * chosen_TE
     naive = (counted_TE[..., None] * y_TED * slope[0][:, None]).sum()
     (expected,) = torch.autograd.grad(naive, rows)
-    assert torch.allclose(found, expected, rtol=2e-2, atol=1e-2 * float(expected.abs().max()))
+    assert torch.allclose(gradient, expected, rtol=2e-2, atol=1e-2 * float(expected.abs().max()))
 
 
 def test_bfloat16_weights_follow_copies_in_float32():
@@ -614,9 +614,9 @@ def test_settings_that_cannot_be(settings, message):
 
 def test_parts_leave_out_what_holds_the_gates(run):
     model = AutoModelForCausalLM.from_pretrained(run)
-    found = parts(model)
-    assert set(found["router"]) == {f"model.layers.{n}.mlp.gate.weight" for n in range(2)}
-    assert all(".mlp." in name for name in found["experts"])
-    named = {name for part in found.values() for name in part}
+    by_part = parts(model)
+    assert set(by_part["router"]) == {f"model.layers.{n}.mlp.gate.weight" for n in range(2)}
+    assert all(".mlp." in name for name in by_part["experts"])
+    named = {name for part in by_part.values() for name in part}
     left = {name for name, _ in model.named_parameters()} - named
     assert left == {f"model.layers.{n}.mlp.shared_expert_gate.weight" for n in range(2)}

@@ -52,7 +52,7 @@ def test_next_token_is_transformers_cross_entropy(logits):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_distillation_from_all_tokens_is_the_whole_kl(logits, teacher, temperature):
     ids, log_p = likeliest(teacher, Truncation(top_p=1.1, top_tokens=V, temperature=temperature))
-    found = losses.distillation(distilled(logits, ids, log_p, temperature))
+    ours = losses.distillation(distilled(logits, ids, log_p, temperature))
     whole = sum(
         float(p * (math.log(p) - math.log(q)))
         for t in range(T)
@@ -62,26 +62,26 @@ def test_distillation_from_all_tokens_is_the_whole_kl(logits, teacher, temperatu
             strict=True,
         )
     )
-    assert float(found) == pytest.approx(temperature**2 * whole / T, rel=1e-4)
+    assert float(ours) == pytest.approx(temperature**2 * whole / T, rel=1e-4)
 
 
 def test_distillation_from_a_few_counts_the_rest_as_one_token(logits, teacher):
     ids, log_p = likeliest(teacher, Truncation(top_p=0.7, top_tokens=4))
-    found = float(losses.distillation(distilled(logits, ids, log_p)))
+    ours = float(losses.distillation(distilled(logits, ids, log_p)))
     total = 0.0
     for t in range(T):
         p_V, q_V = teacher[t].softmax(0), logits[t].softmax(0)
-        kept, mass = [], 0.0
+        chosen, mass = [], 0.0
         for token in p_V.argsort(descending=True).tolist()[:4]:
             if mass < 0.7:
-                kept.append(token)
+                chosen.append(token)
                 mass += float(p_V[token])
-        parts = [(float(p_V[n]), float(q_V[n])) for n in kept]
+        parts = [(float(p_V[n]), float(q_V[n])) for n in chosen]
         parts.append((1 - sum(p for p, _ in parts), 1 - sum(q for _, q in parts)))
         total += sum(p * math.log(p / q) for p, q in parts)
-    assert found == pytest.approx(total / T, rel=1e-4)
+    assert ours == pytest.approx(total / T, rel=1e-4)
     ids, log_p = likeliest(teacher, Truncation(top_p=1.1, top_tokens=V))
-    assert found < float(losses.distillation(distilled(logits, ids, log_p)))
+    assert ours < float(losses.distillation(distilled(logits, ids, log_p)))
 
 
 def test_a_student_that_equals_its_teacher_has_no_gradient(teacher):
@@ -176,8 +176,8 @@ def test_no_expert_has_more_than_its_capacity(routed, room):
     index_TK = with_capacity(routed, routed.topk(K).indices, room)
     assert losses.load(index_TK, E).max() <= room
     for row in index_TK.tolist():
-        kept = [e for e in row if e >= 0]
-        assert len(set(kept)) == len(kept)
+        chosen = [e for e in row if e >= 0]
+        assert len(set(chosen)) == len(chosen)
     keeping = (index_TK == 0).any(-1)
     if room < T:  # the most confident tokens stay
         assert float(routed[keeping, 0].min()) > float(routed[~keeping, 0].max())

@@ -87,12 +87,12 @@ def test_a_selection_bias_evens_out_the_load(pico, converted, target):
     def variation():
         with torch.no_grad(), routing.recording() as layers:
             model(ids, use_cache=False)
-        found = []
+        values = []
         for layer in layers:
             load_E = layer.index_TK.flatten().bincount(minlength=layer.num_experts).float()
             update_bias(layer, load_E, 0.02)
-            found.append(float(load_E.std(correction=0) / load_E.mean()))
-        return sum(found) / len(found)
+            values.append(float(load_E.std(correction=0) / load_E.mean()))
+        return sum(values) / len(values)
 
     before = variation()
     for _ in range(60):
@@ -247,8 +247,8 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(pico, converted, text, t
                 time.sleep(0.02)
             time.sleep(dice.random() * 0.3)
             process.send_signal(signal.SIGKILL)
-        said = process.communicate(timeout=120)[1].decode()
-        assert process.returncode == (-signal.SIGKILL if attempt < 2 else 0), said
+        errors = process.communicate(timeout=120)[1].decode()
+        assert process.returncode == (-signal.SIGKILL if attempt < 2 else 0), errors
         assert out.exists() == (attempt == 2)
     new, old = weights(out), weights(tmp_path / "whole")
     assert all(torch.equal(new[name], old[name]) for name in old)
