@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from moefy.cli.options import Given, command
+from moefy.cli.options import Options, command
 from moefy.cli.shared import (
     FORCE,
     JSON,
@@ -47,19 +47,19 @@ class Convert:
 
 
 @command(Recipe, Convert)
-def convert(given: Given, asked: Convert) -> None:
+def convert(options: Options, asked: Convert) -> None:
     """Convert the dense checkpoint MODEL into the MoE checkpoint OUT.
 
     If it is stopped, the same command goes on where it was.
     """
     limit = None if asked.memory is None else num_bytes(asked.memory, "--memory")
     if asked.reproduce:
-        _reproduce(given, asked, asked.reproduce, limit)
+        _reproduce(options, asked, asked.reproduce, limit)
         return
     from moefy.checkpoint.resolve import resolve
     from moefy.checkpoint.validate import open_checkpoint
 
-    recipe = build(asked.recipe, given, [*asked.settings], note)
+    recipe = build(asked.recipe, options, [*asked.settings], note)
     if asked.out is None and not asked.plan:
         raise MoefyError("no OUT given; expected `moefy convert MODEL OUT`", code=2)
     # `prepare` checks it again, after seconds of imports that a refusal need not wait for.
@@ -105,11 +105,11 @@ def _convert(recipe: Recipe, asked: Convert, out: Path, limit: int | None) -> No
     show(summary, lambda summary: _show(summary, out), asked.as_json and first, quiet)
 
 
-def _reproduce(given: Given, asked: Convert, recipe: Path, limit: int | None) -> None:
-    settings = given.keys() - {"model"} or asked.recipe or asked.settings
-    if settings or asked.plan or asked.strict or "model" not in given:
+def _reproduce(options: Options, asked: Convert, recipe: Path, limit: int | None) -> None:
+    settings = options.keys() - {"model"} or asked.recipe or asked.settings
+    if settings or asked.plan or asked.strict or "model" not in options:
         raise MoefyError("--reproduce RECIPE takes OUT, or MODEL OUT, and no settings", code=2)
-    model = given["model"]
+    model = options["model"]
     out, model = (asked.out, model) if asked.out else (Path(model), None)
     quiet_libraries()
     from moefy.progress import watching

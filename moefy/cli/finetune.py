@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from moefy.cli.options import Given, command
+from moefy.cli.options import Options, command
 from moefy.cli.shared import FORCE, JSON, QUIET, RESTART, SETTINGS, note, quiet_libraries, show
 from moefy.cli.signals import INTERRUPTED
 from moefy.config.finetune import Settings, build
@@ -40,14 +40,14 @@ class Finetune:
 
 
 @command(Settings, Finetune)
-def finetune(given: Given, asked: Finetune) -> None:
+def finetune(options: Options, asked: Finetune) -> None:
     """Fine-tune the converted model RUN: distil from its dense model, keep its experts balanced.
 
     If it is stopped, the same command goes on from its last checkpoint.
     """
     if asked.resume:
         note("--resume is what happens without it now; --restart starts over")
-    settings = build(asked.recipe, given, [*asked.settings], note)
+    settings = build(asked.recipe, options, [*asked.settings], note)
     if asked.steps is not None:
         settings = _of_steps(settings, asked.steps)
     quiet_libraries()

@@ -13,27 +13,27 @@ import typer
 from moefy.cli.shared import note
 from moefy.config.options import Field, check, fields, number
 
-Given = Mapping[str, Any]
+Options = Mapping[str, Any]
 """The options of a recipe that the command line names, without defaults."""
 Switches = TypeVar("Switches")
 
 
 def command(
     recipe: type, switches: type[Switches]
-) -> Callable[[Callable[[Given, Switches], None]], Callable[..., None]]:
+) -> Callable[[Callable[[Options, Switches], None]], Callable[..., None]]:
     """A command that takes the fields of `recipe` and of `switches`.
 
     The function gets the options of `recipe` that the command line names, since a recipe's file
     sets the others, and a value of the class `switches`.
     """
 
-    def decorate(function: Callable[[Given, Switches], None]) -> Callable[..., None]:
+    def decorate(function: Callable[[Options, Switches], None]) -> Callable[..., None]:
         @functools.wraps(function)
         def invoke(**values: Any) -> None:
-            given = _named_as_now(switches, _named_as_now(recipe, values))
-            given = {name: value for name, value in given.items() if value is not None}
-            others = {name: given.pop(name) for name in fields(switches) if name in given}
-            function(given, switches(**check(switches, others)))
+            values = _named_as_now(switches, _named_as_now(recipe, values))
+            values = {name: value for name, value in values.items() if value is not None}
+            others = {name: values.pop(name) for name in fields(switches) if name in values}
+            function(values, switches(**check(switches, others)))
 
         parameters = [*_parameters(recipe, optional=True), *_parameters(switches, optional=False)]
         parameters.sort(key=lambda parameter: not _is_argument(parameter))
@@ -46,7 +46,7 @@ def command(
 
 
 def help_line(option: Field) -> str:
-    """What an option is, its choices, and what it is if not given."""
+    """An option's help: what it is, its choices and its default."""
     line = option.option.help
     if choices := ", ".join(filter(None, option.option.choices)):
         line += f" One of {choices}."
@@ -63,7 +63,7 @@ def flags(option: Field) -> str:
 
 
 def default_of(option: Field) -> str:
-    """What an option is if not given, in words; empty where it has no value then."""
+    """An option's default in words; empty where it has none."""
     value = option.default
     if option.option.unset:
         return option.option.unset
@@ -113,7 +113,7 @@ def _flag(name: str) -> str:
 
 
 def _named_as_now(recipe: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, where those given by a flag of an earlier version stand under today's name."""
+    """The values by today's names, where flags of an earlier version set some."""
     result = dict(values)
     for option in fields(recipe).values():
         old = result.pop(option.option.old, None)

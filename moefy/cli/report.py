@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.cli.options import Given, command
+from moefy.cli.options import Options, command
 from moefy.cli.shared import JSON, QUIET, note, quiet_libraries, show
 from moefy.config.options import Option
 from moefy.config.report import Settings, build
@@ -37,12 +37,12 @@ class Report:
 
 
 @command(Settings, Report)
-def report(given: Given, asked: Report) -> None:
+def report(options: Options, asked: Report) -> None:
     """Measure the run RUN against the dense model and the controls: quality, routing and cost."""
     if asked.redraw:
         _redraw(asked)
         return
-    settings = build({**_effort(asked), **given}, note)
+    settings = build({**_effort(asked), **options}, note)
     quiet_libraries()
     from moefy.evaluate.run import evaluate
     from moefy.progress import watching

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from moefy import pipeline
+from moefy.config.finetune import Settings
+from moefy.config.options import fields
 from moefy.config.recipe import Recipe, read
 from moefy.errors import MoefyError
 from moefy.evaluate.run import evaluate
@@ -163,6 +165,23 @@ def test_another_recipe_is_refused(before, after, says, copied):
     assert caught.value.code == 2
     assert all(word in str(caught.value) for word in (*says, "--force"))
     assert bytes_of(out.parent) == kept
+
+
+def test_a_run_of_former_names_counts_as_done(copied):
+    """What an earlier version wrote is opened, and is the same run."""
+    file, out = copied
+    for folder in (out, out.with_name("out-finetuned")):
+        recipe = folder / "moefy" / "recipe.toml"
+        recipe.write_text(recipe.read_text().replace("overlap = ", "total = "))
+        assert "total = 1.0" in recipe.read_text()
+    told = out.with_name("out-finetuned") / "moefy" / "finetune.json"
+    summary = json.loads(told.read_text())
+    before = {option.option.old: name for name, option in fields(Settings).items()}
+    before = {old: summary["settings"].pop(name) for old, name in before.items() if old}
+    assert "warmup" in before and "soft" in before
+    summary["settings"] |= before
+    told.write_text(json.dumps(summary))
+    assert go(file, out) == {"convert": False, "finetune": False, "report": False}
 
 
 @pytest.mark.parametrize("line", ['device = "cpu"', "ignore_index = true"])
