@@ -175,5 +175,5 @@ def test_a_router_for_evaluation_is_admitted_behind_auto_too(loud, text):
     loss_L = [9.0 if layer == LOUD else 1.0 for layer in range(LAYERS)]
     settled = sensitivity.settle(prepare(recipe, control=True), loss_L)
     assert LOUD not in settled.layers and settled.recipe.router == "oracle"
-    with pytest.raises(MoefyError, match="for evaluation"):
+    with pytest.raises(MoefyError, match="or an evaluation"):
         prepare(recipe)
