@@ -72,13 +72,11 @@ def read_sealed(file: Path) -> Any:
     """
     if not file.exists():
         return None
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         sealed = json.loads(file.read_text(encoding="utf-8"))
         text = sealed["value"]
         if hashlib.sha256(text.encode()).hexdigest() == sealed["sha256"]:
             return json.loads(text)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
     raise damaged_state(file)
 
 

@@ -124,11 +124,8 @@ class ShardWriter:
         self._headers: dict[Path, bytes] = {}
         count = len(self._shards)
         for number, group in enumerate(self._shards, 1):
-            file = folder / (
-                f"{name}.safetensors"
-                if count == 1
-                else f"{name}-{number:05d}-of-{count:05d}.safetensors"
-            )
+            part = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
+            file = folder / f"{name}{part}.safetensors"
             header, start = _header({key: slots[key] for key in group})
             self._headers[file] = header
             for key in group:
