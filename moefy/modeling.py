@@ -225,20 +225,15 @@ class MoefyForCausalLM(MoefyModel, GenerationMixin):
     opens = AutoModelForCausalLM
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What the dense class does."""
+        """Generate as the dense class does."""
         self.dense.generation_config = self.generation_config
         return self.dense.generate(*args, **kwargs)
 
 
-class MoefyForSeq2SeqLM(MoefyModel, GenerationMixin):
+class MoefyForSeq2SeqLM(MoefyForCausalLM):
     """The same for sequence-to-sequence models."""
 
     opens = AutoModelForSeq2SeqLM
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What the dense class does."""
-        self.dense.generation_config = self.generation_config
-        return self.dense.generate(*args, **kwargs)
 
 
 class MoefyForMaskedLM(MoefyModel):

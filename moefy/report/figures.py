@@ -64,10 +64,7 @@ def forest(
                 )  # fmt: skip
             axis_of.plot([value], [row], look.marker, color=look.colour)
             at = value + 2 * (error or 0)
-            axis_of.annotate(
-                f"{value:.{places}f}", (at, row), (8, 0), textcoords="offset points", va="center",
-                fontsize=10, color=INK,
-            )  # fmt: skip
+            _label(axis_of, f"{value:.{places}f}", (at, row), 8, fontsize=10)
         axis_of.set_yticks(range(len(rows)), [wrapped(row[0]) for row in rows], color=INK)
         axis_of.set_ylim(len(rows) - 0.4, -0.6)
         axis_of.set_xlim(low - 0.03 * span, high + 0.16 * span)
@@ -75,6 +72,23 @@ def forest(
         axis_of.tick_params(length=0)
     axes[-1, 0].set_xlabel(axis)
     return figure
+
+
+def curve(
+    rows: Sequence[Mapping[str, Any]],
+    axis: str,
+    key: str,
+    name: str,
+    look: Look,
+    *,
+    points: bool = False,
+) -> Line | None:
+    """The values of `key` against those of `axis`, of the rows that have one; None without any."""
+    known = [row for row in rows if row.get(key) is not None]
+    if not known:
+        return None
+    x, y = [row[axis] for row in known], [row[key] for row in known]
+    return Line(name, look, x, y, points=points or len(x) < 2, dashed=points)
 
 
 def lines(
@@ -113,14 +127,8 @@ def frontier(drawn: Sequence[Line]) -> Figure:
     figure, axes = panels(height=3.4)
     axis = axes[0, 0]
     for line in drawn:
-        axis.plot(
-            [line.x[-1], 1.0],
-            [line.y[-1], 0.0],
-            ":",
-            color=line.look.colour,
-            linewidth=1.2,
-            zorder=1,
-        )
+        ends = [line.x[-1], 1.0], [line.y[-1], 0.0]
+        axis.plot(*ends, ":", color=line.look.colour, linewidth=1.2, zorder=1)
         _draw(axis, line)
     axis.plot([1.0], [0.0], "o", color=INK, markersize=8)
     left = min(x for line in drawn for x in line.x)
@@ -128,15 +136,7 @@ def frontier(drawn: Sequence[Line]) -> Figure:
     axis.set_xlim(left - 0.65 * room, 1 + 0.2 * room)
     top = max(y for line in drawn for y in line.y)
     axis.set_ylim(min(-0.04 * top, *(y for line in drawn for y in line.y)), 1.08 * top)
-    axis.annotate(
-        "dense",
-        (1.0, 0.0),
-        (8, 0),
-        textcoords="offset points",
-        va="center",
-        color=INK,
-        fontsize=10.5,
-    )
+    _label(axis, "dense", (1.0, 0.0), 8)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     ticks = sorted({x for line in drawn for x in line.x} | {1.0})
     axis.set_xticks(ticks)
@@ -146,11 +146,9 @@ def frontier(drawn: Sequence[Line]) -> Figure:
     gap, placed = (high - low) / 15, -math.inf
     for line in sorted(drawn, key=lambda line: line.y[0]):
         placed = max(line.y[0], placed + gap)
-        axis.annotate(
-            short(line.name, 22), (line.x[0], placed), (-9, 0), textcoords="offset points",
-            ha="right", va="center", color=line.look.colour, fontsize=10.5,
-            bbox={"facecolor": CARD, "edgecolor": "none", "pad": 1},
-        )  # fmt: skip
+        box = {"facecolor": CARD, "edgecolor": "none", "pad": 1}
+        name, at = short(line.name, 22), (line.x[0], placed)
+        _label(axis, name, at, -9, color=line.look.colour, ha="right", bbox=box)
     return figure
 
 
@@ -210,15 +208,7 @@ def bars(
         axis_of.barh(row, pale, color=look.colour, alpha=0.28, height=0.66)
         axis_of.barh(row, solid, color=look.colour, height=0.66)
         label = f"{solid:,.1f}" if solid == pale else f"{solid:,.1f} of {pale:,.1f}"
-        axis_of.annotate(
-            label,
-            (pale, row),
-            (6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=10,
-            color=INK,
-        )
+        _label(axis_of, label, (pale, row), 6, fontsize=10)
     axis_of.set_yticks(range(len(rows)), [wrapped(row[0]) for row in rows], color=INK)
     axis_of.set_ylim(len(rows) - 0.4, -0.6)
     axis_of.set_xlim(0, 1.34 * max(pale for *_, pale in rows))
@@ -240,6 +230,12 @@ def short(text: str, length: int) -> str:
 def wrapped(name: str) -> str:
     """A name over at most three lines of 22 characters."""
     return "\n".join(textwrap.wrap(name, 22, max_lines=3, placeholder=" …")) or name
+
+
+def _label(axis: Any, text: str, at: tuple[float, float], shift: int, **style: Any) -> None:
+    """Write `text` beside a point, `shift` units to the right."""
+    style = {"color": INK, "fontsize": 10.5, **style}
+    axis.annotate(text, at, (shift, 0), textcoords="offset points", va="center", **style)
 
 
 def _legend(figure: Figure, drawn: Sequence[Line]) -> None:

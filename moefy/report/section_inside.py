@@ -91,12 +91,11 @@ def _three(rows: Sequence[Any]) -> list[Any]:
 
 def _per_layer(models: Mapping[str, Mapping[str, Any]], looks: Looks) -> list[Picture]:
     """How uneven the loads are in each layer."""
-    drawn = []
-    for label, routed in models.items():
-        rows = [row for row in routed["layers"] if row.get("load_cv") is not None]
-        if rows:
-            x, y = [row["layer"] for row in rows], [row["load_cv"] for row in rows]
-            drawn.append(figures.Line(label, looks[label], x, y, points=len(x) < 2))
+    curves = [
+        figures.curve(routed["layers"], "layer", "load_cv", label, looks[label])
+        for label, routed in models.items()
+    ]
+    drawn = [curve for curve in curves if curve]
     if not drawn:
         return []
     alt = "Coefficient of variation of the loads by layer. " + "; ".join(
@@ -173,7 +172,10 @@ def _token(token: Any) -> str:
     return "".join(c if c.isprintable() else "�" for c in shown)
 
 
-ERRORS = {"error_before_refit": "before the refit", "error_after_refit": "after the refit"}
+ERRORS = {
+    "error_before_refit": ("before the refit", SERIES["grey"], "o"),
+    "error_after_refit": ("after the refit", SERIES["blue"], "o"),
+}
 ENERGY = {
     "energy_neurons": ("best neurons", INK, "o"),
     "energy_oracle": ("oracle", SERIES["green"], "^"),
@@ -187,13 +189,15 @@ def layers(report: Mapping[str, Any]) -> Section:
     """The error of each layer at its conversion, on held-out calibration text."""
     rows = report["run"].get("layers") or []
     pictures = []
-    before_after = zip(ERRORS.items(), (SERIES["grey"], SERIES["blue"]), strict=True)
-    errors = [_line(rows, key, name, Look(hue, "o")) for (key, name), hue in before_after]
-    energy = [_line(rows, key, name, Look(hue, m)) for key, (name, hue, m) in ENERGY.items()]
-    for name, title, drawn in (
-        ("layer-energy", "Output energy kept", [line for line in energy if line]),
-        ("layer-error", "Relative output error", [line for line in errors if line]),
+    for name, title, keys in (
+        ("layer-energy", "Output energy kept", ENERGY),
+        ("layer-error", "Relative output error", ERRORS),
     ):
+        curves = [
+            figures.curve(rows, "layer", key, label, Look(hue, marker))
+            for key, (label, hue, marker) in keys.items()
+        ]
+        drawn = [curve for curve in curves if curve]
         if drawn:
             alt = f"{title} by layer. " + "; ".join(
                 f"{n.name}: from {min(n.y):.2f} to {max(n.y):.2f}, {sum(n.y) / len(n.y):.2f} on "
@@ -252,13 +256,3 @@ def _evenness(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Picture], list[Ta
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _line(
-    rows: Sequence[Mapping[str, Any]], key: str, name: str, look: Look
-) -> figures.Line | None:
-    known = [row for row in rows if row.get(key) is not None]
-    if not known:
-        return None
-    x, y = [row["layer"] for row in known], [row[key] for row in known]
-    return figures.Line(name, look, x, y, points=len(x) < 2)

@@ -50,12 +50,8 @@ def finetune(report: Mapping[str, Any]) -> Section:
 def _curve(
     rows: Sequence[Mapping[str, Any]], key: str, name: str, hue: str, *, points: bool = False
 ) -> figures.Line | None:
-    known = [row for row in rows if row.get(key) is not None]
-    if not known:
-        return None
-    x, y = [row["step"] for row in known], [row[key] for row in known]
     look = Look(SERIES[hue], "D" if points else "o")
-    return figures.Line(name, look, x, y, points=points or len(x) < 2, dashed=points)
+    return figures.curve(rows, "step", key, name, look, points=points)
 
 
 def _trained(label: str, summary: Mapping[str, Any]) -> list[Table]:
