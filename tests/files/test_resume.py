@@ -472,7 +472,7 @@ def test_a_change_in_the_model_below_the_last_layer(stopped, a_job, out):
     file = stopped.parent / PART / "model.safetensors"
     entry = read_header(file)["model.layers.0.mlp.experts.0.gate_proj.weight"]
     flip(file.name, entry.start)(file.parent)
-    refused(a_job(), out, "what layer 0 has in", "was changed", option="restart")
+    refused(a_job(), out, "layer 0 in ", "was changed", option="restart")
 
 
 def test_what_resumes_nothing_leaves_a_state_alone(stopped, a_job, out):
