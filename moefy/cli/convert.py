@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from moefy.cli.options import Options, command
 from moefy.cli.shared import (
@@ -21,7 +21,7 @@ from moefy.cli.shared import (
     show,
 )
 from moefy.cli.signals import INTERRUPTED
-from moefy.config.options import Option
+from moefy.config.options import option
 from moefy.config.recipe import Recipe, build, num_bytes
 from moefy.errors import MoefyError
 
@@ -30,20 +30,19 @@ from moefy.errors import MoefyError
 class Convert:
     """What `moefy convert` takes beside the keys of a recipe."""
 
-    out: Annotated[Path | None, Option("Folder to write.", argument=True)] = None
-    memory: Annotated[str | None, Option("Memory limit, e.g. 6GB.", unset="all")] = None
-    recipe: Annotated[Path | None, Option("TOML file with any of the options above.")] = None
-    reproduce: Annotated[
-        Path | None,
-        Option("recipe.toml of a run, to do it again and compare; takes OUT, or MODEL OUT."),
-    ] = None
-    settings: Annotated[tuple[str, ...], SETTINGS] = ()
-    plan: Annotated[bool, Option("Only say what would be done.")] = False
-    force: Annotated[bool, FORCE] = False
-    strict: Annotated[bool, Option("Fail where an expert sees too little text.")] = False
-    restart: Annotated[bool, dataclasses.replace(RESTART, old="fresh")] = False
-    as_json: Annotated[bool, JSON] = False
-    quiet: Annotated[bool, QUIET] = False
+    out: Path | None = option(None, "Folder to write.", argument=True)
+    memory: str | None = option(None, "Memory limit, e.g. 6GB.", unset="all")
+    recipe: Path | None = option(None, "TOML file with any of the options above.")
+    reproduce: Path | None = option(
+        None, "recipe.toml of a run, to do it again and compare; takes OUT, or MODEL OUT."
+    )
+    settings: tuple[str, ...] = option((), SETTINGS)
+    plan: bool = option(False, "Only say what would be done.")
+    force: bool = option(False, FORCE)
+    strict: bool = option(False, "Fail where an expert sees too little text.")
+    restart: bool = option(False, dataclasses.replace(RESTART, old="fresh"))
+    as_json: bool = option(False, JSON)
+    quiet: bool = option(False, QUIET)
 
 
 @command(Recipe, Convert)

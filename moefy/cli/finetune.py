@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from moefy.cli.options import Options, command
 from moefy.cli.shared import FORCE, JSON, QUIET, RESTART, SETTINGS, note, quiet_libraries, show
 from moefy.cli.signals import INTERRUPTED
 from moefy.config.finetune import Settings, build
-from moefy.config.options import Option
+from moefy.config.options import option
 from moefy.errors import MoefyError
 
 NO_MEMORY = ("allocate memory", "out of memory")
@@ -22,16 +22,16 @@ NO_MEMORY = ("allocate memory", "out of memory")
 class Finetune:
     """What `moefy finetune` takes beside the keys of the table `[finetune]`."""
 
-    run: Annotated[Path, Option("Folder that `moefy convert` wrote.", argument=True)]
-    out: Annotated[Path | None, Option("Folder to write.", unset="RUN-finetuned")] = None
-    steps: Annotated[int | None, Option("Steps to train, instead of --tokens.", least=1)] = None
-    recipe: Annotated[Path | None, Option("TOML file with a table [finetune].")] = None
-    settings: Annotated[tuple[str, ...], SETTINGS] = ()
-    force: Annotated[bool, FORCE] = False
-    restart: Annotated[bool, RESTART] = False
-    resume: Annotated[bool, Option("", hidden=True)] = False
-    as_json: Annotated[bool, JSON] = False
-    quiet: Annotated[bool, QUIET] = False
+    run: Path = option(MISSING, "Folder that `moefy convert` wrote.", argument=True)
+    out: Path | None = option(None, "Folder to write.", unset="RUN-finetuned")
+    steps: int | None = option(None, "Steps to train, instead of --tokens.", least=1)
+    recipe: Path | None = option(None, "TOML file with a table [finetune].")
+    settings: tuple[str, ...] = option((), SETTINGS)
+    force: bool = option(False, FORCE)
+    restart: bool = option(False, RESTART)
+    resume: bool = option(False, "", hidden=True)
+    as_json: bool = option(False, JSON)
+    quiet: bool = option(False, QUIET)
 
     @property
     def folder(self) -> Path:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from moefy.cli.options import Options, command
 from moefy.cli.shared import JSON, QUIET, note, quiet_libraries, show
-from moefy.config.options import Option
+from moefy.config.options import option
 from moefy.config.report import Settings, build
 from moefy.errors import MoefyError
 
@@ -23,17 +23,15 @@ FAILED = 1
 class Report:
     """What `moefy report` takes beside the keys of the table `[report]`."""
 
-    run: Annotated[
-        Path, Option("Folder that `moefy convert` or `moefy finetune` wrote.", argument=True)
-    ]
-    quick: Annotated[bool, Option("Scores and speed at batch 1 alone, on fewer tokens.")] = False
-    full: Annotated[bool, Option("More tokens, longer contexts, all controls refitted.")] = False
-    redraw: Annotated[bool, Option("Pages drawn anew from report.json, without measurements.")] = (
-        False
+    run: Path = option(
+        MISSING, "Folder that `moefy convert` or `moefy finetune` wrote.", argument=True
     )
-    open_page: Annotated[bool, Option("The page in the browser.", flag="open")] = False
-    as_json: Annotated[bool, JSON] = False
-    quiet: Annotated[bool, QUIET] = False
+    quick: bool = option(False, "Scores and speed at batch 1 alone, on fewer tokens.")
+    full: bool = option(False, "More tokens, longer contexts, all controls refitted.")
+    redraw: bool = option(False, "Pages drawn anew from report.json, without measurements.")
+    open_page: bool = option(False, "The page in the browser.", flag="open")
+    as_json: bool = option(False, JSON)
+    quiet: bool = option(False, QUIET)
 
 
 @command(Settings, Report)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from moefy.config.options import (
     COMPUTE_DTYPES,
     Note,
-    Option,
     check,
+    key,
     located,
+    option,
     parse_setting,
     renamed,
 )
@@ -27,202 +28,125 @@ TABLE = "finetune"
 class Settings:
     """What decides the weights of a fine-tune, but for versions and the number of processes."""
 
-    data: Annotated[
-        str,
-        Option(
-            "File or folder of text, rows or chats; data set id; or `self` for text that the dense "
-            "model writes."
-        ),
-    ] = "self"
-    text_field: Annotated[str, Option("Field of rows that holds the text.")] = "text"
-    tokens: Annotated[int, Option("Tokens to train on, repeated ones included.")] = 1_000_000
-    sequence_length: Annotated[int, Option("Tokens per sequence.", least=8)] = 512
-    batch_size: Annotated[int, Option("Sequences per process and forward pass.", least=1)] = 4
-    gradient_accumulation_steps: Annotated[
-        int, Option("Forward passes per step.", least=1, old="accumulate")
-    ] = 1
-    validation_tokens: Annotated[
-        int, Option("Tokens at the end of the text that only measure.", flag=False)
-    ] = 8192
-    teacher: Annotated[
-        str | None, Option("Folder or hub id of the teacher.", unset="the dense model of the run")
-    ] = None
-    teacher_cache: Annotated[
-        str | None,
-        Option("Folder that keeps the teacher's predictions, so that it runs only once."),
-    ] = None
-    train: Annotated[
-        str,
-        Option("What is trained.", choices=("all", "router+experts", "experts", "router", "lora")),
-    ] = "all"
-    learning_rate: Annotated[
-        float, Option("Learning rate of the experts, the shared one included.")
-    ] = 2e-4
-    router_learning_rate: Annotated[
-        float, Option("Learning rate of the routers, in units of their unscaled rows.")
-    ] = 1e-3
-    rest_learning_rate: Annotated[float, Option("Learning rate of everything else.")] = 1e-4
-    warmup_ratio: Annotated[
-        float,
-        Option(
-            "Share of the steps over which the learning rates rise.",
-            most=1,
-            flag=False,
-            old="warmup",
-        ),
-    ] = 0.05
-    schedule: Annotated[
-        str,
-        Option(
-            "Course of the learning rates.", choices=("cosine", "linear", "constant"), flag=False
-        ),
-    ] = "cosine"
-    weight_decay: Annotated[float, Option("Weight decay.", flag=False)] = 0.0
-    max_grad_norm: Annotated[float, Option("Gradient norm at most.", flag=False, old="clip")] = 1.0
-    kl: Annotated[float, Option("Weight of the KL divergence from the teacher.")] = 1.0
-    temperature: Annotated[
-        float, Option("Temperature of that divergence.", least=1e-3, most=1e3, flag=False)
-    ] = 1.0
-    top_p: Annotated[
-        float,
-        Option(
-            "Share of the teacher's probability whose tokens are kept; the rest counts as one "
-            "token.",
-            least=1e-3,
-            most=1,
-            flag=False,
-        ),
-    ] = 0.98
-    top_tokens: Annotated[
-        int, Option("Tokens of the teacher's that are kept at most.", least=1, flag=False)
-    ] = 128
-    ce: Annotated[float, Option("Weight of the cross-entropy of the text itself.")] = 0.0
-    hidden: Annotated[
-        float,
-        Option(
-            "Weight of the match of the states behind every layer; the teacher runs beside the "
-            "student.",
-            flag=False,
-        ),
-    ] = 0.0
-    router_ce: Annotated[
-        float,
-        Option(
-            "Weight of the router's cross-entropy to the experts of most output energy.", flag=False
-        ),
-    ] = 0.0
-    balance: Annotated[
-        str,
-        Option(
-            "Load balancing: a loss, or `bias`, which moves the class's selection bias.",
-            choices=("switch", "variation", "bias", "none"),
-        ),
-    ] = "switch"
-    balance_weight: Annotated[float, Option("Weight of the load balancing loss.")] = 0.01
-    bias_rate: Annotated[
-        float, Option("Step of the selection bias, in units of the unscaled logits.", flag=False)
-    ] = 1e-3
-    router_z: Annotated[float, Option("Weight of the router's z-loss.", flag=False)] = 0.001
-    router_gradient: Annotated[
-        str,
-        Option(
-            "Experts whose outputs the routers learn from.",
-            choices=("all", "chosen", "none"),
-            flag=False,
-            old="soft",
-        ),
-    ] = "all"
-    noise: Annotated[
-        float, Option("Standard deviation of noise on the router's logits.", flag=False)
-    ] = 0.0
-    expert_dropout: Annotated[
-        float, Option("Chance of an expert to be out of reach for a batch.", most=1, flag=False)
-    ] = 0.0
-    capacity_factor: Annotated[
-        float,
-        Option(
-            "Tokens an expert takes at most, as a multiple of its fair share; 0 for no limit.",
-            most=1e6,
-            flag=False,
-            old="capacity",
-        ),
-    ] = 0.0
-    cold_expert_share: Annotated[
-        float,
-        Option(
-            "Share of the tokens whose last choice is the expert of least load.",
-            most=1,
-            flag=False,
-            old="warm_start",
-        ),
-    ] = 0.0
-    explore_until: Annotated[
-        float,
-        Option(
-            "Share of the training after which the noise and the tokens for the expert of least "
-            "load have ended.",
-            most=1,
-            flag=False,
-        ),
-    ] = 0.5
-    lora_rank: Annotated[
-        int, Option("Rank of the LoRA matrices.", least=1, most=2**16, flag=False)
-    ] = 16
-    gradient_checkpointing: Annotated[bool, Option("Less memory for more time.")] = False
-    seed: Annotated[int, Option("Random seed.", most=2**32 - 1)] = 0
-    compute_dtype: Annotated[
-        str,
-        Option(
-            "Dtype of student and teacher; `auto` is the stored one, or float32 where the machine "
-            "lacks it. The optimizer keeps float32 copies; files keep the stored dtypes.",
-            choices=COMPUTE_DTYPES,
-            old="dtype",
-            old_values={"as-stored": "auto"},
-        ),
-    ] = "auto"
-    device: Annotated[str, Option("Device: auto, cpu or cuda.")] = "auto"
-    log_every: Annotated[int, Option("Steps between lines of the log.", least=1, flag=False)] = 1
-    log_to: Annotated[
-        str, Option("Logger.", choices=("", "tensorboard", "wandb"), unset="none")
-    ] = ""
-    save_every: Annotated[int, Option("Steps between checkpoints.", least=1)] = 100
-    measure_every: Annotated[
-        int,
-        Option(
-            "Steps between measurements on the validation text; 0 for before and after only.",
-            flag=False,
-        ),
-    ] = 0
-    dead_below: Annotated[
-        float, Option("Share of the mean load under which an expert is dead.", most=1, flag=False)
-    ] = 0.05
-    guard_steps: Annotated[
-        int,
-        Option(
-            "Steps over which an expert must be dead, or the loss too high, to go back.",
-            least=1,
-            flag=False,
-        ),
-    ] = 25
-    guard_loss: Annotated[
-        float,
-        Option(
-            "Mean loss over these steps that is too high, as a multiple of the least so far.",
-            least=1,
-            flag=False,
-        ),
-    ] = 1.5
-    guard_restarts: Annotated[
-        int, Option("Returns to the last good checkpoint at most; 0 for no guard.", flag=False)
-    ] = 3
-    fsdp: Annotated[
-        int,
-        Option("Processes that share the weights (FSDP2); 0 for a whole copy in each.", flag=False),
-    ] = 0
-    expert_parallel: Annotated[
-        int,
-        Option("Processes of these that share the experts instead of their weights.", flag=False),
-    ] = 0
+    data: str = option(
+        "self",
+        "File or folder of text, rows or chats; data set id; or `self` for text that the dense "
+        "model writes.",
+    )
+    text_field: str = option("text", "Field of rows that holds the text.")
+    tokens: int = option(1_000_000, "Tokens to train on, repeated ones included.")
+    sequence_length: int = option(512, "Tokens per sequence.", least=8)
+    batch_size: int = option(4, "Sequences per process and forward pass.", least=1)
+    gradient_accumulation_steps: int = option(
+        1, "Forward passes per step.", least=1, old="accumulate"
+    )
+    validation_tokens: int = key(8192, "Tokens at the end of the text that only measure.")
+    teacher: str | None = option(
+        None, "Folder or hub id of the teacher.", unset="the dense model of the run"
+    )
+    teacher_cache: str | None = option(
+        None, "Folder that keeps the teacher's predictions, so that it runs only once."
+    )
+    train: str = option(
+        "all", "What is trained.", choices=("all", "router+experts", "experts", "router", "lora")
+    )
+    learning_rate: float = option(2e-4, "Learning rate of the experts, the shared one included.")
+    router_learning_rate: float = option(
+        1e-3, "Learning rate of the routers, in units of their unscaled rows."
+    )
+    rest_learning_rate: float = option(1e-4, "Learning rate of everything else.")
+    warmup_ratio: float = key(
+        0.05, "Share of the steps over which the learning rates rise.", most=1, old="warmup"
+    )
+    schedule: str = key(
+        "cosine", "Course of the learning rates.", choices=("cosine", "linear", "constant")
+    )
+    weight_decay: float = key(0.0, "Weight decay.")
+    max_grad_norm: float = key(1.0, "Gradient norm at most.", old="clip")
+    kl: float = option(1.0, "Weight of the KL divergence from the teacher.")
+    temperature: float = key(1.0, "Temperature of that divergence.", least=1e-3, most=1e3)
+    top_p: float = key(
+        0.98,
+        "Share of the teacher's probability whose tokens are kept; the rest counts as one token.",
+        least=1e-3,
+        most=1,
+    )
+    top_tokens: int = key(128, "Tokens of the teacher's that are kept at most.", least=1)
+    ce: float = option(0.0, "Weight of the cross-entropy of the text itself.")
+    hidden: float = key(
+        0.0,
+        "Weight of the match of the states behind every layer; the teacher runs beside the "
+        "student.",
+    )
+    router_ce: float = key(
+        0.0, "Weight of the router's cross-entropy to the experts of most output energy."
+    )
+    balance: str = option(
+        "switch",
+        "Load balancing: a loss, or `bias`, which moves the class's selection bias.",
+        choices=("switch", "variation", "bias", "none"),
+    )
+    balance_weight: float = option(0.01, "Weight of the load balancing loss.")
+    bias_rate: float = key(1e-3, "Step of the selection bias, in units of the unscaled logits.")
+    router_z: float = key(0.001, "Weight of the router's z-loss.")
+    router_gradient: str = key(
+        "all",
+        "Experts whose outputs the routers learn from.",
+        choices=("all", "chosen", "none"),
+        old="soft",
+    )
+    noise: float = key(0.0, "Standard deviation of noise on the router's logits.")
+    expert_dropout: float = key(0.0, "Chance of an expert to be out of reach for a batch.", most=1)
+    capacity_factor: float = key(
+        0.0,
+        "Tokens an expert takes at most, as a multiple of its fair share; 0 for no limit.",
+        most=1e6,
+        old="capacity",
+    )
+    cold_expert_share: float = key(
+        0.0,
+        "Share of the tokens whose last choice is the expert of least load.",
+        most=1,
+        old="warm_start",
+    )
+    explore_until: float = key(
+        0.5,
+        "Share of the training after which the noise and the tokens for the expert of least "
+        "load have ended.",
+        most=1,
+    )
+    lora_rank: int = key(16, "Rank of the LoRA matrices.", least=1, most=2**16)
+    gradient_checkpointing: bool = option(False, "Less memory for more time.")
+    seed: int = option(0, "Random seed.", most=2**32 - 1)
+    compute_dtype: str = option(
+        "auto",
+        "Dtype of student and teacher; `auto` is the stored one, or float32 where the machine "
+        "lacks it. The optimizer keeps float32 copies; files keep the stored dtypes.",
+        choices=COMPUTE_DTYPES,
+        old="dtype",
+        old_values={"as-stored": "auto"},
+    )
+    device: str = option("auto", "Device: auto, cpu or cuda.")
+    log_every: int = key(1, "Steps between lines of the log.", least=1)
+    log_to: str = option("", "Logger.", choices=("", "tensorboard", "wandb"), unset="none")
+    save_every: int = option(100, "Steps between checkpoints.", least=1)
+    measure_every: int = key(
+        0, "Steps between measurements on the validation text; 0 for before and after only."
+    )
+    dead_below: float = key(0.05, "Share of the mean load under which an expert is dead.", most=1)
+    guard_steps: int = key(
+        25, "Steps over which an expert must be dead, or the loss too high, to go back.", least=1
+    )
+    guard_loss: float = key(
+        1.5,
+        "Mean loss over these steps that is too high, as a multiple of the least so far.",
+        least=1,
+    )
+    guard_restarts: int = key(3, "Returns to the last good checkpoint at most; 0 for no guard.")
+    fsdp: int = key(0, "Processes that share the weights (FSDP2); 0 for a whole copy in each.")
+    expert_parallel: int = key(
+        0, "Processes of these that share the experts instead of their weights."
+    )
 
 
 def build(

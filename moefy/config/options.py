@@ -1,7 +1,7 @@
 """Options of a command: the type, range, default and help line of each, and the check of a value.
 
-An option is a field of a dataclass (`Recipe`, the settings of a fine-tune and of a report) with an
-`Option` in its annotation. The checks here, the command line (`moefy.cli.options`) and the page of
+An option is a field of a dataclass (`Recipe`, the settings of a fine-tune and of a report) that
+`option` or `key` declares. The checks here, the command line (`moefy.cli.options`) and the page of
 options (`moefy.cli.page`) are all made from these fields.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from moefy.errors import MoefyError
 
@@ -53,6 +53,19 @@ class Option:
     """Its name in earlier versions."""
     old_values: Mapping[str, str] = field(default_factory=dict)
     """Choices of earlier versions, and what they are called now."""
+
+
+def option(default: Any, what: str | Option, **details: Any) -> Any:
+    """A field of a dataclass that is an option; `what` is its line of help."""
+    metadata = {"option": what if isinstance(what, Option) else Option(what, **details)}
+    if default is dict:
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def key(default: Any, what: str, **details: Any) -> Any:
+    """An option without a flag: a recipe and `--set` take it."""
+    return option(default, what, flag=False, **details)
 
 
 @dataclass(frozen=True)
@@ -118,13 +131,12 @@ class Field:
 @functools.cache
 def fields(options: type) -> Mapping[str, Field]:
     """The options of a dataclass by their names."""
-    hints = get_type_hints(options, include_extras=True)
-    result = {}
-    for spec in dataclasses.fields(options):
-        if get_origin(hints[spec.name]) is not Annotated:
-            continue
-        result[spec.name] = _field(spec, *get_args(hints[spec.name]))
-    return result
+    hints = get_type_hints(options)
+    return {
+        spec.name: _field(spec, hints[spec.name], spec.metadata["option"])
+        for spec in dataclasses.fields(options)
+        if "option" in spec.metadata
+    }
 
 
 def check(options: type, values: Mapping[str, Any], table: str = "recipe") -> dict[str, Any]:

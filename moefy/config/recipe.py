@@ -6,18 +6,19 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from moefy.config.methods import FORMER_PARTITIONS, FORMER_ROUTERS, METHODS, PARTS
 from moefy.config.options import (
     COMPUTE_DTYPES,
     Note,
-    Option,
     check,
     fields,
+    key,
     located,
+    option,
     parse_setting,
     renamed,
 )
@@ -45,126 +46,94 @@ DTYPES = ("as-stored", *COMPUTE_DTYPES[1:])
 class Recipe:
     """Everything that decides the bytes of a conversion, but for the versions of the libraries."""
 
-    model: Annotated[str, Option("Folder, hub id, or `demo`.", argument=True)]
-    revision: Annotated[str | None, Option("Hub revision (branch, tag or commit).")] = None
-    active: Annotated[
-        float,
-        Option("FFN neurons active per token, shared ones included, as a fraction.", most=1),
-    ] = 0.5
-    experts: Annotated[int | None, Option("Routed experts per layer.", least=2, unset="8")] = None
-    top_k: Annotated[
-        int | None,
-        Option(
-            "Routed experts that each token goes to.", least=1, unset="2", old="experts_per_token"
-        ),
-    ] = None
-    shared_fraction: Annotated[
-        float | None,
-        Option(
-            "FFN neurons that are always active, as a fraction.",
-            most=1,
-            unset="chosen",
-            old="shared",
-        ),
-    ] = None
-    overlap: Annotated[
-        float,
-        Option(
-            "FFN neurons stored, as a multiple of the dense ones; above 1, experts overlap.",
-            least=1,
-            most=64,
-            old="total",
-        ),
-    ] = 1.0
-    layers: Annotated[
-        str,
-        Option(
-            "Layers to convert: `:` (all), `4:`, `0,3,7`; the rest stay dense. `auto` keeps those "
-            "dense that would lose most, gives the others small experts, and counts --active over "
-            "all layers.",
-            unset="all",
-        ),
-    ] = ":"
-    method: Annotated[
-        str | None,
-        Option(
-            "Published method, which sets the partition, the router, the refit and their options; "
-            "what is given beside it counts.",
-            choices=tuple(METHODS),
-            unset="ours",
-        ),
-    ] = None
-    """None once a recipe is built: then the settings stand in its place."""
-    partition: Annotated[
-        str,
-        Option(
-            "Split of the neurons into experts.", choices=PARTITIONS, old_values=FORMER_PARTITIONS
-        ),
-    ] = "alternating"
-    router: Annotated[
-        str,
-        Option(
-            "Way to build the routers.",
-            choices=ROUTERS,
-            unlisted=UNWRITABLE,
-            old_values=FORMER_ROUTERS,
-        ),
-    ] = "linear"
-    refit: Annotated[bool, Option("Closed-form correction of down_proj.")] = True
-    drift: Annotated[
-        float,
-        Option(
-            "Share of the residual stream's loss in the layers below that a refit makes good.",
-            most=1,
-            flag=False,
-        ),
-    ] = 0.5
-    target: Annotated[str, Option("Stock class to write, or `auto`.")] = "auto"
-    engines: Annotated[
-        str, Option("Engines that must run the result, e.g. `llama.cpp,vllm`.", unset="any")
-    ] = ""
-    calibration: Annotated[
-        str,
-        Option(
-            "File or folder of text, rows or chats; data set id; or `self` for text that the model "
-            "writes."
-        ),
-    ] = "self"
-    text_field: Annotated[str, Option("Field of rows that holds the text.")] = "text"
-    tokens: Annotated[int, Option("Calibration tokens.")] = 16384
-    sequence_length: Annotated[int, Option("Tokens per sequence.", least=8)] = 512
-    stratify: Annotated[
-        bool,
-        Option("Calibration documents of each kind of text in about its share.", flag=False),
-    ] = True
-    # Layers draw from seed * 1,000,003 + layer, which 64 bits must hold.
-    seed: Annotated[int, Option("Random seed.", most=2**32 - 1)] = 0
-    dtype: Annotated[
-        str,
-        Option("Dtype of the FFNs and routers that are written.", choices=DTYPES),
-    ] = "as-stored"
-    compute_dtype: Annotated[
-        str,
-        Option(
-            "Dtype in which the dense model writes calibration text; `auto` is the stored one, or "
-            "float32 where the machine lacks it.",
-            choices=COMPUTE_DTYPES,
-        ),
-    ] = "auto"
-    max_shard_size: Annotated[str, Option("Largest file of the result, e.g. 5GB or 200MiB.")] = (
-        "5GB"
+    model: str = option(MISSING, "Folder, hub id, or `demo`.", argument=True)
+    revision: str | None = option(None, "Hub revision (branch, tag or commit).")
+    active: float = option(
+        0.5, "FFN neurons active per token, shared ones included, as a fraction.", most=1
     )
-    ignore_index: Annotated[
-        bool, Option("Tensors as the shards hold them, whatever their index says.", flag=False)
-    ] = False
-    device: Annotated[str, Option("Device: auto, cpu, cuda or cuda:N.")] = "auto"
-    partition_options: Annotated[
-        Mapping[str, Any],
-        Option("Options of the partition: `--set partition.KEY=VALUE`.", flag=False),
-    ] = field(default_factory=dict)
-    router_options: Annotated[
-        Mapping[str, Any], Option("Options of the router, e.g. router.load_cv=0.5.", flag=False)
-    ] = field(default_factory=dict)
+    experts: int | None = option(None, "Routed experts per layer.", least=2, unset="8")
+    top_k: int | None = option(
+        None, "Routed experts that each token goes to.", least=1, unset="2", old="experts_per_token"
+    )
+    shared_fraction: float | None = option(
+        None,
+        "FFN neurons that are always active, as a fraction.",
+        most=1,
+        unset="chosen",
+        old="shared",
+    )
+    overlap: float = option(
+        1.0,
+        "FFN neurons stored, as a multiple of the dense ones; above 1, experts overlap.",
+        least=1,
+        most=64,
+        old="total",
+    )
+    layers: str = option(
+        ":",
+        "Layers to convert: `:` (all), `4:`, `0,3,7`; the rest stay dense. `auto` keeps those "
+        "dense that would lose most, gives the others small experts, and counts --active over "
+        "all layers.",
+        unset="all",
+    )
+    method: str | None = option(
+        None,
+        "Published method, which sets the partition, the router, the refit and their options; "
+        "what is given beside it counts.",
+        choices=tuple(METHODS),
+        unset="ours",
+    )
+    """None once a recipe is built: then the settings stand in its place."""
+    partition: str = option(
+        "alternating",
+        "Split of the neurons into experts.",
+        choices=PARTITIONS,
+        old_values=FORMER_PARTITIONS,
+    )
+    router: str = option(
+        "linear",
+        "Way to build the routers.",
+        choices=ROUTERS,
+        unlisted=UNWRITABLE,
+        old_values=FORMER_ROUTERS,
+    )
+    refit: bool = option(True, "Closed-form correction of down_proj.")
+    drift: float = key(
+        0.5,
+        "Share of the residual stream's loss in the layers below that a refit makes good.",
+        most=1,
+    )
+    target: str = option("auto", "Stock class to write, or `auto`.")
+    engines: str = option(
+        "", "Engines that must run the result, e.g. `llama.cpp,vllm`.", unset="any"
+    )
+    calibration: str = option(
+        "self",
+        "File or folder of text, rows or chats; data set id; or `self` for text that the model "
+        "writes.",
+    )
+    text_field: str = option("text", "Field of rows that holds the text.")
+    tokens: int = option(16384, "Calibration tokens.")
+    sequence_length: int = option(512, "Tokens per sequence.", least=8)
+    stratify: bool = key(True, "Calibration documents of each kind of text in about its share.")
+    # Layers draw from seed * 1,000,003 + layer, which 64 bits must hold.
+    seed: int = option(0, "Random seed.", most=2**32 - 1)
+    dtype: str = option(
+        "as-stored", "Dtype of the FFNs and routers that are written.", choices=DTYPES
+    )
+    compute_dtype: str = option(
+        "auto",
+        "Dtype in which the dense model writes calibration text; `auto` is the stored one, or "
+        "float32 where the machine lacks it.",
+        choices=COMPUTE_DTYPES,
+    )
+    max_shard_size: str = option("5GB", "Largest file of the result, e.g. 5GB or 200MiB.")
+    ignore_index: bool = key(False, "Tensors as the shards hold them, whatever their index says.")
+    device: str = option("auto", "Device: auto, cpu, cuda or cuda:N.")
+    partition_options: Mapping[str, Any] = key(
+        dict, "Options of the partition: `--set partition.KEY=VALUE`."
+    )
+    router_options: Mapping[str, Any] = key(dict, "Options of the router, e.g. router.load_cv=0.5.")
 
 
 TABLES = ("partition_options", "router_options")

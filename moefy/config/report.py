@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from moefy.config.options import COMPUTE_DTYPES, Note, Option, check, renamed
+from moefy.config.options import COMPUTE_DTYPES, Note, check, key, option, renamed
 from moefy.errors import MoefyError
 
 TABLE = "report"
@@ -29,78 +29,50 @@ texts start than about the model."""
 class Settings:
     """What to measure of a run."""
 
-    text: Annotated[
-        tuple[Path, ...],
-        Option(
-            "File of text, JSON or parquet rows, or chats to evaluate on; may be repeated.",
-            unset="Python's own manual",
-        ),
-    ] = ()
-    text_field: Annotated[str, Option("Field of the rows of --text.")] = "text"
-    dense: Annotated[
-        str | None, Option("Dense model to compare with.", unset="that of the run")
-    ] = None
-    against: Annotated[
-        tuple[str, ...],
-        Option(
-            "Folder of another run; or another method, which is converted and scored, e.g. "
-            "`method=moefication`; may be repeated."
-        ),
-    ] = ()
-    effort: Annotated[str, Option("Amount of measurements.", choices=tuple(TOKENS), flag=False)] = (
-        "usual"
+    text: tuple[Path, ...] = option(
+        (),
+        "File of text, JSON or parquet rows, or chats to evaluate on; may be repeated.",
+        unset="Python's own manual",
     )
-    tokens: Annotated[
-        int | None,
-        Option("Tokens per text.", unset=BY_EFFORT),
-    ] = None
+    text_field: str = option("text", "Field of the rows of --text.")
+    dense: str | None = option(None, "Dense model to compare with.", unset="that of the run")
+    against: tuple[str, ...] = option(
+        (),
+        "Folder of another run; or another method, which is converted and scored, e.g. "
+        "`method=moefication`; may be repeated.",
+    )
+    effort: str = key("usual", "Amount of measurements.", choices=tuple(TOKENS))
+    tokens: int | None = option(None, "Tokens per text.", unset=BY_EFFORT)
     # Fewer tokens in a window tell nothing of a model, and a single one predicts none.
-    sequence_length: Annotated[int, Option("Tokens per window.", least=8)] = 1024
-    controls: Annotated[
-        bool | None,
-        Option(
-            "Conversion and refit of all controls, each as long as the run's own; or no controls.",
-            unset="static, and an oracle that is not refitted",
-        ),
-    ] = None
-    tasks: Annotated[
-        tuple[str, ...],
-        Option("Tasks of lm-eval, e.g. `piqa,arc_easy`.", separator=","),
-    ] = ()
-    include_path: Annotated[
-        Path | None, Option("Folder of task files of your own, for --tasks.")
-    ] = None
-    limit: Annotated[int | None, Option("Samples per task at most.", least=1)] = None
-    prompts: Annotated[
-        Path | None,
-        Option(
-            "File of rows with a `prompt`, and an `answer` or none, or of chats, to find "
-            "regressions."
-        ),
-    ] = None
-    robustness: Annotated[
-        bool | None,
-        Option(
-            "Scores on random tokens, cut-off prompts and long contexts.", unset="unless --quick"
-        ),
-    ] = None
-    speed: Annotated[bool, Option("Tokens per second.")] = True
-    llama_cpp: Annotated[
-        bool | None,
-        Option("Speed in llama.cpp, too.", unset="if it is installed, unless --quick"),
-    ] = None
-    compute_dtype: Annotated[
-        str,
-        Option(
-            "Dtype in which all models compute; `auto` is the stored one, or float32 where the "
-            "machine lacks it.",
-            choices=COMPUTE_DTYPES,
-        ),
-    ] = "auto"
-    fail_if: Annotated[
-        tuple[str, ...],
-        Option("Condition that ends with exit code 1, e.g. `dnll>0.1`; may be repeated."),
-    ] = ()
+    sequence_length: int = option(1024, "Tokens per window.", least=8)
+    controls: bool | None = option(
+        None,
+        "Conversion and refit of all controls, each as long as the run's own; or no controls.",
+        unset="static, and an oracle that is not refitted",
+    )
+    tasks: tuple[str, ...] = option((), "Tasks of lm-eval, e.g. `piqa,arc_easy`.", separator=",")
+    include_path: Path | None = option(None, "Folder of task files of your own, for --tasks.")
+    limit: int | None = option(None, "Samples per task at most.", least=1)
+    prompts: Path | None = option(
+        None,
+        "File of rows with a `prompt`, and an `answer` or none, or of chats, to find regressions.",
+    )
+    robustness: bool | None = option(
+        None, "Scores on random tokens, cut-off prompts and long contexts.", unset="unless --quick"
+    )
+    speed: bool = option(True, "Tokens per second.")
+    llama_cpp: bool | None = option(
+        None, "Speed in llama.cpp, too.", unset="if it is installed, unless --quick"
+    )
+    compute_dtype: str = option(
+        "auto",
+        "Dtype in which all models compute; `auto` is the stored one, or float32 where the "
+        "machine lacks it.",
+        choices=COMPUTE_DTYPES,
+    )
+    fail_if: tuple[str, ...] = option(
+        (), "Condition that ends with exit code 1, e.g. `dnll>0.1`; may be repeated."
+    )
     grid: Any = None
     """What speed is measured on; by the effort, if not given."""
 
