@@ -18,8 +18,8 @@ from moefy.config import finetune, recipe, report
 from moefy.config.options import Note, located, renamed
 from moefy.config.recipe import Recipe
 from moefy.config.toml import read_toml
-from moefy.convert.prepare import Watch
 from moefy.errors import MoefyError
+from moefy.progress import Watch
 from moefy.runs.folder import (
     RECIPE,
     REPORT,

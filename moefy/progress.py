@@ -7,17 +7,23 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:  # whoever only names the type of a callback needs no rich
+    from rich.console import Console
+
+Watch = Callable[[str, int, int], None]
+"""Called with the name of a stage, how much of it is done, and how much there is."""
 
 EVERY = 10.0
 """Seconds between plain lines."""
 
 
 @contextlib.contextmanager
-def watching(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+def watching(*, quiet: bool) -> Iterator[Watch]:
     """Give a function of (stage, done, total) that shows progress on standard error."""
+    from rich.console import Console
+
     console = Console(stderr=True)
     if quiet:
         yield lambda *_: None
@@ -29,7 +35,15 @@ def watching(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextlib.contextmanager
-def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+def _bar(console: Console) -> Iterator[Watch]:
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -46,7 +60,7 @@ def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def _lines() -> Callable[[str, int, int], None]:
+def _lines() -> Watch:
     last = ["", 0.0]
 
     def show(stage: str, done: int, total: int) -> None:

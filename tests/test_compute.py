@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moefy import compute
-from moefy.compute import compute_dtype, native
+from moefy import compute_dtype as compute
+from moefy.compute_dtype import compute_dtype, native
 from moefy.errors import MoefyError
 
 CPU = torch.device("cpu")

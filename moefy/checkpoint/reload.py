@@ -13,15 +13,14 @@ from torch import Tensor
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import Entry, read_header
 from moefy.files.shards import Slot
-from moefy.models.opening import open_model, plain_config, runnable, some_layers, states_of
+from moefy.models.load import open_model, plain_config, runnable, some_layers, states_of
 
 TOLERANCE = 0.1
 """Greatest mean relative error of a token's last hidden state. Router gates deviate from one by
 0.1 %, and near-ties between experts may be decided otherwise; a wrong gate gives over 0.3."""
 
 MEMORY = 3 * 10**9
-"""Most bytes of weights to reopen: all layers of a small model in float32, or the first layers of a
-large one as stored."""
+"""Most bytes of weights to reopen: all layers of a small model, or the first of a large one."""
 
 
 def reopen(
@@ -48,7 +47,7 @@ def reopen(
         for file in folder.glob("*.safetensors")
         for name, entry in read_header(file).items()
     }
-    layers = fitting_layers(entries, len(ends), layer)
+    layers, in_float32 = fitting_layers(entries, len(ends), layer)
     whole = layers == len(ends)
     if not whole:
         config = some_layers(config, 0, layers)
@@ -57,7 +56,7 @@ def reopen(
         task=task,
         config=config,
         code=6,
-        dtype=torch.float32 if whole else "auto",
+        dtype=torch.float32 if in_float32 else "auto",
         ignore_mismatched_sizes=True,  # `info` lists them, and they are refused below
     )
     later = tuple(layer.format(layer=number) for number in range(layers, len(ends)))
@@ -99,12 +98,23 @@ def _error(found_TD: Tensor, expected_TD: Tensor) -> float:
     return float(wrong_T.mean())
 
 
-def fitting_layers(slots: Mapping[str, Slot | Entry], num_layers: int, layer: str) -> int:
-    """Number of layers that `reopen` loads: all if their float32 weights fit in `MEMORY`, else as
-    many as fit with stored weights."""
-    if 4 * sum(math.prod(slot.shape) for slot in slots.values()) <= MEMORY:
-        return num_layers
-    sizes = {name: slot.num_bytes for name, slot in slots.items()}
-    layered = sum(n for name, n in sizes.items() if name.startswith(layer.partition("{layer}")[0]))
-    room = MEMORY - (sum(sizes.values()) - layered)
-    return max(1, min(num_layers - 1, int(room * num_layers / layered)))
+def fitting_layers(
+    slots: Mapping[str, Slot | Entry], num_layers: int, layer: str
+) -> tuple[int, bool]:
+    """Number of layers that `reopen` loads, and whether in float32.
+
+    As many as fit in `MEMORY` in float32, because a CPU may compute hundreds of times slower in the
+    stored dtype. Where not even one fits, beside large embeddings, one is loaded as stored.
+    """
+    for loaded in range(num_layers, 0, -1):
+        if _float32_bytes(slots, num_layers, layer, loaded) <= MEMORY:
+            return loaded, True
+    return 1, False
+
+
+def _float32_bytes(
+    slots: Mapping[str, Slot | Entry], num_layers: int, layer: str, loaded: int
+) -> int:
+    """Bytes in float32 of the first `loaded` layers and of all that is outside of layers."""
+    later = tuple(layer.format(layer=number) for number in range(loaded, num_layers))
+    return sum(4 * math.prod(s.shape) for name, s in slots.items() if not name.startswith(later))

@@ -235,7 +235,7 @@ def _implied(checkpoint: Checkpoint, family: Family) -> tuple[Shapes, set[str]]:
     import torch
 
     from moefy.checkpoint.model_config import model_config
-    from moefy.models.opening import auto_class, library_error
+    from moefy.models.load import auto_class, library_error
 
     task = family.task(checkpoint.config)
     try:

@@ -9,17 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moefy.cli.options import Options, command
-from moefy.cli.shared import (
-    FORCE,
-    JSON,
-    QUIET,
-    RESTART,
-    SETTINGS,
-    note,
-    quiet_libraries,
-    show,
-)
+from moefy.cli.parameters import Options, command
+from moefy.cli.shared import FORCE, JSON, QUIET, RESTART, SETTINGS, note, quiet_libraries, show
 from moefy.cli.signals import INTERRUPTED
 from moefy.config.options import option
 from moefy.config.recipe import Recipe, build, num_bytes

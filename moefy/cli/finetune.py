@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from moefy.cli.options import Options, command
+from moefy.cli.parameters import Options, command
 from moefy.cli.shared import FORCE, JSON, QUIET, RESTART, SETTINGS, note, quiet_libraries, show
 from moefy.cli.signals import INTERRUPTED
 from moefy.config.finetune import Settings, build

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from moefy.cli.options import Options, command
+from moefy.cli.parameters import Options, command
 from moefy.cli.shared import JSON, QUIET, note, quiet_libraries, show
 from moefy.config.options import option
 from moefy.config.report import Settings, build

@@ -16,7 +16,7 @@ QUIET = Option("No progress, no summary.")
 FORCE = Option("Replace OUT, and another run that was stopped there.")
 RESTART = Option("Start over where a stopped run could go on.")
 SETTINGS = Option("Any key of a recipe as key=value; may be repeated.", flag="set")
-"""Options of the commands that `moefy.cli.options` makes, and below of the others."""
+"""Options of the commands that `moefy.cli.parameters` makes, and below of the others."""
 
 Json = Annotated[bool, typer.Option("--json", help=JSON.help)]
 Quiet = Annotated[bool, typer.Option("--quiet", help=QUIET.help)]

@@ -1,8 +1,8 @@
 """Options of a command: the type, range, default and help line of each, and the check of a value.
 
 An option is a field of a dataclass (`Recipe`, the settings of a fine-tune and of a report) that
-`option` or `key` declares. The checks here, the command line (`moefy.cli.options`) and the page of
-options (`moefy.cli.page`) are all made from these fields.
+`option` or `key` declares. The checks here, the command line (`moefy.cli.parameters`) and the page
+of options (`moefy.cli.options_page`) are all made from these fields.
 """
 
 from __future__ import annotations

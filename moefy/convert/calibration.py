@@ -7,8 +7,9 @@ from functools import partial
 
 from moefy.checkpoint.validate import companion_files
 from moefy.convert.memory import ADVICE, require, writing
-from moefy.convert.prepare import SELF, Job, Watch
-from moefy.models.opening import open_model
+from moefy.convert.prepare import SELF, Job
+from moefy.models.load import open_model
+from moefy.progress import Watch
 from moefy.text import packing
 from moefy.text.self_text import sample
 from moefy.text.tokenizer import load_tokenizer, vocabulary_notes

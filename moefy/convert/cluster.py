@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from moefy.convert.assign import assign_balanced
 from moefy.convert.profile import CHUNK
-from moefy.convert.routed import top_mask
+from moefy.convert.routed_ffn import top_mask
 from moefy.errors import MoefyError
 from moefy.types import FFN, Partition, Profile
 

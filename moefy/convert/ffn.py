@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moefy.convert.profile import CHUNK, SAMPLE, Inputs, chunks, observe
 from moefy.convert.refit import Refit, refit, refit_experts
-from moefy.convert.routed import RoutedFFN, energies_of, top_mask, unfold, unrouted
+from moefy.convert.routed_ffn import RoutedFFN, energies_of, top_mask, unfold, unrouted
 from moefy.errors import MoefyError
 from moefy.files.buffers import Store
 from moefy.timing import Clock

@@ -14,7 +14,7 @@ from moefy.checkpoint.tensors import Checkpoint
 from moefy.errors import MoefyError
 from moefy.files.buffers import MEMORY, Store
 from moefy.models.families.family import Family
-from moefy.models.opening import open_model, some_layers, states_of
+from moefy.models.load import open_model, some_layers, states_of
 from moefy.types import FFN
 
 Join = Callable[[Tensor], Tensor] | None

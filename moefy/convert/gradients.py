@@ -12,7 +12,7 @@ from torch import Tensor
 from moefy.checkpoint.tensors import Checkpoint
 from moefy.errors import MoefyError
 from moefy.models.families.family import Family
-from moefy.models.opening import open_model
+from moefy.models.load import open_model
 
 
 def ffn_gradients(

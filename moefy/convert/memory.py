@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from moefy.checkpoint.reload import fitting_layers
-from moefy.compute import ComputeDtype, compute_dtype
+from moefy.compute_dtype import ComputeDtype, compute_dtype
 from moefy.convert.prepare import SELF, Job
 from moefy.convert.profile import CHUNK
-from moefy.convert.routed import GAINS
+from moefy.convert.routed_ffn import GAINS
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import Entry
 from moefy.files.shards import Slot
@@ -298,15 +298,14 @@ def _reopened(job: Job, slots: Mapping[str, Slot]) -> int:
     Weights that keep their dtype are such a view. Single experts are copied into one tensor.
     """
     layer = job.target.prefix + job.family.layer
-    layers = fitting_layers(slots, job.num_layers, layer)
-    whole = layers == job.num_layers
+    layers, in_float32 = fitting_layers(slots, job.num_layers, layer)
     later = tuple(layer.format(layer=number) for number in range(layers, job.num_layers))
     num_bytes = 0
     for name, slot in slots.items():
         if later and name.startswith(later):
             continue
         num_bytes += slot.num_bytes
-        if whole and slot.dtype != "F32":
+        if in_float32 and slot.dtype != "F32":
             num_bytes += 4 * math.prod(slot.shape)
         elif SINGLE.search(name):
             num_bytes += slot.num_bytes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
@@ -17,7 +16,7 @@ from moefy.checkpoint.validate import check_tensors, companion_files, open_check
 from moefy.config.options import nearest
 from moefy.config.recipe import Recipe, chosen_layers
 from moefy.convert.ffn import Method
-from moefy.convert.method import stages
+from moefy.convert.stages import stages
 from moefy.errors import MoefyError
 from moefy.files.shards import DTYPES
 from moefy.models import families, targets
@@ -33,9 +32,6 @@ AUTO = "auto"
 
 SELF = "self"
 """What `--calibration` says to have the model write the text."""
-
-Watch = Callable[[str, int, int], None]
-"""Called with the name of a stage, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True)

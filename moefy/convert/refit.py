@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moefy.convert.profile import chunks, some_activations
 from moefy.convert.ridge import damping, ridge
-from moefy.convert.routed import RoutedFFN
+from moefy.convert.routed_ffn import RoutedFFN
 from moefy.types import Partition, Profile
 
 STRENGTHS = ((0.3, 1.0, 3.0), (0.1, 0.03, 0.01))

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from moefy import environment
-from moefy.checkpoint.check_values import scan
+from moefy.checkpoint.check_finite import scan
 from moefy.checkpoint.reload import fitting_layers, reopen
 from moefy.config.recipe import num_bytes
 from moefy.convert import sensitivity, write
@@ -22,7 +22,7 @@ from moefy.convert.gradients import ffn_gradients
 from moefy.convert.layers import convert_layers, shared
 from moefy.convert.memory import ADVICE, Plan, fit, gradient_bytes, require, state_bytes
 from moefy.convert.oracle import attach
-from moefy.convert.prepare import AUTO, SELF, Job, Watch
+from moefy.convert.prepare import AUTO, SELF, Job
 from moefy.convert.session import Attempt, Session
 from moefy.convert.summary import END, gaps, summarise, write_report
 from moefy.distributed import Group
@@ -31,6 +31,7 @@ from moefy.files.buffers import Store
 from moefy.files.publish import STATE, place_of, publishing
 from moefy.files.resume import State
 from moefy.files.shards import ShardWriter, Slot
+from moefy.progress import Watch
 from moefy.text import packing
 from moefy.timing import Clock
 
@@ -143,7 +144,8 @@ def _help(job: Job, out: Path, plan: Plan, attempt: Attempt) -> dict[str, Any]:
 
 def _last(job: Job, slots: Mapping[str, Slot]) -> int:
     """The last of the layers that are reopened."""
-    return fitting_layers(slots, job.num_layers, job.target.prefix + job.family.layer) - 1
+    layers, _ = fitting_layers(slots, job.num_layers, job.target.prefix + job.family.layer)
+    return layers - 1
 
 
 def _check_places(job: Job, out: Path, keep: bool, more: int) -> None:

@@ -12,10 +12,11 @@ from moefy.config.recipe import Recipe
 from moefy.convert import forward
 from moefy.convert.ffn import Method, convert_block
 from moefy.convert.partition import static
-from moefy.convert.prepare import Job, Watch, prepare
+from moefy.convert.prepare import Job, prepare
 from moefy.convert.profile import Inputs
 from moefy.errors import MoefyError
 from moefy.models.shape import fine, pruned
+from moefy.progress import Watch
 from moefy.text.packing import Tokens
 
 PIECE = 128

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moefy.convert.prepare import Job, Watch
+from moefy.convert.prepare import Job
 from moefy.distributed import ALONE, Group
 from moefy.files.buffers import Store
 from moefy.files.resume import State
+from moefy.progress import Watch
 from moefy.timing import Clock
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from moefy.checkpoint.validate import companion_files
 from moefy.convert.ffn import Block
-from moefy.convert.prepare import Job, Watch
+from moefy.convert.prepare import Job
 from moefy.errors import MoefyError
 from moefy.files.publish import write_json
 from moefy.files.shards import CODES, DTYPES, ShardWriter, Slot
 from moefy.models.targets.target import Dense, Split
+from moefy.progress import Watch
 from moefy.types import FFN, Partition
 
 

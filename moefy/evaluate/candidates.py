@@ -17,7 +17,7 @@ from moefy.convert.oracle import attach
 from moefy.errors import MoefyError
 from moefy.evaluate.cache import folder_digest
 from moefy.files.publish import sha256
-from moefy.models.opening import check_loaded, open_model, runnable
+from moefy.models.load import check_loaded, open_model, runnable
 from moefy.runs.folder import REPORT, DenseModel, open_run, read_tuning
 from moefy.text.tokenizer import load_tokenizer
 

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from moefy.config.options import nearest
 from moefy.config.recipe import Recipe, build
 from moefy.convert.oracle import attach
-from moefy.convert.prepare import Job, Watch, prepare
+from moefy.convert.prepare import Job, prepare
 from moefy.convert.run import convert
 from moefy.convert.session import Attempt
 from moefy.errors import MoefyError
 from moefy.evaluate.cache import VERSIONS, digest
 from moefy.evaluate.candidates import Candidate, load_model
 from moefy.models import routing
+from moefy.progress import Watch
 from moefy.text.packing import Tokens
 from moefy.types import Shape
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
-from moefy.evaluate.rounds import Grid, cores, speed_rows, stretches, timed
+from moefy.evaluate.timed_rounds import Grid, cores, speed_rows, stretches, timed
 from moefy.runs.gguf import export
 
 PROMPT = 16

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from moefy.compute import name_of
+from moefy.compute_dtype import name_of
 from moefy.config.report import Settings
 from moefy.environment import processor
 from moefy.errors import MoefyError
-from moefy.evaluate import benchmarks, llama_cpp, prompts, shifts, speed, tables
+from moefy.evaluate import benchmarks, distribution_shift, llama_cpp, prompts, speed, tables
 from moefy.evaluate.cache import tensors_digest
 from moefy.evaluate.candidates import Candidate
 from moefy.evaluate.dtypes import dtypes_to_try
-from moefy.evaluate.rounds import GRIDS
 from moefy.evaluate.scoring import TextResult
 from moefy.evaluate.session import Session
 from moefy.evaluate.sizes import ideals, peak_bytes, sizes
+from moefy.evaluate.timed_rounds import GRIDS
 from moefy.text.documents import beginning
 
 LONGEST = 8192
@@ -121,7 +121,7 @@ def robustness(
         beginning(path, 32 * settings.num_tokens, tokenizer, text_field=settings.text_field)
         for path in session.texts.values()
     ]
-    shifted, impossible = shifts.shifts(
+    shifted, impossible = distribution_shift.shifts(
         session.tokens,
         "\n\n".join(texts),
         tokenizer,
@@ -133,15 +133,16 @@ def robustness(
     for name, reason in impossible.items():
         session.not_run.append({"what": f"robustness, {name}", "reason": reason})
 
-    def score(name: str, shift: shifts.Shift) -> dict[str, TextResult]:
+    def score(name: str, shift: distribution_shift.Shift) -> dict[str, TextResult]:
         watch = partial(session.watch, f"evaluate on {name}")
         return session.scorer.score(
             shift.windows, labels=session.labels, keep=shift.keep, watch=watch
         )
 
-    fitted = shifts.Shift(shifts.reference(session.tokens, settings.num_tokens // 2))
+    windows = distribution_shift.reference(session.tokens, settings.num_tokens // 2)
+    fitted = distribution_shift.Shift(windows)
     reference = score("calibration text", fitted)
-    texts = {f"text: {name}": shifts.Shift(w) for name, w in session.windows.items()}
+    texts = {f"text: {name}": distribution_shift.Shift(w) for name, w in session.windows.items()}
     rows: dict[str, dict[str, Any]] = {}
     for name, shift in (shifted | texts).items():
         with session.part(f"robustness, {name.removeprefix('text: ')}"):
@@ -150,7 +151,7 @@ def robustness(
                 label: tables.robustness_row(result, results["dense"], reference[label].choices)
                 for label, result in results.items()
             }
-    session.notes.extend(f"{name}: {shifts.MEANING[name]}" for name in shifted)
+    session.notes.extend(f"{name}: {distribution_shift.MEANING[name]}" for name in shifted)
     return rows
 
 

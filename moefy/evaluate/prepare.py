@@ -10,7 +10,6 @@ from typing import Any
 
 from moefy.config.recipe import Recipe
 from moefy.config.report import Settings
-from moefy.convert.prepare import Watch
 from moefy.errors import MoefyError
 from moefy.evaluate.cache import VERSIONS, Cache
 from moefy.evaluate.candidates import Candidate, check_tokenizer, dense_candidate, run_candidates
@@ -26,6 +25,7 @@ from moefy.evaluate.prompts import read_prompts
 from moefy.evaluate.session import Session
 from moefy.files.publish import write_text
 from moefy.files.shards import stored_dtype
+from moefy.progress import Watch
 from moefy.runs.folder import DenseModel, check_folder, dense_model, read_recipe
 from moefy.text.tokenizer import load_tokenizer
 from moefy.text.windows import text_windows

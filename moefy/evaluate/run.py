@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from moefy import __version__
-from moefy.compute import name_of
+from moefy.compute_dtype import name_of
 from moefy.config.report import Settings
-from moefy.convert.prepare import Watch
 from moefy.environment import processor
 from moefy.errors import MoefyError
-from moefy.evaluate import advice, benchmarks, conditions, measure
+from moefy.evaluate import advice, benchmarks, fail_if, measure
 from moefy.evaluate.candidates import finetuning
 from moefy.evaluate.prepare import prepare
 from moefy.evaluate.session import Session
 from moefy.files.publish import write_json
 from moefy.models import families
+from moefy.progress import Watch
 from moefy.report import redraw
 from moefy.runs.folder import open_run
 from moefy.text.windows import overlap
@@ -44,7 +44,7 @@ def evaluate(
             next-token perplexity, code 5 when a program is missing, code 6 when a model computes no
             finite likelihood. Without a scored text nothing else is measured.
     """
-    parsed = [conditions.parse(text) for text in settings.fail_if]
+    parsed = [fail_if.parse(text) for text in settings.fail_if]
     summary = open_run(run)
     if "ForCausalLM" not in families.load(summary["family"]).tasks:
         raise MoefyError(
@@ -60,7 +60,7 @@ def evaluate(
         _measure(session, report, settings, manager)
     report["advice"] = advice.advice(report, session.main)
     report["failed"] = [
-        line for one in parsed for line in conditions.failures(one, report, session.main)
+        line for one in parsed for line in fail_if.failures(one, report, session.main)
     ]
     write_json(run / "moefy" / "report.json", report)
     redraw(run)

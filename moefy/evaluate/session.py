@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.compute import ComputeDtype
-from moefy.convert.prepare import Watch
+from moefy.compute_dtype import ComputeDtype
 from moefy.errors import MoefyError
 from moefy.evaluate.cache import Cache
 from moefy.evaluate.candidates import Candidate
 from moefy.evaluate.scoring import Scorer
+from moefy.progress import Watch
 from moefy.text import packing
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.compute import name_of
+from moefy.compute_dtype import name_of
 from moefy.errors import MoefyError
 from moefy.models import routing
-from moefy.models.opening import open_model, runnable
+from moefy.models.load import open_model, runnable
 
 PROBE = 32
 """Tokens in the measured cache: fewer than any sliding window."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.compute import name_of
-from moefy.evaluate.implementations import Clock, Work, Workload, fastest, fastest_round
-from moefy.evaluate.rounds import PHASES, Grid, cores, speed_rows, timed
+from moefy.compute_dtype import name_of
+from moefy.evaluate.experts_implementation import Clock, Work, Workload, fastest, fastest_round
+from moefy.evaluate.timed_rounds import PHASES, Grid, cores, speed_rows, timed
 
 LONG = 15.0
 """Seconds of all models in all rounds. A piece of work that took longer gets no third round: it

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from moefy.compute import ComputeDtype, compute_dtype, name_of
+from moefy.compute_dtype import ComputeDtype, compute_dtype, name_of
 from moefy.config.finetune import Settings
 from moefy.config.recipe import Recipe
 from moefy.convert.memory import available, base_bytes, require, writer
-from moefy.convert.prepare import Watch
 from moefy.errors import MoefyError
 from moefy.files.publish import sha256
 from moefy.files.safetensors_header import read_config, read_entries
 from moefy.files.shards import stored_dtype
 from moefy.finetune import losses
-from moefy.finetune.routing import moe_layers
+from moefy.finetune.router_hooks import moe_layers
 from moefy.finetune.train import device, num_steps, tokens_per_step
 from moefy.models import families
-from moefy.models.opening import check_loaded, open_model, plain_config
+from moefy.models.load import check_loaded, open_model, plain_config
+from moefy.progress import Watch
 from moefy.runs import folder as runs
 from moefy.text import packing
 from moefy.text.packing import Tokens

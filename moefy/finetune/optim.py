@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moefy.finetune.routing import BIASES, moe_layers
+from moefy.finetune.router_hooks import BIASES, moe_layers
 from moefy.models.targets.target import ROUTER_SCALE
 
 PARTS = ("router", "experts", "rest")

@@ -23,7 +23,6 @@ from accelerate import PartialState
 from moefy import __version__
 from moefy.config.finetune import TABLE, Settings
 from moefy.config.toml import render_table
-from moefy.convert.prepare import Watch
 from moefy.errors import MoefyError
 from moefy.files import publish
 from moefy.files.lock import locked
@@ -47,6 +46,7 @@ from moefy.finetune.inputs import (
 from moefy.finetune.teacher import Teacher, Truncation, cache_name, cached, live, states
 from moefy.finetune.train import Callbacks, Trained, device, train
 from moefy.finetune.write import check_checkpoint, save, write_checkpoint
+from moefy.progress import Watch
 from moefy.report import model_card
 from moefy.text.packing import Tokens
 

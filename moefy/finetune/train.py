@@ -17,12 +17,12 @@ from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
 from moefy.finetune.checkpoints import Checkpoints
 from moefy.finetune.collapse_guard import CollapseGuard, Failure, check_start
+from moefy.finetune.heldout import measure
 from moefy.finetune.lora import adapted, merged
 from moefy.finetune.optim import round_weights
-from moefy.finetune.routing import Routing
+from moefy.finetune.router_hooks import Routing
 from moefy.finetune.teacher import Teacher
 from moefy.finetune.trainer import Finetuner, Rows, Setup
-from moefy.finetune.validation import measure
 from moefy.text.packing import Tokens
 
 STRONGER = 4.0

@@ -19,7 +19,7 @@ from moefy.finetune.checkpoints import Checkpointed, Checkpoints
 from moefy.finetune.collapse_guard import CollapseGuard
 from moefy.finetune.losses import Batch, Routed
 from moefy.finetune.optim import MasterAdamW, groups
-from moefy.finetune.routing import Layer, RouterStatistics, Routing, over_layers, update_bias
+from moefy.finetune.router_hooks import Layer, RouterStatistics, Routing, over_layers, update_bias
 from moefy.finetune.teacher import Teacher
 from moefy.models.targets.target import ROUTER_SCALE
 

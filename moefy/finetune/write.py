@@ -15,7 +15,7 @@ from moefy.errors import MoefyError
 from moefy.files.safetensors_header import CONFIG, read_entries, some
 from moefy.files.shards import DTYPES, ShardWriter, Slot, read
 from moefy.finetune.inputs import Run
-from moefy.models.opening import states_of
+from moefy.models.load import states_of
 
 OF_RUN = ("recipe.toml", "conversion.json", "conversion.md", "calibration.safetensors")
 """Files of a run's `moefy` folder that are copied: the records of the conversion."""

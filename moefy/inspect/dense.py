@@ -12,7 +12,7 @@ from moefy.checkpoint.validate import open_checkpoint
 from moefy.errors import MoefyError
 from moefy.inspect import MISREAD, Config, Entries, head_dim, misread
 from moefy.inspect.catalogue import SHARED
-from moefy.inspect.settled import as_dense
+from moefy.inspect.config_defaults import as_dense
 from moefy.models import families, targets
 from moefy.models.engines import ENGINES, NO_SHAPE, engine_issues, known_engines
 from moefy.models.shape import solve

@@ -11,7 +11,7 @@ from moefy.checkpoint.validate import open_checkpoint
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import Entry
 from moefy.inspect import MISREAD, SIZES, Config, Entries, head_dim, misread, number
-from moefy.inspect.settled import as_dense
+from moefy.inspect.config_defaults import as_dense
 from moefy.models import families, targets
 from moefy.models.engines import ENGINES, known_engines
 from moefy.models.families.family import Family

@@ -11,8 +11,8 @@ from typing import Any
 from moefy.errors import MoefyError
 from moefy.files.publish import write_text
 from moefy.report.card import model_card
+from moefy.report.html import report_html
 from moefy.report.pages import report_page
-from moefy.report.web import report_html
 
 FORMAT = 2
 """Of `report.json`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moefy.config.recipe import method_of
-from moefy.report import section_cost, section_inside, section_quality, section_tuned
+from moefy.report import section_cost, section_experts, section_quality, section_tuned
 from moefy.report.chart import Look, looks
 from moefy.report.document import Section, Table
 from moefy.report.format import fixed, large, model_name, shape_text, times
@@ -72,8 +72,8 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
         section_quality.generation(report),
         section_quality.prompts(report),
         section_quality.robustness(report, shown),
-        section_inside.routing(report, shown),
-        section_inside.layers(report),
+        section_experts.routing(report, shown),
+        section_experts.layers(report),
         section_tuned.finetune(report),
         conversion(report),
     ]

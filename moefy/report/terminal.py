@@ -15,9 +15,9 @@ from moefy.config.recipe import method_of
 from moefy.report.draw import HTML
 from moefy.report.figures import short
 from moefy.report.format import shape_text
+from moefy.report.html import NO_PICTURES, can_draw
 from moefy.report.section_quality import meanings, seen_warnings
 from moefy.report.sections import sections
-from moefy.report.web import NO_PICTURES, can_draw
 
 COLOURS = {"pays": "green", "does not pay": "bold red", "not measured": "yellow"}
 

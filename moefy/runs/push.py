@@ -6,8 +6,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from moefy.convert.prepare import Watch
 from moefy.errors import MoefyError
+from moefy.progress import Watch
 from moefy.report import filled, model_card, read_report, readable
 from moefy.runs.folder import read_tuning
 from moefy.runs.verify import check_files

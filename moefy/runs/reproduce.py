@@ -7,12 +7,13 @@ from typing import Any
 
 from moefy import environment
 from moefy.config.recipe import build, read
-from moefy.convert.prepare import Watch, prepare
+from moefy.convert.prepare import prepare
 from moefy.convert.run import convert
 from moefy.convert.session import Attempt
 from moefy.errors import MoefyError
 from moefy.files.publish import sha256
 from moefy.files.safetensors_header import some
+from moefy.progress import Watch
 from moefy.runs.folder import read_report
 
 RECIPE = "moefy/recipe.toml"

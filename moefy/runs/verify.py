@@ -7,14 +7,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from moefy.checkpoint.check_values import check_finite
+from moefy.checkpoint.check_finite import check_finite
 from moefy.checkpoint.reload import reopen
-from moefy.convert.prepare import Watch
 from moefy.convert.summary import END
 from moefy.errors import MoefyError
 from moefy.files.publish import sha256
 from moefy.files.safetensors_header import read_config, read_entries, read_header, some
 from moefy.files.shards import read
+from moefy.progress import Watch
 from moefy.runs.folder import FINETUNED, REPORT, check_present, read_report, read_tuning, written
 
 WITHOUT_DIGEST = ("README.md", *(f"moefy/{name}" for name in (REPORT, "conversion.md", FINETUNED)))

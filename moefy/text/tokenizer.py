@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import CONFIG
-from moefy.models.opening import plain_config
+from moefy.models.load import plain_config
 
 FEW_PIECES = 0.8
 """A tokenizer with fewer pieces than this share of the embeddings gets a warning: padding adds

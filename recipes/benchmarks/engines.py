@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moefy.environment import processor
 from moefy.evaluate.llama_cpp import PROMPT, one_round, serve
-from moefy.evaluate.rounds import speed_rows, timed
+from moefy.evaluate.timed_rounds import speed_rows, timed
 from moefy.runs.gguf import export
 from moefy.text.documents import beginning
 

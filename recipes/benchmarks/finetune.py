@@ -21,19 +21,13 @@ from scores import chosen_dtype, dense_logits, scores
 from transformers import AutoModelForCausalLM
 
 from moefy.checkpoint.resolve import resolve
-from moefy.compute import name_of
+from moefy.compute_dtype import name_of
 from moefy.config.finetune import Settings, build
 from moefy.environment import processor
 from moefy.evaluate.candidates import load_model
 from moefy.files.shards import stored_dtype
 from moefy.finetune.checkpoints import Checkpoints
-from moefy.finetune.inputs import (
-    compute_dtypes,
-    open_run,
-    read_text,
-    teacher_folder,
-    write_text,
-)
+from moefy.finetune.inputs import compute_dtypes, open_run, read_text, teacher_folder, write_text
 from moefy.finetune.run import finetune
 from moefy.finetune.train import Callbacks
 from moefy.finetune.train import train as train_model

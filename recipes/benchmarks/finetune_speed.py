@@ -34,7 +34,7 @@ from moefy.finetune.inputs import (
     teacher_folder,
     write_text,
 )
-from moefy.finetune.routing import Routing
+from moefy.finetune.router_hooks import Routing
 from moefy.finetune.trainer import Finetuner, Rows, Setup
 
 

@@ -23,7 +23,7 @@ import typer
 from scores import chosen_dtype, dense_logits, scores
 
 from moefy.checkpoint.resolve import resolve
-from moefy.compute import name_of
+from moefy.compute_dtype import name_of
 from moefy.config.methods import PARTS
 from moefy.config.recipe import Recipe, build
 from moefy.convert.prepare import prepare

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.compute import ComputeDtype, name_of
+from moefy.compute_dtype import ComputeDtype, name_of
 from moefy.environment import processor
 from moefy.evaluate.candidates import load_model
 from moefy.evaluate.dtypes import one_dtype

@@ -20,9 +20,9 @@ import torch
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moefy.compute import compute_dtype as choose
+from moefy.compute_dtype import compute_dtype as choose
 from moefy.environment import processor
-from moefy.evaluate.rounds import label_rows, timed
+from moefy.evaluate.timed_rounds import label_rows, timed
 from moefy.models import families
 from moefy.models.shape import solve
 from moefy.models.targets.qwen2_moe import TARGET

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moefy.cli.page import COMMANDS, page
+from moefy.cli.options_page import COMMANDS, page
 from moefy.config.options import fields
 
 GUIDE = Path(__file__).parents[2] / "recipes" / "guide" / "options.md"
@@ -53,7 +53,7 @@ def test_the_help_of_a_command_imports_nothing_slow(command):
 
 
 def test_the_page_of_options_is_the_real_one():
-    assert GUIDE.read_text(encoding="utf-8") == page(), "python -m moefy.cli.page > that file"
+    assert GUIDE.read_text(encoding="utf-8") == page(), "make it by moefy.cli.options_page"
 
 
 def test_every_option_has_a_line_of_help_and_of_the_page():

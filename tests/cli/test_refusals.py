@@ -1,7 +1,7 @@
 """Every command behind `convert` refuses in one line what cannot be, and then changes nothing.
 
-The rows are in `refusal_cases`; those of `convert` and `inspect` are run by `test_faults` and
-`test_broken_runs`. Numbers out of range are asked of every option that takes one.
+The rows are in `refusal_cases`; those of `convert` and `inspect` are run by `test_refused_models`
+and `test_refused_runs`. Numbers out of range are asked of every option that takes one.
 """
 
 import shutil

@@ -15,16 +15,8 @@ import moefy
 from moefy.config import finetune
 from moefy.config.methods import FORMER_PARTITIONS, FORMER_ROUTERS, METHODS
 from moefy.config.options import fields, nearest
-from moefy.config.recipe import (
-    Recipe,
-    build,
-    chosen_layers,
-    method_of,
-    num_bytes,
-    read,
-    render,
-)
-from moefy.convert.method import options_of, stages
+from moefy.config.recipe import Recipe, build, chosen_layers, method_of, num_bytes, read, render
+from moefy.convert.stages import options_of, stages
 from moefy.errors import MoefyError
 
 EVERYTHING = Recipe(

@@ -22,7 +22,7 @@ from moefy.convert.cluster import balanced_kmeans, marks, token_centroids
 from moefy.convert.gradients import ffn_gradients
 from moefy.convert.partition.llama_moe_v2 import importance
 from moefy.convert.partition.static import fluctuation
-from moefy.convert.routed import RoutedFFN, expert_energies
+from moefy.convert.routed_ffn import RoutedFFN, expert_energies
 from moefy.errors import MoefyError
 from moefy.models import families
 from moefy.types import FFN, Partition, Profile, Shape

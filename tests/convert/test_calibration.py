@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from stock import auto_class
 
-from moefy import compute
+from moefy import compute_dtype
 from moefy.config.recipe import build, read
 from moefy.config.report import Settings
 from moefy.convert import memory
@@ -37,13 +37,13 @@ def stored_in_16_bits(own_pico):
 @pytest.fixture
 def slow_in_16_bits(monkeypatch):
     """A machine without instructions for them."""
-    monkeypatch.setattr(compute, "native", lambda dtype, device: dtype == torch.float32)
-    monkeypatch.setattr(compute, "slowness", lambda dtype, device: 40.0)
+    monkeypatch.setattr(compute_dtype, "native", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr(compute_dtype, "slowness", lambda dtype, device: 40.0)
 
 
 @pytest.fixture
 def quick_in_16_bits(monkeypatch):
-    monkeypatch.setattr(compute, "native", lambda dtype, device: True)
+    monkeypatch.setattr(compute_dtype, "native", lambda dtype, device: True)
 
 
 def a_job(folder, **given):

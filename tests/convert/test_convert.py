@@ -40,7 +40,9 @@ from moefy.errors import MoefyError
 from moefy.evaluate.controls import AS_WRITTEN, changed, control_jobs, controls
 from moefy.evaluate.metrics import compare
 from moefy.evaluate.run import evaluate
+from moefy.files.safetensors_header import read_header
 from moefy.models import families
+from moefy.models.load import open_model
 from moefy.models.shape import pruned
 from moefy.text import packing
 from moefy.text.tokenizer import load_tokenizer
@@ -355,11 +357,26 @@ def test_names_of_the_first_checkpoints(name, own_pico, converted):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
-def test_a_model_that_is_too_large_to_be_reopened_whole(family, pico, a_job, tmp_path, monkeypatch):
-    monkeypatch.setattr("moefy.checkpoint.reload.MEMORY", 1)
+@pytest.mark.parametrize(("spare", "dtype"), [(0, "float32"), (-1, "auto")])
+def test_a_model_that_is_too_large_to_be_reopened_whole(
+    family, spare, dtype, pico, a_job, converted, tmp_path, monkeypatch
+):
+    """One layer in float32 if it fits; as stored, if it lacks a byte."""
     target = "auto" if families.load(family).targets else "moefy"
+    seen = []
+
+    def opened(*args, **more):
+        seen.append(more["dtype"])
+        return open_model(*args, **more)
+
+    whole = read_header(converted(pico(family), target=target) / SINGLE)
+    prefix = min((name.partition(".1.")[0] for name in whole if ".1." in name), key=len)
+    kept = [e.num_elements for name, e in whole.items() if not name.startswith(f"{prefix}.1.")]
+    monkeypatch.setattr("moefy.checkpoint.reload.MEMORY", 4 * sum(kept) + spare)
+    monkeypatch.setattr("moefy.checkpoint.reload.open_model", opened)
     reopened = convert(a_job(pico(family), target=target), tmp_path / "out")["reopened"]
     assert reopened["layers"] == 1 and reopened["hidden_state_error"] < 0.05
+    assert str(seen[-1]).removeprefix("torch.") == dtype
 
 
 # --- encoders ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import nn
 from moefy.convert.partition import alternating, shuffle, static
 from moefy.convert.profile import Inputs, observe
 from moefy.convert.refit import EXPERT_STRENGTHS, STRENGTHS, refit, refit_experts
-from moefy.convert.routed import RoutedFFN, unfold, unrouted
+from moefy.convert.routed_ffn import RoutedFFN, unfold, unrouted
 from moefy.convert.router import linear
 from moefy.types import FFN, Partition, Profile, Router, Shape
 

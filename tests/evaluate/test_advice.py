@@ -8,12 +8,12 @@ import torch
 from scipy import stats
 
 from moefy.errors import MoefyError
-from moefy.evaluate import conditions, prompts
+from moefy.evaluate import fail_if, prompts
 from moefy.evaluate.advice import advice, needed_errors
 from moefy.evaluate.benchmarks import compared
-from moefy.evaluate.rounds import Grid, label_rows, stretches
 from moefy.evaluate.sizes import ideals
 from moefy.evaluate.speed import measure
+from moefy.evaluate.timed_rounds import Grid, label_rows, stretches
 
 
 def speed_row(ratio, low, high, phase="decode", batch=1):
@@ -169,7 +169,7 @@ MEASURED = {
     ],
 )
 def test_conditions(text, fails):
-    lines = conditions.failures(conditions.parse(text), MEASURED, "converted")
+    lines = fail_if.failures(fail_if.parse(text), MEASURED, "converted")
     assert len(lines) == len(fails)
     assert all(say in line for say, line in zip(fails, lines, strict=True)), lines
 
@@ -200,13 +200,13 @@ def test_conditions(text, fails):
 )
 def test_what_is_no_condition(text):
     with pytest.raises(MoefyError) as refused:
-        conditions.parse(text)
+        fail_if.parse(text)
     assert refused.value.code == 2
 
 
 def test_a_metric_that_is_not_known_is_named():
     with pytest.raises(MoefyError, match="did you mean dnll"):
-        conditions.parse("dnl>0.1")
+        fail_if.parse("dnl>0.1")
 
 
 # Significance

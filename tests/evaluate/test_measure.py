@@ -17,8 +17,8 @@ from moefy.errors import MoefyError
 from moefy.evaluate import cache, scoring, sizes
 from moefy.evaluate import measure as parts
 from moefy.evaluate.cache import Cache
-from moefy.evaluate.rounds import Grid
 from moefy.evaluate.run import evaluate
+from moefy.evaluate.timed_rounds import Grid
 
 SMALL = Grid(((1, 16), (2, 16)), rounds=1, new_tokens=2)
 FEW = {"tokens": 200, "sequence_length": 64}

@@ -10,14 +10,14 @@ from pico import PICO
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moefy import compute
+from moefy import compute_dtype
 from moefy.config.report import Settings, build
 from moefy.errors import MoefyError
 from moefy.evaluate import candidates, controls, dtypes, scoring
 from moefy.evaluate.dtypes import dtypes_to_try, num_bytes, one_dtype
-from moefy.evaluate.rounds import Grid
 from moefy.evaluate.run import evaluate
 from moefy.evaluate.sizes import sizes
+from moefy.evaluate.timed_rounds import Grid
 from moefy.files.shards import stored_dtype
 from moefy.report.format import computed_in
 
@@ -32,7 +32,7 @@ def machine(monkeypatch):
         listed = {"architecture": "x86_64", "avx512_bf16": native}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: listed)
         slow = 0.4 if native else 200.0
-        monkeypatch.setattr(compute, "_seconds", lambda dtype: slow if dtype == HALF else 1.0)
+        monkeypatch.setattr(compute_dtype, "_seconds", lambda dtype: slow if dtype == HALF else 1.0)
 
     return sets
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moefy import compute
+from moefy import compute_dtype
 from moefy.config.finetune import build
 from moefy.convert import memory
 from moefy.errors import MoefyError
@@ -19,7 +19,7 @@ from moefy.files.safetensors_header import read_entries
 from moefy.finetune import inputs, losses, teacher
 from moefy.finetune.checks import check_machine
 from moefy.finetune.optim import MasterAdamW, parts
-from moefy.finetune.routing import Routing, activations, moe_layers
+from moefy.finetune.router_hooks import Routing, activations, moe_layers
 from moefy.finetune.run import finetune, home_of
 from moefy.text.packing import Amount
 
@@ -392,8 +392,8 @@ def low(pico, converted):
 
 @pytest.fixture
 def slow_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(compute, "native", lambda dtype, device: dtype == torch.float32)
-    monkeypatch.setattr(compute, "slowness", lambda dtype, device: 30.0)
+    monkeypatch.setattr(compute_dtype, "native", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr(compute_dtype, "slowness", lambda dtype, device: 30.0)
 
 
 def test_a_machine_without_the_stored_dtype_computes_in_float32(

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import moefy
 from moefy.cli.finetune import _of_steps
 from moefy.config.finetune import Settings, build
-from moefy.finetune.routing import Routing, update_bias
+from moefy.finetune.router_hooks import Routing, update_bias
 from moefy.finetune.run import finetune
 from moefy.finetune.train import num_steps
 

@@ -1,9 +1,10 @@
 """The fault matrix as data: what is broken, and what the command line must then say.
 
 A case belongs to a row of the matrix, by the number in front of its name.
-`tests/checkpoint/test_faults.py` runs every case in one process, `tests/helpers/faults_table.py`
-each in a process of its own and prints what happened. A case is arranged, then acted; what lies in
-its place in between must lie there unchanged afterwards, and nothing beside but what it `leaves`.
+`tests/checkpoint/test_refused_models.py` runs every case in one process,
+`tests/helpers/faults_table.py` each in a process of its own and prints what happened. A case is
+arranged, then acted; what lies in its place in between must lie there unchanged afterwards, and
+nothing beside but what it `leaves`.
 """
 
 import json

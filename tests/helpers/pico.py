@@ -134,7 +134,7 @@ def build_model(folder: Path, model_type: str, overrides: dict) -> None:
     from transformers import AutoConfig
 
     from moefy.models import families
-    from moefy.models.opening import auto_class
+    from moefy.models.load import auto_class
 
     values = PICO | FAMILY.get(model_type, {}) | overrides
     task = values.pop("task", families.load(model_type).tasks[0])

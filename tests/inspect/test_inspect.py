@@ -25,8 +25,8 @@ from moefy.files import safetensors_header
 from moefy.files.shards import DTYPES
 from moefy.inspect import describe, terminal
 from moefy.inspect.catalogue import catalogue
+from moefy.inspect.config_defaults import as_dense
 from moefy.inspect.moe import PER_TOKEN
-from moefy.inspect.settled import as_dense
 from moefy.models import families, targets
 from moefy.models.engines import ENGINES, engine_issues
 from moefy.types import Shape

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from moefy.errors import MoefyError
-from moefy.report import draw, model_card, redraw, section_inside, web
+from moefy.report import draw, html, model_card, redraw, section_experts
 from moefy.report.chart import RAMP, THEME, looks
 from moefy.report.citations import PARTITION, ROUTER, sources
 from moefy.report.heatmaps import STEPS
@@ -276,7 +276,7 @@ PARTS = [key for key, value in sample_report.full().items() if isinstance(value,
 
 @pytest.mark.parametrize("part", [key for key in PARTS if key != "run"])
 def test_any_part_may_be_absent(part, report, monkeypatch):
-    monkeypatch.setattr(web, "can_draw", lambda: False)  # what is drawn is the same as elsewhere
+    monkeypatch.setattr(html, "can_draw", lambda: False)  # what is drawn is the same as elsewhere
     for lacking in ({**report, part: type(report[part])()}, {**report}):
         if lacking[part] == report[part]:
             del lacking[part]
@@ -284,7 +284,7 @@ def test_any_part_may_be_absent(part, report, monkeypatch):
 
 
 def test_without_matplotlib_the_tables_remain(report, monkeypatch):
-    monkeypatch.setattr(web, "can_draw", lambda: False)
+    monkeypatch.setattr(html, "can_draw", lambda: False)
     page = Page(draw(report)["moefy/report.html"])
     assert page.all("svg") == [] and len(page.all("table")) > 10
     assert any("pip install 'moefy[report]'" in words for words in page.words("p"))
@@ -366,7 +366,7 @@ def test_the_command_draws_and_opens(report, tmp_path, monkeypatch, capsys):
     (tmp_path / "moefy").mkdir()
     (tmp_path / "moefy" / "report.json").write_text(json.dumps(report))
     opened: list[str] = []
-    monkeypatch.setattr(web, "can_draw", lambda: False)
+    monkeypatch.setattr(html, "can_draw", lambda: False)
     monkeypatch.setattr("webbrowser.open", lambda page: opened.append(page) or len(opened) < 2)
     for code in (0, 5):
         monkeypatch.setattr(
@@ -442,7 +442,7 @@ def test_every_method_names_its_source():
     """The sources of a card are those that the modules tell of themselves."""
     import inspect
 
-    from moefy.convert.method import _module
+    from moefy.convert.stages import _module
 
     recipe = {"refit": False, "drift": 0, "calibration": "x", "partition": "", "router": ""}
     for table, package, stage in ((PARTITION, "partition", "split"), (ROUTER, "router", "fit")):
@@ -459,7 +459,7 @@ def test_every_method_names_its_source():
 
 def test_what_even_loads_cost_is_told_where_it_was_tried():
     report = sample_report.full()
-    found = section_inside.layers(report)
+    found = section_experts.layers(report)
     (table,) = found.tables
     assert [row[0] for row in table.rows] == ["0%", "25%", "50%", "75%", "100%"]
     assert table.rows[0][1:] == ("0.60", "0.60", "100.00%")
@@ -467,4 +467,4 @@ def test_what_even_loads_cost_is_told_where_it_was_tried():
     assert "evenness" in {picture.name for picture in found.pictures}
     for layer in report["run"]["layers"]:
         layer["balance"] = []
-    assert "evenness" not in {picture.name for picture in section_inside.layers(report).pictures}
+    assert "evenness" not in {picture.name for picture in section_experts.layers(report).pictures}

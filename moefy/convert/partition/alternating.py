@@ -12,7 +12,7 @@ from moefy.convert.assign import assign_balanced
 from moefy.convert.cluster import gathered
 from moefy.convert.profile import CHUNK, SAMPLE, activations
 from moefy.convert.ridge import scorer
-from moefy.convert.routed import membership, top_mask
+from moefy.convert.routed_ffn import membership, top_mask
 from moefy.errors import MoefyError
 from moefy.types import FFN, Partition, Profile, Range, Shape
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moefy.convert.cluster import token_centroids
 from moefy.convert.profile import CHUNK, activations
-from moefy.convert.routed import top_mask
+from moefy.convert.routed_ffn import top_mask
 from moefy.types import FFN, Partition, Profile, Shape
 
 GRADIENT = True

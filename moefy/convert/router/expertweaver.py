@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moefy.convert.routed import level
+from moefy.convert.routed_ffn import level
 from moefy.types import FFN, Partition, Profile, Router, Shape
 
 

@@ -9,9 +9,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from moefy.convert.balance import balance
+from moefy.convert.load_balance import balance
 from moefy.convert.ridge import scorer
-from moefy.convert.routed import RoutedFFN, expert_energies, gains, top_mask
+from moefy.convert.routed_ffn import RoutedFFN, expert_energies, gains, top_mask
 from moefy.types import FFN, Partition, Profile, Range, Router, Shape
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moefy.convert.cluster import token_centroids
-from moefy.convert.routed import level
+from moefy.convert.routed_ffn import level
 from moefy.types import FFN, Partition, Profile, Router, Shape
 
 PARTITION = "llama-moe-v2"

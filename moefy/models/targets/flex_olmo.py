@@ -9,14 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from moefy.models.shape import no_shared
-from moefy.models.targets.target import (
-    Dense,
-    Split,
-    Target,
-    Tensors,
-    copied,
-    expert_tensors,
-)
+from moefy.models.targets.target import Dense, Split, Target, Tensors, copied, expert_tensors
 from moefy.types import Shape
 
 

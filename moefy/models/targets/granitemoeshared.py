@@ -10,13 +10,7 @@ from typing import Any
 
 from moefy.models.families.family import write_fused
 from moefy.models.shape import any_shared
-from moefy.models.targets.target import (
-    Dense,
-    Split,
-    Target,
-    Tensors,
-    copied,
-)
+from moefy.models.targets.target import Dense, Split, Target, Tensors, copied
 from moefy.types import Shape
 
 

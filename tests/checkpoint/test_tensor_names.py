@@ -12,7 +12,7 @@ from moefy.checkpoint.tensor_names import WRAPPERS, check_names, class_names, ot
 from moefy.checkpoint.validate import open_checkpoint
 from moefy.errors import MoefyError
 from moefy.models import families
-from moefy.models.opening import open_model
+from moefy.models.load import open_model
 
 MASKED = ("ForMaskedLM", "ForSequenceClassification", "Model")
 

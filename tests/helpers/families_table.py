@@ -1,6 +1,6 @@
 """Print a Markdown table of every family with every class that holds it.
 
-    python tests/helpers/table.py > recipes/results/families.md
+    python tests/helpers/families_table.py > recipes/results/families.md
 
 The identity error is the greatest difference of two logits relative to the largest of them, all
 experts active and the router's rows zero.
@@ -36,10 +36,10 @@ from moefy.models import families
 
 HEADING = """# Every family in every class that holds it
 
-Made by `python tests/helpers/table.py` of tiny random models in float32. **error**: the greatest
-difference of two logits, relative to the largest, between the dense model and the converted one
-with all experts active. **generates**: greedy tokens with a cache are those without. **saved
-again**: what `save_pretrained` writes of the loaded model computes the same bits.
+Made by `python tests/helpers/families_table.py` of tiny random models in float32. **error**: the
+greatest difference of two logits, relative to the largest, between the dense model and the
+converted one with all experts active. **generates**: greedy tokens with a cache are those without.
+**saved again**: what `save_pretrained` writes of the loaded model computes the same bits.
 """
 ROW = "| {:16} | {:16} | {:29} | {:>8} | {:10} | {:9} |"
 

@@ -9,7 +9,7 @@ import torch
 from moefy.config.finetune import Settings
 from moefy.finetune import losses
 from moefy.finetune.losses import Routed
-from moefy.finetune.routing import Layer, RouterStatistics, Routing, over_layers
+from moefy.finetune.router_hooks import Layer, RouterStatistics, Routing, over_layers
 from moefy.finetune.teacher import Teacher
 from moefy.finetune.trainer import text_batch
 from moefy.text.packing import Tokens

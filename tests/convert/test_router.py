@@ -18,11 +18,11 @@ from planted import (
     squares,
 )
 
-from moefy.convert import routed as routing
+from moefy.convert import routed_ffn as routing
 from moefy.convert.partition import shuffle
 from moefy.convert.profile import Inputs, observe
 from moefy.convert.ridge import ridge, scorer
-from moefy.convert.routed import RoutedFFN, energies_of, expert_energies, membership, top_mask
+from moefy.convert.routed_ffn import RoutedFFN, energies_of, expert_energies, membership, top_mask
 from moefy.convert.router import linear
 from moefy.types import Partition, Profile, Router, Shape
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moefy.compute import name_of
+from moefy.compute_dtype import name_of
 from moefy.errors import MoefyError
-from moefy.evaluate.rounds import PHASES, Grid, stretches
+from moefy.evaluate.timed_rounds import PHASES, Grid, stretches
 
 IMPLEMENTATIONS: tuple[str, ...] = ("grouped_mm", "eager", "batched_mm")
 """The experts implementations of transformers; the fastest one is used for each piece of work."""

@@ -17,7 +17,7 @@ from fault_cases import Place
 from run_cases import CASES as RUNS
 from safetensors.torch import load_file
 
-from moefy.checkpoint.check_values import scan
+from moefy.checkpoint.check_finite import scan
 from moefy.checkpoint.tensors import Checkpoint
 from moefy.checkpoint.validate import check_tensors, open_checkpoint
 from moefy.errors import MoefyError
@@ -162,7 +162,7 @@ def test_every_stored_dtype_is_looked_at(dtype, own_pico):
 
 @pytest.mark.parametrize("block", [64, 1 << 24])
 def test_the_size_of_blocks_changes_nothing(block, own_pico, monkeypatch):
-    from moefy.checkpoint import check_values as module
+    from moefy.checkpoint import check_finite as module
     from moefy.files.publish import sha256
 
     monkeypatch.setattr(module, "BLOCK", block)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moefy.convert.ridge import ridge
-from moefy.convert.routed import top_mask
+from moefy.convert.routed_ffn import top_mask
 
 STEPS = 200
 """Steps of the descent on the biases."""

@@ -1,6 +1,6 @@
 """Whatever lies in a model's or a run's folder, every command ends with a code and one line.
 
-What `moefy convert` refuses is in `test_faults`, and what the others refuse in `test_refusals`.
+What `moefy convert` refuses is in `test_refused_models`, what the others refuse in `test_refusals`.
 Here are `inspect` and a plan, and what a report and an export may do without.
 """
 

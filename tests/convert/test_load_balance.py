@@ -4,8 +4,8 @@ import pytest
 import torch
 from planted import seeded
 
-from moefy.convert.balance import SHARES, balance
-from moefy.convert.routed import top_mask
+from moefy.convert.load_balance import SHARES, balance
+from moefy.convert.routed_ffn import top_mask
 
 
 def skewed(seed: int = 0, experts: int = 8, size: int = 16):

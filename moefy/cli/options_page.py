@@ -1,4 +1,4 @@
-"""The page of options: `python -m moefy.cli.page > recipes/guide/options.md`."""
+"""The page of options: `python -m moefy.cli.options_page > recipes/guide/options.md`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moefy.cli.convert import Convert
 from moefy.cli.finetune import Finetune
-from moefy.cli.options import default_of, flags
+from moefy.cli.parameters import default_of, flags
 from moefy.cli.report import Report
 from moefy.config import finetune, report
 from moefy.config.options import MOST, Field, fields, number
@@ -15,8 +15,8 @@ from moefy.config.recipe import Recipe
 
 HEAD = """# Options
 
-`python -m moefy.cli.page` makes this page from the declarations that also check the values and make
-`--help`.
+`python -m moefy.cli.options_page` makes this page from the declarations that also check the values
+and make `--help`.
 
 Names with two dashes are flags. Every name of a first table is also a key of a recipe, with `_` for
 `-`: `--top-k 2` is `top_k = 2` in the file, or `--set top_k=2`. Names without dashes are keys only.
