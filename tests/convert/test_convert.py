@@ -370,8 +370,8 @@ def test_a_model_that_is_too_large_to_be_reopened_whole(
         return open_model(*args, **more)
 
     whole = read_header(converted(pico(family), target=target) / SINGLE)
-    prefix = min((name.partition(".1.")[0] for name in whole if ".1." in name), key=len)
-    kept = [e.num_elements for name, e in whole.items() if not name.startswith(f"{prefix}.1.")]
+    second = families.load(family).layer.format(layer=1)
+    kept = [entry.num_elements for name, entry in whole.items() if second not in name]
     monkeypatch.setattr("moefy.checkpoint.reload.MEMORY", 4 * sum(kept) + spare)
     monkeypatch.setattr("moefy.checkpoint.reload.open_model", opened)
     reopened = convert(a_job(pico(family), target=target), tmp_path / "out")["reopened"]
