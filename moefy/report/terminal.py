@@ -30,7 +30,8 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str 
     for number, name in enumerate(header):
         numeric = number > 0 and any(row[number].lstrip("+-< ")[:1].isdigit() for row in rows)
         justify = "right" if numeric else "left"
-        table.add_column(name, justify=justify, no_wrap=number == 0)
+        widest = max(map(len, name.split()), default=0)  # or a narrow terminal cuts a word
+        table.add_column(name, justify=justify, no_wrap=number == 0, min_width=widest)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)
