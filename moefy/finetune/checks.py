@@ -38,8 +38,9 @@ def check_machine(settings: Settings) -> None:
         raise MoefyError(f"--log-to {name} needs a package: pip install {name}", code=5)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.fsdp not in (0, world):
+        running = "there is 1 process" if world == 1 else f"there are {world} processes"
         raise MoefyError(
-            f"fsdp is {settings.fsdp}, and the number of processes {world}; expected as many: "
+            f"fsdp is {settings.fsdp}, and {running}; expected as many: "
             f"torchrun --nproc-per-node={settings.fsdp} -m moefy finetune",
             code=2,
         )

@@ -162,10 +162,10 @@ def test_every_stored_dtype_is_looked_at(dtype, own_pico):
 
 @pytest.mark.parametrize("block", [64, 1 << 24])
 def test_the_size_of_blocks_changes_nothing(block, own_pico, monkeypatch):
-    from moefy.checkpoint import check_finite as module
+    from moefy.files import shards
     from moefy.files.publish import sha256
 
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(shards, "BLOCK", block)
     folder = own_pico("llama")
     d.flip_bit(QUERY, 1000, 30)(folder)
     d.tensor("model.norm.weight", torch.ones_like)(folder)
