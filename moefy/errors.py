@@ -12,3 +12,9 @@ class MoefyError(Exception):
         # A name read from a file may hold line breaks or terminal codes; a message is one line.
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
         self.code = code
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch has no exception of its own for that of a machine."""
+    words = ("allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

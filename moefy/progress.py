@@ -36,21 +36,10 @@ def watching(*, quiet: bool) -> Iterator[Watch]:
 
 @contextlib.contextmanager
 def _bar(console: Console) -> Iterator[Watch]:
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[memory]}"),
-    )
+    share = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = ("{task.description}", *share, "{task.fields[memory]}")
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", memory="")
 
@@ -61,15 +50,14 @@ def _bar(console: Console) -> Iterator[Watch]:
 
 
 def _lines() -> Watch:
-    last = ["", 0.0]
+    last = 0.0
 
     def show(stage: str, done: int, total: int) -> None:
+        nonlocal last
         now = time.monotonic()
-        kind = stage.partition(":")[0]
-        if done < total and (kind == last[0] or now - float(last[1]) < EVERY):
-            if now - float(last[1]) < EVERY:
-                return
-        last[:] = [kind, now]
+        if done < total and now - last < EVERY:
+            return
+        last = now
         print(f"moefy: {stage} {done}/{total}, {_memory()}", file=sys.stderr, flush=True)
 
     return show

@@ -18,7 +18,7 @@ from moefy.cli.report import report
 from moefy.cli.run import run
 from moefy.cli.signals import INTERRUPTED, interruptible
 from moefy.cli.verify import verify
-from moefy.errors import MoefyError
+from moefy.errors import MoefyError, is_out_of_memory
 
 app = typer.Typer(
     add_completion=False,
@@ -27,8 +27,6 @@ app = typer.Typer(
     help="Turn a dense Hugging Face checkpoint into a stock Mixture-of-Experts checkpoint.",
 )
 exports = typer.Typer(no_args_is_help=True, help="Write a converted model in another format.")
-
-NO_MEMORY = "out of memory; lower --tokens or --sequence-length"
 
 
 def main() -> NoReturn:
@@ -54,16 +52,13 @@ def _run() -> int:
         return _fail("interrupted; nothing was written", INTERRUPTED)
     except typer.Exit as stop:
         return stop.exit_code
-    except MemoryError:
-        return _fail(NO_MEMORY, 5)
     except BrokenPipeError:
         sys.stderr.close()
         return 141
-    except RuntimeError as error:
-        # torch has no exception of its own for a machine's memory that is used up.
-        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        return _fail(NO_MEMORY, 5)
+        return _fail("out of memory; lower --tokens or --sequence-length", 5)
     except OSError as error:
         return _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 5)
     except Exception as error:
@@ -83,16 +78,10 @@ def _root(
         raise typer.Exit
 
 
-app.command()(convert)
-app.command()(finetune)
-app.command()(report)
+for command in (convert, finetune, report, push, run, verify, inspect, families):
+    app.command()(command)
 app.add_typer(exports, name="export")
 exports.command()(gguf)
-app.command()(push)
-app.command()(run)
-app.command()(verify)
-app.command()(inspect)
-app.command()(families)
 
 
 def _fail(message: str, code: int) -> int:

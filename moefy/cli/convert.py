@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moefy.cli.parameters import Options, command
 from moefy.cli.shared import FORCE, JSON, QUIET, RESTART, SETTINGS, note, quiet_libraries, show
@@ -58,18 +57,13 @@ def convert(options: Options, asked: Convert) -> None:
     )
     quiet_libraries()
     if asked.plan or asked.out is None:
-        _plan(recipe, asked, limit)
+        from moefy.convert.estimate import estimate
+        from moefy.convert.prepare import prepare
+        from moefy.report import terminal
+
+        show(estimate(prepare(recipe), limit), terminal.show_plan, asked.as_json, quiet=False)
     else:
         _convert(recipe, asked, asked.out, limit)
-
-
-def _plan(recipe: Recipe, asked: Convert, limit: int | None) -> None:
-    from moefy.convert.estimate import estimate
-    from moefy.convert.prepare import prepare
-    from moefy.report import terminal
-
-    plan = estimate(prepare(recipe), limit)
-    show(plan, terminal.show_plan, asked.as_json, quiet=False)
 
 
 def _convert(recipe: Recipe, asked: Convert, out: Path, limit: int | None) -> None:
@@ -78,6 +72,7 @@ def _convert(recipe: Recipe, asked: Convert, out: Path, limit: int | None) -> No
     from moefy.convert.session import Attempt
     from moefy.distributed import launched, together
     from moefy.progress import watching
+    from moefy.report import terminal
 
     group = launched()
     first = group.rank == 0
@@ -92,7 +87,7 @@ def _convert(recipe: Recipe, asked: Convert, out: Path, limit: int | None) -> No
             group=group,
         )
         summary = run(prepare(recipe), out, attempt, watch=watch)
-    show(summary, lambda summary: _show(summary, out), asked.as_json and first, quiet)
+    show(summary, lambda _: terminal.show_conversion(summary, out), asked.as_json and first, quiet)
 
 
 def _reproduce(options: Options, asked: Convert, recipe: Path, limit: int | None) -> None:
@@ -103,6 +98,7 @@ def _reproduce(options: Options, asked: Convert, recipe: Path, limit: int | None
     out, model = (asked.out, model) if asked.out else (Path(model), None)
     quiet_libraries()
     from moefy.progress import watching
+    from moefy.report import terminal
     from moefy.runs.reproduce import reproduce
 
     with _resumable(out, asked.force), watching(quiet=asked.quiet) as watch:
@@ -115,7 +111,7 @@ def _reproduce(options: Options, asked: Convert, recipe: Path, limit: int | None
             memory=limit,
             watch=watch,
         )
-    show(summary, lambda summary: _show(summary, out), asked.as_json, asked.quiet)
+    show(summary, lambda _: terminal.show_conversion(summary, out), asked.as_json, asked.quiet)
     result = summary["reproduced"]
     if not result["same"]:
         because = "; ".join(result["because"]) or "nothing else that is known of differs"
@@ -148,9 +144,3 @@ def _stopped(out: Path) -> str:
     if (layers := unfinished(out)) is None:
         return "interrupted; nothing was written"
     return f"interrupted; {layers} layers are kept: run the same command again to go on from there"
-
-
-def _show(summary: dict[str, Any], out: Path) -> None:
-    from moefy.report import terminal
-
-    terminal.show_conversion(summary, out)

@@ -6,16 +6,13 @@ import dataclasses
 import os
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
 
 from moefy.cli.parameters import Options, command
 from moefy.cli.shared import FORCE, JSON, QUIET, RESTART, SETTINGS, note, quiet_libraries, show
 from moefy.cli.signals import INTERRUPTED
 from moefy.config.finetune import Settings, build
 from moefy.config.options import option
-from moefy.errors import MoefyError
-
-NO_MEMORY = ("allocate memory", "out of memory")
+from moefy.errors import MoefyError, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -33,11 +30,6 @@ class Finetune:
     as_json: bool = option(False, JSON)
     quiet: bool = option(False, QUIET)
 
-    @property
-    def folder(self) -> Path:
-        """The folder to write."""
-        return self.out or self.run.with_name(f"{self.run.resolve().name}-finetuned")
-
 
 @command(Settings, Finetune)
 def finetune(options: Options, asked: Finetune) -> None:
@@ -51,36 +43,29 @@ def finetune(options: Options, asked: Finetune) -> None:
     if asked.steps is not None:
         settings = _of_steps(settings, asked.steps)
     quiet_libraries()
-    summary = _train(settings, asked)
-    if os.environ.get("RANK", "0") == "0":  # one of several processes prints
-        show(summary, lambda summary: _show(summary, asked.folder), asked.as_json, asked.quiet)
-
-
-def _train(settings: Settings, asked: Finetune) -> dict[str, Any]:
     from moefy.finetune.run import finetune as train
     from moefy.progress import watching
+    from moefy.report import terminal
 
-    quiet = asked.quiet or os.environ.get("RANK", "0") != "0"
+    out = asked.out or asked.run.with_name(f"{asked.run.resolve().name}-finetuned")
+    first = os.environ.get("RANK", "0") == "0"  # one of several processes prints
+    quiet, restart = asked.quiet or not first, asked.restart
     try:
         with watching(quiet=quiet) as watch:
-            return train(
-                asked.run,
-                asked.folder,
-                settings,
-                force=asked.force,
-                restart=asked.restart,
-                watch=watch,
+            summary = train(
+                asked.run, out, settings, force=asked.force, restart=restart, watch=watch
             )
     except KeyboardInterrupt:
-        raise MoefyError(_stopped(asked.folder), code=INTERRUPTED) from None
+        raise MoefyError(_stopped(out), code=INTERRUPTED) from None
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(w in str(error) for w in NO_MEMORY):
+        if not is_out_of_memory(error):
             raise
         raise MoefyError(
             f"out of memory; lower --batch-size (now {settings.batch_size}) and raise "
             "--gradient-accumulation-steps, give --gradient-checkpointing or --teacher-cache",
             code=5,
         ) from None
+    show(summary, lambda _: terminal.show_finetune(summary, out), asked.as_json and first, quiet)
 
 
 def _stopped(out: Path) -> str:
@@ -94,15 +79,6 @@ def _stopped(out: Path) -> str:
 
 def _of_steps(settings: Settings, steps: int) -> Settings:
     """The settings with the tokens that so many steps take, of all processes together."""
-    rows = (
-        settings.batch_size
-        * settings.gradient_accumulation_steps
-        * int(os.environ.get("WORLD_SIZE", "1"))
-    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = settings.batch_size * settings.gradient_accumulation_steps * world
     return dataclasses.replace(settings, tokens=steps * rows * settings.sequence_length)
-
-
-def _show(summary: dict[str, Any], out: Path) -> None:
-    from moefy.report import terminal
-
-    terminal.show_finetune(summary, out)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from moefy.cli.shared import note
-from moefy.config.options import Field, check, fields, number
+from moefy.config.options import Field, as_flag, check, fields, number, renamed
 
 Options = Mapping[str, Any]
 """The options of a recipe that the command line names, without defaults."""
@@ -30,8 +30,9 @@ def command(
     def decorate(function: Callable[[Options, Switches], None]) -> Callable[..., None]:
         @functools.wraps(function)
         def invoke(**values: Any) -> None:
-            values = _named_as_now(switches, _named_as_now(recipe, values))
             values = {name: value for name, value in values.items() if value is not None}
+            for options in (recipe, switches):
+                values = renamed(options, values, note, as_flag)
             others = {name: values.pop(name) for name in fields(switches) if name in values}
             function(values, switches(**check(switches, others)))
 
@@ -86,7 +87,7 @@ def _parameters(options: type, *, optional: bool) -> Iterator[inspect.Parameter]
             default = inspect.Parameter.empty
         yield _parameter(option.name, kind | None, default, _declared(option))
         if option.option.old:
-            hidden = typer.Option(_flag(option.option.old), hidden=True)
+            hidden = typer.Option(as_flag(option.option.old), hidden=True)
             yield _parameter(option.option.old, kind | None, None, hidden)
 
 
@@ -106,19 +107,3 @@ def _declared(option: Field) -> Any:
 
 def _is_argument(parameter: inspect.Parameter) -> bool:
     return isinstance(parameter.annotation.__metadata__[0], typer.models.ArgumentInfo)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _named_as_now(recipe: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values by today's names, where flags of an earlier version set some."""
-    result = dict(values)
-    for option in fields(recipe).values():
-        old = result.pop(option.option.old, None)
-        if old is not None:
-            note(f"{_flag(option.option.old)} is called {option.flag} now")
-            if result[option.name] is None:
-                result[option.name] = old
-    return result

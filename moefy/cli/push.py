@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -35,6 +35,7 @@ def push(
     """
     quiet_libraries()
     from moefy.progress import watching
+    from moefy.report import terminal
     from moefy.runs.push import push as send
 
     with watching(quiet=quiet) as watch:
@@ -47,10 +48,4 @@ def push(
             dry=dry_run,
             watch=watch,
         )
-    show(summary, _show, as_json, quiet)
-
-
-def _show(summary: dict[str, Any]) -> None:
-    from moefy.report import terminal
-
-    terminal.show_push(summary)
+    show(summary, terminal.show_push, as_json, quiet)

@@ -38,16 +38,22 @@ class Report:
 def report(options: Options, asked: Report) -> None:
     """Measure the run RUN against the dense model and the controls: quality, routing and cost."""
     if asked.redraw:
-        _redraw(asked)
+        from moefy.report import redraw, terminal
+
+        result = redraw(asked.run)
+        show(result, lambda _: terminal.show_page(asked.run), asked.as_json, asked.quiet)
+        if asked.open_page:
+            _open(asked.run)
         return
     settings = build({**_effort(asked), **options}, note)
     quiet_libraries()
     from moefy.evaluate.run import evaluate
     from moefy.progress import watching
+    from moefy.report import terminal
 
     with watching(quiet=asked.quiet) as watch:
         result = evaluate(asked.run, settings, watch=watch)
-    show(result, lambda result: _show(result, asked.run), asked.as_json, asked.quiet)
+    show(result, lambda _: terminal.show_report(result, asked.run), asked.as_json, asked.quiet)
     if asked.open_page:
         _open(asked.run)
     exit_if_failed(result)
@@ -69,16 +75,6 @@ def _effort(asked: Report) -> dict[str, Any]:
     return {"effort": "quick"} if asked.quick else {}
 
 
-def _redraw(asked: Report) -> None:
-    from moefy import report
-    from moefy.report import terminal
-
-    result = report.redraw(asked.run)
-    show(result, lambda _: terminal.show_page(asked.run), asked.as_json, asked.quiet)
-    if asked.open_page:
-        _open(asked.run)
-
-
 def _open(run: Path) -> None:
     import webbrowser
 
@@ -87,9 +83,3 @@ def _open(run: Path) -> None:
     page = (run / HTML).resolve().as_uri()
     if not webbrowser.open(page):
         raise MoefyError(f"no browser was found; open {page}", code=5)
-
-
-def _show(result: dict[str, Any], run: Path) -> None:
-    from moefy.report import terminal
-
-    terminal.show_report(result, run)

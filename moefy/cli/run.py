@@ -32,6 +32,7 @@ def run(
     quiet_libraries()
     from moefy import pipeline
     from moefy.progress import watching
+    from moefy.report import terminal
 
     declared = pipeline.declared(recipe, note)
     folder = Path(recipe.stem) if out is None else out
@@ -44,12 +45,6 @@ def run(
                 "skipped": result is None,
                 "told": result,
             }
-    show({"stages": results}, _show, as_json, quiet)
+    show({"stages": results}, lambda _: terminal.show_run(results), as_json, quiet)
     if report := results["report"]["told"]:
         exit_if_failed(report)
-
-
-def _show(result: dict[str, Any]) -> None:
-    from moefy.report import terminal
-
-    terminal.show_run(result["stages"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,16 +24,11 @@ def verify(
     """
     quiet_libraries()
     from moefy.progress import watching
+    from moefy.report import terminal
     from moefy.runs.verify import verify as check
 
     with watching(quiet=quiet) as watch:
         result = check(run, watch)
-    show(result, _show, as_json, quiet)
+    show(result, terminal.show_checks, as_json, quiet)
     if not result["passed"]:
         raise MoefyError(result["checks"][-1]["found"], code=result["code"])
-
-
-def _show(result: dict[str, Any]) -> None:
-    from moefy.report import terminal
-
-    terminal.show_checks(result)

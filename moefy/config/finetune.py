@@ -182,10 +182,8 @@ def _read(file: Path) -> dict[str, Any]:
 def _check(settings: Settings) -> None:
     """Refuse settings that do not go together."""
     length = settings.sequence_length
-    for flag, value in (
-        ("--tokens", settings.tokens),
-        ("validation_tokens", settings.validation_tokens),
-    ):
+    amounts = {"--tokens": settings.tokens, "validation_tokens": settings.validation_tokens}
+    for flag, value in amounts.items():
         if value < length:
             raise MoefyError(
                 f"{flag} is {value}; expected at least {length}, which is one sequence", code=2
@@ -197,11 +195,6 @@ def _check(settings: Settings) -> None:
             "hidden needs the teacher's states, which a --teacher-cache does not hold; drop one",
             code=2,
         )
-    _check_processes(settings)
-
-
-def _check_processes(settings: Settings) -> None:
-    """Refuse ways of sharing a model among processes that do not go with the rest."""
     if settings.fsdp and settings.train == "lora":
         raise MoefyError("fsdp with --train lora is not supported; drop one", code=4)
     if not settings.expert_parallel:

@@ -86,7 +86,7 @@ class Field:
         if self.option.argument:
             return self.name.upper()
         name = self.option.flag if isinstance(self.option.flag, str) else self.name
-        return f"--{name.replace('_', '-')}" if self.option.flag else self.name
+        return as_flag(name) if self.option.flag else self.name
 
     @property
     def most(self) -> float:
@@ -152,8 +152,16 @@ def check(options: type, values: Mapping[str, Any], table: str = "recipe") -> di
     return {key: known[key].checked(value) for key, value in values.items()}
 
 
+def as_flag(name: str) -> str:
+    """A key as the command line writes it."""
+    return f"--{name.replace('_', '-')}"
+
+
 def renamed(
-    options: type, values: Mapping[str, Any], note: Note = lambda line: None
+    options: type,
+    values: Mapping[str, Any],
+    note: Note = lambda line: None,
+    spell: Callable[[str], str] = str,
 ) -> dict[str, Any]:
     """The values under today's names; `note` gets a line about each name of an earlier version."""
     result = dict(values)
@@ -162,7 +170,7 @@ def renamed(
         if old and old in result:
             value = result.pop(old)
             result.setdefault(name, value)
-            note(f"{old} is called {name} now")
+            note(f"{spell(old)} is called {spell(name)} now")
         value = result.get(name)
         if isinstance(value, str) and value in new:
             result[name] = new[value]

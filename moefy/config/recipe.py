@@ -273,8 +273,6 @@ def _stage_option(values: Mapping[str, Any], key: str, value: Any) -> tuple[str,
     """A setting, where `partition.rounds=6` adds to the options of the partition."""
     stage, dot, option = key.partition(".")
     table = f"{stage}_options"
-    return (
-        (table, {**values.get(table, {}), option: value})
-        if dot and table in TABLES
-        else (key, value)
-    )
+    if dot and table in TABLES:
+        return table, {**values.get(table, {}), option: value}
+    return key, value

@@ -48,6 +48,10 @@ def advice(report: Mapping[str, Any], label: str) -> list[Advice]:
     ]
 
 
+def _advice(verdict: str, sentence: str, **because: Any) -> Advice:
+    return {"verdict": verdict, "sentence": sentence, "because": because}
+
+
 def verdict(row: Mapping[str, Any]) -> str:
     """Verdict on a row of speeds: "faster", "slower", or "no different"."""
     if row["ratio"] >= 1 + CLEAR and row["ratio_low"] > 1:
@@ -60,24 +64,21 @@ def verdict(row: Mapping[str, Any]) -> str:
 def _speed(speed: Mapping[str, Any], label: str) -> Iterator[Advice]:
     for engine, result in speed.items():
         if (cores := result.get("cores", 1.0)) < QUIET:
-            yield {
-                "verdict": UNKNOWN,
-                "sentence": f"The machine was busy while {engine} was measured, which had only "
-                f"{cores:.2f} of a core on average. Its speeds are unreliable; measure again on "
-                "a quiet machine.",
-                "because": {"engine": engine, "cores": cores},
-            }
+            yield _advice(
+                UNKNOWN,
+                f"The machine was busy while {engine} was measured, which had only {cores:.2f} of "
+                "a core on average. Its speeds are unreliable; measure again on a quiet machine.",
+                engine=engine,
+                cores=cores,
+            )
         rows = [row for row in result.get("rows", []) if row["label"] == label]
         for phase, outcome in itertools.product(PHASES, HEADS):
             alike = [row for row in rows if row["phase"] == phase and verdict(row) == outcome]
             if alike:
                 yield _alike(engine, result, phase, outcome, alike)
     if not any(result.get("rows") for result in speed.values()):
-        yield {
-            "verdict": UNKNOWN,
-            "sentence": "Speed was not measured, so it is unknown whether this model is faster.",
-            "because": {},
-        }
+        unknown = "Speed was not measured, so it is unknown whether this model is faster."
+        yield _advice(UNKNOWN, unknown)
 
 
 def _alike(
@@ -90,24 +91,20 @@ def _alike(
     """One sentence for the rows of an engine and a phase that have the same verdict."""
     ideals = [value for row in rows if (value := _ideal(result, row)) is not None]
     low, high = min(row["ratio_low"] for row in rows), max(row["ratio_high"] for row in rows)
-    machine = _threads(result["threads"]) + _dtypes(result, rows)
+    count = result["threads"]
+    machine = f"{count} thread{'s' * (count != 1)}{_dtypes(result, rows)}"
     ratios = _span([row["ratio"] for row in rows])
     ideal = f"; arithmetic would allow {_span(ideals)}" if ideals else ""
-    return {
-        "verdict": PAYS if outcome == "faster" else PAYS_NOT,
-        "sentence": f"{HEADS[outcome]} in {engine} on this machine ({machine}), {PHASES[phase]} "
+    keys = ("batch", "context", "ratio", "ratio_low", "ratio_high")
+    return _advice(
+        PAYS if outcome == "faster" else PAYS_NOT,
+        f"{HEADS[outcome]} in {engine} on this machine ({machine}), {PHASES[phase]} "
         f"{_sizes(rows)}: {ratios} times the dense model's tokens per second ({low:.2f} to "
         f"{high:.2f} over the rounds{ideal}).",
-        "because": {
-            "engine": engine,
-            "phase": phase,
-            "rows": [
-                {key: row[key] for key in ("batch", "context", "ratio", "ratio_low", "ratio_high")}
-                | {"ideal": _ideal(result, row)}
-                for row in rows
-            ],
-        },
-    }
+        engine=engine,
+        phase=phase,
+        rows=[{key: row[key] for key in keys} | {"ideal": _ideal(result, row)} for row in rows],
+    )
 
 
 def _dtypes(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -149,10 +146,6 @@ def _span(values: Sequence[float]) -> str:
     return " to ".join(dict.fromkeys(f"{value:.2f}" for value in (min(values), max(values))))
 
 
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"
-
-
 def _ideal(result: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
     ideal = result.get("ideal_ratio", {}).get(row["label"], {}).get(row["phase"])
     return ideal.get(str(row["batch"])) if isinstance(ideal, Mapping) else ideal
@@ -169,8 +162,8 @@ def _quality(report: Mapping[str, Any], label: str) -> Iterator[Advice]:
         )
         because = {"text": text, "dnll": own["dnll"], "error": own["dnll_standard_error"]}
         if static is None:
-            end = "it was not compared with static pruning."
-            yield {"verdict": UNKNOWN, "sentence": f"{cost}; {end}", "because": because}
+            end = "; it was not compared with static pruning."
+            yield _advice(UNKNOWN, cost + end, **because)
             continue
         gain, error = own["gain_over_static"], own["gain_standard_error"]
         needed = needed_errors(own["windows"])
@@ -184,7 +177,7 @@ def _quality(report: Mapping[str, Any], label: str) -> Iterator[Advice]:
             end = f"; {pruned}: {gain:.3f} more, which may be chance on so little text."
         else:
             end = f"; {pruned}, NO MORE: a smaller dense model does as well, and needs no experts."
-        yield {"verdict": PAYS if sure else PAYS_NOT, "sentence": cost + end, "because": because}
+        yield _advice(PAYS if sure else PAYS_NOT, cost + end, **because)
 
 
 def needed_errors(windows: int) -> float | None:
@@ -199,17 +192,17 @@ def _memory(models: Mapping[str, Any], label: str) -> Iterator[Advice]:
     own, dense = models.get(label), models.get("dense")
     if not own or not dense:
         return
-    ratio = own["weight_bytes"] / dense["weight_bytes"]
-    because = {"weight_bytes": own["weight_bytes"], "dense_weight_bytes": dense["weight_bytes"]}
+    size, dense_size = own["weight_bytes"], dense["weight_bytes"]
     share = own["parameters_active"] / own["parameters_total"]
-    lead = f"It holds {own['weight_bytes'] / 1e6:,.0f} MB of weights, {ratio:.2f} times dense"
-    saves = ratio < 1 - CLEAR
-    yield {
-        "verdict": PAYS if saves else PAYS_NOT,
-        "sentence": f"{lead}, of which {share:.0%} are used for a token: "
+    saves = size / dense_size < 1 - CLEAR
+    yield _advice(
+        PAYS if saves else PAYS_NOT,
+        f"It holds {size / 1e6:,.0f} MB of weights, {size / dense_size:.2f} times dense, of which "
+        f"{share:.0%} are used for a token: "
         + ("memory is saved." if saves else "NO MEMORY IS SAVED, all experts must be held."),
-        "because": because,
-    }
+        weight_bytes=size,
+        dense_weight_bytes=dense_size,
+    )
 
 
 def _routing(layers: list[Mapping[str, Any]]) -> Iterator[Advice]:
@@ -217,9 +210,10 @@ def _routing(layers: list[Mapping[str, Any]]) -> Iterator[Advice]:
     if dead:
         count = sum(dead.values())
         where = ", ".join(map(str, dead))
-        yield {
-            "verdict": PAYS_NOT,
-            "sentence": f"{count} dead experts (below 5 % of the mean load; in layers {where}): "
-            "they take memory and do almost nothing on these texts.",
-            "because": {"dead": count, "layers": [*dead]},
-        }
+        yield _advice(
+            PAYS_NOT,
+            f"{count} dead experts (below 5 % of the mean load; in layers {where}): they take "
+            "memory and do almost nothing on these texts.",
+            dead=count,
+            layers=[*dead],
+        )

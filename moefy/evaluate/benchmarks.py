@@ -53,7 +53,7 @@ def check_tasks(tasks: Sequence[str], include: Path | None) -> Any:
 def run_task(
     model: Any, tokenizer: Any, task: str, manager: Any, limit: int | None
 ) -> dict[str, Any]:
-    """One task's scores by sample: {"metric": ..., "values": {id: value}, "others": {...}}.
+    """One task's scores by sample: {"metric": ..., "values": {id: value}, ...}.
 
     A value is a number, or a pair of a sum and the weight that divides it. A group of tasks is
     scored over all samples of its tasks.
@@ -87,14 +87,8 @@ def run_task(
         for name in names
         for sample in result["samples"][name]
     }
-    totals = {key.partition(",")[0]: v for key, v in result["results"].get(task, {}).items()}
-    others = {
-        name: totals[name]
-        for name in metrics
-        if name != metric and isinstance(totals.get(name), int | float)
-    }
     direction = result["higher_is_better"].get(names[0], {}).get(metric, True)
-    return {"metric": metric, "values": values, "others": others, "higher_is_better": direction}
+    return {"metric": metric, "values": values, "higher_is_better": direction}
 
 
 def compared(own: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,28 +106,21 @@ def compared(own: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]
         "standard_error": _standard_error(metric, pairs),
         "samples": len(pairs),
         "higher_is_better": own["higher_is_better"],
-        "others": own["others"],
     }
     if own is dense:
         return row
-    return row | {"difference": value - base, **_significance(metric, pairs, theirs)}
+    return row | {"difference": value - base, "p_value": _p_value(metric, pairs, theirs)}
 
 
-def _significance(metric: str, own: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+def _p_value(metric: str, own: np.ndarray, theirs: np.ndarray) -> float:
     if (own[:, 1] == 1).all() and np.isin(np.concatenate([own, theirs])[:, 0], (0, 1)).all():
         won = int((own[:, 0] > theirs[:, 0]).sum())
         lost = int((own[:, 0] < theirs[:, 0]).sum())
-        p = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
-        return {"p_value": p, "test": "McNemar, exact", "won": won, "lost": lost}
+        return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
     drawn = _bootstrap(metric, own) - _bootstrap(metric, theirs)
     # The share of draws on the other side of no difference, both ways; never below one draw.
     side = min((drawn <= 0).mean(), (drawn >= 0).mean())
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return {
-        "p_value": float(min(1.0, max(2 * side, 1 / DRAWS))),
-        "test": "paired bootstrap",
-        "interval": [float(low), float(high)],
-    }
+    return float(min(1.0, max(2 * side, 1 / DRAWS)))
 
 
 def _pairs(scores: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:

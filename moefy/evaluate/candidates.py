@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
@@ -99,16 +100,8 @@ def _stage(folder: Path, summary: dict[str, Any], tuning: dict[str, Any] | None)
     kind, meaning = "converted", "the experts as `moefy convert` wrote them"
     if tuning is not None:
         kind, meaning = "finetuned", f"the same after fine-tuning on {tuning['tokens']:,} tokens"
-    return Candidate(
-        label=kind,
-        kind=kind,
-        meaning=meaning,
-        digest=folder_digest(folder),
-        open=partial(load_model, folder),
-        folder=folder,
-        summary=summary,
-        active=_active(summary),
-    )
+    digest, load = folder_digest(folder), partial(load_model, folder)
+    return Candidate(kind, kind, meaning, digest, load, folder, summary, _active(summary))
 
 
 def _active(summary: dict[str, Any]) -> float:
@@ -125,11 +118,9 @@ def finetuning(candidate: Candidate) -> dict[str, Any] | None:
         return None
     curve = []
     file = folder / "moefy" / "finetune.jsonl"
-    for line in file.read_text("utf-8").splitlines() if file.is_file() else []:
-        try:
+    with contextlib.suppress(ValueError):  # the last line of a run that was cut short
+        for line in file.read_text("utf-8").splitlines() if file.is_file() else []:
             curve.append(json.loads(line))
-        except ValueError:  # the last line of a run that was cut short
-            break
     return {"summary": read_tuning(folder), "curve": curve}
 
 
@@ -170,10 +161,8 @@ def _parent(folder: Path, tuning: dict[str, Any], missing: list[str]) -> Path | 
     for place in _places(folder, parent["folder"]):
         if not (place / "moefy" / REPORT).is_file():
             continue
-        files = {name: place / name for name in parent["files"]}
-        if all(file.is_file() for file in files.values()) and parent["files"] == {
-            name: sha256(file) for name, file in files.items()
-        }:
+        files = [place / name for name in parent["files"]]
+        if parent["files"] == {file.name: sha256(file) for file in files if file.is_file()}:
             return place
         reason = "has other weights now"
     name = parent["folder"] or "the run"

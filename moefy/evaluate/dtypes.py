@@ -9,7 +9,7 @@ import torch
 
 from moefy.compute_dtype import ComputeDtype, compute_dtype, name_of, slowness
 from moefy.convert.memory import LIBRARIES, available
-from moefy.evaluate.experts_implementation import HOPELESS
+from moefy.evaluate.speed import HOPELESS
 from moefy.files.safetensors_header import read_entries
 from moefy.files.shards import stored_dtype
 

@@ -11,55 +11,37 @@ from typing import Any
 from moefy.config.options import nearest
 from moefy.errors import MoefyError
 
-BY_TEXT = {
-    name: f"{name} on any text"
-    for name in ("dnll", "kl", "perplexity", "bits_per_byte", "top1_agreement")
-}
-OVERALL = {
-    "load_cv": "largest coefficient of variation of a layer's load",
-    "entropy": "smallest entropy of a layer's load",
-    "dead": "dead experts in all layers",
-    "drift": "largest routing drift in any condition",
-    "prefill_ratio": "smallest prefill speed relative to dense, over engines, batches, contexts",
-    "decode_ratio": "smallest decoding speed relative to dense",
-    "flagged": "prompts flagged because their answers' likelihood fell most",
-    "benchmark_drop": "largest loss of a benchmark against dense that is significant (p < 0.05)",
-    "not_run": "parts that were not run",
-}
-METRICS = BY_TEXT | OVERALL
+BY_TEXT = ("dnll", "kl", "perplexity", "bits_per_byte", "top1_agreement")
+"""Metrics of a text: a condition on one of them is checked on each."""
+
+OVERALL = (
+    "load_cv", "entropy", "dead", "drift", "prefill_ratio", "decode_ratio", "flagged",
+    "benchmark_drop", "not_run",
+)  # fmt: skip
+"""The worst value over all layers, texts, engines or tasks; or how many there are."""
 
 OPERATORS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 COMPARISON = re.compile(r"\s*(\w+)\s*([<>]=?)\s*(-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*")
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One metric against one number."""
-
-    metric: str
-    operator: str
-    number: float
-
-    def holds(self, values: Mapping[str, float]) -> bool:
-        """Whether it is true of these metrics."""
-        return OPERATORS[self.operator](values[self.metric], self.number)
-
-
-@dataclass(frozen=True)
 class Condition:
-    """Comparisons that `and` joins into groups, and `or` the groups."""
+    """Comparisons of a metric with a number: `and` joins them into groups, `or` the groups."""
 
     text: str
-    groups: tuple[tuple[Comparison, ...], ...]
+    groups: list[list[tuple[str, str, float]]]
 
     def holds(self, values: Mapping[str, float]) -> bool:
         """Whether it is true of these metrics."""
-        return any(all(part.holds(values) for part in group) for group in self.groups)
+        return any(
+            all(OPERATORS[sign](values[metric], number) for metric, sign, number in group)
+            for group in self.groups
+        )
 
     @property
     def metrics(self) -> set[str]:
         """The metrics that it names."""
-        return {part.metric for group in self.groups for part in group}
+        return {metric for group in self.groups for metric, _, _ in group}
 
 
 def parse(text: str) -> Condition:
@@ -72,10 +54,10 @@ def parse(text: str) -> Condition:
         MoefyError: code 2, for anything else.
     """
     groups = [re.split(r"\band\b", group) for group in re.split(r"\bor\b", text)]
-    return Condition(text, tuple(tuple(_comparison(part, text) for part in g) for g in groups))
+    return Condition(text, [[_comparison(part, text) for part in group] for group in groups])
 
 
-def _comparison(part: str, text: str) -> Comparison:
+def _comparison(part: str, text: str) -> tuple[str, str, float]:
     if (match := COMPARISON.fullmatch(part)) is None:
         raise MoefyError(
             f"--fail-if {text!r} cannot be understood; expected METRIC > NUMBER, such as "
@@ -83,11 +65,10 @@ def _comparison(part: str, text: str) -> Comparison:
             code=2,
         )
     metric, sign, number = match.groups()
-    if metric not in METRICS:
-        raise MoefyError(
-            f"--fail-if {text!r}: unknown {metric}; {nearest(metric, [*METRICS])}", code=2
-        )
-    return Comparison(metric, sign, float(number))
+    if metric not in BY_TEXT + OVERALL:
+        expected = nearest(metric, [*BY_TEXT, *OVERALL])
+        raise MoefyError(f"--fail-if {text!r}: unknown {metric}; {expected}", code=2)
+    return metric, sign, float(number)
 
 
 def failures(condition: Condition, report: Mapping[str, Any], label: str) -> list[str]:
@@ -97,7 +78,7 @@ def failures(condition: Condition, report: Mapping[str, Any], label: str) -> lis
     """
     overall = overall_metrics(report, label)
     rows: dict[str, Mapping[str, float]] = {"": {}}
-    if condition.metrics & BY_TEXT.keys():
+    if condition.metrics.intersection(BY_TEXT):
         rows = {text: row.get(label, {}) for text, row in report.get("texts", {}).items()}
     if not rows:
         return [f"--fail-if {condition.text}: no text was scored"]

@@ -18,6 +18,9 @@ from moefy.errors import MoefyError
 from moefy.evaluate.timed_rounds import Grid, cores, speed_rows, stretches, timed
 from moefy.runs.gguf import export
 
+TYPE = "q8_0"
+"""Of the weights in the files."""
+
 PROMPT = 16
 """Tokens of the prompt of a decoding request."""
 
@@ -40,7 +43,6 @@ def measure(
     ids_T: Tensor,
     grid: Grid,
     *,
-    kind: str = "q8_0",
     threads: int | None = None,
     watch: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
@@ -55,9 +57,9 @@ def measure(
     threads = threads or min(torch.get_num_threads(), os.cpu_count() or 1)
     batches = grid.batches
     contexts = sorted({context for _, context in grid.work})
-    files = {label: place / f"{number}-{kind}.gguf" for number, label in enumerate(folders)}
+    files = {label: place / f"{number}.gguf" for number, label in enumerate(folders)}
     with ThreadPoolExecutor(2) as pool:  # most of it is waiting for a process on one core
-        list(pool.map(lambda label: export(folders[label], files[label], kind), folders))
+        list(pool.map(lambda label: export(folders[label], files[label], TYPE), folders))
     new_tokens = LONGER * grid.new_tokens
     room = PROMPT + new_tokens + 8
     slots = max(batches[-1], -(-(contexts[-1] + 8) // room))
@@ -77,7 +79,7 @@ def measure(
         "implementation": "llama.cpp by xllamacpp",
         "threads": threads,
         "cores": cores(start, spent),
-        "dtype": kind,
+        "dtype": TYPE,
         "rounds": grid.rounds,
         "new_tokens": new_tokens,
         "file_bytes": {label: file.stat().st_size for label, file in files.items()},

@@ -44,8 +44,7 @@ def quality(session: Session) -> dict[str, Any]:
     results: dict[str, dict[str, TextResult]] = {}
     for name, windows in session.windows.items():
         with session.part(f"scores on {name}"):
-            watch = partial(session.watch, f"evaluate on {name}")
-            results[name] = session.scorer.score(windows, watch=watch)
+            results[name] = session.score(session.all_candidates, name, windows)
             num_bytes = tables.num_bytes(session.tokenizer, windows)
             texts[name] = tables.score_rows(results[name], num_bytes)
 
@@ -82,7 +81,7 @@ def peaks(session: Session) -> dict[str, int]:
 def models(session: Session, peaks: Mapping[str, int]) -> dict[str, Any]:
     """The sizes of every model; for controls, which are deleted, only their meaning."""
     result: dict[str, Any] = {}
-    for candidate in (*session.candidates, *session.controls):
+    for candidate in session.all_candidates:
         row: dict[str, Any] = {
             "kind": candidate.kind,
             "meaning": candidate.meaning,
@@ -107,7 +106,7 @@ def frontier(session: Session, texts: Mapping[str, Any]) -> list[dict[str, Any]]
             "dnll": rows[candidate.label]["dnll"],
         }
         for text, rows in texts.items()
-        for candidate in (*session.candidates, *session.controls)
+        for candidate in session.all_candidates
         if candidate.label in rows
     ]
 
@@ -133,20 +132,13 @@ def robustness(
     for name, reason in impossible.items():
         session.not_run.append({"what": f"robustness, {name}", "reason": reason})
 
-    def score(name: str, shift: distribution_shift.Shift) -> dict[str, TextResult]:
-        watch = partial(session.watch, f"evaluate on {name}")
-        return session.scorer.score(
-            shift.windows, labels=session.labels, keep=shift.keep, watch=watch
-        )
-
-    windows = distribution_shift.reference(session.tokens, settings.num_tokens // 2)
-    fitted = distribution_shift.Shift(windows)
-    reference = score("calibration text", fitted)
+    fitted = distribution_shift.reference(session.tokens, settings.num_tokens // 2)
+    reference = session.score(session.candidates, "calibration text", fitted)
     texts = {f"text: {name}": distribution_shift.Shift(w) for name, w in session.windows.items()}
     rows: dict[str, dict[str, Any]] = {}
     for name, shift in (shifted | texts).items():
         with session.part(f"robustness, {name.removeprefix('text: ')}"):
-            results = score(name, shift)
+            results = session.score(session.candidates, name, shift.windows, shift.keep)
             rows[name] = {
                 label: tables.robustness_row(result, results["dense"], reference[label].choices)
                 for label, result in results.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -60,15 +59,12 @@ def compare(
 ) -> dict[str, Score]:
     """The score of every model, and of dense as "dense", on windows of token ids (T,).
 
-    All models take a window before the next one, so the dense logits are computed once. `dense`
-    may also be a function from token ids (T,) to log-probabilities (T - 1, V). With `keep`, only
-    the last `keep` tokens of each window are scored; the others are context.
+    All models take a window before the next one, so the dense logits are computed once. With
+    `keep`, only the last `keep` tokens of each window are scored; the others are context.
     """
     sums: dict[str, list[tuple[int, float, float, int]]] = {name: [] for name in ("dense", *models)}
     for done, ids_T in enumerate(windows, 1):
-        reference_TV = (
-            dense(ids_T) if inspect.isfunction(dense) else log_probabilities(dense, ids_T, keep)
-        )
+        reference_TV = log_probabilities(dense, ids_T, keep)
         sums["dense"].append(_sums(reference_TV, reference_TV, ids_T))
         for name, model in models.items():
             sums[name].append(_sums(log_probabilities(model, ids_T, keep), reference_TV, ids_T))

@@ -34,14 +34,14 @@ NOTICEABLE = 0.1
 """Nats per token: a smaller drop is not flagged."""
 
 
-def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_TOKENS) -> str:
+def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
     """The text that a model writes after `prompt`, by greedy decoding."""
     ids_1T = torch.tensor([tokenizer(prompt)["input_ids"]])
     with torch.inference_mode():
         out = model.generate(
             ids_1T,
             attention_mask=torch.ones_like(ids_1T),
-            max_new_tokens=new_tokens,
+            max_new_tokens=NEW_TOKENS,
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
         )
@@ -100,11 +100,9 @@ def likelihood(
     return float(log_p_TV.gather(1, torch.tensor(tail)[:, None]).mean())
 
 
-def regressions(
-    rows: Sequence[Mapping[str, Any]], main: str, dense: str = "dense"
-) -> list[dict[str, Any]]:
+def regressions(rows: Sequence[Mapping[str, Any]], main: str) -> list[dict[str, Any]]:
     """The rows with the `drop` of `main` below dense in their `scores`; the worst are flagged."""
-    drops = [row["scores"][dense] - row["scores"][main] for row in rows]
+    drops = [row["scores"]["dense"] - row["scores"][main] for row in rows]
     count = max(1, math.floor(WORST * len(rows)))
     order = sorted(range(len(rows)), key=lambda number: (-drops[number], number))
     worst = {number for number in order[:count] if drops[number] > NOTICEABLE}

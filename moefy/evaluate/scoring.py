@@ -45,42 +45,33 @@ class TextResult:
     choices: list[Choices]
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """Scores candidates on text; loads a model when the cache lacks its score."""
+def scored(
+    candidates: Sequence[Candidate],
+    windows: list[Tensor],
+    cache: Cache,
+    model: Callable[[Candidate], Any],
+    *,
+    keep: int | None = None,
+    watch: Callable[[int, int], None] = lambda *_: None,
+) -> dict[str, TextResult]:
+    """The result of every candidate on `windows`; see `compare`. The first one is dense.
 
-    cache: Cache
-    candidates: Sequence[Candidate]
-    """The dense model first."""
-    model: Callable[[Candidate], Any]
+    `model` loads a candidate whose score the cache lacks.
 
-    def score(
-        self,
-        windows: list[Tensor],
-        *,
-        labels: Sequence[str] | None = None,
-        keep: int | None = None,
-        watch: Callable[[int, int], None] = lambda *_: None,
-    ) -> dict[str, TextResult]:
-        """The result of every candidate, or of those in `labels`, on `windows`; see `compare`.
-
-        Raises:
-            MoefyError: code 6, for a model that computes NaN or an infinite loss.
-        """
-        dense = self.candidates[0]
-        chosen = {c.label: c for c in self.candidates if labels is None or c.label in labels}
-        chosen = {dense.label: dense, **chosen}
-        common = {"windows": tensors_digest(windows), "keep": keep, "dense": dense.digest}
-        keys = {label: {**common, "model": c.digest} for label, c in chosen.items()}
-        values = {label: self.cache.get("score", key) for label, key in keys.items()}
-        missing = [label for label, value in values.items() if value is None]
-        if missing:
-            models = {label: self.model(chosen[label]) for label in missing if label != dense.label}
-            results = score_models(self.model(dense), models, windows, keep, watch)
-            _check_finite(results, chosen)
-            for label, result in results.items():
-                values[label] = self.cache.put("score", keys[label], dataclasses.asdict(result))
-        return {label: _result(value) for label, value in values.items() if value}
+    Raises:
+        MoefyError: code 6, for a model that computes NaN or an infinite loss.
+    """
+    dense, *others = candidates
+    common = {"windows": tensors_digest(windows), "keep": keep, "dense": dense.digest}
+    keys = {c.label: {**common, "model": c.digest} for c in candidates}
+    values = {label: cache.get("score", key) for label, key in keys.items()}
+    if None in values.values():
+        models = {c.label: model(c) for c in others if values[c.label] is None}
+        results = score_models(model(dense), models, windows, keep, watch)
+        _check_finite(results, {c.label: c for c in candidates})
+        for label, result in results.items():
+            values[label] = cache.put("score", keys[label], dataclasses.asdict(result))
+    return {label: _result(value) for label, value in values.items()}
 
 
 def _check_finite(results: Mapping[str, TextResult], candidates: Mapping[str, Candidate]) -> None:
@@ -110,11 +101,15 @@ def score_models(
         }
         scores = compare(dense, models, windows, keep=keep, watch=watch)
     ids_T = torch.cat(windows)
+    experts = {
+        label: {block.layer: block.num_experts for block in routing.moe_blocks(model)}
+        for label, model in models.items()
+    }
     return {
         label: TextResult(
             score,
             [
-                _counted(layer, torch.cat(parts), ids_T, _num_experts(models[label], layer))
+                _counted(layer, torch.cat(parts), ids_T, experts[label][layer])
                 for layer, parts in recorded.get(label, {}).items()
             ],
         )
@@ -139,10 +134,6 @@ def merged(parts: Sequence[Choices]) -> Choices:
 
 def _sum(rows: Sequence[Sequence[int]]) -> list[int]:
     return [sum(column) for column in zip(*rows, strict=True)]
-
-
-def _num_experts(model: Any, layer: int) -> int:
-    return len(routing.experts(model)[layer].down_proj)
 
 
 def _counted(layer: int, index_TK: Tensor, ids_T: Tensor, num_experts: int) -> Choices:

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from moefy.compute_dtype import ComputeDtype
 from moefy.errors import MoefyError
 from moefy.evaluate.cache import Cache
 from moefy.evaluate.candidates import Candidate
-from moefy.evaluate.scoring import Scorer
+from moefy.evaluate.scoring import TextResult, scored
 from moefy.progress import Watch
 from moefy.text import packing
 
@@ -63,9 +64,20 @@ class Session:
         return [candidate.label for candidate in self.candidates]
 
     @property
-    def scorer(self) -> Scorer:
-        """Scores candidates and controls on texts."""
-        return Scorer(self.cache, [*self.candidates, *self.controls], self.model)
+    def all_candidates(self) -> list[Candidate]:
+        """All models, the controls included."""
+        return [*self.candidates, *self.controls]
+
+    def score(
+        self,
+        candidates: list[Candidate],
+        name: str,
+        windows: list[Tensor],
+        keep: int | None = None,
+    ) -> dict[str, TextResult]:
+        """The results of candidates, dense first, on the text `name`; see `scored`."""
+        watch = partial(self.watch, f"evaluate on {name}")
+        return scored(candidates, windows, self.cache, self.model, keep=keep, watch=watch)
 
     def model(self, candidate: Candidate, dtype: torch.dtype | None = None) -> Any:
         """The model of a candidate, in the dtype of the report or another one.

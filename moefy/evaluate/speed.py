@@ -1,21 +1,81 @@
-"""Tokens per second in transformers: prefill, then decoding from the cache that it left."""
+"""Tokens per second in transformers: prefill, then decoding from the cache that it left.
+
+Each model runs in the dtype and with the experts implementation that are fastest on this machine.
+Both are tried on short stretches of text, for each phase and batch size. What is hopeless for one
+sequence is not tried for more.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moefy.compute_dtype import name_of
-from moefy.evaluate.experts_implementation import Clock, Work, Workload, fastest, fastest_round
-from moefy.evaluate.timed_rounds import PHASES, Grid, cores, speed_rows, timed
+from moefy.errors import MoefyError
+from moefy.evaluate.timed_rounds import PHASES, Grid, cores, speed_rows, stretches, timed
 
 LONG = 15.0
 """Seconds of all models in all rounds. A piece of work that took longer gets no third round: it
 averages over much already."""
+
+IMPLEMENTATIONS: tuple[str, ...] = ("grouped_mm", "eager", "batched_mm")
+"""The experts implementations of transformers; the fastest one is used for each piece of work."""
+
+TRIAL, MOST_TRIED, LEAST_TRIED = 64, 512, 16
+"""Tokens of a trial: per sequence, in all sequences of a batch, and per sequence at least."""
+
+HOPELESS = 2.0
+"""An implementation or a dtype that is this many times slower than another at one sequence is not
+tried at more."""
+
+CLEARLY = 1.05
+"""A dtype replaces the first one if it is this many times faster. Below that, a second dtype would
+double the time of the measurement for nothing."""
+
+Clock = Callable[[], float]
+Work = tuple[str, int]
+"""A phase and a batch size."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The text, the grid and the clock of a measurement."""
+
+    ids_T: Tensor
+    grid: Grid
+    clock: Clock
+
+
+class Way(NamedTuple):
+    """One way to compute a model."""
+
+    dtype: torch.dtype
+    implementation: str | None
+    """Of the experts; None for a dense model."""
+
+    def __str__(self) -> str:
+        name = name_of(self.dtype)
+        return f"{self.implementation} in {name}" if self.implementation else name
+
+
+@dataclass(frozen=True)
+class Fastest:
+    """A model in every dtype that is the fastest one for some piece of work."""
+
+    models: dict[torch.dtype, Any]
+    best: dict[Work, Way]
+    prefill: dict[torch.dtype, str | None]
+    """The fastest implementation for prefill in each dtype, at the smallest batch."""
+    left_out: dict[str, str]
+    """Why a way cannot compute this model: each implementation restricts the widths (grouped_mm
+    needs rows of multiples of 16 bytes)."""
 
 
 def measure(
@@ -82,3 +142,120 @@ def _in_words(names: Mapping[Work, str]) -> str:
         else:
             parts += [f"{phase} at batch {batch} {name}" for batch, name in by_batch.items()]
     return "; ".join(parts)
+
+
+def fastest(
+    open_in: Callable[[torch.dtype], Any], dtypes: Sequence[torch.dtype], workload: Workload
+) -> Fastest:
+    """A model in the fastest of `dtypes` for each piece of work; the other dtypes are released.
+
+    Raises:
+        MoefyError: code 6, when the model can be computed in no way.
+    """
+    models = {dtype: open_in(dtype) for dtype in dtypes}
+    ways = [Way(dtype, name) for dtype, model in models.items() for name in _known(model)]
+    batches = workload.grid.batches
+    if len(ways) == 1:
+        best = dict.fromkeys(itertools.product(PHASES, batches), ways[0])
+        return Fastest(models, best, dict.fromkeys(dtypes), {})
+    result = Fastest(models, {}, {}, {})
+    hopeful = dict.fromkeys(PHASES, ways)
+    for batch in batches:
+        for phase, seconds in _try(result, workload, batch, hopeful).items():
+            if not seconds:
+                reasons = "; ".join(f"{way}: {why}" for way, why in result.left_out.items())
+                raise MoefyError(f"nothing can compute this model ({reasons})", code=6)
+            result.best[phase, batch] = _clearly_best(seconds, dtypes)
+            most = HOPELESS * min(seconds.values())
+            hopeful[phase] = [way for way, value in seconds.items() if value <= most]
+            if phase == "prefill" and not result.prefill:
+                # Ways are pairs of dtype and implementation; of each dtype the last one stays.
+                result.prefill.update(sorted(seconds, key=seconds.__getitem__, reverse=True))
+    used = {way.dtype for way in result.best.values()}
+    return dataclasses.replace(result, models={dtype: models[dtype] for dtype in used})
+
+
+def _known(model: Any) -> tuple[str | None, ...]:
+    """The experts implementations that transformers has for this model."""
+    return IMPLEMENTATIONS if getattr(model, "_can_set_experts_implementation", bool)() else (None,)
+
+
+def _try(
+    model: Fastest, workload: Workload, batch: int, hopeful: Mapping[str, Sequence[Way]]
+) -> dict[str, dict[Way, float]]:
+    """Seconds of every hopeful way at one batch size, by phase; failures go into `left_out`."""
+    seconds: dict[str, dict[Way, float]] = {phase: {} for phase in PHASES}
+    context = min(TRIAL, max(LEAST_TRIED, MOST_TRIED // batch))
+    short = Grid((), 1, min(workload.grid.new_tokens, 4))
+    workload = dataclasses.replace(workload, grid=short)
+    for way in dict.fromkeys([*hopeful["prefill"], *hopeful["decode"]]):
+        opened, name = model.models[way.dtype], way.implementation
+        # A way that is only tried for decoding prefills by the fastest one of its dtype.
+        prefill = name if way in hopeful["prefill"] else model.prefill[way.dtype]
+        try:
+            if not model.best:  # the first run of an implementation is slower
+                one_round(opened, workload, (batch, context, 0), prefill, name)
+            values = one_round(opened, workload, (batch, context, 1), prefill, name)
+        except Exception as error:  # a library's own, of a kind that it does not name
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            model.left_out[str(way)] = reason
+            continue
+        for phase, value in zip(PHASES, values, strict=True):
+            if way in hopeful[phase]:
+                seconds[phase][way] = value
+    return seconds
+
+
+def _clearly_best(seconds: Mapping[Way, float], dtypes: Sequence[torch.dtype]) -> Way:
+    """The fastest way in the first dtype, unless one in another dtype is clearly faster."""
+    best = min(seconds, key=seconds.__getitem__)
+    first = min((way.dtype for way in seconds), key=dtypes.index)
+    usual = min((way for way in seconds if way.dtype == first), key=seconds.__getitem__)
+    return best if seconds[usual] > CLEARLY * seconds[best] else usual
+
+
+def fastest_round(
+    model: Fastest, workload: Workload, batch: int, context: int, turn: int
+) -> tuple[float, float]:
+    """`one_round` with each phase in its fastest way."""
+    first, then = model.best["prefill", batch], model.best["decode", batch]
+    run, opened = (batch, context, turn), model.models[then.dtype]
+    if first.dtype == then.dtype:
+        return one_round(opened, workload, run, first.implementation, then.implementation)
+    _, decode = one_round(opened, workload, run, model.prefill[then.dtype], then.implementation)
+    no_steps = dataclasses.replace(workload.grid, new_tokens=0)
+    workload = dataclasses.replace(workload, grid=no_steps)
+    prefill, _ = one_round(model.models[first.dtype], workload, run, first.implementation, None)
+    return prefill, decode
+
+
+def one_round(
+    model: Any,
+    workload: Workload,
+    run: tuple[int, int, int],
+    prefill: str | None,
+    decode: str | None,
+) -> tuple[float, float]:
+    """Seconds to prefill `batch` stretches of `context` tokens, and to decode the next ones.
+
+    `run` is the batch size, the context length and the round; `prefill` and `decode` are the
+    experts implementations. Decoding follows the text: all models decode the same tokens.
+    """
+    batch, context, turn = run
+    ids_BT = stretches(workload.ids_T, batch, context + workload.grid.new_tokens, turn)
+    clock = workload.clock
+    with torch.inference_mode():
+        _use(model, prefill)
+        start = clock()
+        cache = model(ids_BT[:, :context], use_cache=True, logits_to_keep=1).cache
+        prefilled = clock() - start
+        _use(model, decode)
+        start = clock()
+        for step in range(context, ids_BT.shape[1]):
+            model(ids_BT[:, step : step + 1], cache=cache, use_cache=True)
+        return prefilled, clock() - start
+
+
+def _use(model: Any, implementation: str | None) -> None:
+    if implementation is not None:
+        model.set_experts_implementation(implementation)

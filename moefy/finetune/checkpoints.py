@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,31 +108,30 @@ class Checkpoints:
 
     def last(self, until: float = math.inf) -> Path | None:
         """This fine-tune's last whole checkpoint of a step not after `until`; None without one."""
-        for step in reversed(steps(self.home)):
-            folder = self.home / f"{PREFIX}{step}"
-            record = _record(folder) if step <= until else None
-            if record and not differences(record["identity"], self.identity):
+        for step, folder, record in self._records():
+            if step <= until and not differences(record["identity"], self.identity):
                 if record["files"] == file_digests(folder, without=(WHOLE,)):
                     return folder
         return None
 
     def differences(self) -> list[str]:
         """What differs from the identity of the checkpoints in the folder, a line each."""
-        for step in reversed(steps(self.home)):
-            record = _record(self.home / f"{PREFIX}{step}")
-            if record and (lines := differences(record["identity"], self.identity)):
+        for _, _, record in self._records():
+            if lines := differences(record["identity"], self.identity):
                 return lines
         return []
+
+    def _records(self) -> Iterator[tuple[int, Path, dict[str, Any]]]:
+        """Steps, folders and records of the checkpoints that are whole, the last one first."""
+        for step in reversed(steps(self.home)):
+            folder, record = self.home / f"{PREFIX}{step}", None
+            with contextlib.suppress(MoefyError):
+                record = read_sealed(folder / WHOLE)
+            if record:
+                yield step, folder, record
 
 
 def steps(home: Path) -> list[int]:
     """The steps of the checkpoints that are there, in order."""
     names = [folder.name.removeprefix(PREFIX) for folder in home.glob(f"{PREFIX}*")]
     return sorted(int(name) for name in names if name.isdecimal())
-
-
-def _record(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """What `seal` recorded; None for a checkpoint that is not whole."""
-    with contextlib.suppress(MoefyError):
-        return read_sealed(folder / WHOLE)
-    return None

@@ -24,10 +24,9 @@ def measure(
     """The mean losses with a summary of the routing, and a row per MoE layer."""
     was_training = model.training
     model.eval()
-    curves = [loss for loss in losses.active(settings) if loss.name in CURVES]
-    sums = dict.fromkeys((CURVES[loss.name] for loss in curves), 0.0)
-    statistics, count = RouterStatistics(settings.dead_below), 0
-    size = settings.batch_size
+    curves = {CURVES[loss.name]: loss for loss in losses.active(settings) if loss.name in CURVES}
+    sums = dict.fromkeys(curves, 0.0)
+    statistics, size = RouterStatistics(settings.dead_below), settings.batch_size
     for first in range(len(tokens.ids_BT) - tokens.num_heldout, len(tokens.ids_BT), size):
         ids_BT = tokens.ids_BT[first : first + size].to(model.device)
         row_B = torch.arange(first, first + len(ids_BT))
@@ -35,14 +34,14 @@ def measure(
             logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
         targets = teacher.targets(row_B, ids_BT) if teacher.targets else None
         batch = text_batch(logits_BTV, ids_BT, targets, settings.temperature)
-        for loss in curves:
-            sums[CURVES[loss.name]] += len(ids_BT) * float(loss.value(batch))
+        for name, loss in curves.items():
+            sums[name] += len(ids_BT) * float(loss.value(batch))
         statistics.add([_routed(layer) for layer in layers], len(ids_BT))
         routing.clear()
-        count += len(ids_BT)
     model.train(was_training)
     rows = statistics.layers()
-    return {name: value / count for name, value in sums.items()} | over_layers(rows), rows
+    means = {name: value / tokens.num_heldout for name, value in sums.items()}
+    return means | over_layers(rows), rows
 
 
 def _routed(layer: Layer) -> Routed:

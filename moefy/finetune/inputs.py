@@ -176,7 +176,7 @@ def teacher_folder(run: Run, settings: Settings) -> tuple[Path, dict[str, str]]:
         )
     if settings.teacher is None:
         return folder, dense.digests
-    if _vocabulary(folder) != _vocabulary(run.folder):
+    if load_tokenizer(folder).get_vocab() != load_tokenizer(run.folder).get_vocab():
         raise MoefyError(
             f"the tokenizer of the teacher {folder} is not that of {run.folder}; expected a "
             "teacher of the same vocabulary"
@@ -194,10 +194,6 @@ def _sizes(folder: Path) -> tuple[int, int]:
     """Number of layers and hidden size."""
     config = plain_config(folder).get_text_config()
     return config.num_hidden_layers, config.hidden_size
-
-
-def _vocabulary(folder: Path) -> dict[str, int]:
-    return load_tokenizer(folder).get_vocab()
 
 
 def load_teacher(folder: Path, settings: Settings, dtype: torch.dtype) -> Any:
@@ -234,14 +230,12 @@ def read_text(
             text_field=settings.text_field,
             vocab_size=run.vocab_size,
         )
-    rows, step = (
-        len(tokens.ids_BT) - tokens.num_heldout,
-        settings.batch_size * settings.gradient_accumulation_steps,
-    )
-    if rows < step * world:
+    rows = len(tokens.ids_BT) - tokens.num_heldout
+    step = settings.batch_size * settings.gradient_accumulation_steps * world
+    if rows < step:
         raise MoefyError(
             f"{settings.data}: {rows} sequences of {length} tokens to train on, and a step takes "
-            f"{step * world}; give more text, or lower --batch-size or "
+            f"{step}; give more text, or lower --batch-size or "
             "--gradient-accumulation-steps"
         )
     return tokens

@@ -23,7 +23,12 @@ def parts(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """
     blocks = moe_layers(model)
     rows = {id(layer.rows) for layer in blocks}
-    fixed = {id(p) for layer in blocks for p in _fixed(layer.block)}
+    fixed = {
+        id(parameter)
+        for layer in blocks
+        for name, parameter in layer.block.named_parameters()
+        if name.startswith("shared_expert_gate") or name.endswith(BIASES)
+    }
     inside = {id(p) for layer in blocks for p in layer.block.parameters()}
     result: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PARTS}
     for name, parameter in model.named_parameters():
@@ -33,12 +38,6 @@ def parts(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         part = "router" if id(parameter) in rows else "experts" if ffn else "rest"
         result[part][name] = parameter
     return result
-
-
-def _fixed(block: nn.Module) -> Iterable[nn.Parameter]:
-    for name, parameter in block.named_parameters():
-        if name.startswith("shared_expert_gate") or name.endswith(BIASES):
-            yield parameter
 
 
 def groups(model: nn.Module, train: str, rates: dict[str, float]) -> list[dict[str, Any]]:

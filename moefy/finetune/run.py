@@ -43,7 +43,7 @@ from moefy.finetune.inputs import (
     teacher_folder,
     write_text,
 )
-from moefy.finetune.teacher import Teacher, Truncation, cache_name, cached, live, states
+from moefy.finetune.teacher import Teacher, cache_name, cached, live, states
 from moefy.finetune.train import Callbacks, Trained, device, train
 from moefy.finetune.write import check_checkpoint, save, write_checkpoint
 from moefy.progress import Watch
@@ -97,7 +97,7 @@ class Plan:
 
 def finetune(
     run: Path,
-    out: Path | None,
+    out: Path,
     settings: Settings,
     *,
     force: bool = False,
@@ -106,9 +106,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune the run in `run` and publish the folder `out` whole; return its report.
 
-    The default of `out` is `run` with `-finetuned` behind it. Until the end, checkpoints lie beside
-    `out`. A fine-tune that was stopped resumes from the last one, unless `restart`. `force` removes
-    checkpoints of another fine-tune, and replaces `out`.
+    Until the end, checkpoints lie beside `out`. A fine-tune that was stopped resumes from the last
+    one, unless `restart`. `force` removes checkpoints of another fine-tune, and replaces `out`.
 
     Raises:
         MoefyError: code 2 for an `out` that exists and for settings that do not fit the run, 3 for
@@ -117,7 +116,7 @@ def finetune(
     """
     check_machine(settings)
     process = PartialState(cpu=device(settings).type == "cpu")
-    out = check_free(out or run.with_name(f"{run.resolve().name}-finetuned"), force=force)
+    out = check_free(out, force=force)
     if out == run.resolve():
         raise MoefyError(f"OUT {out} is the run itself; give another name", code=2)
     plan = _plan(run, settings, process, watch if process.is_main_process else lambda *_: None)
@@ -178,17 +177,16 @@ def _teacher(plan: Plan) -> Teacher:
         return Teacher()
     load = partial(load_teacher, plan.teacher, settings, plan.dtypes.teacher.dtype)
     size = min(settings.top_tokens, plan.run.vocab_size)
-    truncation = Truncation(settings.top_p, size, settings.temperature)
+    settings = dataclasses.replace(settings, top_tokens=size)
     if settings.teacher_cache:
-        name = cache_name(plan.digests, plan.tokens.sha256, truncation, plan.dtypes.teacher.name)
+        name = cache_name(plan.digests, plan.tokens.sha256, settings, plan.dtypes.teacher.name)
         file = Path(settings.teacher_cache).expanduser() / name
         progress = partial(plan.watch, "teacher")
         with plan.process.main_process_first():
-            ids_BT, size = plan.tokens.ids_BT, settings.batch_size
-            return Teacher(cached(file, load, ids_BT, truncation, size, progress))
+            return Teacher(cached(file, load, plan.tokens.ids_BT, settings, progress))
     model = load()
     return Teacher(
-        live(model, truncation) if losses.TEACHER in needs else None,
+        live(model, settings) if losses.TEACHER in needs else None,
         states(model) if losses.STATES in needs else None,
     )
 

@@ -6,7 +6,6 @@ a few hundred bytes a position. Its name is a digest of all it depends on; sever
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
 from moefy.files.publish import replacing
 
@@ -36,31 +36,22 @@ class Teacher:
     """From ids (B, T) to the states behind each layer, (B * T, D)."""
 
 
-@dataclass(frozen=True)
-class Truncation:
-    """Which of the teacher's tokens are kept at a position, and at which temperature."""
-
-    top_p: float = 0.98
-    top_tokens: int = 128
-    temperature: float = 1.0
-
-
-def likeliest(logits_TV: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor]:
+def likeliest(logits_TV: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Ids and log-probabilities of the tokens to keep, (T, P); minus infinity behind `top_p`."""
-    log_z_T1 = (logits_TV.float() / truncation.temperature).logsumexp(-1, keepdim=True)
-    top = logits_TV.float().topk(min(truncation.top_tokens, logits_TV.shape[-1]), dim=-1)
-    log_p_TP = top.values / truncation.temperature - log_z_T1
+    log_z_T1 = (logits_TV.float() / settings.temperature).logsumexp(-1, keepdim=True)
+    top = logits_TV.float().topk(min(settings.top_tokens, logits_TV.shape[-1]), dim=-1)
+    log_p_TP = top.values / settings.temperature - log_z_T1
     before_TP = log_p_TP.exp().cumsum(-1) - log_p_TP.exp()
-    return top.indices, log_p_TP.masked_fill(before_TP >= truncation.top_p, -torch.inf)
+    return top.indices, log_p_TP.masked_fill(before_TP >= settings.top_p, -torch.inf)
 
 
-def live(model: Any, truncation: Truncation) -> Targets:
+def live(model: Any, settings: Settings) -> Targets:
     """The targets as the model computes them."""
 
     def targets(row_B: Tensor, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         with torch.inference_mode():
             logits_BTV = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
-            ids, log_p = likeliest(logits_BTV.flatten(0, 1), truncation)
+            ids, log_p = likeliest(logits_BTV.flatten(0, 1), settings)
         shape = (*ids_BT.shape, -1)
         return ids.view(shape).clone(), log_p.view(shape).clone()
 
@@ -71,8 +62,7 @@ def cached(
     file: Path,
     model: Callable[[], Any],
     ids_BT: Tensor,
-    truncation: Truncation,
-    batch_size: int,
+    settings: Settings,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Targets:
     """The targets of the rows of `ids_BT`, read from `file`; `model` computes a missing file.
@@ -81,7 +71,7 @@ def cached(
         MoefyError: code 7 for a file that is not what it was when it was written.
     """
     if not file.exists():
-        _write(file, live(model(), truncation), ids_BT, batch_size, progress)
+        _write(file, live(model(), settings), ids_BT, settings.batch_size, progress)
     try:
         tensors = safe_open(file, framework="pt")
         ids, log_p = tensors.get_slice("ids"), tensors.get_slice("log_p")
@@ -98,7 +88,7 @@ def cached(
         for row in row_B.tolist():
             stop, count_T = int(end_B[row]), count_BT[row]
             start = stop - int(count_T.sum())
-            used_TP = torch.arange(truncation.top_tokens) < count_T[:, None]
+            used_TP = torch.arange(settings.top_tokens) < count_T[:, None]
             ids_TP = torch.zeros(used_TP.shape, dtype=torch.int64)
             ids_TP[used_TP] = ids[start:stop].long()
             log_p_TP = torch.full(used_TP.shape, -torch.inf)
@@ -110,9 +100,10 @@ def cached(
     return targets
 
 
-def cache_name(teacher: dict[str, str], tokens: str, truncation: Truncation, dtype: str) -> str:
-    """The name of a cache file: a digest of the teacher's files, the tokens and the truncation."""
-    key = [sorted(teacher.items()), tokens, *dataclasses.astuple(truncation), dtype]
+def cache_name(teacher: dict[str, str], tokens: str, settings: Settings, dtype: str) -> str:
+    """The name of a cache file: a digest of the teacher's files, the tokens and what is kept."""
+    kept = (settings.top_p, settings.top_tokens, settings.temperature)
+    key = [sorted(teacher.items()), tokens, *kept, dtype]
     return f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.safetensors"
 
 

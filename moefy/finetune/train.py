@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,6 @@ from moefy.text.packing import Tokens
 
 STRONGER = 4.0
 """Factor on the balance weight after a collapse. After a loss that rises, rates are halved."""
-
-CHECKPOINTING: dict[str, Any] = {
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
-}
-
-Measured = tuple[dict[str, Any], list[dict[str, Any]]]
-"""What `validation.measure` gives."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +97,26 @@ def train(
         MoefyError: code 6 when it goes wrong again after the last time.
     """
     restarts: list[dict[str, Any]] = []
-    before: Measured | None = None
+    before: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
     until = math.inf
     while True:
         model, routing = _student(load, settings)
+        validate = partial(measure, model, routing, tokens, teacher, settings)
         if before is None:
             callbacks.progress("measure", 0, 1)
-            before = measure(model, routing, tokens, teacher, settings)
+            before = validate()
             check_start(before[0]["loss"])
         guard = CollapseGuard(settings, [layer["dead"] for layer in before[1]])
-        setup = Setup(settings, routing, guard, teacher, checkpoints)
-        trainer = _trainer(model, tokens, setup, callbacks)
+        arguments = _arguments(settings, checkpoints.home)
+        log = partial(_log, callbacks, arguments.max_steps)
+        trainer = Finetuner(
+            Setup(settings, routing, guard, teacher, checkpoints, log, validate),
+            model=model,
+            args=arguments,
+            train_dataset=Rows(tokens.ids_BT[: -tokens.num_heldout]),
+            eval_dataset=Rows(tokens.ids_BT[-tokens.num_heldout :]),
+        )
+        trainer.remove_callback(PrinterCallback)
         checkpoint = checkpoints.last(until)
         if checkpoint:
             callbacks.rewind(int(checkpoint.name.rpartition("-")[2]))
@@ -176,33 +178,14 @@ def _stronger(failure: Failure, settings: Settings) -> tuple[Settings, str]:
     return changed, f"{balance} balancing at weight {weight:g}"
 
 
-def _trainer(model: Any, tokens: Tokens, setup: Setup, callbacks: Callbacks) -> Finetuner:
-    settings = setup.settings
-    arguments = _arguments(settings, setup.checkpoints.home)
-
-    def log(row: dict[str, Any]) -> None:
-        callbacks.log(row)
-        if "loss" in row:
-            figures = f"loss {row['loss']:.3f}"
-            if "load_cv" in row:
-                figures += f", load CV {row['load_cv']:.2f}, {row['dead']} dead"
-            figures += f", {row['tokens_per_second']:.0f} tokens/s"
-            callbacks.progress(f"train: {figures}", row["step"], arguments.max_steps)
-
-    def validate() -> dict[str, Any]:
-        return measure(model, setup.routing, tokens, setup.teacher, settings)[0]
-
-    if arguments.process_index == 0:
-        setup = dataclasses.replace(setup, log=log)
-    trainer = Finetuner(
-        dataclasses.replace(setup, measure=validate),
-        model=model,
-        args=arguments,
-        train_dataset=Rows(tokens.ids_BT[: -tokens.num_heldout]),
-        eval_dataset=Rows(tokens.ids_BT[-tokens.num_heldout :]),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def _log(callbacks: Callbacks, num_steps: int, row: dict[str, Any]) -> None:
+    callbacks.log(row)
+    if "loss" in row:
+        figures = f"loss {row['loss']:.3f}"
+        if "load_cv" in row:
+            figures += f", load CV {row['load_cv']:.2f}, {row['dead']} dead"
+        figures += f", {row['tokens_per_second']:.0f} tokens/s"
+        callbacks.progress(f"train: {figures}", row["step"], num_steps)
 
 
 def _arguments(settings: Settings, home: Path) -> TrainingArguments:
@@ -219,7 +202,8 @@ def _arguments(settings: Settings, home: Path) -> TrainingArguments:
         lr_scheduler_type=settings.schedule,
         warmup_steps=round(settings.warmup_ratio * total),
         max_grad_norm=settings.max_grad_norm,
-        **CHECKPOINTING if settings.gradient_checkpointing else {},
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=settings.seed,
         data_seed=settings.seed,
         logging_steps=settings.log_every,

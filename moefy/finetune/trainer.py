@@ -48,12 +48,12 @@ class Setup:
     checkpoints: Checkpoints
     log: Callable[[dict[str, Any]], None] = lambda row: None
     """Takes a row of figures."""
-    measure: Callable[[], dict[str, Any]] = dict
-    """Gives the figures on the validation text."""
+    measure: Callable[[], tuple[dict[str, Any], Any]] = lambda: ({}, [])
+    """Gives the figures on the validation text, and those of each layer."""
 
 
-class Finetuner(Checkpointed, Trainer):
-    """A Trainer that distils, balances the experts and logs what they do."""
+class Finetuner(Checkpointed, Trainer, TrainerCallback):
+    """A Trainer that distils, balances the experts and logs what they do, step by step."""
 
     def __init__(self, setup: Setup, **arguments: Any) -> None:
         self.setup, self.settings, self.routing = setup, setup.settings, setup.routing
@@ -66,8 +66,20 @@ class Finetuner(Checkpointed, Trainer):
         """The row of the last step; zeros where a resumed training has no step left."""
         super().__init__(**arguments)
         self.loss_is_scaled_for_ga = False
-        self.add_callback(_Progress(self))
+        self.add_callback(self)
         self.add_callback(setup.guard)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock of this attempt."""
+        self.began = (time.perf_counter(), state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Set the share of the training that is done."""
+        self.routing.progress = state.global_step / max(1, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End the step."""
+        self.step_done()
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW with a learning rate for each part."""
@@ -93,17 +105,11 @@ class Finetuner(Checkpointed, Trainer):
                 layer.rows.grad.mul_(ROUTER_SCALE)
         return super()._clip_grad_norm(model)
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **more: Any) -> Any:
         """The weighted sum of the active losses."""
-        more = {"output_hidden_states": True} if losses.STATES in self.needs else {}
+        states = {"output_hidden_states": True} if losses.STATES in self.needs else {}
         with self.routing.recording() as layers:
-            out = model(input_ids=inputs["input_ids"], use_cache=False, **more)
+            out = model(input_ids=inputs["input_ids"], use_cache=False, **states)
         batch = self._batch(out, inputs, layers)
         values = {loss.name: loss.value(batch) for loss in self.losses}
         if self.state.global_step == 0:
@@ -115,7 +121,7 @@ class Finetuner(Checkpointed, Trainer):
         self.num_batches += 1
         self.statistics.add(batch.layers)
         self.routing.clear()
-        return (total, out) if return_outputs else total
+        return total
 
     def _batch(self, out: Any, inputs: dict[str, Any], layers: list[Layer]) -> Batch:
         ids_BT, teacher = inputs["input_ids"], self.setup.teacher
@@ -172,22 +178,16 @@ class Finetuner(Checkpointed, Trainer):
 
     def step_done(self) -> None:
         """Pass the step's figures to the guard, and update the selection biases."""
-        count = max(1, self.num_batches)
-        loss = self.sums.get("loss", 0.0) / count
-        if self.args.world_size > 1:
-            loss = float(self._sum(torch.tensor(loss, device=self.args.device)))
-            loss /= self.args.world_size
-        loads = self.statistics.loads
-        self.setup.guard.observe(self.state.global_step, loss, loads)
+        self.last, loads = self._row(), self.statistics.loads
+        self.setup.guard.observe(self.state.global_step, self.last["loss"], loads)
         if self.settings.balance == "bias":
             for layer, load_E in zip(self.routing.layers, loads, strict=True):
                 update_bias(layer, load_E, self.settings.bias_rate)
-        self.last = self._row(count)
         self._start_step()
 
-    def _row(self, count: int) -> dict[str, Any]:
+    def _row(self) -> dict[str, Any]:
         """The figures of a step."""
-        means = {name: value / count for name, value in self.sums.items()}
+        means = {name: value / self.num_batches for name, value in self.sums.items()}
         if self.args.world_size > 1:
             values = self._sum(torch.tensor(list(means.values()), device=self.args.device))
             means = dict(zip(means, (values / self.args.world_size).tolist(), strict=True))
@@ -213,7 +213,7 @@ class Finetuner(Checkpointed, Trainer):
 
     def evaluate(self, *args: Any, **rest: Any) -> dict[str, float]:
         """Measure on the validation text."""
-        figures = self.setup.measure()
+        figures, _ = self.setup.measure()
         self.setup.log({"step": self.state.global_step, "validation": figures})
         metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.log(metrics)
@@ -229,25 +229,7 @@ def text_batch(
 ) -> Batch:
     """What the losses look at, over all positions that have a next token."""
     logits_TV = logits_BTV[:, :-1].flatten(0, 1).float()
-    teacher = None
     if targets_BTP is not None:
-        ids_TP, log_p_TP = (t[:, :-1].flatten(0, 1) for t in targets_BTP)
-        teacher = (ids_TP, log_p_TP)
-    next_T = ids_BT[:, 1:].flatten()
-    return Batch(logits_TV, next_T, temperature, teacher, **more)
-
-
-class _Progress(TrainerCallback):
-    """Sets the share of the training that is done, and ends a step of the trainer."""
-
-    def __init__(self, trainer: Finetuner) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.began = (time.perf_counter(), state.global_step)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.routing.progress = state.global_step / max(1, state.max_steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.step_done()
+        ids_BTP, log_p_BTP = targets_BTP
+        targets_BTP = ids_BTP[:, :-1].flatten(0, 1), log_p_BTP[:, :-1].flatten(0, 1)
+    return Batch(logits_TV, ids_BT[:, 1:].flatten(), temperature, targets_BTP, **more)

@@ -17,8 +17,11 @@ from moefy.files.shards import DTYPES, ShardWriter, Slot, read
 from moefy.finetune.inputs import Run
 from moefy.models.load import states_of
 
-OF_RUN = ("recipe.toml", "conversion.json", "conversion.md", "calibration.safetensors")
-"""Files of a run's `moefy` folder that are copied: the records of the conversion."""
+OF_RUN = (
+    "moefy/recipe.toml", "moefy/conversion.json", "moefy/conversion.md",
+    "moefy/calibration.safetensors",
+)  # fmt: skip
+"""Files of a run that are copied: the records of the conversion."""
 
 
 def save(model: Any, place: Path) -> None:
@@ -51,13 +54,10 @@ def write_checkpoint(place: Path, run: Run, part: Path) -> None:
         writer.write(name, tensor)
     writer.finish()
     folder = run.folder
-    for file in [*companion_files(folder), Path(CONFIG)]:
+    records = [file for file in OF_RUN if (folder / file).is_file()]
+    for file in [*companion_files(folder), CONFIG, *records]:
         (part / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / file, part / file)
-    (part / "moefy").mkdir()
-    for name in OF_RUN:
-        if (folder / "moefy" / name).is_file():
-            shutil.copyfile(folder / "moefy" / name, part / "moefy" / name)
 
 
 def check_checkpoint(model: Any, run: Run, part: Path, ids_T: Tensor) -> dict[str, Any]:
@@ -69,18 +69,10 @@ def check_checkpoint(model: Any, run: Run, part: Path, ids_T: Tensor) -> dict[st
         MoefyError: code 6 for keys or hidden states that differ from the trained model's.
     """
     model = model.float().eval().cpu()
-    ends: dict[int, Tensor] = {}
-    hooks = []
+    states: list[Tensor] = []
     for number in range(model.config.get_text_config().num_hidden_layers):
         layer = model.get_submodule(run.layer.format(layer=number).rstrip("."))
-
-        def keep(module: Any, args: Any, out: Any, number: int = number) -> None:
-            ends[number] = states_of(out)[0].float()
-
-        hooks.append(layer.register_forward_hook(keep))
+        layer.register_forward_hook(lambda _, args, out: states.append(states_of(out)[0].float()))
     with torch.inference_mode():
         model(input_ids=ids_T[None].cpu(), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    states = [ends[number] for number in sorted(ends)]
     return reopen(part, ids_T.cpu(), states, layer=run.layer)

@@ -79,9 +79,8 @@ def main(
     write = partial(write_text, folder, built, computed.student.dtype)
     tokens = read_text(parent, built, 1, write, lambda *_: None)
     dense = load()
-    truncation = teacher.Truncation(built.top_p, built.top_tokens, built.temperature)
     ids_BT = tokens.ids_BT[:batch_size]
-    live = teacher.live(dense, truncation)
+    live = teacher.live(dense, built)
     start = time.process_time()
     stored = live(torch.arange(batch_size), ids_BT)
     asked = time.process_time() - start

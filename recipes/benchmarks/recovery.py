@@ -97,8 +97,7 @@ def main(
 
     load().to(device(chosen))
     score(0, None)
-    truncation = teacher.Truncation(chosen.top_p, chosen.top_tokens, chosen.temperature)
-    targets = teacher.live(dense, truncation) if chosen.kl else None
+    targets = teacher.live(dense, chosen) if chosen.kl else None
     with tempfile.TemporaryDirectory(dir=out.parent) as home:
         trained = train(
             load,

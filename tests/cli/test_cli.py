@@ -307,8 +307,8 @@ def test_the_former_flags_of_a_fine_tune(moefy, converted, pico):
     assert done.err.splitlines() == [
         "moefy: --accumulate is called --gradient-accumulation-steps now",
         "moefy: --dtype is called --compute-dtype now",
-        "moefy: --resume is what happens without it now; --restart starts over",
         "moefy: compute_dtype as-stored is called auto now",
+        "moefy: --resume is what happens without it now; --restart starts over",
         "moefy: --gradient-accumulation-steps is 0; expected at least 1",
     ]
 

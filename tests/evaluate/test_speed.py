@@ -8,9 +8,8 @@ from pico import PICO
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moefy.errors import MoefyError
-from moefy.evaluate import experts_implementation, llama_cpp, sizes
-from moefy.evaluate.experts_implementation import IMPLEMENTATIONS, Workload, fastest
-from moefy.evaluate.speed import measure
+from moefy.evaluate import llama_cpp, sizes, speed
+from moefy.evaluate.speed import IMPLEMENTATIONS, Workload, fastest, measure
 from moefy.evaluate.timed_rounds import Grid
 
 SMALL = Grid(((1, 16), (2, 16)), rounds=1, new_tokens=2)
@@ -46,7 +45,7 @@ def test_a_model_that_no_way_computes_is_no_slow_model(monkeypatch):
     def broken(*_):
         raise RuntimeError("a fault\nof two lines")
 
-    monkeypatch.setattr(experts_implementation, "one_round", broken)
+    monkeypatch.setattr(speed, "one_round", broken)
     fault = "eager in float32: RuntimeError: a fault of two lines"
     with pytest.raises(MoefyError, match=fault) as caught:
         fastest(lambda dtype: mixture(16), [torch.float32], WORKLOAD)
@@ -59,7 +58,7 @@ def test_a_way_that_fails_at_more_sequences_is_left_out_there(monkeypatch):
             raise RuntimeError("too many")
         return 1.0, {"eager": 1.0, "grouped_mm": 1.5, "batched_mm": 9.0}[decode]
 
-    monkeypatch.setattr(experts_implementation, "one_round", round_)
+    monkeypatch.setattr(speed, "one_round", round_)
     result = fastest(lambda dtype: mixture(16), [torch.float32], WORKLOAD)
     assert result.best["decode", 1].implementation == "eager"
     assert result.best["decode", 2].implementation == "grouped_mm"

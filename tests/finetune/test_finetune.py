@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moefy import compute_dtype
-from moefy.config.finetune import build
+from moefy.config.finetune import Settings, build
 from moefy.convert import memory
 from moefy.errors import MoefyError
 from moefy.files.lock import locked
@@ -185,7 +185,7 @@ def test_a_teacher_is_asked_where_it_lies():
         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 7))
 
     elsewhere.device = torch.device("meta")
-    ids_BTP, log_p_BTP = teacher.live(elsewhere, teacher.Truncation())(
+    ids_BTP, log_p_BTP = teacher.live(elsewhere, Settings())(
         torch.arange(2), torch.zeros(2, 3, dtype=torch.long)
     )
     assert ids_BTP.shape == log_p_BTP.shape == (2, 3, 7)
@@ -210,17 +210,17 @@ def test_a_cache_holds_more_tokens_a_place_than_16_bits_count(tmp_path):
 
     model.device = torch.device("cpu")
     ids_BT = torch.zeros(2, 4, dtype=torch.long)
-    truncation = teacher.Truncation(top_p=1.0, top_tokens=40_000)
+    settings = Settings(top_p=1.0, top_tokens=40_000, batch_size=2)
     file = tmp_path / "cache.safetensors"
-    live = teacher.live(model, truncation)(torch.arange(2), ids_BT)
-    stored = teacher.cached(file, lambda: model, ids_BT, truncation, 2)(torch.arange(2), ids_BT)
+    live = teacher.live(model, settings)(torch.arange(2), ids_BT)
+    stored = teacher.cached(file, lambda: model, ids_BT, settings)(torch.arange(2), ids_BT)
     assert live[1].isfinite().sum(-1).min() > 2**15
     assert torch.equal(stored[1], live[1])
 
 
 def test_a_cache_is_of_one_dtype_of_the_teacher():
     names = {
-        teacher.cache_name({"a": "1"}, "text", teacher.Truncation(), dtype)
+        teacher.cache_name({"a": "1"}, "text", Settings(), dtype)
         for dtype in ("float32", "bfloat16")
     }
     assert len(names) == 2
@@ -230,8 +230,8 @@ def test_a_damaged_cache_is_refused(pico, tmp_path):
     ids = torch.arange(64).view(2, 32)
     load = partial(AutoModelForCausalLM.from_pretrained, pico("llama"))
     file = tmp_path / "cache.safetensors"
-    arguments = (file, load, ids, teacher.Truncation(), 2)
-    live = teacher.live(load(), teacher.Truncation())(torch.arange(2), ids)
+    arguments = (file, load, ids, Settings(batch_size=2))
+    live = teacher.live(load(), Settings())(torch.arange(2), ids)
     stored = teacher.cached(*arguments)(torch.arange(2), ids)
     used = live[1].isfinite()
     width = live[1].shape[-1]

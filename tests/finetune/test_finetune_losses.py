@@ -10,7 +10,7 @@ from moefy.config.finetune import Settings
 from moefy.finetune import losses
 from moefy.finetune.losses import Batch, Routed
 from moefy.finetune.router_noise import is_noisy, noisy_choices, with_capacity
-from moefy.finetune.teacher import Truncation, likeliest
+from moefy.finetune.teacher import likeliest
 
 T, V, E, K = 7, 11, 5, 2
 
@@ -51,7 +51,7 @@ def test_next_token_is_transformers_cross_entropy(logits):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_distillation_from_all_tokens_is_the_whole_kl(logits, teacher, temperature):
-    ids, log_p = likeliest(teacher, Truncation(top_p=1.1, top_tokens=V, temperature=temperature))
+    ids, log_p = likeliest(teacher, Settings(top_p=1.1, top_tokens=V, temperature=temperature))
     ours = losses.distillation(distilled(logits, ids, log_p, temperature))
     whole = sum(
         float(p * (math.log(p) - math.log(q)))
@@ -66,7 +66,7 @@ def test_distillation_from_all_tokens_is_the_whole_kl(logits, teacher, temperatu
 
 
 def test_distillation_from_a_few_counts_the_rest_as_one_token(logits, teacher):
-    ids, log_p = likeliest(teacher, Truncation(top_p=0.7, top_tokens=4))
+    ids, log_p = likeliest(teacher, Settings(top_p=0.7, top_tokens=4))
     ours = float(losses.distillation(distilled(logits, ids, log_p)))
     total = 0.0
     for t in range(T):
@@ -80,13 +80,13 @@ def test_distillation_from_a_few_counts_the_rest_as_one_token(logits, teacher):
         parts.append((1 - sum(p for p, _ in parts), 1 - sum(q for _, q in parts)))
         total += sum(p * math.log(p / q) for p, q in parts)
     assert ours == pytest.approx(total / T, rel=1e-4)
-    ids, log_p = likeliest(teacher, Truncation(top_p=1.1, top_tokens=V))
+    ids, log_p = likeliest(teacher, Settings(top_p=1.1, top_tokens=V))
     assert ours < float(losses.distillation(distilled(logits, ids, log_p)))
 
 
 def test_a_student_that_equals_its_teacher_has_no_gradient(teacher):
     student = teacher.clone().requires_grad_()
-    ids, log_p = likeliest(teacher, Truncation(top_p=0.5))
+    ids, log_p = likeliest(teacher, Settings(top_p=0.5))
     losses.distillation(distilled(student, ids, log_p)).backward()
     assert float(student.grad.abs().max()) < 1e-6
 
