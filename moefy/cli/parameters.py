@@ -46,16 +46,6 @@ def command(
     return decorate
 
 
-def help_line(option: Field) -> str:
-    """An option's help: what it is, its choices and its default."""
-    line = option.option.help
-    if choices := ", ".join(filter(None, option.option.choices)):
-        line += f" One of {choices}."
-    if default := default_of(option):
-        line += f" (default: {default})"
-    return line
-
-
 def flags(option: Field) -> str:
     """The flag of an option; `--refit/--no-refit` for one that may be on by default."""
     if option.kind is not bool or option.default is False or not option.option.flag:
@@ -98,8 +88,13 @@ def _parameter(name: str, kind: Any, default: Any, declared: Any) -> inspect.Par
 
 
 def _declared(option: Field) -> Any:
-    """What typer wants to know of an option."""
-    line = help_line(option).replace("[", "\\[")  # brackets are markup to typer
+    """What typer wants to know of an option; the help says what it is, its choices and default."""
+    line = option.option.help
+    if choices := ", ".join(filter(None, option.option.choices)):
+        line += f" One of {choices}."
+    if default := default_of(option):
+        line += f" (default: {default})"
+    line = line.replace("[", "\\[")  # brackets are markup to typer
     if option.option.argument:
         return typer.Argument(help=line, show_default=False)
     return typer.Option(flags(option), help=line, show_default=False, hidden=option.option.hidden)

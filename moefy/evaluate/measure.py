@@ -29,15 +29,6 @@ LONGEST = 8192
 """Longest context, in tokens, of a model that names no limit."""
 
 
-def other_runs(session: Session) -> dict[str, Any]:
-    """conversion.json of every stage but the run's own last one, by label."""
-    return {
-        candidate.label: candidate.summary
-        for candidate in session.candidates
-        if candidate.summary is not None and candidate.label != session.main
-    }
-
-
 def quality(session: Session) -> dict[str, Any]:
     """The scores of every model on every text, and the routing of every stage there."""
     texts: dict[str, Any] = {}

@@ -69,13 +69,13 @@ def evaluate(
 
 def _empty(session: Session, settings: Settings) -> dict[str, Any]:
     """A report before its measurements; lists of the session fill up later."""
-    tunings = {c.label: finetuning(c) for c in session.candidates}
+    tunings, main = {c.label: finetuning(c) for c in session.candidates}, session.main
     return {
         "moefy": __version__,
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings.as_json(),
-        "main": session.main,
+        "main": main,
         "compute": {
             "dtype": session.compute.name,
             "stored": name_of(session.stored),
@@ -83,7 +83,7 @@ def _empty(session: Session, settings: Settings) -> dict[str, Any]:
             "processor": processor(),
         },
         "run": session.summary,
-        "runs": measure.other_runs(session),
+        "runs": {c.label: c.summary for c in session.candidates if c.summary and c.label != main},
         "models": {},
         "texts": {},
         "seen_in_calibration": {
@@ -111,7 +111,9 @@ def _measure(session: Session, report: dict[str, Any], settings: Settings, manag
     with session.part("scores"):
         report |= measure.quality(session)
     if not report["texts"]:
-        raise _no_text(session)
+        row = next(row for row in session.not_run if row["what"].startswith("scores"))
+        code = session.codes.get(row["what"], 5)
+        raise MoefyError(f"no text was scored: {row['reason']}", code=code)
     with session.part("sizes"):
         report["models"] = measure.models(session, peaks)
     report["frontier"] = measure.frontier(session, report["texts"])
@@ -129,11 +131,3 @@ def _measure(session: Session, report: dict[str, Any], settings: Settings, manag
     if settings.speed:
         with session.part("speed"):
             measure.speeds(session, report, settings)
-
-
-def _no_text(session: Session) -> MoefyError:
-    """The reason why the first text was not scored."""
-    row = next(row for row in session.not_run if row["what"].startswith("scores"))
-    return MoefyError(
-        f"no text was scored: {row['reason']}", code=session.codes.get(row["what"], 5)
-    )

@@ -39,8 +39,3 @@ def adapted(model: Any, rank: int) -> Any:
     )
     # In the weights' own dtype: the optimizer keeps the copies in float32.
     return get_peft_model(model, config, autocast_adapter_dtype=False)
-
-
-def merged(model: Any) -> Any:
-    """The plain model, with the adapters added to its weights."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

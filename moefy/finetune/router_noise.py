@@ -50,7 +50,8 @@ def with_capacity(score_TE: Tensor, index_TK: Tensor, capacity: int) -> Tensor:
     num_experts, k = score_TE.shape[1], index_TK.shape[1]
     chosen_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, index_TK, True)
     full_E = chosen_TE.sum(0) >= capacity
-    chosen_TE = _most_confident(score_TE, chosen_TE, capacity)
+    place_TE = score_TE.masked_fill(~chosen_TE, -torch.inf).argsort(0, descending=True).argsort(0)
+    chosen_TE &= place_TE < capacity
     left_T = k - chosen_TE.sum(-1)
     other_TE = score_TE.masked_fill(chosen_TE | full_E, -torch.inf)
     rank_TE = other_TE.argsort(-1, descending=True).argsort(-1)
@@ -62,9 +63,3 @@ def with_capacity(score_TE: Tensor, index_TK: Tensor, capacity: int) -> Tensor:
     chosen_TE |= more_TE
     place_TK = chosen_TE.float().topk(k, dim=-1)
     return torch.where(place_TK.values > 0, place_TK.indices, -1)
-
-
-def _most_confident(score_TE: Tensor, chosen_TE: Tensor, capacity: int) -> Tensor:
-    """The `capacity` choices of each expert that score highest."""
-    rank_TE = score_TE.masked_fill(~chosen_TE, -torch.inf).argsort(0, descending=True).argsort(0)
-    return chosen_TE & (rank_TE < capacity)

@@ -19,7 +19,7 @@ from moefy.errors import MoefyError
 from moefy.finetune.checkpoints import Checkpoints
 from moefy.finetune.collapse_guard import CollapseGuard, Failure, check_start
 from moefy.finetune.heldout import measure
-from moefy.finetune.lora import adapted, merged
+from moefy.finetune.lora import adapted
 from moefy.finetune.optim import round_weights
 from moefy.finetune.router_hooks import Routing
 from moefy.finetune.teacher import Teacher
@@ -137,7 +137,8 @@ def train(
         restarts.append(row)
         callbacks.log({"step": guard.failure.step, "guard": row})
         callbacks.progress(f"guard: {guard.failure.reason}; {action}", 0, 1)
-    model = merged(model)
+    if settings.train == "lora":
+        model = model.merge_and_unload()
     if stored is not None:
         round_weights(model, stored)
     after = measure(model, routing, tokens, teacher, settings)
