@@ -71,7 +71,7 @@ def scored(
         _check_finite(results, {c.label: c for c in candidates})
         for label, result in results.items():
             values[label] = cache.put("score", keys[label], dataclasses.asdict(result))
-    return {label: _result(value) for label, value in values.items()}
+    return {label: _result(value) for label, value in values.items() if value}
 
 
 def _check_finite(results: Mapping[str, TextResult], candidates: Mapping[str, Candidate]) -> None:

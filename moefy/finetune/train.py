@@ -29,6 +29,11 @@ from moefy.text.packing import Tokens
 STRONGER = 4.0
 """Factor on the balance weight after a collapse. After a loss that rises, rates are halved."""
 
+CHECKPOINTING: dict[str, Any] = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -203,8 +208,7 @@ def _arguments(settings: Settings, home: Path) -> TrainingArguments:
         lr_scheduler_type=settings.schedule,
         warmup_steps=round(settings.warmup_ratio * total),
         max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **CHECKPOINTING if settings.gradient_checkpointing else {},
         seed=settings.seed,
         data_seed=settings.seed,
         logging_steps=settings.log_every,
