@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from moefy.errors import MoefyError
 
@@ -34,8 +33,7 @@ class ComputeDtype:
     """The dtype of a loaded model, and why it is not the stored one."""
 
     dtype: torch.dtype
-    note: str = ""
-    """One line for the user, or empty."""
+    note: str = ""  # one line for the user, or empty
 
     @property
     def name(self) -> str:
@@ -70,16 +68,10 @@ def compute_dtype(
         return ComputeDtype(stored)
     name, slower = name_of(stored), slowness(stored, device)
     if float32_bytes > room:
-        return ComputeDtype(
-            stored,
-            f"computes in {name}, as stored, {slower:.1f} times slower than in float32 on this "
-            f"machine: {short}",
-        )
-    return ComputeDtype(
-        torch.float32,
-        f"computes in float32, not in {name} as stored: this machine is {slower:.1f} times slower "
-        "in that",
-    )
+        times = f"{slower:.1f} times slower than in float32 on this machine: {short}"
+        return ComputeDtype(stored, f"computes in {name}, as stored, {times}")
+    times = f"this machine is {slower:.1f} times slower in that"
+    return ComputeDtype(torch.float32, f"computes in float32, not in {name} as stored: {times}")
 
 
 def native(dtype: torch.dtype, device: torch.device) -> bool:
@@ -90,24 +82,18 @@ def native(dtype: torch.dtype, device: torch.device) -> bool:
     """
     if dtype not in INSTRUCTIONS:
         return True
-    return _listed(dtype, device) and slowness(dtype, device) < SLOW
+    if device.type == "cuda":
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    listed = torch.cpu.get_capabilities()
+    x86 = listed.get("architecture") in ("x86_64", "AMD64")
+    if x86 and not any(listed.get(name, False) for name in INSTRUCTIONS[dtype]):
+        return False  # no other architecture gives a list
+    return slowness(dtype, device) < SLOW
 
 
 def name_of(dtype: torch.dtype) -> str:
     """`float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
-
-
-def _listed(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the machine lists instructions for `dtype`; True where it gives no list."""
-    if device.type == "cuda":
-        if dtype == torch.float16:
-            return True
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    listed = torch.cpu.get_capabilities()
-    if listed.get("architecture") not in ("x86_64", "AMD64"):
-        return True
-    return any(listed.get(name, False) for name in INSTRUCTIONS[dtype])
 
 
 def slowness(dtype: torch.dtype, device: torch.device) -> float:
@@ -119,17 +105,17 @@ def slowness(dtype: torch.dtype, device: torch.device) -> float:
 
 @functools.cache
 def _seconds(dtype: torch.dtype) -> float:
-    """Processor seconds of one product, the least of five."""
+    """Processor seconds of one product, the least of five.
+
+    Wall time on a busy machine gave a factor of 51 instead of 4.5.
+    """
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(ROWS, WIDTH, generator=generator).to(dtype)
     weight_FD = torch.randn(WIDTH, WIDTH, generator=generator).to(dtype)
+    seconds = []
     with torch.inference_mode():
-        _timed(x_TD, weight_FD)  # the first one also builds the kernel
-        return min(_timed(x_TD, weight_FD) for _ in range(5))
-
-
-def _timed(x_TD: Tensor, weight_FD: Tensor) -> float:
-    """Processor seconds: wall time on a busy machine gave a factor of 51 instead of 4.5."""
-    start = time.process_time()
-    torch.nn.functional.linear(x_TD, weight_FD)
-    return max(time.process_time() - start, 1e-9)
+        for _ in range(6):
+            start = time.process_time()
+            torch.nn.functional.linear(x_TD, weight_FD)
+            seconds.append(time.process_time() - start)
+    return max(min(seconds[1:]), 1e-9)  # the first one also builds the kernel

@@ -116,10 +116,8 @@ class Share:
     """
 
     group: Group
-    num_sequences: int
-    """Of all processes."""
-    block: int
-    """Sequences that always stay together, because they are computed together."""
+    num_sequences: int  # of all processes
+    block: int  # sequences that always stay together, because they are computed together
 
     @property
     def piece(self) -> slice:

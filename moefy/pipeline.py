@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,7 @@ from moefy.config.recipe import Recipe
 from moefy.config.toml import read_toml
 from moefy.errors import MoefyError
 from moefy.progress import Watch
-from moefy.runs.folder import (
-    RECIPE,
-    REPORT,
-    check_present,
-    dense_model,
-    open_run,
-    read_recipe,
-    read_report,
-    read_tuning,
-    written,
-)
+from moefy.runs import folder as runs
 
 ANEW = "give another OUT, or --force to do all stages anew"
 
@@ -62,8 +53,7 @@ class Stage:
 
     name: str
     folder: Path
-    done: Callable[[], bool]
-    """Raises where another recipe did it."""
+    done: Callable[[], bool]  # raises where another recipe did it
     do: Callable[[Watch], dict[str, Any]]
 
 
@@ -86,34 +76,16 @@ def declared(file: Path, note: Note = lambda line: None) -> Stages:
 
 def stages(declared: Stages, out: Path, *, force: bool = False) -> list[Stage]:
     """The stages in their order. With `force` all are done anew."""
-    result = [
-        Stage(
-            "convert",
-            out,
-            lambda: _converted(out, declared.recipe),
-            lambda watch: _convert(out, declared.recipe, force, watch),
-        )
-    ]
-    last = out
+    recipe, last = declared.recipe, out
+    done, do = partial(_converted, out, recipe), partial(_convert, out, recipe, force)
+    result = [Stage("convert", out, done, do)]
     if settings := declared.finetune:
         last = out.with_name(f"{out.resolve().name}-finetuned")
-        result.append(
-            Stage(
-                "finetune",
-                last,
-                lambda: _finetuned(out, last, settings),
-                lambda watch: _finetune(out, last, settings, force, watch),
-            )
-        )
-    result.append(
-        Stage(
-            "report",
-            last,
-            lambda: _reported(last, declared.report),
-            lambda watch: _report(last, declared.report, watch),
-        )
-    )
-    return result
+        done = partial(_finetuned, out, last, settings)
+        do = partial(_finetune, out, last, settings, force)
+        result.append(Stage("finetune", last, done, do))
+    done, do = partial(_reported, last, declared.report), partial(_report, last, declared.report)
+    return [*result, Stage("report", last, done, do)]
 
 
 def run(
@@ -132,13 +104,13 @@ def run(
 
 def _converted(out: Path, recipe: Recipe) -> bool:
     folder = out / "moefy"
-    if not (folder / REPORT).is_file() or not (folder / RECIPE).is_file():
+    if not (folder / runs.REPORT).is_file() or not (folder / runs.RECIPE).is_file():
         return False
-    _check_same(out, "converted", _deciding(read_recipe(out)), _deciding(recipe))
+    _check_same(out, "converted", _deciding(runs.read_recipe(out)), _deciding(recipe))
     _check_whole(out)
     if os.path.isdir(recipe.model):  # else a hub id, whose revision is in the recipe
-        summary = read_report(out)
-        if not dense_model(out, summary, recipe, recipe.model, "MODEL").is_source(summary):
+        summary = runs.read_report(out)
+        if not runs.dense_model(out, summary, recipe, recipe.model, "MODEL").is_source(summary):
             raise MoefyError(
                 f"{out} was converted from other weights than {recipe.model} holds now; {ANEW}",
                 code=2,
@@ -163,7 +135,7 @@ def _convert(out: Path, recipe: Recipe, force: bool, watch: Watch) -> dict[str, 
 
 
 def _finetuned(run: Path, out: Path, settings: finetune.Settings) -> bool:
-    if (tuning := read_tuning(out)) is None:
+    if (tuning := runs.read_tuning(out)) is None:
         return False
     idle = NOT_OF_WEIGHTS + (NOT_OF_SELF if settings.data == "self" else ())
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in idle}
@@ -172,7 +144,7 @@ def _finetuned(run: Path, out: Path, settings: finetune.Settings) -> bool:
     before = dataclasses.asdict(finetune.Settings()) | before
     _check_same(out, "fine-tuned", located(before, "data", "teacher"), asked)
     _check_whole(out)
-    base = read_report(run)["outputs"] if (run / "moefy" / REPORT).is_file() else {}
+    base = runs.read_report(run)["outputs"] if (run / "moefy" / runs.REPORT).is_file() else {}
     started = tuning["parent"]["files"]
     if changed := [name for name, digest in started.items() if base.get(name) != digest]:
         raise MoefyError(
@@ -225,7 +197,7 @@ def _check_whole(out: Path) -> None:
     Names, headers and sizes answer that at once; `moefy verify` compares all bytes.
     """
     try:
-        check_present(out, written(out, open_run(out)))
+        runs.check_present(out, runs.written(out, runs.open_run(out)))
     except MoefyError as error:
         reason = str(error).partition("; fetch")[0]
         raise MoefyError(f"{reason}; {ANEW}", code=error.code) from None

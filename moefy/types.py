@@ -19,16 +19,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-TANH = ("gelu", {"approximate": "tanh"})
 ACTIVATIONS = {
-    "silu": ("silu", {}),
-    "swish": ("silu", {}),
+    **dict.fromkeys(("silu", "swish"), ("silu", {})),
     "gelu": ("gelu", {}),
     "relu": ("relu", {}),
     "relu2": ("relu", {}),  # then squared
-    "gelu_new": TANH,
-    "gelu_fast": TANH,
-    "gelu_pytorch_tanh": TANH,
+    **dict.fromkeys(
+        ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), ("gelu", {"approximate": "tanh"})
+    ),
 }
 """Names of `hidden_act` that the walk can compute: torch's function for each, and its options."""
 

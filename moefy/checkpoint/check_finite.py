@@ -23,8 +23,7 @@ ABSURD = 1e4
 """A value above this many times the root mean square of the others gives a warning. Values of
 trained models stay below some hundreds; a flipped bit of the exponent gives powers of 2**16."""
 
-SMALL = 8.0
-"""Values up to this never give a warning."""
+SMALL = 8.0  # values up to this never give a warning
 
 
 @dataclass(frozen=True)

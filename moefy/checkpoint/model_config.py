@@ -9,15 +9,12 @@ from transformers import AutoConfig, PreTrainedConfig
 import moefy.modeling  # noqa: F401 - makes the class of `--target moefy` known to transformers
 from moefy.checkpoint.tensors import Checkpoint
 
-RETURNED = ("output_hidden_states", "output_attentions", "return_dict")
-"""Keys of a configuration that add outputs to a model."""
-
 
 def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The transformers configuration of a checkpoint, with its defaults filled in."""
-    config: dict[str, Any] = {
-        key: _number(value) for key, value in checkpoint.config.items() if key not in RETURNED
-    }
+    config: dict[str, Any] = {key: _number(value) for key, value in checkpoint.config.items()}
+    for key in ("output_hidden_states", "output_attentions", "return_dict"):
+        config.pop(key, None)  # these add outputs to a model
     return AutoConfig.for_model(config.pop("model_type"), **config)
 
 

@@ -48,8 +48,7 @@ def reopen(
         for name, entry in read_header(file).items()
     }
     layers, in_float32 = fitting_layers(entries, len(ends), layer)
-    whole = layers == len(ends)
-    if not whole:
+    if layers < len(ends):
         config = some_layers(config, 0, layers)
     model, info = open_model(
         folder,
@@ -61,11 +60,10 @@ def reopen(
     )
     later = tuple(layer.format(layer=number) for number in range(layers, len(ends)))
     wrong = {
-        kind: [str(key) for key in keys if not later or not str(key).startswith(later)]
+        kind: names
         for kind, keys in info.items()
-        if keys
+        if (names := [str(key) for key in keys if not str(key).startswith(later)])
     }
-    wrong = {kind: keys for kind, keys in wrong.items() if keys}
     if wrong:
         raise MoefyError(f"the written folder does not load cleanly: {wrong}", code=6)
     seen: list[Tensor] = []
@@ -76,8 +74,11 @@ def reopen(
     more = {"ForCausalLM": {"logits_to_keep": 1}, "ForSeq2SeqLM": {"decoder_input_ids": ids_1T}}
     with torch.inference_mode():
         prepare(runnable(model.eval()))(ids_1T, **more.get(task, {}))
-    found_TD, end_TD = seen[0][0].float(), ends[layers - 1]
-    error = None if end_TD is None else _error(found_TD, end_TD.cpu())
+    found_TD, end_TD, error = seen[0][0].float(), ends[layers - 1], None
+    if end_TD is not None:
+        # Mean over tokens: in one norm, a few tokens with huge states would hide the others.
+        wrong_T = (found_TD - end_TD.cpu()).norm(dim=1) / end_TD.cpu().norm(dim=1)
+        error = float(wrong_T.mean())
     if not found_TD.isfinite().all() or not (error is None or error <= TOLERANCE):
         raise MoefyError(
             f"the written folder computes other hidden states than the conversion did "
@@ -92,12 +93,6 @@ def reopen(
     }
 
 
-def _error(found_TD: Tensor, expected_TD: Tensor) -> float:
-    """Mean over tokens: in one norm, a few tokens with huge states would hide the others."""
-    wrong_T = (found_TD - expected_TD).norm(dim=1) / expected_TD.norm(dim=1)
-    return float(wrong_T.mean())
-
-
 def fitting_layers(
     slots: Mapping[str, Slot | Entry], num_layers: int, layer: str
 ) -> tuple[int, bool]:
@@ -107,14 +102,8 @@ def fitting_layers(
     stored dtype. Where not even one fits, beside large embeddings, one is loaded as stored.
     """
     for loaded in range(num_layers, 0, -1):
-        if _float32_bytes(slots, num_layers, layer, loaded) <= MEMORY:
+        later = tuple(layer.format(layer=number) for number in range(loaded, num_layers))
+        counts = (math.prod(s.shape) for name, s in slots.items() if not name.startswith(later))
+        if 4 * sum(counts) <= MEMORY:
             return loaded, True
     return 1, False
-
-
-def _float32_bytes(
-    slots: Mapping[str, Slot | Entry], num_layers: int, layer: str, loaded: int
-) -> int:
-    """Bytes in float32 of the first `loaded` layers and of all that is outside of layers."""
-    later = tuple(layer.format(layer=number) for number in range(loaded, num_layers))
-    return sum(4 * math.prod(s.shape) for name, s in slots.items() if not name.startswith(later))

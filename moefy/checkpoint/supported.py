@@ -38,7 +38,11 @@ def unsupported(path: Path, config: Config) -> str | None:
 def not_plain(path: Path, config: Config) -> str | None:
     """Why transformers would open a model not only from its configuration and tensors."""
     if config.get("auto_map"):
-        return f"it brings code of its own (auto_map), which is never run{_stock(config)}"
+        # transformers may have a class of that name, for the code may be a copy of it.
+        model_type = config.get("model_type")
+        plain = f"; if it is a plain {model_type}, remove auto_map from {CONFIG}"
+        advice = plain if model_type in families.names() else ""
+        return f"it brings code of its own (auto_map), which is never run{advice}"
     # transformers would fetch and run a kernel from the hub under a name with a slash.
     if any("/" in str(config[key]) for key in config if IMPLEMENTATION in key):
         return "it needs a kernel of its own (attn_implementation), which is never run"
@@ -75,13 +79,6 @@ def _not_convertible(path: Path, config: Config) -> str | None:
     if bool(config.get("is_encoder_decoder", both)) != both:
         return f"is_encoder_decoder is {not both}, which no {model_type} is"
     return family.refuse(dict(config))
-
-
-def _stock(config: Config) -> str:
-    """Advice where transformers has a class of that name, for the code may be a copy of it."""
-    if config.get("model_type") not in families.names():
-        return ""
-    return f"; if it is a plain {config['model_type']}, remove auto_map from {CONFIG}"
 
 
 def wrong_size(config: Config) -> str | None:

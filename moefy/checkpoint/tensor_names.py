@@ -54,10 +54,8 @@ def class_names(family: Family, stored: Iterable[str]) -> dict[str, str]:
     """
     names = {name: family.named(name) for name in stored}
     prefix = family.layer.partition(".")[0] + "."
-    inner, head = (
-        layer_pattern(family.layer.removeprefix(prefix)),
-        family.head.partition(".")[0] + ".",
-    )
+    inner = layer_pattern(family.layer.removeprefix(prefix))
+    head = family.head.partition(".")[0] + "."
     named = any(name.startswith(prefix) for name in names.values())
     if named or not any(map(inner.match, names.values())):
         return names

@@ -13,43 +13,17 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from moefy.checkpoint import tensor_names
 from moefy.checkpoint.supported import IMPLEMENTATION, SIZES, not_plain, unsupported, wrong_size
-from moefy.checkpoint.tensor_names import (
-    INNER,
-    architectures,
-    check_names,
-    class_names,
-    layer_pattern,
-    other_task,
-    place_of_layers,
-)
 from moefy.checkpoint.tensors import Checkpoint
 from moefy.errors import MoefyError
-from moefy.files.safetensors_header import (
-    CONFIG,
-    MAX_INDEX,
-    Entry,
-    contradiction,
-    read_config,
-    read_entries,
-    read_json,
-    regular_file,
-    some,
-)
+from moefy.files import safetensors_header as headers
 from moefy.models import families
 from moefy.models.families.family import Family
 
 KEEP = (
-    "tokenizer",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "chat_template",
-    "generation_config.json",
-    "LICENSE",
-    "LICENCE",
-    "NOTICE",
+    *("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template"),
+    *("generation_config.json", "LICENSE", "LICENCE", "NOTICE"),
 )
 """Beginnings of the names of files to copy."""
 
@@ -68,7 +42,7 @@ def open_checkpoint(folder: Path, *, ignore_index: bool = False) -> Checkpoint:
         MoefyError: code 3 when the files are damaged, incomplete, contradict each other or lie
             outside the folder; code 4 for a whole model of a kind that moefy cannot convert.
     """
-    path, config = folder / CONFIG, read_config(folder)
+    path, config = folder / headers.CONFIG, headers.read_config(folder)
     if reason := unsupported(path, config):
         raise MoefyError(f"{path} cannot be converted: {reason}", code=4)
     family = families.load(config["model_type"], config)
@@ -76,10 +50,10 @@ def open_checkpoint(folder: Path, *, ignore_index: bool = False) -> Checkpoint:
     config = {key: config[key] for key in config if IMPLEMENTATION not in key}
     config = family.sized(config)
     if reason := wrong_size(config):
-        raise contradiction(f"{path} is wrong: {reason}")
-    stored = read_entries(folder, ignore_index=ignore_index)
-    check_names(folder, stored)
-    names = class_names(family, stored)
+        raise headers.contradiction(f"{path} is wrong: {reason}")
+    stored = headers.read_entries(folder, ignore_index=ignore_index)
+    tensor_names.check_names(folder, stored)
+    names = tensor_names.class_names(family, stored)
     entries = {names[name]: entry for name, entry in stored.items()}
     for name, entry in entries.items():
         if entry.dtype not in FLOATS and not re.search(family.unread, name):
@@ -91,22 +65,22 @@ def open_checkpoint(folder: Path, *, ignore_index: bool = False) -> Checkpoint:
     return Checkpoint(folder, config, entries)
 
 
-def check_plain(folder: Path, *, ignore_index: bool = False) -> dict[str, Entry]:
+def check_plain(folder: Path, *, ignore_index: bool = False) -> dict[str, headers.Entry]:
     """The tensors of a model of any kind that transformers can open to predict next tokens.
 
     Raises:
         MoefyError: code 3 for files that are damaged or no model, code 4 for a model that needs
             other files or code, or has another head.
     """
-    path, config = folder / CONFIG, read_config(folder)
-    if reason := not_plain(path, config) or other_task(config, ("ForCausalLM",)):
+    path, config = folder / headers.CONFIG, headers.read_config(folder)
+    if reason := not_plain(path, config) or tensor_names.other_task(config, ("ForCausalLM",)):
         raise MoefyError(f"{path} cannot be used: {reason}", code=4)
-    entries = read_entries(folder, ignore_index=ignore_index)
-    check_names(folder, entries)
+    entries = headers.read_entries(folder, ignore_index=ignore_index)
+    tensor_names.check_names(folder, entries)
     untied = config.get("tie_word_embeddings") is False
     if untied and config.get("model_type") in families.names():
         family = families.load(config["model_type"], config)
-        _check_head(path, config, class_names(family, entries).values())
+        _check_head(path, config, tensor_names.class_names(family, entries).values())
     return entries
 
 
@@ -121,26 +95,27 @@ def companion_files(folder: Path) -> list[Path]:
     paths = sorted([*paths, *folder.glob("additional_chat_templates/*.jinja")])
     files = [file.relative_to(folder) for file in paths if file.suffix != ".py"]
     for file in files:
-        path = regular_file(folder, str(file))
-        if file.name in SETTINGS and read_json(path, MAX_INDEX).get("auto_map"):
+        path = headers.regular_file(folder, str(file))
+        if file.name in SETTINGS and headers.read_json(path, headers.MAX_INDEX).get("auto_map"):
             reason = "it needs code of its own (auto_map), which is never run"
             raise MoefyError(f"{path} cannot be used: {reason}", code=4)
     return files
 
 
-def _check_layers(path: Path, config: Config, entries: Mapping[str, Entry]) -> None:
+def _check_layers(path: Path, config: Config, entries: Mapping[str, headers.Entry]) -> None:
     """Compare the sizes in the configuration with the stored layers, FFNs and embedding."""
     family = families.load(config["model_type"], config)
     hidden, num_layers, neurons = (*(config[k] for k in SIZES[:2]), family.num_neurons(config))
-    layer = layer_pattern(family.layer)
+    layer = tensor_names.layer_pattern(family.layer)
     stored = {match[1] for match in map(layer.match, entries) if match}
-    if not stored and (place := place_of_layers(family, entries)):
+    if not stored and (place := tensor_names.place_of_layers(family, entries)):
         own = family.layer.partition("{layer}")[0]
         problem = f"{path.parent} has layers under {place!r}, which {family.model_type} has under"
-        raise MoefyError(f"{problem} {own!r}: a wrapper of the model was saved; {INNER}")
+        advice = f"a wrapper of the model was saved; {tensor_names.INNER}"
+        raise MoefyError(f"{problem} {own!r}: {advice}")
     if len(stored) != num_layers:
         problem = f"{path}: num_hidden_layers is {short(num_layers)}"
-        raise contradiction(f"{problem}, but {len(stored)} layers are stored")
+        raise headers.contradiction(f"{problem}, but {len(stored)} layers are stored")
     expected = {family.embedding: (config["vocab_size"], config.get("embedding_size") or hidden)}
     shapes = family.shapes(neurons, hidden)
     for number in range(num_layers):
@@ -149,7 +124,7 @@ def _check_layers(path: Path, config: Config, entries: Mapping[str, Entry]) -> N
     _check_shapes(path, expected, entries)
 
 
-def _attention(config: Config, prefix: str, entries: Mapping[str, Entry]) -> Shapes:
+def _attention(config: Config, prefix: str, entries: Mapping[str, headers.Entry]) -> Shapes:
     """Shapes of a layer's projections, if they have their usual names.
 
     Without a head width in the configuration, the queries give it. Without a number of keys and
@@ -175,7 +150,7 @@ def _check_head(path: Path, config: Config, names: Collection[str]) -> None:
     family = families.load(config["model_type"], config)
     if "ForCausalLM" not in family.tasks or family.head in names:
         return
-    (name, *_) = architectures(config) or [""]
+    (name, *_) = tensor_names.architectures(config) or [""]
     base = name.endswith("Model") and not name.endswith("LMHeadModel")
     raise MoefyError(
         f"{path.parent} has no head ({family.head}), nor is the embedding the head "
@@ -185,15 +160,15 @@ def _check_head(path: Path, config: Config, names: Collection[str]) -> None:
     )
 
 
-def _check_shapes(path: Path, expected: Shapes, entries: Mapping[str, Entry]) -> None:
+def _check_shapes(path: Path, expected: Shapes, entries: Mapping[str, headers.Entry]) -> None:
     if missing := [name for name in expected if name not in entries]:
-        raise contradiction(
-            f"{path.parent} lacks tensors that {path.name} implies: {some(missing)}"
+        raise headers.contradiction(
+            f"{path.parent} lacks tensors that {path.name} implies: {headers.some(missing)}"
         )
     for name, shape in expected.items():
         if entries[name].shape != shape:
             problem = f"tensor {name} in {entries[name].file} has shape {list(entries[name].shape)}"
-            raise contradiction(f"{problem}, but {path.name} implies {list(shape)}")
+            raise headers.contradiction(f"{problem}, but {path.name} implies {list(shape)}")
 
 
 def check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[Checkpoint, list[str]]:
@@ -210,23 +185,23 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[Checkpoint, l
     folder, entries = checkpoint.folder, checkpoint.entries
     expected, tied = _implied(checkpoint, family)
     if family.head in expected and family.head not in tied:
-        _check_head(folder / CONFIG, checkpoint.config, entries)
-    _check_shapes(folder / CONFIG, _less(expected, tied - entries.keys()), entries)
+        _check_head(folder / headers.CONFIG, checkpoint.config, entries)
+    stored = {key: expected[key] for key in expected if key in entries or key not in tied}
+    _check_shapes(folder / headers.CONFIG, stored, entries)
     extra = [name for name in entries if name not in expected]
     if unknown := [name for name in extra if not re.search(family.unread, name)]:
-        problem = f"{folder} holds tensors that {family.model_type} does not have: {some(unknown)}"
-        raise MoefyError(f"{problem}; if they are an adapter's, merge it; else remove them")
-    notes = [f"not read by {family.model_type}, not written: {some(extra)}"] if extra else []
+        problem = f"{folder} holds tensors that {family.model_type} does not have"
+        advice = "if they are an adapter's, merge it; else remove them"
+        raise MoefyError(f"{problem}: {headers.some(unknown)}; {advice}")
+    notes = [f"not read by {family.model_type}, not written: {headers.some(extra)}"] * bool(extra)
     ties = checkpoint.config.get("tie_word_embeddings", True)  # T5 ignores the key
     if ties and family.head in tied and family.head in entries:
         pair = [checkpoint.tensor(name) for name in (family.head, family.embedding)]
         if not torch.equal(*(tensor.view(torch.uint8) for tensor in pair)):
-            notes.append(f"tied by {CONFIG}, but {family.head} differs: the stored head is used")
-    return dataclasses.replace(checkpoint, entries=_less(entries, extra)), notes
-
-
-def _less(table: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    return {name: value for name, value in table.items() if name not in names}
+            differs = f"{family.head} differs: the stored head is used"
+            notes.append(f"tied by {headers.CONFIG}, but {differs}")
+    read = {name: entry for name, entry in entries.items() if name in expected}
+    return dataclasses.replace(checkpoint, entries=read), notes
 
 
 def _implied(checkpoint: Checkpoint, family: Family) -> tuple[Shapes, set[str]]:
@@ -243,8 +218,8 @@ def _implied(checkpoint: Checkpoint, family: Family) -> tuple[Shapes, set[str]]:
         with torch.device("meta"):
             model = auto_class(task).from_config(config, attn_implementation="eager")
     except Exception as error:  # transformers raises anything on a wrong value
-        problem = f"transformers can make no model of {checkpoint.folder / CONFIG}"
-        raise library_error(problem, error, advice=f"correct {CONFIG}") from error
+        problem = f"transformers can make no model of {checkpoint.folder / headers.CONFIG}"
+        raise library_error(problem, error, advice=f"correct {headers.CONFIG}") from error
     whole = model.base_model_prefix + "."
     prefix = whole if task == "Model" and family.layer.startswith(whole) else ""
     shapes = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -14,9 +14,6 @@ from moefy.text import packing
 from moefy.text.self_text import sample
 from moefy.text.tokenizer import load_tokenizer, vocabulary_notes
 
-TOKENIZER = ("tokenizer", "vocab")
-"""How the name of a file begins that a tokenizer is read from."""
-
 NO_TOKENIZER = (
     "the model has no tokenizer: it wrote its calibration text from random tokens on; give its "
     "tokenizer, or rows of token ids, for text of more kinds"
@@ -56,7 +53,7 @@ def _self_written(job: Job, watch: Watch, memory: int | None) -> packing.Tokens:
     require(way.num_bytes, "a model that writes its own calibration text", ADVICE["calibration"])
     notes = way.notes
     tokenizer = None
-    if any(file.name.startswith(TOKENIZER) for file in companion_files(folder)):
+    if any(file.name.startswith(("tokenizer", "vocab")) for file in companion_files(folder)):
         tokenizer = load_tokenizer(folder)
         notes += vocabulary_notes(tokenizer, job.size("vocab_size"))
     else:

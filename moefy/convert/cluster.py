@@ -15,9 +15,6 @@ from moefy.convert.routed_ffn import top_mask
 from moefy.errors import MoefyError
 from moefy.types import FFN, Partition, Profile
 
-RUNS = 10
-"""K-means runs on the tokens; the tightest is used."""
-
 
 def ranked(score_F: Tensor, num_shared: int) -> tuple[Tensor, Tensor]:
     """The `num_shared` neurons of highest score, highest first, and the others in rising order."""
@@ -89,7 +86,7 @@ def token_centroids(profile: Profile, num_clusters: int, generator: torch.Genera
     seed = generator.initial_seed() % 2**32
     means = KMeans(
         num_clusters,
-        n_init=RUNS,  # pyright: ignore[reportArgumentType]
+        n_init=10,  # pyright: ignore[reportArgumentType]
         max_iter=100,
         tol=1e-3,
         random_state=seed,

@@ -44,8 +44,7 @@ def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
     hidden, shape = job.size("hidden_size"), job.shape
     neuron = (3 if job.family.gated else 2) * hidden
     idle = (shape.num_experts - shape.experts_per_token) * shape.expert_width * neuron
-    if job.method.fit is None:
-        idle = 0
+    idle *= job.method.fit is not None
     ffn_flops = 2 * neuron * shape.num_neurons
     embedding = job.checkpoint.entries[job.family.embedding].num_elements
     # Every matrix but the embedding is multiplied once per token; a tied head counts as one.

@@ -24,29 +24,21 @@ class Method:
     """How to convert an FFN: the three stages, with their options bound."""
 
     split: Callable[..., Partition]
-    fit: Callable[..., Router] | None
-    """None for the static control, which routes nothing."""
+    fit: Callable[..., Router] | None  # None for the static control, which routes nothing
     refit: bool
-    refine: Callable[..., Router] | None = None
-    """Fits the router again to what a refit has left, where the router's file has a way to."""
-    error_propagation: float = 0.0
-    """Share of the drift of the residual stream that the refit repairs."""
-    gradient: bool = False
-    """Whether `split` needs the gradient of the dense model's loss."""
-    sample: int | None = SAMPLE
-    """Fitting tokens of which `split` holds a value of every neuron at a time; None: all."""
+    refine: Callable[..., Router] | None = None  # fits the router again to what a refit has left
+    error_propagation: float = 0.0  # share of the residual stream's drift that the refit repairs
+    gradient: bool = False  # whether `split` needs the gradient of the dense model's loss
+    sample: int | None = SAMPLE  # fitting tokens whose neurons `split` holds at a time; None: all
 
 
 @dataclass(frozen=True)
 class Block:
     """One converted FFN, ready to be written, and what it does to the calibration tokens."""
 
-    routed: RoutedFFN
-    """The dense FFN, its `down_DF` refitted, split and routed."""
-    y_TD: Tensor
-    """Outputs under the actual routing, with weights as they will be stored."""
-    figures: dict[str, Any]
-    """What the conversion report says of this layer."""
+    routed: RoutedFFN  # the dense FFN, its `down_DF` refitted, split and routed
+    y_TD: Tensor  # outputs under the actual routing, with weights as they will be stored
+    figures: dict[str, Any]  # what the conversion report says of this layer
 
 
 def convert_block(
@@ -63,7 +55,9 @@ def convert_block(
     generator = torch.Generator().manual_seed(seed)
     with clock.stage("profile"):
         profile = observe(ffn, inputs, method.error_propagation)
-        _check_finite(profile)
+        finite = all(y_TD.isfinite().all() for y_TD in profile.y_TD.split(CHUNK))
+        if group.total(not finite) or not profile.energy_F.isfinite().all():
+            raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
     num_silent = int((profile.energy_F == 0).sum())
     with clock.stage("split"):
         partition = group.broadcast(method.split(ffn, profile, shape, generator=generator))
@@ -120,12 +114,6 @@ def convert_block(
         "stage_seconds": {stage: round(value, 3) for stage, value in seconds.items()},
     }
     return Block(routed, y_TD, figures)
-
-
-def _check_finite(profile: Profile) -> None:
-    finite = all(y_TD.isfinite().all() for y_TD in profile.y_TD.split(CHUNK))
-    if profile.group.total(not finite) or not profile.energy_F.isfinite().all():
-        raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
 
 
 def _better(

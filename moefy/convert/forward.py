@@ -24,8 +24,7 @@ Leave = Callable[[Tensor], Tensor]
 """What a layer does to the sum."""
 
 
-BATCH = 4
-"""Sequences that go through a layer at a time."""
+BATCH = 4  # sequences that go through a layer at a time
 
 
 class _Tap(nn.Module):
@@ -54,7 +53,16 @@ def embed(checkpoint: Checkpoint, family: Family, ids_BT: Tensor, device: torch.
     Raises:
         MoefyError: code 2, for sequences that are longer than the learned positions.
     """
-    positions_TD = _positions(checkpoint, family, ids_BT.shape[1])
+    positions_TD, length = None, ids_BT.shape[1]
+    if family.positions:
+        table_PD = checkpoint.tensor(family.positions)[family.first_position :]
+        if length > len(table_PD):
+            raise MoefyError(
+                f"sequences of {length} tokens, but the model has positions for {len(table_PD)}; "
+                "lower --sequence-length",
+                code=2,
+            )
+        positions_TD = table_PD[:length]
     if family.embeddings:
         return _embedded(checkpoint, family, ids_BT, device)
     scale = family.embedding_scale(model_config(checkpoint).to_dict())
@@ -83,20 +91,6 @@ def _embedded(
     embeddings.load_state_dict(weights, assign=True)
     embeddings.to(device).eval().requires_grad_(False)
     return torch.cat([embeddings(ids_BT.to(device)) for ids_BT in ids_BT.split(32)])
-
-
-def _positions(checkpoint: Checkpoint, family: Family, length: int) -> Tensor | None:
-    """The learned positions of the first `length` tokens, if there are any."""
-    if family.positions is None:
-        return None
-    table_PD = checkpoint.tensor(family.positions)[family.first_position :]
-    if length > len(table_PD):
-        raise MoefyError(
-            f"sequences of {length} tokens, but the model has positions for {len(table_PD)}; "
-            "lower --sequence-length",
-            code=2,
-        )
-    return table_PD[:length]
 
 
 def read_ffn(checkpoint: Checkpoint, family: Family, layer: int, device: torch.device) -> FFN:

@@ -22,20 +22,14 @@ from moefy.files.shards import ShardWriter
 from moefy.text.packing import Tokens
 from moefy.timing import Clock
 
-SEQUENCES = 32
-"""Sequences whose embeddings are looked up at a time."""
-
 
 @dataclass(frozen=True)
 class Converted:
     """What the conversion of all layers leaves behind, beside their tensors."""
 
-    figures: list[dict[str, Any]]
-    """Figures of every converted layer."""
-    ends: list[Tensor | None]
-    """The states that leave each layer on the last sequence, where they were kept."""
-    norms: dict[int, Tensor]
-    """The norms of routers that look at activations, by layer."""
+    figures: list[dict[str, Any]]  # figures of every converted layer
+    ends: list[Tensor | None]  # what leaves each layer on the last sequence, where it was kept
+    norms: dict[int, Tensor]  # the norms of routers that look at activations, by layer
 
 
 def convert_layers(
@@ -54,8 +48,12 @@ def convert_layers(
     """
     job, watch = session.job, session.watch
     top = max(job.layers)
-    share, tokens = _own(tokens, session.group)
-    num_sequences = len(tokens.ids_BT)
+    share = shared(session.attempt.group, *tokens.ids_BT.shape)
+    first_heldout = len(tokens.ids_BT) - tokens.num_heldout
+    num_heldout = max(0, share.piece.stop - max(share.piece.start, first_heldout))
+    own_BT = share.own(tokens.ids_BT)
+    tokens = dataclasses.replace(tokens, ids_BT=own_BT, num_heldout=num_heldout)
+    num_sequences = len(own_BT)
     states_BTD, done = _begun(session, writer, share, top)
     if states_BTD is None:
         states_BTD = _embedded(job, tokens, session.store)
@@ -103,22 +101,12 @@ def shared(group: Group, num_sequences: int, length: int) -> Share:
     return Share(group, num_sequences, block)
 
 
-def _own(tokens: Tokens, group: Group) -> tuple[Share, Tokens]:
-    """The share of this process, and its tokens."""
-    num_sequences, length = tokens.ids_BT.shape
-    share = shared(group, num_sequences, length)
-    first_heldout = num_sequences - tokens.num_heldout
-    num_heldout = max(0, share.piece.stop - max(share.piece.start, first_heldout))
-    own = dataclasses.replace(tokens, ids_BT=share.own(tokens.ids_BT), num_heldout=num_heldout)
-    return share, own
-
-
 def _begun(
     session: Session, writer: ShardWriter | None, share: Share, top: int
 ) -> tuple[Tensor | None, list[tuple[dict[str, Tensor], Any]]]:
     """The states of this process's sequences behind the last layer that is done, and what was kept
     of each, from the process that has them."""
-    group, store = session.group, session.store
+    group, store = session.attempt.group, session.store
     states_BTD, done = session.state.layers(writer, store) if writer else (None, [])
     size = None if states_BTD is None else states_BTD.shape
     count, size = group.broadcast_object((len(done), size))
@@ -136,8 +124,8 @@ def _embedded(job: Job, tokens: Tokens, store: Store) -> Tensor:
     (num_sequences, length), hidden = tokens.ids_BT.shape, job.size("hidden_size")
     sides = 2 if job.method.error_propagation else 1
     states_BTD = store.empty(sides * num_sequences, length, hidden, device=job.device)
-    for start in range(0, num_sequences, SEQUENCES):
-        ids_BT = tokens.ids_BT[start : start + SEQUENCES]
+    for start in range(0, num_sequences, 32):  # as many are looked up at a time
+        ids_BT = tokens.ids_BT[start : start + 32]
         part_BTD = forward.embed(job.checkpoint, job.family, ids_BT, job.device)
         for side_BTD in states_BTD.split(num_sequences):
             side_BTD[start : start + len(ids_BT)] = part_BTD
@@ -209,7 +197,7 @@ def _pass(
             dense_TD=flat_TD[num_tokens:] if job.method.error_propagation else None,
             gradient_TD=slopes.pop(layer, None),
             store=store,
-            group=session.group,
+            group=session.attempt.group,
         )
         seed = job.recipe.seed * 1_000_003 + layer
         block = convert_block(ffn, inputs, job.shape, job.method, dtype=job.dtype, seed=seed)

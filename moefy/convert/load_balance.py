@@ -8,8 +8,7 @@ from torch import Tensor
 from moefy.convert.ridge import ridge
 from moefy.convert.routed_ffn import top_mask
 
-STEPS = 200
-"""Steps of the descent on the biases."""
+STEPS = 200  # steps of the descent on the biases
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the biases that are tried; the smallest share that evens out the load is used."""

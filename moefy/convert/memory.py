@@ -10,7 +10,7 @@ import math
 import os
 import re
 import resource
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,7 @@ from moefy.text.self_text import BATCHES, DOCUMENT
 LIBRARIES = 600_000_000
 """Resident bytes of Python, torch, transformers and scikit-learn before any tensor."""
 
-TEXT = 12
-"""Resident bytes of a tokenizer per byte of its file."""
+TEXT = 12  # resident bytes of a tokenizer per byte of its file
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -52,12 +51,9 @@ class Plan:
     """Where the calibration states are to lie, and what that takes."""
 
     peak_bytes: int
-    stage: str
-    """The stage that takes most."""
-    file_bytes: int
-    """Size of the files that hold the states; zero where memory does."""
-    refusal: str = ""
-    """The error message where it does not fit."""
+    stage: str  # the stage that takes most
+    file_bytes: int  # size of the files that hold the states; zero where memory does
+    refusal: str = ""  # the error message where it does not fit
 
 
 @dataclass(frozen=True)
@@ -65,10 +61,8 @@ class Writing:
     """How the dense model is to write text of its own."""
 
     compute: ComputeDtype
-    batch_size: int
-    """Documents at a time."""
-    num_bytes: int
-    """Memory that this takes."""
+    batch_size: int  # documents at a time
+    num_bytes: int  # memory that this takes
 
     @property
     def notes(self) -> list[str]:
@@ -78,36 +72,26 @@ class Writing:
 
 @dataclass(frozen=True)
 class Writer:
-    """What decides the memory of a dense model that writes text."""
+    """A dense model that writes text: its tensors, and its configuration in transformers' keys."""
 
-    stored_bytes: int
-    """Of its files."""
-    num_weights: int
-    cached: int
-    """Keys and values of a token, in all layers."""
-    vocab_size: int
+    entries: Collection[Entry]
+    config: Mapping[str, Any]
+    num_layers: int
 
     def num_bytes(self, itemsize: int, batch_size: int) -> int:
         """Bytes of the files, the weights, the keys and values, and the chances of all ids."""
-        document = DOCUMENT * self.cached * itemsize + 16 * self.vocab_size
-        return self.stored_bytes + itemsize * self.num_weights + batch_size * document
+        heads = int(self.config["num_attention_heads"])
+        head_dim = int(self.config.get("head_dim") or self.config["hidden_size"] // heads)
+        groups = int(self.config.get("num_key_value_heads") or heads)
+        token = 2 * self.num_layers * groups * head_dim * itemsize
+        document = DOCUMENT * token + 16 * int(self.config["vocab_size"])
+        weights = sum(entry.num_bytes + itemsize * entry.num_elements for entry in self.entries)
+        return weights + batch_size * document
 
     def batch_size(self, itemsize: int, room: int) -> int:
         """The most documents at a time that fit in `room` bytes, of `BATCHES`."""
         fitting = (number for number in BATCHES if self.num_bytes(itemsize, number) <= room)
         return next(fitting, BATCHES[-1])
-
-
-def writer(entries: Iterable[Entry], config: Mapping[str, Any], num_layers: int) -> Writer:
-    """The sizes of a dense model, by its tensors and its configuration in transformers' keys."""
-    entries, heads = list(entries), int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-    return Writer(
-        sum(entry.num_bytes for entry in entries),
-        sum(entry.num_elements for entry in entries),
-        2 * num_layers * int(config.get("num_key_value_heads") or heads) * head_dim,
-        int(config["vocab_size"]),
-    )
 
 
 def state_bytes(job: Job) -> int:
@@ -176,15 +160,12 @@ def fit(job: Job, slots: Mapping[str, Slot], limit: int | None = None) -> Plan:
         plan = Plan(stages[stage], stage, state_arrays(job) if in_files else 0)
         if plan.peak_bytes <= most:
             return plan
-    limited = (
-        f"--memory allows {most / 1e9:.1f} GB"
-        if most == limit
-        else f"there are {most / 1e9:.1f} GB"
-    )
+    limited = "--memory allows" if most == limit else "there are"
     even = ", even with its states in files," if plan.file_bytes else ""
     refusal = (
-        f"this conversion takes{even} {plan.peak_bytes / 1e9:.1f} GB of memory, {limited}; "
-        f"the most is for the stage {stage}: {ADVICE.get(stage, 'lower --tokens')}"
+        f"this conversion takes{even} {plan.peak_bytes / 1e9:.1f} GB of memory, {limited} "
+        f"{most / 1e9:.1f} GB; the most is for the stage {stage}: "
+        + ADVICE.get(stage, "lower --tokens")
     )
     return dataclasses.replace(plan, refusal=refusal)
 
@@ -209,7 +190,14 @@ def predicted(
     base = base_bytes(job.checkpoint.folder)
     always = base + gradient_bytes(job) + (0 if in_files else state_arrays(job))
     stages = {stage: always + held for stage, held in _layer(job).items()}
-    stages |= {stage: base + held for stage, held in _whole(job, most).items()}
+    # These need the whole dense model in memory.
+    if job.recipe.calibration == SELF:
+        stages["calibration"] = base + writing(job, most).num_bytes
+    if job.method.gradient:
+        hidden, length = job.size("hidden_size"), job.recipe.sequence_length
+        way_back = 4 * length * job.num_layers * (16 * hidden + 4 * job.shape.num_neurons)
+        way_back += 16 * length * job.size("vocab_size")
+        stages["gradients"] = base + 4 * job.num_weights + way_back + gradient_bytes(job)
     stages["reopen"] = base + _reopened(job, slots)
     return stages
 
@@ -229,7 +217,9 @@ def _layer(job: Job) -> dict[str, int]:
     matrix = 4 * neurons * hidden
     ffn = matrix * (3 if job.family.gated else 2)
     chunk = 4 * min(CHUNK, recipe.tokens) * neurons
-    stored = {"attention": ffn + _attention(job)}
+    # Weights of a layer outside its FFN, and the states they work on.
+    rows = 4 * min(4 * length, recipe.tokens)
+    stored = {"attention": ffn + 4 * job.other_weights + 8 * rows * hidden}
     # A gate's products, their activations, and the up's; with what the chunk before has left.
     stored["profile"] = ffn + 4 * chunk
     if (sample := job.method.sample) is None:
@@ -252,12 +242,6 @@ def _layer(job: Job) -> dict[str, int]:
     return stored
 
 
-def _attention(job: Job) -> int:
-    """Weights of a layer outside its FFN, and the states they work on."""
-    rows = 4 * min(4 * job.recipe.sequence_length, job.recipe.tokens)
-    return 4 * job.other_weights + 8 * rows * job.size("hidden_size")
-
-
 def writing(job: Job, most: int | None = None) -> Writing:
     """How the dense model is to write its own text in `most` bytes, or in what there is: in a dtype
     that the machine has, and as many documents at a time as fit.
@@ -266,7 +250,7 @@ def writing(job: Job, most: int | None = None) -> Writing:
         MoefyError: code 5 where a dtype that was asked for does not fit.
     """
     room = min(most or available(), available()) - base_bytes(job.checkpoint.folder)
-    sizes = writer(job.checkpoint.entries.values(), job.dense.config, job.num_layers)
+    sizes = Writer(job.checkpoint.entries.values(), job.dense.config, job.num_layers)
     compute = compute_dtype(
         job.recipe.compute_dtype,
         job.stored_dtype,
@@ -279,19 +263,6 @@ def writing(job: Job, most: int | None = None) -> Writing:
     return Writing(compute, batch_size, sizes.num_bytes(size, batch_size))
 
 
-def _whole(job: Job, most: int | None) -> dict[str, int]:
-    """What the stages hold that need the whole dense model in memory."""
-    recipe, stages = job.recipe, {}
-    if recipe.calibration == SELF:
-        stages["calibration"] = writing(job, most).num_bytes
-    if job.method.gradient:
-        hidden, length = job.size("hidden_size"), recipe.sequence_length
-        way_back = 4 * length * job.num_layers * (16 * hidden + 4 * job.shape.num_neurons)
-        way_back += 16 * length * job.size("vocab_size")
-        stages["gradients"] = 4 * job.num_weights + way_back + gradient_bytes(job)
-    return stages
-
-
 def _reopened(job: Job, slots: Mapping[str, Slot]) -> int:
     """What reopening the result holds: its files, and weights that are no view of a file.
 
@@ -302,7 +273,7 @@ def _reopened(job: Job, slots: Mapping[str, Slot]) -> int:
     later = tuple(layer.format(layer=number) for number in range(layers, job.num_layers))
     num_bytes = 0
     for name, slot in slots.items():
-        if later and name.startswith(later):
+        if name.startswith(later):
             continue
         num_bytes += slot.num_bytes
         if in_float32 and slot.dtype != "F32":

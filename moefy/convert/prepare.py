@@ -27,11 +27,8 @@ from moefy.models.targets.dense import narrower
 from moefy.models.targets.target import Dense, Target
 from moefy.types import Shape
 
-AUTO = "auto"
-"""What `--layers` says to keep those dense that would lose most."""
-
-SELF = "self"
-"""What `--calibration` says to have the model write the text."""
+AUTO = "auto"  # what `--layers` says to keep those dense that would lose most
+SELF = "self"  # what `--calibration` says to have the model write the text
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,7 @@ class Job:
     source: Source
     dense: Dense
     target: Target
-    reason: str
-    """Why this target."""
+    reason: str  # why this target
     shape: Shape
     layers: list[int]
     method: Method
@@ -142,9 +138,8 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
     # "auto" is settled from weights (see `sensitivity`); until then it stands for all.
     layers = chosen_layers(":" if recipe.layers == AUTO else recipe.layers, num_layers)
     dense = describe(checkpoint, family, layers)
-    if method.fit is None:
-        target, reason = narrower(family), "the dense class itself, for it routes nothing"
-    else:
+    target, reason = narrower(family), "the dense class itself, for it routes nothing"
+    if method.fit is not None:
         target, reason = choose_target(recipe, family, dense)
     _check_writes(recipe, method, family)
     shape = solve(
@@ -172,8 +167,11 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
     else:
         notes += serving_notes(target, dense, shape)
     job = Job(recipe, source, dense, target, reason, shape, layers, method, ())
-    if recipe.dtype == "as-stored":
-        notes += _dtype_notes(checkpoint, str(job.dtype).removeprefix("torch."))
+    counts = Counter(entry.dtype for entry in checkpoint.entries.values())
+    if recipe.dtype == "as-stored" and len(counts) > 1:
+        stored = ", ".join(f"{number} {code}" for code, number in sorted(counts.items()))
+        dtype = str(job.dtype).removeprefix("torch.")
+        notes.append(f"{stored} tensors keep their dtypes; converted FFNs are written in {dtype}")
     return dataclasses.replace(job, notes=tuple(notes))
 
 
@@ -269,14 +267,12 @@ def choose_target(recipe: Recipe, family: Family, dense: Dense) -> tuple[Target,
 def _why_not(target: Target, dense: Dense, engines: list[Engine]) -> str | None:
     """Why a class cannot hold a model, or which of the engines do not run it."""
     name = target.model_type
-    if reason := target.why_unsupported(dense):
-        return reason
     if missing := [engine.name for engine in engines if name not in engine.classes]:
-        return f"not in {', '.join(missing)}"
-    issues = [
+        return target.why_unsupported(dense) or f"not in {', '.join(missing)}"
+    issues = (
         f"{engine.name} {issue}" for engine in engines for issue in engine.issues(name, dense)
-    ]
-    return "; ".join(issues) or None
+    )
+    return target.why_unsupported(dense) or "; ".join(issues) or None
 
 
 def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:
@@ -289,15 +285,6 @@ def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:
     known = [engine for engine in ENGINES if target.model_type in engine.classes]
     slow = by_reason({engine.name: engine.heed(dense, shape) for engine in known})
     return notes + [f"{engines}: {reason}" for reason, engines in slow.items()]
-
-
-def _dtype_notes(checkpoint: Checkpoint, dtype: str) -> list[str]:
-    """A note on a checkpoint of several dtypes."""
-    counts = Counter(entry.dtype for entry in checkpoint.entries.values())
-    if len(counts) < 2:
-        return []
-    stored = ", ".join(f"{number} {code}" for code, number in sorted(counts.items()))
-    return [f"{stored} tensors keep their dtypes; converted FFNs are written in {dtype}"]
 
 
 def check_device(name: str) -> None:

@@ -12,11 +12,8 @@ from moefy.distributed import ALONE, Group
 from moefy.files.buffers import MEMORY, Store
 from moefy.types import FFN, Profile
 
-CHUNK = 2048
-"""Tokens whose activations are in memory at a time."""
-
-SAMPLE = 8192
-"""Fitting tokens that a split looks at, where it does not need all."""
+CHUNK = 2048  # tokens whose activations are in memory at a time
+SAMPLE = 8192  # fitting tokens that a split looks at, where it does not need all
 
 
 @dataclass(frozen=True)
@@ -24,20 +21,13 @@ class Inputs:
     """What the calibration tokens of one process bring to an FFN."""
 
     x_TD: Tensor
-    num_heldout: int
-    """The last tokens, which nothing is fitted on."""
-    residual_TD: Tensor | None = None
-    """What the output is added to; without it all tokens weigh the same."""
-    join: Callable[[Tensor], Tensor] | None = None
-    """What the output goes through before it is added, where a layer does more than add."""
-    dense_TD: Tensor | None = None
-    """What leaves the layer in the dense model."""
-    gradient_TD: Tensor | None = None
-    """See `Profile`."""
-    store: Store = MEMORY
-    """Where tensors of all tokens lie."""
-    group: Group = ALONE
-    """The processes that have the other tokens."""
+    num_heldout: int  # the last tokens, which nothing is fitted on
+    residual_TD: Tensor | None = None  # what the output is added to; without it tokens weigh alike
+    join: Callable[[Tensor], Tensor] | None = None  # what the output goes through before that
+    dense_TD: Tensor | None = None  # what leaves the layer in the dense model
+    gradient_TD: Tensor | None = None  # see `Profile`
+    store: Store = MEMORY  # where tensors of all tokens lie
+    group: Group = ALONE  # the processes that have the other tokens
 
 
 def chunks(

@@ -11,7 +11,7 @@ from torch import Tensor
 from moefy.convert.profile import chunks, some_activations
 from moefy.convert.ridge import damping, ridge
 from moefy.convert.routed_ffn import RoutedFFN
-from moefy.types import Partition, Profile
+from moefy.types import Profile
 
 STRENGTHS = ((0.3, 1.0, 3.0), (0.1, 0.03, 0.01))
 """Ridge strengths, as multiples of the mean squared activation: upward first, then downward, each
@@ -48,14 +48,10 @@ class Refit:
 class _Sums:
     """Sums over the fitting tokens of all processes."""
 
-    gram_AA: Tensor
-    """H'H of the neurons that the partition uses."""
-    cross_AD: Tensor
-    """H'R, of what the outputs miss."""
-    missing: float
-    """|R|^2."""
-    norm: float
-    """|Y|^2."""
+    gram_AA: Tensor  # H'H of the neurons that the partition uses
+    cross_AD: Tensor  # H'R, of what the outputs miss
+    missing: float  # |R|^2
+    norm: float  # |Y|^2
 
 
 def refit(
@@ -75,7 +71,8 @@ def refit(
     Cost: one F x F Gram matrix in float32, and a Cholesky factorisation per strength.
     """
     down_DF, total = routed.ffn.down_DF, profile.group.total
-    used = _used(routed.partition)
+    neurons = [routed.partition.shared_S, routed.partition.experts_EN.reshape(-1)]
+    used = torch.cat(neurons).unique()
     wrong, norm = map(total, _error(_runs(routed, profile, "heldout"), down_DF))
     before = (wrong / norm) ** 0.5
     sums = _sums(routed, profile, used, enabled)
@@ -177,10 +174,6 @@ def _corrected(down_DF: Tensor, used: Tensor, delta_AD: Tensor) -> Tensor:
     down_DF = down_DF.clone()
     down_DF[:, used] += delta_AD.T
     return down_DF
-
-
-def _used(partition: Partition) -> Tensor:
-    return torch.cat([partition.shared_S, partition.experts_EN.reshape(-1)]).unique()
 
 
 def _runs(routed: RoutedFFN, profile: Profile, part: str) -> Iterator[tuple[Tensor, Tensor]]:

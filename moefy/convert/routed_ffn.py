@@ -22,8 +22,7 @@ class RoutedFFN:
     ffn: FFN
     partition: Partition
     router: Router
-    k: int
-    """Zero where nothing is routed."""
+    k: int  # zero where nothing is routed
 
     @property
     def num_active(self) -> int:

@@ -93,7 +93,7 @@ def _lead(
     loss_L = _sensitivities(session, tokens)
     job = sensitivity.settle(job, loss_L) if loss_L else job
     asked, session = session.job.recipe.active, dataclasses.replace(session, job=job)
-    session.group.broadcast_object((tokens, loss_L))
+    session.attempt.group.broadcast_object((tokens, loss_L))
     slots = write.slots(job)
     size = num_bytes(job.recipe.max_shard_size)
     writer = ShardWriter(part, slots, shard_bytes=size, resume=True)
@@ -119,7 +119,7 @@ def _lead(
         )
     job = dataclasses.replace(job, notes=(*job.notes, *scanned.notes, *gaps(done.figures)))
     summary = summarise(job, tokens, done.figures, checked, clock.seconds(), scanned.digests)
-    summary["machine"] = _machine(job, session.group)
+    summary["machine"] = _machine(job, session.attempt.group)
     summary["memory"] = {"planned_bytes": plan.peak_bytes, "file_bytes": plan.file_bytes}
     if loss_L:
         summary["budget"] = {"active": asked, "kl_when_pruned_alone": loss_L}

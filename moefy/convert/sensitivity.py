@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -22,11 +23,8 @@ from moefy.text.packing import Tokens
 PIECE = 128
 """Tokens of a piece of a sequence: short pieces take few tokens from many documents."""
 
-PROBES = 8
-"""Held-out pieces on which the sensitivities are measured."""
-
-FITTED = 32
-"""Pieces to fit on."""
+PROBES = 8  # held-out pieces on which the sensitivities are measured
+FITTED = 32  # pieces to fit on
 
 GROWTH = 2.0
 """Loss is taken to grow with this power of the share of neurons left out. That of whole models
@@ -159,10 +157,6 @@ def _promised(loss_L: list[float], active: float, num_dense: int) -> float:
 
 def _ranges(layers: list[int]) -> str:
     """Layers as `--layers` takes them."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and parts[-1][1] == layer:
-            parts[-1][1] = layer + 1
-        else:
-            parts.append([layer, layer + 1])
-    return ",".join(f"{start}:{stop}" for start, stop in parts)
+    groups = itertools.groupby(enumerate(layers), lambda pair: pair[1] - pair[0])
+    parts = [[layer for _, layer in group] for _, group in groups]
+    return ",".join(f"{part[0]}:{part[-1] + 1}" for part in parts)

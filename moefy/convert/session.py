@@ -16,18 +16,12 @@ from moefy.timing import Clock
 class Attempt:
     """How to go about a conversion; nothing here decides the bytes of the result."""
 
-    force: bool = False
-    """Replace OUT, and discard an unfinished conversion of other settings."""
-    restart: bool = False
-    """Discard an unfinished conversion of the same settings, too."""
-    keep: bool = True
-    """Keep what a rerun needs to go on from the last layer that is done."""
-    strict: bool = False
-    """Stop at the first layer of which an expert or a neuron has seen too little text."""
-    memory: int | None = None
-    """Bytes to keep to; where the states of all tokens do not fit, they lie in files beside OUT."""
-    group: Group = ALONE
-    """The processes that share the calibration tokens."""
+    force: bool = False  # replace OUT, and discard an unfinished conversion of other settings
+    restart: bool = False  # discard an unfinished conversion of the same settings, too
+    keep: bool = True  # keep what a rerun needs to go on from the last layer that is done
+    strict: bool = False  # stop at the first layer whose experts or neurons saw too little text
+    memory: int | None = None  # bytes to keep to; states that do not fit lie in files beside OUT
+    group: Group = ALONE  # the processes that share the calibration tokens
 
 
 @dataclass(frozen=True)
@@ -36,14 +30,7 @@ class Session:
 
     job: Job
     attempt: Attempt
-    state: State
-    """What is on disk for a rerun; nothing in all processes but the first."""
-    store: Store
-    """Where tensors of all tokens lie."""
+    state: State  # what is on disk for a rerun; nothing in all processes but the first
+    store: Store  # where tensors of all tokens lie
     clock: Clock
     watch: Watch
-
-    @property
-    def group(self) -> Group:
-        """The processes that share the calibration tokens."""
-        return self.attempt.group

@@ -15,7 +15,7 @@ from moefy import __version__, report
 from moefy.checkpoint.resolve import DEMO
 from moefy.config.recipe import render
 from moefy.convert.prepare import Job
-from moefy.environment import machine, versions
+from moefy.environment import versions
 from moefy.files.publish import file_digests, write_json, write_text
 from moefy.files.shards import save
 from moefy.models.engines import known_engines
@@ -51,22 +51,12 @@ def summarise(
         "layers": layers,
         "layers_left_dense": [n for n in range(job.num_layers) if n not in job.layers],
         "recipe": dataclasses.asdict(job.recipe),
-        "calibration": {
-            "source": tokens.source,
-            "sha256": tokens.sha256,
-            "documents": tokens.num_documents,
-            "sequences": len(tokens.ids_BT),
-            "heldout_sequences": tokens.num_heldout,
-            "sequence_length": tokens.ids_BT.shape[1],
-            "compute_dtype": tokens.compute_dtype,
-            "notes": list(tokens.notes),
-        },
+        "calibration": {**tokens.figures(), "compute_dtype": tokens.compute_dtype},
         "reopened": checked,
         "notes": list(job.notes),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "peak_resident_bytes": peak * (1 if sys.platform == "darwin" else 1024),
         "device": str(job.device),
-        "machine": machine(job.device),
         "versions": versions(),
         "inputs": inputs,
     }
@@ -118,10 +108,6 @@ def write_report(job: Job, part: Path, summary: dict[str, Any], tensors: dict[st
     write_json(folder / "conversion.json", summary)
 
 
-LICENCE = ("license", "license_name", "license_link", "language")
-"""What a card inherits from that of the dense model."""
-
-
 def licence(folder: Path) -> dict[str, Any]:
     """The licence and the languages that the dense model's card names, if it has a card."""
     from huggingface_hub import ModelCard
@@ -136,4 +122,5 @@ def licence(folder: Path) -> dict[str, Any]:
         data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, YAMLError):  # a card is for people: a model is no worse for a broken one
         return {}
-    return {key: data[key] for key in LICENCE if isinstance(data.get(key), str | list)}
+    keys = ("license", "license_name", "license_link", "language")
+    return {key: data[key] for key in keys if isinstance(data.get(key), str | list)}

@@ -82,8 +82,6 @@ def _alive(owner: str) -> bool:
         return bool(match)
     try:
         os.kill(int(match[1]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:
+        return error.errno != errno.ESRCH  # EPERM: another user's
     return True

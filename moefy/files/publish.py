@@ -164,7 +164,11 @@ def publishing(
                     "or remove it",
                     code=7,
                 )
-            _make(part, out)
+            part.mkdir(exist_ok=True)
+            if out.exists() and out.stat().st_dev != part.stat().st_dev:
+                raise MoefyError(
+                    f"OUT {out} is a mount point; expected a folder to create in it", code=5
+                )
             yield part
             check_free(out, force=force)  # again: much may have happened since
             _swap(part, out, place / OLD)
@@ -235,13 +239,6 @@ def clear(place: Path) -> None:
     for name in (STATE, PART):
         if (place / name).exists():
             shutil.rmtree(place / name)
-
-
-def _make(part: Path, out: Path) -> None:
-    """Create the folder to fill, and check that it can be renamed to `out`."""
-    part.mkdir(exist_ok=True)
-    if out.exists() and out.stat().st_dev != part.stat().st_dev:
-        raise MoefyError(f"OUT {out} is a mount point; expected a folder to create in it", code=5)
 
 
 def _swap(part: Path, out: Path, old: Path) -> None:

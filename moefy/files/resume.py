@@ -6,6 +6,7 @@ between layers are kept: if one is damaged, one layer is done again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -16,18 +17,8 @@ from torch import Tensor
 
 from moefy.environment import differences
 from moefy.errors import MoefyError
+from moefy.files import publish
 from moefy.files.buffers import MEMORY, Store
-from moefy.files.publish import (
-    PART,
-    STATE,
-    clear,
-    damaged_state,
-    has_state,
-    place_of,
-    read_sealed,
-    replacing,
-    write_sealed,
-)
 from moefy.files.safetensors_header import read_header, some
 from moefy.files.shards import ShardWriter, read, save, sha256
 
@@ -68,8 +59,8 @@ class State:
                 code=7,
             )
         if lines and self.folder:
-            clear(self.folder.parent)
-            (self.folder.parent / PART).mkdir()
+            publish.clear(self.folder.parent)
+            (self.folder.parent / publish.PART).mkdir()
             self._stored, self._facts = {}, dict(self._claimed)
         self._claimed |= now
         self._facts |= now
@@ -82,7 +73,7 @@ class State:
         if name != FACTS and self._stored != self._facts:
             self.save(FACTS, self._facts)
             self._stored = dict(self._facts)
-        write_sealed(self.folder / f"{name}.json", value)
+        publish.write_sealed(self.folder / f"{name}.json", value)
 
     def load(self, name: str) -> Any:
         """A recorded value; None if there is none.
@@ -90,14 +81,14 @@ class State:
         Raises:
             MoefyError: code 7 when the record is damaged.
         """
-        return None if self.folder is None else read_sealed(self.folder / f"{name}.json")
+        return None if self.folder is None else publish.read_sealed(self.folder / f"{name}.json")
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], value: Any = None) -> None:
         """Record tensors and a JSON value."""
         if self.folder is None:
             return
         self.folder.mkdir(exist_ok=True)
-        with replacing(self.folder / f"{name}.safetensors") as draft:
+        with publish.replacing(self.folder / f"{name}.safetensors") as draft:
             digests = save(self.folder, draft.stem, tensors)
         self.save(name, {"digests": digests, "value": value})
 
@@ -118,7 +109,7 @@ class State:
         except (OSError, MoefyError):
             digests = {}
         if digests != record["digests"]:
-            raise damaged_state(file)
+            raise publish.damaged_state(file)
         return tensors, record["value"]
 
     def save_layer(
@@ -175,13 +166,12 @@ class State:
 
 def num_layers(folder: Path | None) -> int:
     """Number of finished layers in a state's folder."""
-    count = 0
-    while folder is not None and (folder / f"layer-{count}.json").exists():
-        count += 1
-    return count
+    if folder is None:
+        return 0
+    return next(n for n in itertools.count() if not (folder / f"layer-{n}.json").exists())
 
 
 def unfinished(out: Path) -> int | None:
     """Number of finished layers that a stopped run left beside `out`; None if it left no state."""
-    place = place_of(Path(os.path.abspath(out)))
-    return num_layers(place / STATE) if has_state(place) else None
+    place = publish.place_of(Path(os.path.abspath(out)))
+    return num_layers(place / publish.STATE) if publish.has_state(place) else None

@@ -15,7 +15,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from moefy.compute_dtype import ComputeDtype, compute_dtype, name_of
 from moefy.config.finetune import Settings
 from moefy.config.recipe import Recipe
-from moefy.convert.memory import available, base_bytes, require, writer
+from moefy.convert.memory import Writer, available, base_bytes, require
 from moefy.errors import MoefyError
 from moefy.files.publish import sha256
 from moefy.files.safetensors_header import read_config, read_entries
@@ -247,7 +247,7 @@ def write_text(
     dtype: torch.dtype,
     amount: packing.Amount,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Tokens:
     """Text that the dense model in `folder` writes, as many documents at a time as fit in memory.
 
@@ -256,7 +256,7 @@ def write_text(
     """
     config = plain_config(folder).get_text_config()
     entries = read_entries(folder).values()
-    sizes = writer(entries, config.to_dict(), config.num_hidden_layers)
+    sizes = Writer(entries, config.to_dict(), config.num_hidden_layers)
     room = available() - base_bytes(folder)
     batch_size = sizes.batch_size(dtype.itemsize, room)
     needed = sizes.num_bytes(dtype.itemsize, batch_size)

@@ -261,22 +261,14 @@ def _rows(log: Path) -> Iterator[dict[str, Any]]:
 
 def _summary(plan: Plan, trained: Trained) -> dict[str, Any]:
     """The content of `moefy/finetune.json`, without the digests of the output."""
-    run, settings, tokens = plan.run, plan.settings, plan.tokens
+    run, settings = plan.run, plan.settings
     return {
         "moefy": __version__,
         "format": 1,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "parent": {"folder": os.path.abspath(run.folder), "files": run.digests},
         "teacher": {"model": settings.teacher or run.recipe.model, "files": plan.digests},
-        "train": {
-            "source": tokens.source,
-            "sha256": tokens.sha256,
-            "documents": tokens.num_documents,
-            "sequences": len(tokens.ids_BT),
-            "heldout_sequences": tokens.num_heldout,
-            "sequence_length": tokens.ids_BT.shape[1],
-            "notes": list(tokens.notes),
-        },
+        "train": plan.tokens.figures(),
         "settings": dataclasses.asdict(settings),
         **{key: value for key, value in vars(trained).items() if key != "model"},
         "versions": {

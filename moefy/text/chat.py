@@ -9,24 +9,13 @@ from typing import Any
 from moefy.errors import MoefyError
 from moefy.text.tokenizer import first_ids
 
-FIELDS = ("messages", "conversations")
-"""The fields of rows that hold turns."""
-
-SPEAKERS = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function_response": "tool",
-    "observation": "tool",
+ROLES = {
+    "user": ("user", "human"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bard", "bing", "model", "function_call"),
+    "system": ("system",),
+    "tool": ("tool", "function_response", "observation"),
 }
+SPEAKERS = {speaker: role for role, speakers in ROLES.items() for speaker in speakers}
 """A turn's speaker (`from`), and the role that templates know."""
 
 DAY = datetime(2025, 1, 1)
@@ -43,7 +32,7 @@ EXPECTED = "expected turns such as {'role': 'user', 'content': '...'}, or with `
 
 def conversation(row: Mapping[str, Any]) -> list[Any] | None:
     """The turns of a row, unchecked, if it holds any."""
-    values = (row.get(field) for field in FIELDS)
+    values = (row.get(field) for field in ("messages", "conversations"))
     return next((turns for turns in values if isinstance(turns, list)), None)
 
 
@@ -127,16 +116,14 @@ def _content(content: Any, where: str) -> str:
         raise MoefyError(
             f"{where}: content is {type(content).__name__}; expected text, or parts of it"
         )
-    return "".join(_part(part, where) for part in content)
-
-
-def _part(part: Any, where: str) -> str:
-    if isinstance(part, str):
-        return part
-    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-    text = part.get("text") if isinstance(part, Mapping) else None
-    if not str(kind).endswith("text") or not isinstance(text, str):
-        raise MoefyError(
-            f"{where}: a part of type {str(kind)[:40]!r}; expected text alone; leave out the row"
-        )
-    return text
+    texts = []
+    for part in content:
+        known = isinstance(part, str | Mapping)
+        part = part if isinstance(part, Mapping) else {"text": part}
+        kind = str(part.get("type", "text")) if known else type(part["text"]).__name__
+        texts.append(part.get("text"))
+        if not kind.endswith("text") or not isinstance(texts[-1], str):
+            raise MoefyError(
+                f"{where}: a part of type {kind[:40]!r}; expected text alone; leave out the row"
+            )
+    return "".join(texts)

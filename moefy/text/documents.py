@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from array import array
 from collections.abc import Iterator
@@ -15,11 +14,10 @@ import torch
 from moefy.checkpoint.resolve import looks_like_path
 from moefy.errors import MoefyError
 from moefy.text import chat
-from moefy.text.rows import SUFFIXES, TABLES, lines, rows, start, suffix
+from moefy.text.rows import SUFFIXES, TABLES, lines, rows, suffix
 from moefy.text.stratify import spread
 
-TEXT = "text"
-"""The field of a row that holds its text by default."""
+TEXT = "text"  # the field of a row that holds its text by default
 
 MOST_CHARACTERS, MOST_IDS = 2**28, 2**26
 """The most to read of a file or folder, so that a text larger than memory still works."""
@@ -30,9 +28,6 @@ STREAM_CHARACTERS_PER_TOKEN = 64
 KIND_CHARACTERS_PER_TOKEN, KIND_CHARACTERS = 256, 2**23
 """Characters to sort into kinds, per token and at most: enough for all shares, and read in
 seconds."""
-
-CHARACTERS_PER_TOKEN = 4
-"""A rough mean."""
 
 BOM = "\ufeff"
 
@@ -58,10 +53,8 @@ def documents(source: str, *, text_field: str = TEXT, tokenizer: Any = None) -> 
     path = locate(source)
     if path is None:
         texts = (_row_text(row, text_field, source, tokenizer) for row in _streamed(source))
-    elif path.is_dir():
-        texts = chain.from_iterable(_stored(file, text_field, tokenizer) for file in _below(path))
     else:
-        texts = _stored(path, text_field, tokenizer)
+        texts = chain.from_iterable(_stored(file, text_field, tokenizer) for file in _files(path))
     num_read = num_texts = 0
     for text in texts:
         num_read += 1
@@ -85,13 +78,14 @@ def beginning(path: Path, num_characters: int, tokenizer: Any, *, text_field: st
         MoefyError: as `documents`.
     """
     path = path.expanduser()
-    stored = rows(path)
-    if stored is None:
-        return start(path, num_characters)
-    end = tokenizer.eos_token or tokenizer.sep_token or "\n\n\n"
+    if rows(path) is None:
+        texts, end = lines(path), ""
+    else:
+        texts = documents(str(path), text_field=text_field, tokenizer=tokenizer)
+        end = tokenizer.eos_token or tokenizer.sep_token or "\n\n\n"
     parts: list[str] = []
     length = 0
-    for text in documents(str(path), text_field=text_field, tokenizer=tokenizer):
+    for text in texts:
         parts.append(text)
         length += len(text) + len(end)
         if length >= num_characters:
@@ -113,14 +107,14 @@ def shuffled(
     """
     stream = locate(source) is None
     most = STREAM_CHARACTERS_PER_TOKEN * num_tokens if stream else MOST_CHARACTERS
-    texts: dict[bytes, str] = {}
+    texts: dict[str, None] = {}  # a set that keeps the order
     notes = []
     num_read = num_characters = 0
     for text in documents(source, text_field=text_field, tokenizer=tokenizer):
         if num_characters >= most:
             notes.append(f"only the first {num_characters:,} characters were read")
             break
-        texts.setdefault(hashlib.sha256(text.encode()).digest(), text)
+        texts[text] = None
         num_read += 1
         num_characters += len(text)
     if len(texts) < num_read:
@@ -129,7 +123,7 @@ def shuffled(
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(texts), generator=generator).tolist()
-    distinct = list(texts.values())
+    distinct = list(texts)
     return [distinct[index] for index in order], notes
 
 
@@ -138,7 +132,7 @@ def stratified(texts: list[str], num_tokens: int, *, share: int) -> list[str]:
 
     A document counts up to `share` tokens. Texts far beyond the first `num_tokens` stay in place.
     """
-    most = CHARACTERS_PER_TOKEN * share
+    most = 4 * share  # characters, of which a token has about four
     enough = min(KIND_CHARACTERS_PER_TOKEN * num_tokens, KIND_CHARACTERS)
     num = sum(end <= enough for end in accumulate(min(len(text), most) for text in texts))
     return [texts[index] for index in spread(texts[:num], most)] + texts[num:]
@@ -151,7 +145,7 @@ def id_rows(source: str, field: str) -> Iterator[array[int]]:
         MoefyError: code 3 for a source that is missing, is no file of rows, or holds no ids.
     """
     path = locate(source)
-    files = [] if path is None else _below(path) if path.is_dir() else [path]
+    files = _files(path) if path else []
     num_rows = 0
     for where, row in chain.from_iterable(rows(file) or () for file in files):
         ids = _value(row, field, where)
@@ -185,9 +179,11 @@ def locate(source: str) -> Path | None:
     return None
 
 
-def _below(folder: Path) -> list[Path]:
-    """The files of text and rows in a folder and below."""
-    return sorted(file for file in folder.rglob("*") if suffix(file) in SUFFIXES and file.is_file())
+def _files(path: Path) -> list[Path]:
+    """The files of text and rows in a folder and below; a file alone is itself."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if suffix(file) in SUFFIXES and file.is_file())
 
 
 def _stored(path: Path, text_field: str, tokenizer: Any) -> Iterator[str]:
@@ -245,17 +241,13 @@ def _row_text(row: dict[str, Any], text_field: str, where: str, tokenizer: Any) 
 def _streamed(source: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a data set of the hub."""
     import datasets
-    from datasets.exceptions import DatasetsError
-
-    # The error of whichever HTTP library the hub's client is built on.
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     name, *rest = source.split(":")
     configuration = rest[0] if len(rest) > 1 else None
     split = rest[-1] if rest else "train"
     try:
         yield from datasets.load_dataset(name, configuration, split=split, streaming=True)
-    except (DatasetsError, HTTPError, OSError, ValueError) as error:
+    except Exception as error:  # of the library, or of the HTTP client of the day
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MoefyError(
             f"{source}: no such file or folder, and no data set that can be read ({reason}); "

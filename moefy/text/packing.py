@@ -15,11 +15,8 @@ from moefy.errors import MoefyError
 from moefy.text.documents import MOST_IDS, TEXT, id_rows, shuffled, stratified
 from moefy.text.tokenizer import encode, first_ids, require_rows
 
-LEAST_SEQUENCES = 8
-"""One held out and seven to fit on: fits on fewer mean nothing."""
-
-IDS = "input_ids"
-"""The field of rows that are tokenised already."""
+LEAST_SEQUENCES = 8  # one held out and seven to fit on: fits on fewer mean nothing
+IDS = "input_ids"  # the field of rows that are tokenised already
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,18 @@ class Tokens:
     notes: tuple[str, ...]
     compute_dtype: str | None = None
 
+    def figures(self) -> dict[str, Any]:
+        """What the written summaries say of the text."""
+        return {
+            "source": self.source,
+            "sha256": self.sha256,
+            "documents": self.num_documents,
+            "sequences": len(self.ids_BT),
+            "heldout_sequences": self.num_heldout,
+            "sequence_length": self.ids_BT.shape[1],
+            "notes": list(self.notes),
+        }
+
 
 def load(
     tokenizer: Any,
@@ -77,24 +86,18 @@ def load(
         MoefyError: code 2 for a request of fewer than 8 sequences; code 3 for a text that gives
             fewer, for a bad source, and for a tokenizer with ids beyond `vocab_size`.
     """
-    share = 4 * amount.length
-    bos = first_ids(tokenizer)
-    room = amount.length - len(bos)
+    share, bos = 4 * amount.length, first_ids(tokenizer)
     # More than is used, so that the held-out part can skip to the start of a document.
-    enough = count_sequences(amount) * room + share
+    enough = count_sequences(amount) * (amount.length - len(bos)) + share
     texts, notes = shuffled(
         source, amount.num_tokens, amount.seed, text_field=text_field, tokenizer=tokenizer
     )
     if stratify:
         texts = stratified(texts, amount.num_tokens, share=share)
     parts = _gather(tokenizer, texts, share=share, enough=enough)
-    usable, fewer = _usable(source, parts, room, amount)
-    num_heldout = count_heldout(usable, amount.heldout)
-    ids_BN, num_documents, shared = pack(parts, room, usable - num_heldout, num_heldout)
-    require_rows(ids_BN, vocab_size)
-    ids_BT = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(usable, -1), ids_BN], 1)
-    notes += [*fewer, *shared]
-    return Tokens(ids_BT, num_heldout, source, digest(ids_BT), num_documents, tuple(notes))
+    tokens = _packed(source, parts, bos, amount, notes)
+    require_rows(tokens.ids_BT, vocab_size)
+    return tokens
 
 
 def load_ids(source: str, amount: Amount, *, vocab_size: int | None = None) -> Tokens:
@@ -105,7 +108,7 @@ def load_ids(source: str, amount: Amount, *, vocab_size: int | None = None) -> T
     Raises:
         MoefyError: as `load`.
     """
-    num_sequences, length = count_sequences(amount), amount.length
+    used = count_sequences(amount) * amount.length
     rows, num_read, notes = [], 0, []
     for row in id_rows(source, IDS):
         if num_read >= MOST_IDS:
@@ -116,19 +119,16 @@ def load_ids(source: str, amount: Amount, *, vocab_size: int | None = None) -> T
     generator = torch.Generator().manual_seed(amount.seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
     # As many as are used; one more, so that the held-out part can skip to the start of a row.
-    enough = num_sequences * length + max(map(len, rows))
+    enough = used + max(map(len, rows))
     ends = accumulate(len(rows[index]) for index in order)
     parts = [
         rows[index]
         for index, end in zip(order, ends, strict=True)
         if end - len(rows[index]) < enough
     ]
-    usable, fewer = _usable(source, parts, length, amount)
-    num_heldout = count_heldout(usable, amount.heldout)
-    ids_BT, num_documents, shared = pack(parts, length, usable - num_heldout, num_heldout)
-    require_rows(ids_BT, vocab_size)
-    notes += [*fewer, *shared]
-    return Tokens(ids_BT, num_heldout, source, digest(ids_BT), num_documents, tuple(notes))
+    tokens = _packed(source, parts, [], amount, notes)
+    require_rows(tokens.ids_BT, vocab_size)
+    return tokens
 
 
 def count_sequences(amount: Amount) -> int:
@@ -146,11 +146,12 @@ def count_sequences(amount: Amount) -> int:
     return amount.num_tokens // amount.length
 
 
-def _usable(
-    source: str, parts: list[list[int]], room: int, amount: Amount
-) -> tuple[int, list[str]]:
-    """The number of sequences of `room` tokens that the documents make, and a note if it is low."""
+def _packed(
+    source: str, parts: list[list[int]], bos: list[int], amount: Amount, notes: list[str]
+) -> Tokens:
+    """As many sequences as the documents make and were asked for, each behind the ids `bos`."""
     num_sequences, total = count_sequences(amount), sum(len(ids) for ids in parts)
+    room = amount.length - len(bos)
     usable = min(num_sequences, total // room)
     if usable < LEAST_SEQUENCES:
         raise MoefyError(
@@ -159,7 +160,12 @@ def _usable(
             "more text or a shorter length"
         )
     few = f"asked for {amount.num_tokens:,} tokens, the text gave {total:,}"
-    return usable, [few] if usable < num_sequences else []
+    notes = notes + [few] * (usable < num_sequences)
+    num_heldout = count_heldout(usable, amount.heldout)
+    ids_BN, num_documents, shared = pack(parts, room, usable - num_heldout, num_heldout)
+    ids_BT = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(usable, -1), ids_BN], 1)
+    notes += shared
+    return Tokens(ids_BT, num_heldout, source, digest(ids_BT), num_documents, tuple(notes))
 
 
 def count_heldout(num_sequences: int, heldout: float) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import gzip
 import importlib.util
 import io
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -28,10 +28,7 @@ GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 OTHERS = {
     b"%PDF-": "a PDF file; extract its text",
     b"PK\x03\x04": "a zip archive; unpack it, or save its text",
-    b"\x80\x02": "a pickle, which is never loaded; write JSON rows",
-    b"\x80\x03": "a pickle, which is never loaded; write JSON rows",
-    b"\x80\x04": "a pickle, which is never loaded; write JSON rows",
-    b"\x80\x05": "a pickle, which is never loaded; write JSON rows",
+    **{bytes((0x80, n)): "a pickle, which is never loaded; write JSON rows" for n in range(2, 6)},
     b"\xfd7zXZ\0": "compressed by xz; unpack it, or compress it by gzip",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it, or compress it by gzip",
     b"BZh91AY": "compressed by bzip2; unpack it, or compress it by gzip",
@@ -43,8 +40,7 @@ OTHERS = {
 BLOCK = 2**20
 """Bytes or characters that are read at once."""
 
-BATCH = 256
-"""Rows of a parquet file that are held at once."""
+BATCH = 256  # rows of a parquet file that are held at once
 
 SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -102,19 +98,6 @@ def lines(path: Path) -> Iterator[str]:
             yield line
 
 
-def start(path: Path, num_characters: int) -> str:
-    """The first characters of a file of running text, without a byte-order mark.
-
-    Raises:
-        MoefyError: as `lines`.
-    """
-    with _text(path) as file:
-        text = file.read(num_characters)
-    if "\0" in text:
-        raise _fault(path)
-    return text
-
-
 @contextlib.contextmanager
 def _binary(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, unpacked."""
@@ -145,24 +128,19 @@ def _text(path: Path) -> Iterator[TextIO]:
 
 def _fault(path: Path) -> MoefyError:
     """The error for a file that is no UTF-8 text, with the first wrong byte."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
     expected = "expected UTF-8 text; convert the file or give another"
     offset = 0
     with _binary(path) as file:
-        while True:
-            block = file.read(BLOCK)
-            if (zero := block.find(b"\0")) >= 0:
+        for line in file:  # no character has a line end inside
+            if (zero := line.find(b"\0")) >= 0:
                 return MoefyError(f"{path}: binary (byte {offset + zero} is zero); {expected}")
-            # The decoder holds back the start of a character that the last block cut in two.
-            num_held = len(decoder.getstate()[0])
             try:
-                decoder.decode(block, final=not block)
+                line.decode()
             except UnicodeDecodeError as error:
-                at = offset - num_held + error.start
+                at = offset + error.start
                 return MoefyError(f"{path}: not UTF-8 at byte {at}; {expected}")
-            if not block:
-                return MoefyError(f"{path}: changed while it was read; run the command again")
-            offset += len(block)
+            offset += len(line)
+    return MoefyError(f"{path}: changed while it was read; run the command again")
 
 
 def _holds_rows(path: Path) -> bool:
@@ -177,9 +155,9 @@ def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the objects of a file of JSON, one behind the other or in one array."""
     with _text(path) as file:
         values = _Values(file)
-        if in_array := values.peek() == "[":
-            values.skip()
         number = 0
+        if in_array := values.peek() == "[":
+            values.at += 1
         while (character := values.peek()) and not (in_array and character == "]"):
             number += 1
             where = f"{path}, {f'row {number}' if in_array else f'line {values.line}'}"
@@ -188,15 +166,14 @@ def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise MoefyError(f"{where}: the row is {type(row).__name__}; expected an object")
             yield where, row
             if in_array and values.peek() == ",":
-                values.skip()
+                values.at += 1
             elif in_array and values.peek() not in ("", "]"):
                 raise MoefyError(f"{where}: not valid JSON (no ',' or ']' follows it)")
         if in_array and not character:
             raise MoefyError(f"{path}: the array is cut off; fetch the file again")
-        if in_array:
-            values.skip()
-            if values.peek():
-                raise MoefyError(f"{path}, line {values.line}: text after the array")
+        values.at += 1
+        if in_array and values.peek():
+            raise MoefyError(f"{path}, line {values.line}: text after the array")
 
 
 class _Values:
@@ -218,17 +195,16 @@ class _Values:
             if not self._more():
                 return ""
 
-    def skip(self) -> None:
-        """Go past one character."""
-        self.at += 1
-
     def take(self, where: str) -> Any:
         """The next value."""
         while True:
             try:
                 value, end = self.decode(self.text, self.at)
             except (ValueError, RecursionError) as error:
-                if self._cut_off(error) and self._more():
+                # More text may help: no word, number or escape has more than 16 characters.
+                near = getattr(error, "pos", -math.inf) > len(self.text) - 16
+                open_ended = getattr(error, "msg", "").startswith("Unterminated string")
+                if (near or open_ended) and self._more():
                     continue
                 reason = getattr(error, "msg", "nested too deeply, or a number too long")
                 raise MoefyError(
@@ -246,13 +222,6 @@ class _Values:
         block = self.file.read(max(BLOCK, len(self.text) - self.at))
         self.text, self.at = self.text[self.at :] + block, 0
         return bool(block)
-
-    def _cut_off(self, error: Exception) -> bool:
-        """Whether more text may help: no word, number or escape has more than 16 characters."""
-        if not isinstance(error, json.JSONDecodeError):
-            return False
-        unterminated = error.msg.startswith("Unterminated string")
-        return unterminated or error.pos > len(self.text) - 16
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -26,8 +26,7 @@ long ones (recipes/results/negative-results.md)."""
 TEMPERATURE = 1.0
 """What draws less than the model's whole distribution is worse to calibrate on (there, too)."""
 
-MOST_OPENING = 2
-"""An opening takes at most one part in this many of its document."""
+MOST_OPENING = 2  # an opening takes at most one part in this many of its document
 
 BATCHES = (128, 64, 32, 16, 8, 4, 2, 1)
 """How many documents are written at a time: the first of these for which there is memory."""
@@ -41,7 +40,7 @@ def sample(
     batch_size: int = BATCHES[0],
     temperature: float = TEMPERATURE,
     document: int = DOCUMENT,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Tokens:
     """Sequences of tokens that the model writes itself.
 
@@ -85,12 +84,10 @@ def sample(
     while len(parts) < num_documents:
         num = min(batch_size, num_documents - len(parts))
         done = len(parts) * size
-
-        def tick(step: int, num: int = num, done: int = done) -> None:
-            if progress:
-                progress(done + step * num, num_documents * size)
-
-        parts += writer.write(num, tick)
+        parts += writer.write(
+            num,
+            lambda step, num=num, done=done: progress(done + step * num, num_documents * size),
+        )
     ids_BN, _, notes = pack(parts, room, num_sequences - num_heldout, num_heldout)
     ids_BT = torch.cat([torch.tensor(first).long().expand(num_sequences, -1), ids_BN], 1)
     return Tokens(ids_BT, num_heldout, "self", digest(ids_BT), num_documents, tuple(notes))
@@ -124,12 +121,9 @@ class Writer:
 
     model: Any
     openings: Iterator[list[int]]
-    first: list[int]
-    """Ids before every document, and not of it."""
-    end: list[int]
-    """Ids behind every document."""
-    size: int
-    """Ids of a document, its end included."""
+    first: list[int]  # ids before every document, and not of it
+    end: list[int]  # ids behind every document
+    size: int  # ids of a document, its end included
     temperature: float
     generator: torch.Generator
 

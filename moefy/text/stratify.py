@@ -9,17 +9,13 @@ from scipy.cluster.hierarchy import linkage
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.feature_extraction.text import HashingVectorizer
 
-KINDS = 16
-"""The number of kinds; fewer than twice as many documents are not sorted."""
-
-BEGINNING = 2048
-"""Characters at the start of a document that decide its kind."""
+KINDS = 16  # the number of kinds; fewer than twice as many documents are not sorted
+BEGINNING = 2048  # characters at the start of a document that decide its kind
 
 FEATURES = 2**12
 """Numbers that groups of three characters are hashed to."""
 
-SAMPLE = 4096
-"""Documents to cluster at most; the others go to the nearest kind."""
+SAMPLE = 4096  # documents to cluster at most; the others go to the nearest kind
 
 
 def spread(texts: list[str], most: int) -> list[int]:

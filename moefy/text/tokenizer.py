@@ -11,13 +11,6 @@ from moefy.errors import MoefyError
 from moefy.files.safetensors_header import CONFIG
 from moefy.models.load import plain_config
 
-FEW_PIECES = 0.8
-"""A tokenizer with fewer pieces than this share of the embeddings gets a warning: padding adds
-less."""
-
-OTHERS = ("tokenizer.model", "tekken.json")
-"""What transformers reads in place of the files of a tokenizer's class."""
-
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint folder, from local files only.
@@ -37,8 +30,10 @@ def load_tokenizer(folder: Path) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise _none(folder, reason) from None
     # Some classes start empty where there is no file for them, and then give no token for a text.
+    # transformers reads two other files in place of a class's own.
     names = tokenizer.vocab_files_names.values()
-    if names and not any((folder / name).exists() for name in (*names, *OTHERS)):
+    others = ("tokenizer.model", "tekken.json")
+    if names and not any((folder / name).exists() for name in (*names, *others)):
         raise _none(folder, f"none of {', '.join(sorted({*names}))} is there")
     return tokenizer
 
@@ -64,7 +59,7 @@ def vocabulary_notes(tokenizer: Any, num_rows: int) -> list[str]:
         )
     if most >= num_rows:
         return [f"the tokenizer has added tokens up to id {most}, the model {num_rows} embeddings"]
-    if most < FEW_PIECES * num_rows:
+    if most < 0.8 * num_rows:  # padding adds less
         return [f"the tokenizer has {most + 1} pieces for {num_rows} embeddings: is it the model's"]
     return []
 

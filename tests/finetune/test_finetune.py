@@ -455,7 +455,7 @@ def test_text_that_the_model_writes_keeps_to_the_memory_there_is(pico, monkeypat
     """As many documents at a time as fit; where not even one fits, it is refused."""
     folder, settings = pico("llama"), build(None, SMALL, [])
     config = inputs.plain_config(folder)
-    sizes = memory.writer(read_entries(folder).values(), config.to_dict(), config.num_hidden_layers)
+    sizes = memory.Writer(read_entries(folder).values(), config.to_dict(), config.num_hidden_layers)
     sample, batches = inputs.sample, []
 
     def sampling(*arguments, batch_size, **options):

@@ -9,15 +9,14 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from moefy.convert.assign import assign_balanced
-from moefy.convert.cluster import gathered
+from moefy.convert.cluster import gathered, ranked
 from moefy.convert.profile import CHUNK, SAMPLE, activations
 from moefy.convert.ridge import scorer
 from moefy.convert.routed_ffn import membership, top_mask
 from moefy.errors import MoefyError
 from moefy.types import FFN, Partition, Profile, Range, Shape
 
-OVERLAPS = True
-"""A neuron may stand in several of its experts."""
+OVERLAPS = True  # a neuron may stand in several of its experts
 
 SKETCH = 128
 """Random directions that a neuron's profile over the tokens is projected on before k-means."""
@@ -92,8 +91,7 @@ def _cluster(
     energy_TF: Tensor, mean_F: Tensor, shape: Shape, generator: torch.Generator
 ) -> Partition:
     """Share by mean energy; balanced k-means of the others on their sketched profiles."""
-    order_F = mean_F.argsort(descending=True, stable=True)
-    rest = order_F[shape.num_shared :].sort().values
+    shared_S, rest = ranked(mean_F, shape.num_shared)
     profile_TR = energy_TF[:, rest].sqrt_()
     profile_TR -= profile_TR.mean(0)
     profile_TR /= profile_TR.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
@@ -104,7 +102,7 @@ def _cluster(
         KMeans(shape.num_experts, n_init="auto", random_state=seed).fit(point_RQ).cluster_centers_
     )
     closeness_RE = point_RQ @ centre_EQ.T - 0.5 * (centre_EQ**2).sum(1)
-    return _partition(order_F[: shape.num_shared], rest, closeness_RE, shape)
+    return _partition(shared_S, rest, closeness_RE, shape)
 
 
 def _cluster_tokens(x_TD: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
@@ -126,15 +124,13 @@ def _reassign(energy_TF: Tensor, mask_TE: Tensor, shape: Shape) -> Partition:
     """Share the neurons that lose most by being routed; give the others their best expert."""
     delivered_FE = energy_TF.T @ mask_TE
     if shape.overlaps:
-        order_F = energy_TF.sum(0).argsort(descending=True, stable=True)
-        shared_S = order_F[: shape.num_shared].sort().values
+        shared_S = ranked(energy_TF.sum(0), shape.num_shared)[0].sort().values
         delivered_FE[shared_S] = -1.0
         best_FE = delivered_FE.argsort(dim=0, descending=True, stable=True)
         return Partition(shared_S, best_FE[: shape.expert_width].T.sort(1).values.contiguous())
     loss_F = energy_TF.sum(0) - delivered_FE.max(1).values
-    order_F = loss_F.argsort(descending=True, stable=True)
-    rest = order_F[shape.num_shared :].sort().values
-    return _partition(order_F[: shape.num_shared], rest, delivered_FE[rest].cpu().numpy(), shape)
+    shared_S, rest = ranked(loss_F, shape.num_shared)
+    return _partition(shared_S, rest, delivered_FE[rest].cpu().numpy(), shape)
 
 
 def _partition(shared_S: Tensor, rest: Tensor, value_RE, shape: Shape) -> Partition:

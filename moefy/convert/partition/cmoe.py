@@ -9,8 +9,7 @@ import torch
 from moefy.convert.cluster import balanced_kmeans, gathered, marks, ranked
 from moefy.types import FFN, Partition, Profile, Range, Shape
 
-WHOLE = True
-"""It holds a mark of every neuron on every fitting token."""
+WHOLE = True  # it holds a mark of every neuron on every fitting token
 
 
 def split(

@@ -10,8 +10,7 @@ from torch import Tensor
 from moefy.convert.cluster import balanced_kmeans, gathered, ranked
 from moefy.types import FFN, Partition, Profile, Range, Shape
 
-WHOLE = True
-"""It holds the activations of every neuron on every fitting token."""
+WHOLE = True  # it holds the activations of every neuron on every fitting token
 
 
 def split(

@@ -10,8 +10,7 @@ from moefy.convert.profile import CHUNK, activations
 from moefy.convert.routed_ffn import top_mask
 from moefy.types import FFN, Partition, Profile, Shape
 
-GRADIENT = True
-"""It needs `Profile.gradient_TD`."""
+GRADIENT = True  # it needs `Profile.gradient_TD`
 
 
 def split(ffn: FFN, profile: Profile, shape: Shape, *, generator: torch.Generator) -> Partition:

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import torch
 from sklearn.cluster import kmeans_plusplus
-from torch import Tensor
 from torch.nn.functional import normalize
 
 from moefy.convert.cluster import balanced_kmeans, gathered, ranked
@@ -34,16 +33,12 @@ def split(
     shared_S, rest = ranked(profile.energy_F, shape.num_shared)
     rows = [ffn.up_FD] if ffn.gate_FD is None else [ffn.gate_FD, ffn.up_FD]
     point_RQ = torch.cat([normalize(row_FD[rest]) for row_FD in rows], 1)
-    runs = [
-        balanced_kmeans(point_RQ, _centres(point_RQ, shape.num_experts, generator), rounds)
-        for _ in range(max(1, restarts))
-    ]
+    runs = []
+    for _ in range(restarts):
+        seed = int(torch.randint(2**31 - 1, (), generator=generator))
+        _, chosen_E = kmeans_plusplus(point_RQ.cpu().numpy(), shape.num_experts, random_state=seed)
+        centre_EQ = point_RQ[torch.as_tensor(chosen_E, device=point_RQ.device)]
+        runs.append(balanced_kmeans(point_RQ, centre_EQ, rounds))
     # Clusters of one size are tightest where their means are longest.
     expert_R, _ = max(runs, key=lambda run: float(run[1].square().sum()))
     return gathered(shared_S, rest, expert_R, shape.num_experts)
-
-
-def _centres(point_RQ: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:
-    seed = int(torch.randint(2**31 - 1, (), generator=generator))
-    _, chosen_E = kmeans_plusplus(point_RQ.cpu().numpy(), num_experts, random_state=seed)
-    return point_RQ[torch.as_tensor(chosen_E, device=point_RQ.device)]

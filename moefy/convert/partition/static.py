@@ -10,8 +10,7 @@ from torch import Tensor
 from moefy.convert.profile import CHUNK, activations
 from moefy.types import FFN, Partition, Profile, Shape
 
-ROUTED = False
-"""It makes no experts: the result is a dense class."""
+ROUTED = False  # it makes no experts: the result is a dense class
 
 
 def split(

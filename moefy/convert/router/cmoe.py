@@ -9,8 +9,7 @@ import torch
 from moefy.convert.cluster import marks
 from moefy.types import FFN, Partition, Profile, Range, Router, Shape
 
-WRITABLE = False
-"""No stock class looks at activations before it chooses."""
+WRITABLE = False  # no stock class looks at activations before it chooses
 
 
 def fit(

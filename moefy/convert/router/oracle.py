@@ -6,8 +6,7 @@ import torch
 
 from moefy.types import FFN, Partition, Profile, Router, Shape
 
-WRITABLE = False
-"""No stock class looks at activations before it chooses."""
+WRITABLE = False  # no stock class looks at activations before it chooses
 
 
 def fit(
