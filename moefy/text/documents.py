@@ -79,7 +79,7 @@ def beginning(path: Path, num_characters: int, tokenizer: Any, *, text_field: st
     """
     path = path.expanduser()
     if rows(path) is None:
-        texts, end = lines(path), ""
+        texts, end = lines(path, num_characters), ""
     else:
         texts = documents(str(path), text_field=text_field, tokenizer=tokenizer)
         end = tokenizer.eos_token or tokenizer.sep_token or "\n\n\n"

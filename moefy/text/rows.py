@@ -85,14 +85,16 @@ def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]] | None:
     return _json(path) if named in JSON or _holds_rows(path) else None
 
 
-def lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file of running text, without a byte-order mark.
+def lines(path: Path, most: int = -1) -> Iterator[str]:
+    """Yield the lines of a file of running text, or at most `most` characters of one at a time.
+
+    There is no byte-order mark in them.
 
     Raises:
         MoefyError: code 3, with the byte, where it is not UTF-8 text.
     """
     with _text(path) as file:
-        for line in file:
+        while line := file.readline(most):
             if "\0" in line:
                 raise _fault(path)
             yield line
