@@ -172,7 +172,7 @@ def _quality(report: Mapping[str, Any], label: str) -> Iterator[Advice]:
         sure = error is not None and needed is not None and gain > needed * error
         pruned = f"static pruning to as many active neurons costs {static['dnll']:.3f}"
         if sure:
-            end = f"; {pruned}: the experts are worth {gain:.3f}."
+            end = f"; {pruned}: routing saves {gain:.3f}."
         elif gain > 0:
             end = f"; {pruned}: {gain:.3f} more, which may be chance on so little text."
         else:

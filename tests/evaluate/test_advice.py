@@ -102,7 +102,7 @@ def scores(own, static, gain_error, windows=20):
 @pytest.mark.parametrize(
     ("own", "static", "error", "windows", "verdict", "says"),
     [
-        (0.5, 0.8, 0.05, 20, "pays", "are worth 0.300"),
+        (0.5, 0.8, 0.05, 20, "pays", "routing saves 0.300"),
         (0.5, 0.8, 0.05, 2, "does not pay", "may be chance"),  # six errors of two windows
         (0.5, 0.8, 0.20, 20, "does not pay", "may be chance"),
         (0.9, 0.8, 0.01, 20, "does not pay", "NO MORE"),
