@@ -78,7 +78,7 @@ def _not_convertible(path: Path, config: Config) -> str | None:
     both = "ForSeq2SeqLM" in family.tasks
     if bool(config.get("is_encoder_decoder", both)) != both:
         return f"is_encoder_decoder is {not both}, which no {model_type} is"
-    return family.refuse(dict(config))
+    return family.why_refused(config)
 
 
 def wrong_size(config: Config) -> str | None:

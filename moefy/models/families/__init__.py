@@ -18,4 +18,4 @@ def names() -> list[str]:
 def load(model_type: str, config: Config | None = None) -> Family:
     """The family of a dense `model_type`, one of `names()`, as models of `config` have it."""
     family: Family = importlib.import_module(f"moefy.models.families.{model_type}").FAMILY
-    return dataclasses.replace(family, **family.variant(config or {}))
+    return dataclasses.replace(family, model_type=model_type, **family.variant(config or {}))

@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
-from moefy.models.families.family import Family, read_plain, shapes_plain, write_plain
-
-
-def refuse(config: dict[str, Any]) -> str | None:
-    """A decoder made of an encoder's parts."""
-    if config.get("is_decoder") or config.get("add_cross_attention"):
-        return "it is a decoder (is_decoder), expected an encoder"
-    return None
+from moefy.models.families.family import Family
 
 
 def named(name: str) -> str:
@@ -26,15 +18,13 @@ def named(name: str) -> str:
 
 
 FAMILY = Family(
-    "bert",
     missing_feature="an encoder's layers, which attend to both sides",
-    refuse=refuse,
+    refused=dict.fromkeys(
+        ("is_decoder", "add_cross_attention"), "it is a decoder, expected an encoder"
+    ),
     tasks=("ForMaskedLM", "ForSequenceClassification", "Model"),
     layer="bert.encoder.layer.{layer}.",
     ffn=("intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight"),
-    read=read_plain,
-    write=write_plain,
-    shapes=shapes_plain,
     down_bias="output.dense.bias",
     gated=False,
     block="output.dense",

@@ -1,9 +1,3 @@
 """CamemBERT: RoBERTa for French."""
 
-from __future__ import annotations
-
-import dataclasses
-
-from moefy.models.families import roberta
-
-FAMILY = dataclasses.replace(roberta.FAMILY, model_type="camembert")
+from moefy.models.families.roberta import FAMILY as FAMILY

@@ -7,14 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moefy.models.families.family import Family, no_ffn_bias
-
-
-def refuse(config: dict[str, Any]) -> str | None:
-    """Norms on query and key heads."""
-    if config.get("use_qk_norm"):
-        return "it has norms on query and key heads (use_qk_norm), which cohere2_moe cannot hold"
-    return no_ffn_bias(config)
+from moefy.models.families.family import FFN_BIASES, Family
 
 
 def canonical(config: dict[str, Any]) -> dict[str, Any]:
@@ -24,4 +17,11 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "layer_types": types, "sliding_window": window}
 
 
-FAMILY = Family("cohere", targets=("cohere2_moe",), refuse=refuse, canonical=canonical)
+FAMILY = Family(
+    targets=("cohere2_moe",),
+    refused={
+        "mlp_bias": FFN_BIASES,
+        "use_qk_norm": "it has norms on query and key heads, which cohere2_moe cannot hold",
+    },
+    canonical=canonical,
+)

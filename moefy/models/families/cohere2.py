@@ -1,7 +1,5 @@
 """Cohere 2 (Command R7B, Command A): attention and FFN side by side behind one norm."""
 
-from __future__ import annotations
-
 from moefy.models.families.family import Family
 
-FAMILY = Family("cohere2", targets=("cohere2_moe",), windows="some")
+FAMILY = Family(targets=("cohere2_moe",), windows="some")

@@ -1,27 +1,14 @@
 """DistilBERT: BERT's layers under other names, its FFN in a module of its own."""
 
-from __future__ import annotations
-
 import re
 
-from moefy.models.families.family import (
-    Family,
-    nothing_wrong,
-    read_plain,
-    shapes_plain,
-    write_plain,
-)
+from moefy.models.families.family import Family
 
 FAMILY = Family(
-    "distilbert",
     missing_feature="an encoder's layers, which attend to both sides",
-    refuse=nothing_wrong,
     tasks=("ForMaskedLM", "ForSequenceClassification", "Model"),
     layer="distilbert.transformer.layer.{layer}.",
     ffn=("ffn.lin1.weight", "ffn.lin1.bias", "ffn.lin2.weight"),
-    read=read_plain,
-    write=write_plain,
-    shapes=shapes_plain,
     down_bias="ffn.lin2.bias",
     gated=False,
     keys={

@@ -30,7 +30,6 @@ def named(name: str) -> str:
 
 FAMILY = dataclasses.replace(
     llama.FAMILY,
-    model_type="exaone",
     keys={"num_hidden_layers": "num_layers"},
     activation="activation_function",
     named=named,

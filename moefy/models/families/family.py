@@ -12,75 +12,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Config = Mapping[str, Any]
-Shapes = tuple[tuple[int, ...], ...]
 
 
-def nothing_wrong(config: dict[str, Any]) -> str | None:
-    """No reason to refuse."""
+FFN_BIASES = "its FFN has biases, which no stock MoE class can hold"
 
 
-def no_ffn_bias(config: dict[str, Any]) -> str | None:
-    """Refuse biases in the FFN, which no stock MoE class has."""
-    if config.get("mlp_bias"):
-        return "its FFN has biases (mlp_bias), which no stock MoE class can hold"
-    return None
-
-
-def read_glu(stored: Sequence[Tensor], activation: str) -> FFN:
-    """An FFN stored as three matrices: gate, up and down."""
-    gate_FD, up_FD, down_DF = stored
-    return FFN(gate_FD, up_FD, down_DF, activation)
-
-
-def write_glu(ffn: FFN) -> tuple[Tensor, ...]:
-    """Gate, up and down."""
-    assert ffn.gate_FD is not None
-    return ffn.gate_FD, ffn.up_FD, ffn.down_DF
-
-
-def shapes_glu(neurons: int, hidden: int) -> Shapes:
-    """Of gate, up and down."""
-    return (neurons, hidden), (neurons, hidden), (hidden, neurons)
-
-
-def read_fused(stored: Sequence[Tensor], activation: str) -> FFN:
-    """An FFN stored as two matrices, gate above up in the first."""
-    gate_FD, up_FD = stored[0].chunk(2)
-    return FFN(gate_FD, up_FD, stored[1], activation)
-
-
-def write_fused(ffn: FFN) -> tuple[Tensor, ...]:
-    """Gate and up as one matrix, and down."""
+def fuse(ffn: FFN) -> Tensor:
+    """Gate and up as one matrix, gate above."""
     import torch
 
     assert ffn.gate_FD is not None
-    return torch.cat([ffn.gate_FD, ffn.up_FD]), ffn.down_DF
-
-
-def shapes_fused(neurons: int, hidden: int) -> Shapes:
-    """Of gate and up as one matrix, and down."""
-    return (2 * neurons, hidden), (hidden, neurons)
-
-
-def read_plain(stored: Sequence[Tensor], activation: str) -> FFN:
-    """An FFN without a gate: up, its bias if there is one, and down."""
-    up_FD, *bias, down_DF = stored
-    return FFN(None, up_FD, down_DF, activation, *bias)
-
-
-def write_plain(ffn: FFN) -> tuple[Tensor, ...]:
-    """Up, its bias if there is one, and down."""
-    return ffn.up_FD, *([] if ffn.bias_F is None else [ffn.bias_F]), ffn.down_DF
-
-
-def shapes_plain(neurons: int, hidden: int) -> Shapes:
-    """Of up, its bias, and down."""
-    return (neurons, hidden), (neurons,), (hidden, neurons)
-
-
-def shapes_bare(neurons: int, hidden: int) -> Shapes:
-    """Of up and down, where there is no bias."""
-    return (neurons, hidden), (hidden, neurons)
+    return torch.cat([ffn.gate_FD, ffn.up_FD])
 
 
 @dataclass(frozen=True)
@@ -90,22 +32,22 @@ class Family:
     The defaults are Llama's names, which most families share.
     """
 
-    model_type: str
+    model_type: str = ""
+    """The name of the family's file; `families.load` sets it."""
     targets: tuple[str, ...] = ()
     """Stock MoE classes that hold this family exactly, best first."""
     missing_feature: str = ""
     """What this family has and no stock MoE class, where there are no targets."""
-    refuse: Callable[[dict[str, Any]], str | None] = no_ffn_bias
-    """Why a checkpoint with this configuration cannot be converted; None if it can."""
+    refused: Mapping[str, str] = field(default_factory=lambda: {"mlp_bias": FFN_BIASES})
+    """Key -> why a checkpoint whose configuration sets it cannot be converted."""
+    refuse: Callable[[Config], str | None] = lambda config: None
+    """The same for what is more than a key that is set."""
     layer: str = "model.layers.{layer}."
     ffn: tuple[str, ...] = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
-    """The FFN's tensors behind the layer's prefix."""
-    read: Callable[[Sequence[Tensor], str], FFN] = read_glu
-    """The FFN from its tensors as stored, and the name of its activation."""
-    write: Callable[[FFN], tuple[Tensor, ...]] = write_glu
-    """The FFN's tensors as they are stored."""
-    shapes: Callable[[int, int], Shapes] = shapes_glu
-    """(neurons, hidden size) -> the shapes of those tensors."""
+    """The FFN's tensors behind the layer's prefix: gate, up and down, or gate and up as one matrix
+    and down; without a gate up, its bias if there is one, and down."""
+    transposed: bool = False
+    """Whether its matrices are stored transposed."""
     beside: str = ""
     """What has FFNs of the same width and stays dense, beside the layers that are converted."""
     down_bias: str | None = None
@@ -167,6 +109,41 @@ class Family:
     def biased(self) -> bool:
         """Whether the neurons have biases, as only those without a gate can."""
         return not self.gated and len(self.ffn) == 3
+
+    @property
+    def fused(self) -> bool:
+        """Whether gate and up are stored as one matrix, gate above."""
+        return self.gated and len(self.ffn) == 2
+
+    def why_refused(self, config: Config) -> str | None:
+        """Why a checkpoint with this configuration cannot be converted; None if it can."""
+        for key, reason in self.refused.items():
+            if config.get(key):
+                return f"{reason} ({key})"
+        return self.refuse(config)
+
+    def read(self, stored: Sequence[Tensor], activation: str) -> FFN:
+        """The FFN from its tensors as stored, and the name of its activation."""
+        if self.transposed:
+            stored = [tensor.T.contiguous() if tensor.ndim == 2 else tensor for tensor in stored]
+        first, *second, down_DF = stored
+        if not self.gated:
+            return FFN(None, first, down_DF, activation, *second)
+        gate_FD, up_FD = first.chunk(2) if self.fused else (first, *second)
+        return FFN(gate_FD, up_FD, down_DF, activation)
+
+    def write(self, ffn: FFN) -> list[Tensor]:
+        """The FFN's tensors as they are stored."""
+        inputs = [fuse(ffn)] if self.fused else [ffn.gate_FD, ffn.up_FD, ffn.bias_F]
+        tensors = [tensor for tensor in (*inputs, ffn.down_DF) if tensor is not None]
+        return [tensor.T if self.transposed and tensor.ndim == 2 else tensor for tensor in tensors]
+
+    def shapes(self, neurons: int, hidden: int) -> list[tuple[int, ...]]:
+        """The shapes of those tensors."""
+        up = (neurons, hidden)
+        second = [(neurons,)] if self.biased else [up] * (len(self.ffn) - 2)
+        shapes = [(2 * neurons, hidden) if self.fused else up, *second, (hidden, neurons)]
+        return [shape[::-1] if self.transposed else shape for shape in shapes]
 
     def task(self, config: Config) -> str:
         """What a checkpoint is for, as the name of its class says."""

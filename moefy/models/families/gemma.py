@@ -20,7 +20,6 @@ def rest(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 FAMILY = Family(
-    "gemma",
     targets=("glm4_moe",),
     embedding_scale=lambda config: config["hidden_size"] ** 0.5,
     rest=rest,

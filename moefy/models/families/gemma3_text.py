@@ -3,14 +3,11 @@
 Gemma 4's MoE class has the norms, but norms the routed experts' output by itself.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from moefy.models.families import gemma2
 
 FAMILY = dataclasses.replace(
     gemma2.FAMILY,
-    model_type="gemma3_text",
     missing_feature="norms before and behind the FFN, and two rotary frequencies",
 )

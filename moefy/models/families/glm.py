@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moefy.models.families import phi3
-from moefy.models.families.family import Config, Family, read_fused, shapes_fused, write_fused
+from moefy.models.families.family import Config, Family
 from moefy.models.families.helium import halved
 
 if TYPE_CHECKING:
@@ -31,12 +31,8 @@ def canonical(config: dict) -> dict:
 
 
 FAMILY = Family(
-    "glm",
     targets=("glm4_moe",),
     ffn=phi3.FAMILY.ffn,
-    read=read_fused,
-    write=write_fused,
-    shapes=shapes_fused,
     rest=rest,
     canonical=canonical,
     partial_rotary=True,

@@ -1,14 +1,11 @@
 """GLM-4 0414: GLM-4 9B with norms behind attention and FFN as well."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from moefy.models.families import glm
 
 FAMILY = dataclasses.replace(
     glm.FAMILY,
-    model_type="glm4",
     targets=(),
     missing_feature="norms before and behind attention and FFN without more",
     rest=None,

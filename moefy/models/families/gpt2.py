@@ -3,44 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from moefy.models.families.family import Config, Family, Shapes, read_plain, write_plain
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from moefy.types import FFN
-
-
-def refuse(config: dict) -> str | None:
-    """What makes layers depend on their number."""
-    if config.get("scale_attn_by_inverse_layer_idx") or config.get("add_cross_attention"):
-        return "it scales its attention by layer or attends to another model's states"
-    return None
-
-
-def read(stored: Sequence[Tensor], activation: str) -> FFN:
-    """Both matrices transposed."""
-    up_DF, bias_F, down_FD = stored
-    return read_plain((up_DF.T.contiguous(), bias_F, down_FD.T.contiguous()), activation)
-
-
-def write(ffn: FFN) -> tuple[Tensor, ...]:
-    """Both matrices transposed."""
-    up_FD, bias_F, down_DF = write_plain(ffn)
-    return up_FD.T, bias_F, down_DF.T
+from moefy.models.families.family import Config, Family
 
 
 def named(name: str) -> str:
     """The first checkpoints lack the model's name before each tensor's."""
     return re.sub(r"^(?=wte\.|wpe\.|h\.|ln_f\.)", "transformer.", name)
-
-
-def shapes(neurons: int, hidden: int) -> Shapes:
-    """Of both matrices transposed, the bias between them."""
-    return (hidden, neurons), (neurons,), (neurons, hidden)
 
 
 def neurons(config: Config) -> int:
@@ -49,14 +18,14 @@ def neurons(config: Config) -> int:
 
 
 FAMILY = Family(
-    "gpt2",
     missing_feature="an FFN with biases and without a gate",
-    refuse=refuse,
+    refused={
+        "scale_attn_by_inverse_layer_idx": "it scales its attention by layer",
+        "add_cross_attention": "it attends to another model's states",
+    },
     layer="transformer.h.{layer}.",
     ffn=("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight"),
-    read=read,
-    write=write,
-    shapes=shapes,
+    transposed=True,
     down_bias="mlp.c_proj.bias",
     gated=False,
     keys={

@@ -1,28 +1,15 @@
 """GPT-NeoX and Pythia: an FFN without a gate, beside the attention or behind it."""
 
-from __future__ import annotations
-
-from moefy.models.families.family import (
-    Family,
-    nothing_wrong,
-    read_plain,
-    shapes_plain,
-    write_plain,
-)
+from moefy.models.families.family import Family
 
 FAMILY = Family(
-    "gpt_neox",
     missing_feature="an FFN with biases and without a gate",
-    refuse=nothing_wrong,
     layer="gpt_neox.layers.{layer}.",
     ffn=(
         "mlp.dense_h_to_4h.weight",
         "mlp.dense_h_to_4h.bias",
         "mlp.dense_4h_to_h.weight",
     ),
-    read=read_plain,
-    write=write_plain,
-    shapes=shapes_plain,
     down_bias="mlp.dense_4h_to_h.bias",
     gated=False,
     embedding="gpt_neox.embed_in.weight",

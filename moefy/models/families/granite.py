@@ -18,7 +18,6 @@ def join(layer: Any) -> Callable[[Tensor], Tensor]:
 
 
 FAMILY = Family(
-    "granite",
     targets=("granitemoeshared", "granitemoehybrid"),
     embedding_scale=lambda config: config["embedding_multiplier"],
     join=join,

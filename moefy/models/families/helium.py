@@ -37,6 +37,5 @@ def halved(config: Config, name: str, tensor: Tensor, share: float = 1.0) -> Ten
 
 FAMILY = dataclasses.replace(
     llama.FAMILY,
-    model_type="helium",
     rest=lambda config, name, tensor: {name: halved(config, name, tensor)},
 )

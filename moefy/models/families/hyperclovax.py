@@ -31,7 +31,6 @@ def variant(config: Config) -> dict[str, Any]:
 
 FAMILY = dataclasses.replace(
     granite.FAMILY,
-    model_type="hyperclovax",
     targets=(),
     missing_feature="norms before and behind attention and FFN",
     join=join,

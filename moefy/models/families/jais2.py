@@ -14,4 +14,4 @@ def variant(config: Config) -> dict[str, Any]:
     return arcee.variant({"mlp_bias": config.get("mlp_bias", True)})
 
 
-FAMILY = dataclasses.replace(arcee.FAMILY, model_type="jais2", variant=variant)
+FAMILY = dataclasses.replace(arcee.FAMILY, variant=variant)

@@ -19,7 +19,6 @@ def neurons(config: Config) -> int:
 
 
 FAMILY = Family(
-    "lfm2",
     targets=("lfm2_moe",),
     ffn=("feed_forward.w1.weight", "feed_forward.w3.weight", "feed_forward.w2.weight"),
     neurons=neurons,

@@ -1,7 +1,5 @@
 """Llama 2 and 3, SmolLM and SmolLM2, TinyLlama, Yi and others of the class."""
 
-from __future__ import annotations
-
 from moefy.models.families.family import Family
 
-FAMILY = Family("llama", targets=("qwen2_moe", "mixtral", "granitemoeshared", "glm4_moe"))
+FAMILY = Family(targets=("qwen2_moe", "mixtral", "granitemoeshared", "glm4_moe"))

@@ -18,7 +18,6 @@ def variant(config: Config) -> dict[str, Any]:
 
 FAMILY = dataclasses.replace(
     mistral.FAMILY,
-    model_type="ministral3",
     targets=(),
     missing_feature="queries that grow with their position (llama_4_scaling_beta)",
     variant=variant,

@@ -1,9 +1,5 @@
 """Mistral 7B and its like; a sliding window, where set, is kept on every layer."""
 
-from __future__ import annotations
-
 from moefy.models.families.family import Family
 
-FAMILY = Family(
-    "mistral", targets=("qwen2_moe", "mixtral", "granitemoeshared", "glm4_moe"), windows="all"
-)
+FAMILY = Family(targets=("qwen2_moe", "mixtral", "granitemoeshared", "glm4_moe"), windows="all")

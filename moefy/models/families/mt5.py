@@ -1,9 +1,3 @@
 """mT5: T5 for many languages."""
 
-from __future__ import annotations
-
-import dataclasses
-
-from moefy.models.families import t5
-
-FAMILY = dataclasses.replace(t5.FAMILY, model_type="mt5")
+from moefy.models.families.t5 import FAMILY as FAMILY

@@ -1,9 +1,5 @@
 """OLMo 2: norms behind attention and FFN instead of before them, and on whole queries and keys."""
 
-from __future__ import annotations
-
 from moefy.models.families.family import Family
 
-FAMILY = Family(
-    "olmo2", targets=("flex_olmo",), join=lambda layer: layer.post_feedforward_layernorm
-)
+FAMILY = Family(targets=("flex_olmo",), join=lambda layer: layer.post_feedforward_layernorm)

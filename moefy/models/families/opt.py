@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moefy.models.families.family import (
-    Config,
-    Family,
-    nothing_wrong,
-    read_plain,
-    shapes_bare,
-    shapes_plain,
-    write_plain,
-)
+from moefy.models.families.family import Config, Family
 
 
 def variant(config: Config) -> dict[str, Any]:
@@ -21,19 +13,14 @@ def variant(config: Config) -> dict[str, Any]:
     if not config.get("do_layer_norm_before", True):
         changes["behind"] = "final_layer_norm"
     if not config.get("enable_bias", True):
-        changes |= {"ffn": ("fc1.weight", "fc2.weight"), "shapes": shapes_bare, "down_bias": None}
+        changes |= {"ffn": ("fc1.weight", "fc2.weight"), "down_bias": None}
     return changes
 
 
 FAMILY = Family(
-    "opt",
     missing_feature="an FFN with biases and without a gate",
-    refuse=nothing_wrong,
     layer="model.decoder.layers.{layer}.",
     ffn=("fc1.weight", "fc1.bias", "fc2.weight"),
-    read=read_plain,
-    write=write_plain,
-    shapes=shapes_plain,
     down_bias="fc2.bias",
     gated=False,
     keys={"embedding_size": "word_embed_proj_dim"},

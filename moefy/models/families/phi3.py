@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moefy.models.families.family import Config, Family, read_fused, shapes_fused, write_fused
+from moefy.models.families.family import Config, Family
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,12 +30,8 @@ def rest(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 FAMILY = Family(
-    "phi3",
     targets=("glm4_moe", "mixtral", "qwen2_moe"),
     ffn=("mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
-    read=read_fused,
-    write=write_fused,
-    shapes=shapes_fused,
     rest=rest,
     windows="all",
     partial_rotary=True,

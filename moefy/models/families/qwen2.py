@@ -1,7 +1,5 @@
 """Qwen 2 and 2.5: biases on query, key and value."""
 
-from __future__ import annotations
-
 from moefy.models.families.family import Family
 
-FAMILY = Family("qwen2", targets=("qwen2_moe", "granitemoeshared", "glm4_moe"), windows="some")
+FAMILY = Family(targets=("qwen2_moe", "granitemoeshared", "glm4_moe"), windows="some")

@@ -15,7 +15,6 @@ def named(name: str) -> str:
 
 FAMILY = dataclasses.replace(
     bert.FAMILY,
-    model_type="roberta",
     layer="roberta.encoder.layer.{layer}.",
     embedding="roberta.embeddings.word_embeddings.weight",
     positions="roberta.embeddings.position_embeddings.weight",

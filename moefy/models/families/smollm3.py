@@ -10,17 +10,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from moefy.models.families.family import Config, Family
+from moefy.models.families.family import FFN_BIASES, Config, Family
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def refuse(config: dict[str, Any]) -> str | None:
-    """Biases."""
-    if config.get("mlp_bias") or config.get("attention_bias"):
-        return "it has biases (mlp_bias, attention_bias), which glm4_moe cannot hold"
-    return None
 
 
 def canonical(config: dict[str, Any]) -> dict[str, Any]:
@@ -65,9 +58,11 @@ def rotates(config: Config, layer: int) -> bool:
 
 
 FAMILY = Family(
-    "smollm3",
     targets=("glm4_moe",),
-    refuse=refuse,
+    refused={
+        "mlp_bias": FFN_BIASES,
+        "attention_bias": "its attention has biases, which glm4_moe cannot hold",
+    },
     rest=rest,
     canonical=canonical,
     windows="some",

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from moefy.models.families.family import Family, read_plain, shapes_plain, write_plain
+from moefy.models.families.family import Config, Family
 
 
-def refuse(config: dict) -> str | None:
+def refuse(config: Config) -> str | None:
     """An FFN without biases, which other models of the class have not."""
     return None if config.get("use_bias", True) else "it has no biases (use_bias), expected them"
 
 
 FAMILY = Family(
-    "starcoder2",
     missing_feature="an FFN with biases and without a gate",
     refuse=refuse,
     ffn=("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight"),
-    read=read_plain,
-    write=write_plain,
-    shapes=shapes_plain,
     down_bias="mlp.c_proj.bias",
     gated=False,
 )

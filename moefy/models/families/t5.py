@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moefy.models.families.family import (
-    Config,
-    Family,
-    read_glu,
-    read_plain,
-    shapes_bare,
-    shapes_glu,
-    write_glu,
-    write_plain,
-)
+from moefy.models.families.family import Config, Family
 from moefy.types import ACTIVATIONS
 
 FFN = "layer.1.DenseReluDense."
@@ -35,23 +26,16 @@ def variant(config: Config) -> dict[str, Any]:
     names = tuple(FFN + name for name in ("wi_0.weight", "wi_1.weight", "wo.weight"))
     return {
         "ffn": names,
-        "read": read_glu,
-        "write": write_glu,
-        "shapes": shapes_glu,
         "gated": True,
     }
 
 
 FAMILY = Family(
-    "t5",
     missing_feature="T5's layers with several experts per token",
     refuse=refuse,
     tasks=("ForSeq2SeqLM",),
     layer="encoder.block.{layer}.",
     ffn=(FFN + "wi.weight", FFN + "wo.weight"),
-    read=read_plain,
-    write=write_plain,
-    shapes=shapes_bare,
     gated=False,
     keys={
         "hidden_size": "d_model",

@@ -1,9 +1,3 @@
 """XLM-RoBERTa: RoBERTa for many languages."""
 
-from __future__ import annotations
-
-import dataclasses
-
-from moefy.models.families import roberta
-
-FAMILY = dataclasses.replace(roberta.FAMILY, model_type="xlm-roberta")
+from moefy.models.families.roberta import FAMILY as FAMILY

@@ -10,15 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from moefy.models.shape import shared_multiple
-from moefy.models.targets.target import (
-    Dense,
-    Split,
-    Target,
-    Tensors,
-    copied,
-    expert_tensors,
-    shared_tensors,
-)
+from moefy.models.targets.target import Dense, Split, Target, Tensors
 from moefy.types import Shape
 
 
@@ -29,7 +21,7 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     return {
         "architectures": ["Cohere2MoeForCausalLM"],
         "model_type": "cohere2_moe",
-        **copied(config),
+        **dense.common,
         **{key: config[key] for key in ("layer_norm_eps", "logit_scale", "layer_types")},
         "rms_norm_eps": None,
         "sliding_window": config["sliding_window"],
@@ -55,8 +47,8 @@ def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one."""
     return {
         "mlp.gate.weight": split.scaled_ED,
-        **expert_tensors(split, 0.25),
-        **shared_tensors(split, "mlp.shared_experts.", 2.0),
+        **split.experts(0.25),
+        **split.shared("mlp.shared_experts.", 2.0),
     }
 
 

@@ -9,15 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from moefy.models.shape import shared_multiple
-from moefy.models.targets.target import (
-    Dense,
-    Split,
-    Target,
-    Tensors,
-    copied,
-    expert_tensors,
-    shared_tensors,
-)
+from moefy.models.targets.target import Dense, Split, Target, Tensors
 from moefy.types import Shape
 
 
@@ -33,7 +25,7 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     return {
         "architectures": ["Ernie4_5_MoeForCausalLM"],
         "model_type": "ernie4_5_moe",
-        **copied(config),
+        **dense.common,
         "intermediate_size": width,
         "head_dim": dense.head_dim,
         "use_bias": False,
@@ -56,8 +48,8 @@ def tensors(split: Split) -> Tensors:
     return {
         "mlp.gate.weight": split.scaled_ED,
         "mlp.moe_statics.e_score_correction_bias": split.unbiased_E[None],
-        **expert_tensors(split, split.rounded(1 / split.experts_per_token)),
-        **shared_tensors(split, "mlp.shared_experts."),
+        **split.experts(split.rounded(1 / split.experts_per_token)),
+        **split.shared("mlp.shared_experts."),
     }
 
 

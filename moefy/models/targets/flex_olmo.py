@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from moefy.models.shape import no_shared
-from moefy.models.targets.target import Dense, Split, Target, Tensors, copied, expert_tensors
+from moefy.models.targets.target import Dense, Split, Target, Tensors
 from moefy.types import Shape
 
 
@@ -18,7 +18,7 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     return {
         "architectures": ["FlexOlmoForCausalLM"],
         "model_type": "flex_olmo",
-        **copied(dense.config),
+        **dense.common,
         "attention_bias": bool(dense.biases),
         "tie_word_embeddings": False,
         "intermediate_size": shape.expert_width,
@@ -34,7 +34,7 @@ def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one."""
     return {
         "mlp.gate.weight": split.scaled_ED,
-        **expert_tensors(split, split.rounded(1 / split.num_experts)),
+        **split.experts(split.rounded(1 / split.num_experts)),
     }
 
 

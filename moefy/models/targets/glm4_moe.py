@@ -9,21 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from moefy.models.shape import shared_multiple
-from moefy.models.targets.target import (
-    Dense,
-    Split,
-    Target,
-    Tensors,
-    copied,
-    expert_tensors,
-    shared_tensors,
-)
+from moefy.models.targets.target import Dense, Split, Target, Tensors
 from moefy.types import Shape
 
 
 def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     """The configuration of a GLM-4-MoE model of this shape."""
-    config = copied(dense.config)
+    config = dense.common
     share = dense.rotary_share
     config["rope_parameters"] = {**config["rope_parameters"], "partial_rotary_factor": share}
     return {
@@ -54,8 +46,8 @@ def tensors(split: Split) -> Tensors:
     return {
         "mlp.gate.weight": split.scaled_ED,
         "mlp.gate.e_score_correction_bias": split.unbiased_E,
-        **expert_tensors(split, 1.0),
-        **shared_tensors(split, "mlp.shared_experts."),
+        **split.experts(1.0),
+        **split.shared("mlp.shared_experts."),
     }
 
 

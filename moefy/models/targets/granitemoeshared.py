@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from moefy.models.families.family import write_fused
+from moefy.models.families.family import fuse
 from moefy.models.shape import any_shared
-from moefy.models.targets.target import Dense, Split, Target, Tensors, copied
+from moefy.models.targets.target import Dense, Split, Target, Tensors
 from moefy.types import Shape
 
 
@@ -25,7 +25,7 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     return {
         "architectures": ["GraniteMoeSharedForCausalLM"],
         "model_type": "granitemoeshared",
-        **copied(config),
+        **dense.common,
         **{key: config.get(key, 1.0) for key in ones},
         "attention_multiplier": config.get("attention_multiplier", dense.head_dim**-0.5),
         "attention_bias": bool(dense.biases),
@@ -44,15 +44,15 @@ def tensors(split: Split) -> Tensors:
     import torch
 
     scale = 1 / split.rounded(1 / split.experts_per_token)
-    parts = [write_fused(split.part(n, scale)) for n in split.partition.experts_EN]
-    inputs, outputs = (torch.stack(matrices) for matrices in zip(*parts, strict=True))
-    shared_input, shared_output = write_fused(split.part(split.partition.shared_S))
+    experts = [split.part(neurons, scale) for neurons in split.partition.experts_EN]
+    shared = split.part(split.partition.shared_S)
+    block = "block_sparse_moe."
     return {
-        "block_sparse_moe.router.layer.weight": split.scaled_ED,
-        "block_sparse_moe.input_linear.weight": inputs,
-        "block_sparse_moe.output_linear.weight": outputs,
-        "shared_mlp.input_linear.weight": shared_input,
-        "shared_mlp.output_linear.weight": shared_output,
+        block + "router.layer.weight": split.scaled_ED,
+        block + "input_linear.weight": torch.stack([fuse(part) for part in experts]),
+        block + "output_linear.weight": torch.stack([part.down_DF for part in experts]),
+        "shared_mlp.input_linear.weight": fuse(shared),
+        "shared_mlp.output_linear.weight": shared.down_DF,
     }
 
 

@@ -9,15 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from moefy.models.shape import one_shared
-from moefy.models.targets.target import (
-    Dense,
-    Split,
-    Target,
-    Tensors,
-    copied,
-    expert_tensors,
-    shared_tensors,
-)
+from moefy.models.targets.target import Dense, Split, Target, Tensors
 from moefy.types import Shape
 
 
@@ -26,7 +18,7 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     return {
         "architectures": ["HunYuanMoEV1ForCausalLM"],
         "model_type": "hunyuan_v1_moe",
-        **copied(dense.config),
+        **dense.common,
         "head_dim": dense.head_dim,
         "attention_bias": bool(dense.biases),
         "tie_word_embeddings": dense.tied,
@@ -45,8 +37,8 @@ def tensors(split: Split) -> Tensors:
     float32, so its gates are not rounded."""
     return {
         "mlp.gate.wg.weight": split.scaled_ED,
-        **expert_tensors(split, 1 / split.experts_per_token),
-        **shared_tensors(split, "mlp.shared_mlp."),
+        **split.experts(1 / split.experts_per_token),
+        **split.shared("mlp.shared_mlp."),
     }
 
 

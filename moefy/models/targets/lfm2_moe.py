@@ -9,15 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from moefy.models.shape import no_shared
-from moefy.models.targets.target import (
-    NUMBERED,
-    Dense,
-    Split,
-    Target,
-    Tensors,
-    copied,
-    expert_tensors,
-)
+from moefy.models.targets.target import NUMBERED, Dense, Split, Target, Tensors
 from moefy.types import Shape
 
 
@@ -27,7 +19,7 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     return {
         "architectures": ["Lfm2MoeForCausalLM"],
         "model_type": "lfm2_moe",
-        **copied(config),
+        **dense.common,
         **{key: config[key] for key in ("norm_eps", "conv_bias", "conv_L_cache", "layer_types")},
         "tie_word_embeddings": dense.tied,
         "intermediate_size": shape.num_neurons,
@@ -49,7 +41,7 @@ def tensors(split: Split) -> Tensors:
     return {
         prefix + "gate.weight": split.scaled_ED,
         prefix + "expert_bias": split.unbiased_E,
-        **expert_tensors(split, gate, prefix + "experts.", NUMBERED),
+        **split.experts(gate, prefix + "experts.", NUMBERED),
     }
 
 

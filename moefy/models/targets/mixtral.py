@@ -9,15 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from moefy.models.shape import no_shared
-from moefy.models.targets.target import (
-    NUMBERED,
-    Dense,
-    Split,
-    Target,
-    Tensors,
-    copied,
-    expert_tensors,
-)
+from moefy.models.targets.target import NUMBERED, Dense, Split, Target, Tensors
 from moefy.types import Shape
 
 
@@ -26,7 +18,7 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
-        **copied(dense.config),
+        **dense.common,
         "head_dim": dense.head_dim,
         "sliding_window": dense.config["sliding_window"] if any(dense.windowed) else None,
         "tie_word_embeddings": dense.tied,
@@ -44,7 +36,7 @@ def tensors(split: Split) -> Tensors:
     prefix = "block_sparse_moe."
     return {
         prefix + "gate.weight": split.scaled_ED,
-        **expert_tensors(split, gate, prefix + "experts.", NUMBERED),
+        **split.experts(gate, prefix + "experts.", NUMBERED),
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moefy.models.families.family import Family, write_fused
+from moefy.models.families.family import Family, fuse
 from moefy.models.shape import any_shared
 from moefy.models.targets.target import Dense, Split, Target, Tensors
 from moefy.types import FFN, Shape
@@ -86,4 +86,4 @@ MORE = {
 
 def _above(part: FFN) -> Tensor:
     """Gate above up, or up alone."""
-    return part.up_FD if part.gate_FD is None else write_fused(part)[0]
+    return part.up_FD if part.gate_FD is None else fuse(part)

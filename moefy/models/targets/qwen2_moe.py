@@ -10,16 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from moefy.models.shape import any_shared
-from moefy.models.targets.target import (
-    Dense,
-    Split,
-    Target,
-    Tensors,
-    copied,
-    expert_tensors,
-    shared_tensors,
-    sliding,
-)
+from moefy.models.targets.target import Dense, Split, Target, Tensors
 from moefy.types import Shape
 
 SHARED_GATE = 1e-6
@@ -31,8 +22,8 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     return {
         "architectures": ["Qwen2MoeForCausalLM"],
         "model_type": "qwen2_moe",
-        **copied(dense.config),
-        **sliding(dense),
+        **dense.common,
+        **dense.sliding,
         "tie_word_embeddings": False,
         "qkv_bias": True,
         "decoder_sparse_step": 1,
@@ -52,8 +43,8 @@ def tensors(split: Split) -> Tensors:
     gate_1D = split.ffn.up_FD.new_full((1, split.ffn.hidden_size), SHARED_GATE, dtype=split.dtype)
     return {
         "mlp.gate.weight": split.scaled_ED,
-        **expert_tensors(split, split.rounded(1 / split.num_experts)),
-        **shared_tensors(split, "mlp.shared_expert.", 2.0),
+        **split.experts(split.rounded(1 / split.num_experts)),
+        **split.shared("mlp.shared_expert.", 2.0),
         "mlp.shared_expert_gate.weight": gate_1D,
     }
 

@@ -9,15 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from moefy.models.shape import any_shared
-from moefy.models.targets.target import (
-    Dense,
-    Split,
-    Target,
-    Tensors,
-    copied,
-    expert_tensors,
-    shared_tensors,
-)
+from moefy.models.targets.target import Dense, Split, Target, Tensors
 from moefy.types import Shape
 
 LINEAR = "conv_kernel_dim key_head_dim value_head_dim num_key_heads num_value_heads".split()
@@ -27,7 +19,7 @@ LINEAR = "conv_kernel_dim key_head_dim value_head_dim num_key_heads num_value_he
 def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     """The configuration of a Qwen3.5-MoE text model of this shape."""
     config = dense.config
-    common = {key: value for key, value in copied(config).items() if key != "intermediate_size"}
+    common = {key: value for key, value in dense.common.items() if key != "intermediate_size"}
     return {
         "architectures": ["Qwen3_5MoeForCausalLM"],
         "model_type": "qwen3_5_moe_text",
@@ -51,8 +43,8 @@ def tensors(split: Split) -> Tensors:
     gate_1D = split.ffn.up_FD.new_zeros((1, split.ffn.hidden_size), dtype=split.dtype)
     return {
         "mlp.gate.weight": split.scaled_ED,
-        **expert_tensors(split, split.rounded(1 / split.experts_per_token)),
-        **shared_tensors(split, "mlp.shared_expert.", 2.0),
+        **split.experts(split.rounded(1 / split.experts_per_token)),
+        **split.shared("mlp.shared_expert.", 2.0),
         "mlp.shared_expert_gate.weight": gate_1D,
     }
 

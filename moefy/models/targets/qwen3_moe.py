@@ -9,15 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from moefy.models.shape import no_shared
-from moefy.models.targets.target import (
-    Dense,
-    Split,
-    Target,
-    Tensors,
-    copied,
-    expert_tensors,
-    sliding,
-)
+from moefy.models.targets.target import Dense, Split, Target, Tensors
 from moefy.types import Shape
 
 
@@ -26,8 +18,8 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        **copied(dense.config),
-        **sliding(dense),
+        **dense.common,
+        **dense.sliding,
         "attention_bias": bool(dense.biases),
         "tie_word_embeddings": False,
         "decoder_sparse_step": 1,
@@ -43,10 +35,9 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
 
 def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one at `experts_per_token`."""
-    gate = split.rounded(1 / split.experts_per_token)
     return {
         "mlp.gate.weight": split.scaled_ED,
-        **expert_tensors(split, gate),
+        **split.experts(split.rounded(1 / split.experts_per_token)),
     }
 
 

@@ -23,6 +23,14 @@ NAMES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 NUMBERED = ("w1.weight", "w3.weight", "w2.weight")
 """The same in those that number them."""
 
+COMMON = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range "
+    "rms_norm_eps use_cache attention_dropout pad_token_id bos_token_id eos_token_id "
+    "rope_parameters"
+).split()
+"""Keys that llama-like MoE classes share with the dense ones."""
+
 Tensors = dict[str, "Tensor"]
 """By the name behind the layer's prefix."""
 
@@ -78,6 +86,32 @@ class Dense:
         used = bool(window) and self.family.windows != "none"
         return [used and kind == "sliding_attention" for kind in types]
 
+    @property
+    def common(self) -> dict[str, Any]:
+        """The part of the configuration that llama-like MoE classes share."""
+        result = {key: self.config[key] for key in COMMON if self.config.get(key) is not None}
+        # An absent padding token is not the class's own default.
+        result["pad_token_id"] = self.config.get("pad_token_id")
+        rope = self.config.get("rope_parameters") or {}
+        # Loaders older than transformers 5, and other engines, read only these two.
+        result["rope_theta"] = rope.get("rope_theta", 10000.0)
+        scaled = rope.get("rope_type", "default") != "default"
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        result["rope_scaling"] = scaling if scaled else None
+        return result
+
+    @property
+    def sliding(self) -> dict[str, Any]:
+        """Sliding-window keys of the Qwen classes; layer types as the dense model has them."""
+        windowed = self.windowed
+        used = any(windowed)
+        return {
+            "use_sliding_window": used,
+            "sliding_window": self.config["sliding_window"] if used else None,
+            "max_window_layers": self.num_layers if used else 0,
+            "layer_types": [f"{'sliding' if local else 'full'}_attention" for local in windowed],
+        }
+
 
 @dataclass(frozen=True)
 class Split:
@@ -103,6 +137,19 @@ class Split:
     def unbiased_E(self) -> Tensor:
         """The selection bias as it is written: zeros in float32."""
         return self.router_ED.new_zeros(self.num_experts).float()
+
+    def experts(
+        self, gate: float, prefix: str = "mlp.experts.", names: tuple[str, ...] = NAMES
+    ) -> Tensors:
+        """The routed experts as linear layers of their own, their `down_proj` divided by `gate`."""
+        tensors = {}
+        for expert, neurons in enumerate(self.partition.experts_EN):
+            tensors |= _glu(self.part(neurons, 1 / gate), f"{prefix}{expert}.", names)
+        return tensors
+
+    def shared(self, prefix: str, scale: float = 1.0) -> Tensors:
+        """The shared expert as linear layers, its `down_proj` times `scale`."""
+        return _glu(self.part(self.partition.shared_S, scale), prefix, NAMES)
 
     def part(self, neurons: Tensor, scale: float = 1.0) -> FFN:
         """The FFN of some of the neurons as it is written, `down_proj` times `scale`."""
@@ -186,58 +233,7 @@ class Target:
         return not left or self.dense_layers == "any"
 
 
-def copied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a dense configuration that llama-like MoE classes share."""
-    keys = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range "
-        "rms_norm_eps use_cache attention_dropout pad_token_id bos_token_id eos_token_id "
-        "rope_parameters"
-    ).split()
-    result = {key: config[key] for key in keys if config.get(key) is not None}
-    # An absent padding token is not the class's own default.
-    result["pad_token_id"] = config.get("pad_token_id")
-    rope = config.get("rope_parameters") or {}
-    # Loaders older than transformers 5, and other engines, read only these two.
-    result["rope_theta"] = rope.get("rope_theta", 10000.0)
-    scaled = rope.get("rope_type", "default") != "default"
-    result["rope_scaling"] = (
-        {key: value for key, value in rope.items() if key != "rope_theta"} if scaled else None
-    )
-    return result
-
-
-def sliding(dense: Dense) -> dict[str, Any]:
-    """Sliding-window keys of the Qwen classes; layer types as the dense model has them."""
-    used = any(dense.windowed)
-    types = ["sliding_attention" if local else "full_attention" for local in dense.windowed]
-    return {
-        "use_sliding_window": used,
-        "sliding_window": dense.config["sliding_window"] if used else None,
-        "max_window_layers": dense.num_layers if used else 0,
-        "layer_types": types,
-    }
-
-
-def expert_tensors(
-    split: Split,
-    gate: float,
-    prefix: str = "mlp.experts.",
-    names: tuple[str, str, str] = NAMES,
-) -> Tensors:
-    """The routed experts as linear layers of their own, their `down_proj` divided by `gate`."""
-    tensors = {}
-    for expert, neurons in enumerate(split.partition.experts_EN):
-        tensors |= _glu(split.part(neurons, 1 / gate), f"{prefix}{expert}.", names)
-    return tensors
-
-
-def shared_tensors(split: Split, prefix: str, scale: float = 1.0) -> Tensors:
-    """The shared expert as linear layers, its `down_proj` times `scale`."""
-    return _glu(split.part(split.partition.shared_S, scale), prefix, NAMES)
-
-
-def _glu(part: FFN, prefix: str, names: tuple[str, str, str]) -> Tensors:
+def _glu(part: FFN, prefix: str, names: tuple[str, ...]) -> Tensors:
     """Gate, up and down under a prefix."""
     assert part.gate_FD is not None, "stock classes hold gated FFNs only"
     matrices = (part.gate_FD, part.up_FD, part.down_DF)
