@@ -83,7 +83,7 @@ ROWS = {
         "figures markdown",
         "chart citations document format templates",
     ],
-    "runs": ["push", "reproduce verify", "folder gguf", "quantize", "__init__"],
+    "runs": ["push", "gguf reproduce verify", "folder", "quantize", "__init__"],
     "text": [
         "self_text",
         "packing windows",

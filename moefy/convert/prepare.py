@@ -240,7 +240,7 @@ def choose_target(recipe: Recipe, family: Family, dense: Dense) -> tuple[Target,
             code=4,
         )
     options = [name.strip() for name in recipe.engines.split(",") if name.strip()]
-    known = {engine.option: engine for engine in ENGINES}
+    known = {engine.name.lower(): engine for engine in ENGINES}
     for name in options:
         if name not in known:
             raise MoefyError(f"unknown --engines {name!r}; {nearest(name, [*known])}", code=2)

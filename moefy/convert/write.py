@@ -148,7 +148,7 @@ def write_folder(job: Job, part: Path) -> None:
     dense = job.dense
     if job.method.fit is None:
         dense = Dense(job.family, job.checkpoint.config)
-    config = job.target.configure(dense, job.shape)
+    config = job.target.configuration(dense, job.shape)
     config["dtype"] = str(job.dtype).removeprefix("torch.")
     config["transformers_version"] = importlib.import_module("transformers").__version__
     folder = job.checkpoint.folder

@@ -57,7 +57,11 @@ def describe(model: str, *, revision: str | None = None) -> dict[str, Any]:
     """
     folder = resolve(model, revision=revision, fetch=False)
     config = _flat(read_config(folder))
-    entries, problems = _stored(folder)
+    problems: list[MoefyError] = []
+    try:
+        entries = read_entries(folder)
+    except MoefyError as error:
+        entries, problems = {}, [error]
     if not entries and not isinstance(config.get("model_type"), str):
         raise MoefyError(f"{folder} holds neither a model_type nor tensors that can be read")
     from moefy.inspect import dense, moe
@@ -70,17 +74,17 @@ def describe(model: str, *, revision: str | None = None) -> dict[str, Any]:
         "kind": "MoE" if kind is moe else "dense",
         "model_type": config.get("model_type"),
         "architectures": classes if isinstance(classes, list) else [],
-        "sizes": _sizes(config),
+        "sizes": {name: number(config, keys) for name, keys in SIZES.items()},
         **_tensors(entries),
     }
     details = kind.describe(folder, config, entries)
-    problems = {str(problem): problem.code for problem in (*problems, *details["problems"])}
+    codes = {str(problem): problem.code for problem in (*problems, *details["problems"])}
     return {
         **result,
         **details,
         "sizes": {**result["sizes"], **details.get("sizes", {})},
-        "problems": [*problems],
-        "code": next(iter(problems.values()), 0),
+        "problems": [*codes],
+        "code": next(iter(codes.values()), 0),
     }
 
 
@@ -90,23 +94,10 @@ def misread(folder: Path, error: Exception) -> MoefyError:
     return contradiction(f"{folder / CONFIG} cannot be understood: {reason}")
 
 
-def _stored(folder: Path) -> tuple[dict[str, Entry], list[MoefyError]]:
-    """All tensors, or none and the reason."""
-    try:
-        return read_entries(folder), []
-    except MoefyError as error:
-        return {}, [error]
-
-
 def _flat(config: Config) -> dict[str, Any]:
     """A configuration together with the keys of the model inside it, if there is one."""
     inside = next((config[key] for key in INSIDE if isinstance(config.get(key), dict)), {})
     return {**inside, **config}
-
-
-def _sizes(config: Config) -> dict[str, int | None]:
-    """The sizes that a configuration names."""
-    return {name: number(config, keys) for name, keys in SIZES.items()}
 
 
 def number(config: Config, keys: tuple[str, ...]) -> int | None:

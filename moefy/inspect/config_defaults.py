@@ -50,49 +50,21 @@ def _windows(config: Config) -> dict[str, Any]:
     window = config.get("sliding_window", WINDOW_ON.get(model_type))
     if model_type in WINDOW_OFF and not config.get("use_sliding_window", False):
         window = None
-    if types is None and model_type in TYPES:
-        types = [TYPES[model_type](config, number) for number in range(config["num_hidden_layers"])]
+    layers = range(config.get("num_hidden_layers", 0))
+    if types is None and (local := LOCAL.get(model_type)):
+        types = [f"{'sliding' if local(config, n) else 'full'}_attention" for n in layers]
+    elif types is None and model_type in ("lfm2", "lfm2_moe"):
+        full = layers if (own := config.get("full_attn_idxs")) is None else own
+        types = ["full_attention" if n in full else "conv" for n in layers]
     return {"sliding_window": window, "layer_types": types}
 
 
-def _late(config: Config, layer: int) -> str:
-    return _local(layer >= config.get("max_window_layers", 28))
-
-
-def _early_even(config: Config, layer: int) -> str:
-    return _local(layer % 2 == 0 and layer < config.get("max_window_layers", 28))
-
-
-def _all_but_each_last(config: Config, layer: int) -> str:
-    return _local((layer + 1) % config.get("sliding_window_pattern", 4) != 0)
-
-
-def _all_but_each_first(config: Config, layer: int) -> str:
-    return _local(layer % 4 != 0)
-
-
-def _unrotated(config: Config, layer: int) -> str:
-    return _local(not rotates(config, layer))
-
-
-def _listed(config: Config, layer: int) -> str:
-    idxs = config.get("full_attn_idxs")
-    return "full_attention" if idxs is None or layer in idxs else "conv"
-
-
-def _local(local: bool) -> str:
-    return "sliding_attention" if local else "full_attention"
-
-
-TYPES: dict[str, Callable[[Config, int], str]] = {
-    "qwen2": _late,
-    "qwen3": _late,
-    "qwen2_moe": _early_even,
-    "cohere2": _all_but_each_last,
-    "cohere2_moe": _all_but_each_last,
-    "cwm": _all_but_each_first,
-    "smollm3": _unrotated,
-    "lfm2": _listed,
-    "lfm2_moe": _listed,
+LOCAL: dict[str, Callable[[Config, int], bool]] = {
+    "qwen2": lambda config, n: n >= config.get("max_window_layers", 28),
+    "qwen2_moe": lambda config, n: n % 2 == 0 and n < config.get("max_window_layers", 28),
+    "cohere2": lambda config, n: (n + 1) % config.get("sliding_window_pattern", 4) != 0,
+    "cwm": lambda config, n: n % 4 != 0,
+    "smollm3": lambda config, n: not rotates(config, n),
 }
-"""The type of a layer, in classes that do not treat all layers alike."""
+LOCAL |= {"qwen3": LOCAL["qwen2"], "cohere2_moe": LOCAL["cohere2"]}
+"""Whether a layer has the sliding window, in classes that do not treat all layers alike."""

@@ -25,8 +25,7 @@ class Engine:
     """A program that runs MoE checkpoints."""
 
     name: str
-    option: str
-    """What `--engines` calls it."""
+    """`--engines` takes it in small letters."""
     classes: Mapping[str, tuple[Check, ...]]
     """Stock class that it is known to run -> checks of models of this class."""
     checks: tuple[Check, ...] = ()
@@ -95,14 +94,12 @@ def _results(checks: Iterable[Check], dense: Dense, shape: Shape) -> list[str]:
 
 TRANSFORMERS = Engine(
     "transformers",
-    "transformers",
     classes=dict.fromkeys(targets.names(), ()),
     notes=(checks.eager,),
     stored_notes=(checks.older_transformers,),
 )
 VLLM = Engine(
     "vLLM",
-    "vllm",
     classes={
         "ernie4_5_moe": (),
         "flex_olmo": (),
@@ -119,7 +116,6 @@ VLLM = Engine(
 )
 SGLANG = Engine(
     "SGLang",
-    "sglang",
     classes={
         "glm4_moe": (checks.several_shared,),
         "granitemoehybrid": (),
@@ -136,7 +132,6 @@ SGLANG = Engine(
     notes=(checks.odd_width,),
 )
 LLAMA_CPP = Engine(
-    "llama.cpp",
     "llama.cpp",
     classes={
         "cohere2_moe": (),
@@ -166,7 +161,6 @@ LLAMA_CPP = Engine(
 )
 MLX = Engine(
     "MLX",
-    "mlx",
     classes={
         "glm4_moe": (),
         "granitemoehybrid": (checks.scaled_rope,),
@@ -184,7 +178,6 @@ MLX = Engine(
 OLLAMA = dataclasses.replace(  # runs llama.cpp, and reads safetensors of few classes
     LLAMA_CPP,
     name="Ollama",
-    option="ollama",
     classes={"mixtral": LLAMA_CPP.classes["mixtral"]},
     unpromised={},
 )

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,20 +74,13 @@ def watched(model: Any, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[
     the logits. The hooks are removed when the block ends.
     """
 
-    def seeing(layer: int) -> Callable[..., None]:
-        def hook(_module: Any, _args: Any, out: Any) -> None:
-            see(layer, out[0], out[2])
+    def hook(layer: int, _module: Any, _args: Any, out: Any) -> None:
+        see(layer, out[0], out[2])
 
-        return hook
-
-    handles = [
-        router.register_forward_hook(seeing(layer)) for layer, router in routers(model).items()
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer, router in routers(model).items():
+            stack.enter_context(router.register_forward_hook(partial(hook, layer)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -121,13 +115,6 @@ def balance(load_E: Tensor, dead_below: float = DEAD) -> dict[str, Any]:
         "entropy": entropy / math.log(len(load_E)) if len(load_E) > 1 else 1.0,
         "dead": int((load_E < dead_below * mean).sum()),
     }
-
-
-def coactivation(index_TK: Tensor, count: int) -> Tensor:
-    """Share of tokens that two experts get, float64 (E, E); on the diagonal, that one gets."""
-    index_TK = index_TK.long().cpu()
-    chosen_TE = torch.zeros(len(index_TK), count).scatter_(1, index_TK, 1.0)
-    return (chosen_TE.T @ chosen_TE).double() / max(len(index_TK), 1)
 
 
 def drift(load_E: Tensor, reference_E: Tensor) -> float:

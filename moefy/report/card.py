@@ -30,14 +30,15 @@ def model_card(
 
     `trained` is the finetune.json of one that was fine-tuned; a report holds it.
     """
-    if report and subject(report) in report["finetune"]:
-        trained = report["finetune"][subject(report)]["summary"]
+    label = subject(report) if report else None
+    if report and label in report["finetune"]:
+        trained = report["finetune"][label]["summary"]
     licence, name = run.get("licence") or {}, model_name(run)
     return template("card.md.jinja", escaped=escaped, file_name=_file_name).render(
         run=run,
         trained=trained,
         place=place,
-        metadata=_metadata(run, report),
+        metadata=_metadata(run, _results(run, report, label) if report and label else []),
         name=name,
         link=f"[`{name}`](https://huggingface.co/{name})" if run["hub_id"] else f"`{name}`",
         active=f"{run['shape']['active_fraction']:.0%}",
@@ -46,18 +47,17 @@ def model_card(
         own=run["target"] == OWN,
         engines=[name for name in run["engines"] if name != "transformers"],
         auto="AutoModel" + run["task"].removeprefix("Model"),
-        measured=_measured(report),
+        measured=_measured(report, label) if report and label else [],
         licence=licence.get("license_name") or licence.get("license"),
         methods=sources(run["recipe"]) if run.get("recipe") else [],
     )
 
 
-def _metadata(run: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
+def _metadata(run: Mapping[str, Any], results: list[Any]) -> str:
     """The YAML head of the card, as the Hub reads it."""
     from huggingface_hub import ModelCardData
 
     inherited = run.get("licence") or {}
-    results = _results(run, report)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=TASKS.get(run["task"]),
@@ -73,14 +73,11 @@ def _metadata(run: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
     return data.to_yaml()
 
 
-def _results(run: Mapping[str, Any], report: Mapping[str, Any] | None) -> list[Any]:
+def _results(run: Mapping[str, Any], report: Mapping[str, Any], label: str) -> list[Any]:
     """The report's scores of the model, as the Hub's evaluation results."""
     from huggingface_hub import EvalResult
 
-    label = subject(report) if report else None
     task = TASKS.get(run["task"], "text-generation")
-    if not report or label is None:
-        return []
     results = [
         EvalResult(task, text, text, "perplexity", round(rows[label]["perplexity"], 4))
         for text, rows in report["texts"].items()
@@ -94,11 +91,8 @@ def _results(run: Mapping[str, Any], report: Mapping[str, Any] | None) -> list[A
     return results
 
 
-def _measured(report: Mapping[str, Any] | None) -> list[str]:
-    """The advice and the tables of what was measured; empty if nothing was."""
-    label = subject(report) if report else None
-    if not report or label is None:
-        return []
+def _measured(report: Mapping[str, Any], label: str) -> list[str]:
+    """The advice and the tables of what was measured."""
     tables = [_quality(report["texts"], label), _benchmarks(report["benchmarks"], label)]
     tables += [_speed(engine, speed["rows"], label) for engine, speed in report["speed"].items()]
     return [*map(verdict, verdicts(report)), *(table(*one) for one in tables if one[1])]

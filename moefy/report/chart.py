@@ -91,21 +91,17 @@ class Look:
     colour: str
     marker: str
 
-    @property
-    def glyph(self) -> str:
-        """The marker as a letter."""
-        return dict(zip("oDs^vXP<>p", "●◆■▲▼✖✚◀▶⬟", strict=True))[self.marker]
 
-    @property
-    def variable(self) -> str:
-        """The name of the colour on the page."""
-        return THEME[self.colour]
+Looks = Mapping[str, Look]
+"""The look of each model, by its label."""
 
+GLYPHS = dict(zip("oDs^vXP<>p", "●◆■▲▼✖✚◀▶⬟", strict=True))
+"""Marker of a picture -> the same as a letter."""
 
 CONTROLS = {"static": ("amber", "s"), "oracle": ("green", "^"), "random": ("grey", "v")}
 
 
-def looks(kinds: Mapping[str, str]) -> dict[str, Look]:
+def looks(kinds: Mapping[str, str]) -> Looks:
     """A look for each model, by its kind; models of one kind differ at least in their markers."""
     hues = {
         "converted": ["blue", "purple", "green", "amber"],
@@ -180,7 +176,8 @@ def svg(draw: Callable[[], Figure], name: str, alt: str) -> str:
         r' id="([\w.-]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text
     )
     text = re.sub(r"(href=\"#|url\(#)", rf"\g<1>{name}-", text)
-    text = re.sub(r"#[0-9a-f]{6}\b", _themed, text)
+    for colour, variable in THEME.items():
+        text = text.replace(colour, f"var(--{variable})")
     box = re.search(r'viewBox="([^"]+)"', text)
     assert box is not None, "matplotlib writes a viewBox"
     head = f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(alt)}">'
@@ -192,7 +189,3 @@ def _only_size(match: re.Match[str]) -> str:
     size = re.search(r"([\d.]+)px", match[0])
     bold = "font-weight: 600; " if "bold" in match[0] or " 700 " in match[0] else ""
     return f"{bold}font-size: {size[1]}px; " if size else ""
-
-
-def _themed(match: re.Match[str]) -> str:
-    return f"var(--{THEME[match[0]]})" if match[0] in THEME else match[0]

@@ -57,12 +57,6 @@ def filled(report: Mapping[str, Any]) -> dict[str, Any]:
     return {**absent, **report}
 
 
-def write(run: Path, report: Mapping[str, Any]) -> None:
-    """Draw the pages of a report into its run folder."""
-    for name, text in draw(report).items():
-        write_text(run / name, text)
-
-
 def read_report(run: Path) -> dict[str, Any]:
     """The `report.json` of a run.
 
@@ -102,5 +96,6 @@ def redraw(run: Path) -> dict[str, Any]:
     """
     report = read_report(run)
     with readable(run):
-        write(run, report)
+        for name, text in draw(report).items():
+            write_text(run / name, text)
     return report

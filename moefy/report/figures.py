@@ -30,10 +30,7 @@ class Line:
 
 
 def forest(
-    groups: Mapping[str, Sequence[tuple[str, Look, float, float | None]]],
-    *,
-    axis: str,
-    places: int = 2,
+    groups: Mapping[str, Sequence[tuple[str, Look, float, float | None]]], *, axis: str
 ) -> Figure:
     """Values of several models with two standard errors to each side, one panel per group.
 
@@ -64,7 +61,7 @@ def forest(
                 )  # fmt: skip
             axis_of.plot([value], [row], look.marker, color=look.colour)
             at = value + 2 * (error or 0)
-            _label(axis_of, f"{value:.{places}f}", (at, row), 8, fontsize=10)
+            _label(axis_of, f"{value:.2f}", (at, row), 8, fontsize=10)
         axis_of.set_yticks(range(len(rows)), [wrapped(row[0]) for row in rows], color=INK)
         axis_of.set_ylim(len(rows) - 0.4, -0.6)
         axis_of.set_xlim(low - 0.03 * span, high + 0.16 * span)
@@ -74,21 +71,20 @@ def forest(
     return figure
 
 
-def curve(
+def curves(
     rows: Sequence[Mapping[str, Any]],
     axis: str,
-    key: str,
-    name: str,
-    look: Look,
+    keys: Mapping[str, tuple[str, Look]],
     *,
     points: bool = False,
-) -> Line | None:
-    """The values of `key` against those of `axis`, of the rows that have one; None without any."""
-    known = [row for row in rows if row.get(key) is not None]
-    if not known:
-        return None
-    x, y = [row[axis] for row in known], [row[key] for row in known]
-    return Line(name, look, x, y, points=points or len(x) < 2, dashed=points)
+) -> list[Line]:
+    """The values of each key, by (name, look), against those of `axis`, where rows have some."""
+    lines = []
+    for key, (name, look) in keys.items():
+        if known := [row for row in rows if row.get(key) is not None]:
+            x, y = [row[axis] for row in known], [row[key] for row in known]
+            lines.append(Line(name, look, x, y, points=points or len(x) < 2, dashed=points))
+    return lines
 
 
 def lines(
@@ -152,7 +148,7 @@ def frontier(drawn: Sequence[Line]) -> Figure:
     return figure
 
 
-def speed(drawn: Sequence[Line], *, ideal: Sequence[tuple[float, float]], x_axis: str) -> Figure:
+def speed(drawn: Sequence[Line], ideal: Sequence[tuple[float, float]]) -> Figure:
     """Speed relative to dense against the batch: above one is faster, below slower.
 
     `ideal` are the points (batch, ratio) that arithmetic would allow.
@@ -176,7 +172,7 @@ def speed(drawn: Sequence[Line], *, ideal: Sequence[tuple[float, float]], x_axis
     axis.set_xlim(places[0] / 1.4, places[-1] * 1.4)
     axis.set_ylim(low, high)
     axis.yaxis.set_major_formatter(lambda value, _: f"{round(value, 2):g}×")
-    axis.set_xlabel(x_axis)
+    axis.set_xlabel("sequences at once (batch)")
     inside = {"transform": axis.get_yaxis_transform(), "fontsize": 10, "fontweight": "bold"}
     step = 0.012 * (high - low)
     axis.text(0.015, 1 + step, "faster ↑", color=SERIES["green"], va="bottom", **inside)
@@ -196,10 +192,8 @@ def speed(drawn: Sequence[Line], *, ideal: Sequence[tuple[float, float]], x_axis
     return figure
 
 
-def bars(
-    rows: Sequence[tuple[str, Look, float, float]], *, axis: str, inner: str, outer: str
-) -> Figure:
-    """For each model a pale bar with a solid one inside: (name, look, solid, pale)."""
+def parameters(rows: Sequence[tuple[str, Look, float, float]]) -> Figure:
+    """For each model a pale bar with a solid one inside: (name, look, active, all), in millions."""
     figure, axes = panels(height=0.8 + 0.36 * len(rows))
     axis_of = axes[0, 0]
     axis_of.grid(axis="y", visible=False)
@@ -212,8 +206,8 @@ def bars(
     axis_of.set_yticks(range(len(rows)), [wrapped(row[0]) for row in rows], color=INK)
     axis_of.set_ylim(len(rows) - 0.4, -0.6)
     axis_of.set_xlim(0, 1.34 * max(pale for *_, pale in rows))
-    axis_of.set_title(f"{inner} (solid) of {outer} (pale)", fontsize=10.5, fontweight="normal")
-    axis_of.set_xlabel(axis)
+    axis_of.set_title("active per token (solid) of all (pale)", fontsize=10.5, fontweight="normal")
+    axis_of.set_xlabel("million parameters")
     return figure
 
 

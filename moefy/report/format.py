@@ -27,13 +27,13 @@ def uncertain(value: Number, error: Number, places: int = 3) -> str:
     return f"{plain} ± {fixed(error, places)}" if plain and error is not None else plain
 
 
-def percent(value: Number, places: int = 1) -> str:
+def percent(value: Number) -> str:
     """A share in percent.
 
     >>> percent(0.5), percent(None)
     ('50.0%', '')
     """
-    return "" if value is None else f"{value:.{places}%}"
+    return "" if value is None else f"{value:.1%}"
 
 
 def times(value: Number) -> str:
@@ -94,9 +94,3 @@ def computed_in(report: Mapping[str, Any]) -> str:
     """The dtype of the scores of a report as `, in float32`; empty if it is unknown."""
     dtype = report.get("compute", {}).get("dtype")
     return f", in {dtype}" if dtype else ""
-
-
-def row_dtype(engine: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """The dtype of a row of speeds: its own, or that of the engine."""
-    dtype = row.get("dtype") or engine.get("dtype")
-    return dtype if isinstance(dtype, str) else dtype.get(row["label"], "") if dtype else ""

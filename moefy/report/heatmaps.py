@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def heat(maps: Mapping[str, Sequence[tuple[int, Sequence[float]]]], *, tall: bool = True) -> Figure:
+def heat(maps: Mapping[str, Sequence[tuple[int, Sequence[float]]]]) -> Figure:
     """Load of each expert (columns) in each layer (rows), one map beside the other.
 
     A row is (layer, shares). Colours show shares relative to an even one; a cross is a dead expert.
     """
     num_rows = max(len(rows) for rows in maps.values())
-    step = 0.15 if tall and num_rows <= 48 else 0.09
+    step = 0.15 if num_rows <= 48 else 0.09
     figure, axes = panels(1, len(maps), height=0.85 + step * max(num_rows, 6), sharey=True)
     for axis, (title, rows) in zip(axes[0], maps.items(), strict=True):
         axis.grid(visible=False)

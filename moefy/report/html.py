@@ -33,6 +33,8 @@ def report_html(report: Mapping[str, Any]) -> str:
         tiles=tiles(report),
         sections=sections(report),
         looks=looks(labels(report)),
+        theme=chart.THEME,
+        glyphs=chart.GLYPHS,
         draw=_drawn if can_draw() else None,
         no_pictures=NO_PICTURES,
         num_steps=len(chart.RAMP),

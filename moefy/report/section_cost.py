@@ -7,11 +7,9 @@ from functools import partial
 from typing import Any
 
 from moefy.report import figures
-from moefy.report.chart import Look
+from moefy.report.chart import Looks
 from moefy.report.document import Picture, Section, Table
-from moefy.report.format import computed_in, fixed, large, row_dtype
-
-Looks = Mapping[str, Look]
+from moefy.report.format import computed_in, fixed, large
 
 PHASES = {"prefill": "Reading a prompt", "decode": "Writing"}
 
@@ -33,7 +31,7 @@ def speed(report: Mapping[str, Any], looks: Looks) -> Section:
             moes = [row["label"] for row in rows if row["label"] != "dense"]
             ideal = _ideal(measured, phase, moes)
             alt += f"; ideal {ideal[-1][1]:.2f}" if ideal else ""
-            draw = partial(figures.speed, drawn, ideal=ideal, x_axis="sequences at once (batch)")
+            draw = partial(figures.speed, drawn, ideal)
             name = f"speed-{number}-{phase}"
             pictures.append(Picture(name, f"{title} ({phase}) in {engine}", alt, draw))
         tables.append(_speed_table(engine, measured))
@@ -47,75 +45,58 @@ def speed(report: Mapping[str, Any], looks: Looks) -> Section:
 
 def _ideal(measured: Mapping[str, Any], phase: str, labels: list[str]) -> list[tuple[float, float]]:
     """The speed by arithmetic alone at each batch, of the last of `labels`: all have one shape."""
-    ideals = measured.get("ideal_ratio") or {}
-    by_phase = next((ideals[label] for label in reversed(labels) if label in ideals), ideals)
-    value = by_phase.get(phase)
+    ideals = measured["ideal_ratio"]
+    value = next((ideals[label][phase] for label in reversed(labels) if label in ideals), {})
     if isinstance(value, Mapping):
         return sorted((float(batch), ratio) for batch, ratio in value.items())
-    batches = sorted({row["batch"] for row in measured["rows"]})
-    return [] if value is None else [(batch, value) for batch in batches]
+    return [(batch, value) for batch in sorted({row["batch"] for row in measured["rows"]})]
 
 
 def _lines(rows: list[Mapping[str, Any]], looks: Looks) -> list[figures.Line]:
     """One line for each model and context length: ratios by batch."""
-    groups: dict[tuple[str, Any], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["batch"]):
-        if row["label"] != "dense" and row.get("ratio") is not None:
-            groups.setdefault((row["label"], row.get("context")), []).append(row)
+        if row["label"] != "dense":
+            groups.setdefault((row["label"], row["context"]), []).append(row)
     several = len({context for _, context in groups}) > 1
-    drawn = []
-    for (label, context), points in groups.items():
-        ends = [(row.get("ratio_low"), row.get("ratio_high")) for row in points]
-        spread = [(low, high) for low, high in ends if low is not None and high is not None]
-        known = len(spread) == len(points)
-        first = next(key for key in groups if key[0] == label)
-        drawn.append(
-            figures.Line(
-                f"{label}, {context} tokens" if several else label,
-                looks[label],
-                [row["batch"] for row in points],
-                [row["ratio"] for row in points],
-                [low for low, _ in spread] if known else [],
-                [high for _, high in spread] if known else [],
-                dashed=first != (label, context),
-            )
+    return [
+        figures.Line(
+            f"{label}, {context} tokens" if several else label,
+            looks[label],
+            [row["batch"] for row in points],
+            [row["ratio"] for row in points],
+            [row["ratio_low"] for row in points],
+            [row["ratio_high"] for row in points],
+            dashed=next(key for key in groups if key[0] == label) != (label, context),
         )
-    return drawn
+        for (label, context), points in groups.items()
+    ]
 
 
 def _speed_table(engine: str, measured: Mapping[str, Any]) -> Table:
-    words = list(dict.fromkeys(_values(measured.get("implementation"))))
-    if measured.get("threads"):
-        words.append(f"{measured['threads']} threads" if measured["threads"] > 1 else "1 thread")
-    words += _values(measured.get("processor"))
+    ways = measured["implementation"]
+    words = [*dict.fromkeys([ways] if isinstance(ways, str) else ways.values())]
+    words.append(f"{measured['threads']} threads" if measured["threads"] > 1 else "1 thread")
+    words += [measured["processor"]] if measured.get("processor") else []
     rows = tuple(
         (
-            f"{row['phase']}, batch {row['batch']}"
-            + (f", context {row['context']}" if row.get("context") else ""),
+            f"{row['phase']}, batch {row['batch']}, context {row['context']}",
             row["label"],
-            row_dtype(measured, row),
+            row.get("dtype", measured["dtype"]),
             fixed(row["tokens_per_second"], 1),
             *([""] * 3 if row["label"] == "dense" else _relative(measured, row)),
         )
         for row in measured["rows"]
     )
     header = ("what", "model", "dtype", "tokens/s", "times dense", "over rounds", "ideal")
-    named = ", ".join(str(word) for word in words if word)
-    caption = f"Speed in {engine}" + (f" ({named})" if named else "")
-    return Table(caption, header, rows, folded=True)
+    return Table(f"Speed in {engine} ({', '.join(words)})", header, rows, folded=True)
 
 
 def _relative(engine: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, str, str]:
     """A speed relative to the dense model's, its least and its greatest, and the ideal."""
-    low, high = row.get("ratio_low"), row.get("ratio_high")
-    spread = "" if low is None else f"{fixed(low)} to {fixed(high)}"
+    spread = f"{fixed(row['ratio_low'])} to {fixed(row['ratio_high'])}"
     ideal = dict(_ideal(engine, row["phase"], [row["label"]])).get(row["batch"])
-    return fixed(row.get("ratio")), spread, fixed(ideal)
-
-
-def _values(value: Any) -> list[str]:
-    """The value of all models, or the values of each."""
-    return [str(one) for one in (value.values() if isinstance(value, Mapping) else [value]) if one]
+    return fixed(row["ratio"]), spread, fixed(ideal)
 
 
 def size(report: Mapping[str, Any], looks: Looks) -> Section:
@@ -131,9 +112,7 @@ def size(report: Mapping[str, Any], looks: Looks) -> Section:
         alt = "Parameters in millions, active of total. " + ", ".join(
             f"{label}: {active:,.1f} of {total:,.1f}" for label, _, active, total in bars
         )
-        draw = partial(
-            figures.bars, bars, axis="million parameters", inner="active per token", outer="all"
-        )
+        draw = partial(figures.parameters, bars)
         pictures.append(Picture("parameters", "Parameters", alt, draw))
     header = (
         "model", "parameters", "active", "FLOPs/token", "weights", "KV cache/token",

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from moefy.report import figures
-from moefy.report.chart import INK, SERIES, Look
+from moefy.report.chart import INK, SERIES, Look, Looks
 from moefy.report.document import Picture, Section, Table
 from moefy.report.format import fixed
 from moefy.report.heatmaps import heat, squares
 
-Looks = Mapping[str, Look]
 SCALE = ("less than an even share", "more")
 MANY = 400
 """Experts in all layers together above which only three layers' tokens are shown."""
@@ -91,13 +91,11 @@ def _three(rows: Sequence[Any]) -> list[Any]:
 
 def _per_layer(models: Mapping[str, Mapping[str, Any]], looks: Looks) -> list[Picture]:
     """How uneven the loads are in each layer."""
-    curves = [
-        figures.curve(routed["layers"], "layer", "load_cv", label, looks[label])
+    drawn = [
+        line
         for label, routed in models.items()
+        for line in figures.curves(routed["layers"], "layer", {"load_cv": (label, looks[label])})
     ]
-    drawn = [curve for curve in curves if curve]
-    if not drawn:
-        return []
     alt = "Coefficient of variation of the loads by layer. " + "; ".join(
         f"{line.name}: from {min(line.y):.2f} to {max(line.y):.2f}" for line in drawn
     )
@@ -123,22 +121,15 @@ def _balance(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
 
 
 def _balance_row(name: str, layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    cv = [row["load_cv"] for row in layers if row.get("load_cv") is not None]
-    entropy = [row["entropy"] for row in layers if row.get("entropy") is not None]
+    cv, entropy = ([row[key] for row in layers] for key in ("load_cv", "entropy"))
     return (
         name,
-        fixed(_mean(cv) if cv else None),
-        fixed(max(cv, default=None)),
-        fixed(_mean(entropy) if entropy else None, 3),
-        fixed(min(entropy, default=None), 3),
-        str(sum(_dead(row) for row in layers)),
+        fixed(fmean(cv)),
+        fixed(max(cv)),
+        fixed(fmean(entropy), 3),
+        fixed(min(entropy), 3),
+        str(sum(row["dead"] for row in layers)),
     )
-
-
-def _dead(row: Mapping[str, Any]) -> int:
-    """How many experts of a layer are dead, whether they were counted or listed."""
-    dead = row.get("dead") or 0
-    return dead if isinstance(dead, int) else len(dead)
 
 
 def _tokens(label: str, layers: Sequence[Mapping[str, Any]]) -> list[Table]:
@@ -150,7 +141,7 @@ def _tokens(label: str, layers: Sequence[Mapping[str, Any]]) -> list[Table]:
         (
             f"layer {row['layer']}, expert {expert}",
             f"{share:.1%}",
-            "  ".join(_token(token) for token in tokens[:12]),
+            "  ".join(_token(token["token"]) for token in tokens[:12]),
         )
         for row in known
         for expert, (share, tokens) in enumerate(
@@ -162,26 +153,22 @@ def _tokens(label: str, layers: Sequence[Mapping[str, Any]]) -> list[Table]:
     return [Table(caption, header, rows, folded=True, on_terminal=False)] if rows else []
 
 
-def _token(token: Any) -> str:
+def _token(token: str) -> str:
     """The text of a token, with visible spaces and line ends."""
-    if isinstance(token, Mapping):
-        token = token["token"]
-    elif not isinstance(token, str):
-        token = token[0]
-    shown = str(token).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+    shown = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
     return "".join(c if c.isprintable() else "�" for c in shown)
 
 
 ERRORS = {
-    "error_before_refit": ("before the refit", SERIES["grey"], "o"),
-    "error_after_refit": ("after the refit", SERIES["blue"], "o"),
+    "error_before_refit": ("before the refit", Look(SERIES["grey"], "o")),
+    "error_after_refit": ("after the refit", Look(SERIES["blue"], "o")),
 }
 ENERGY = {
-    "energy_neurons": ("best neurons", INK, "o"),
-    "energy_oracle": ("oracle", SERIES["green"], "^"),
-    "energy_router": ("router", SERIES["blue"], "o"),
-    "energy_static": ("static", SERIES["amber"], "s"),
-    "energy_random": ("by lot", SERIES["grey"], "v"),
+    "energy_neurons": ("best neurons", Look(INK, "o")),
+    "energy_oracle": ("oracle", Look(SERIES["green"], "^")),
+    "energy_router": ("router", Look(SERIES["blue"], "o")),
+    "energy_static": ("static", Look(SERIES["amber"], "s")),
+    "energy_random": ("by lot", Look(SERIES["grey"], "v")),
 }
 
 
@@ -193,12 +180,7 @@ def layers(report: Mapping[str, Any]) -> Section:
         ("layer-energy", "Output energy kept", ENERGY),
         ("layer-error", "Relative output error", ERRORS),
     ):
-        curves = [
-            figures.curve(rows, "layer", key, label, Look(hue, marker))
-            for key, (label, hue, marker) in keys.items()
-        ]
-        drawn = [curve for curve in curves if curve]
-        if drawn:
+        if drawn := figures.curves(rows, "layer", keys):
             alt = f"{title} by layer. " + "; ".join(
                 f"{n.name}: from {min(n.y):.2f} to {max(n.y):.2f}, {sum(n.y) / len(n.y):.2f} on "
                 "average"
@@ -228,9 +210,9 @@ def _evenness(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Picture], list[Ta
     points = [
         (
             share[0]["share"],
-            _mean([point["load_cv"] for point in share]),
+            fmean([point["load_cv"] for point in share]),
             max(point["load_cv"] for point in share),
-            _mean([point["worth"] for point in share]),
+            fmean([point["worth"] for point in share]),
         )
         for share in zip(*curves, strict=True)
     ]
@@ -252,7 +234,3 @@ def _evenness(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Picture], list[Ta
         on_terminal=False,
     )
     return [Picture("evenness", title, alt, draw)], [table]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -7,11 +7,9 @@ from functools import partial
 from typing import Any
 
 from moefy.report import figures
-from moefy.report.chart import Look
+from moefy.report.chart import Look, Looks
 from moefy.report.document import Picture, Section, Table, Voices
 from moefy.report.format import computed_in, fixed, percent, probability, uncertain
-
-Looks = Mapping[str, Look]
 
 SEEN = 0.01
 """Share of a text in the calibration text above which there is a warning."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -25,14 +25,15 @@ def finetune(report: Mapping[str, Any]) -> Section:
         curve = [row for row in tuning.get("curve") or [] if "validation" not in row]
         checks = [row for row in tuning.get("curve") or [] if row.get("validation")]
         for name, title, keys in CURVES:
-            drawn = [_curve(curve, key, key, HUES[key]) for key in keys]
+            looks = {key: (key, Look(SERIES[HUES[key]], "o")) for key in keys}
+            known = figures.curves(curve, "step", looks)
             if name == "loss":
                 flat = [{**row["validation"], "step": row["step"]} for row in checks]
-                drawn += [
-                    _curve(flat, key, f"{key}, held out", HUES[key], points=True)
+                held_out = {
+                    key: (f"{key}, held out", Look(SERIES[HUES[key]], "D"))
                     for key in ("loss", "kl")
-                ]
-            known = [line for line in drawn if line]
+                }
+                known += figures.curves(flat, "step", held_out, points=True)
             if known:
                 alt = f"{title} of {label}. " + "; ".join(
                     f"{n.name}: {n.y[0]:.3f} at step {n.x[0]}, {n.y[-1]:.3f} at step {n.x[-1]}"
@@ -45,13 +46,6 @@ def finetune(report: Mapping[str, Any]) -> Section:
         tables += _trained(label, tuning["summary"])
     lead = ("Losses in nats per token. Points are measured on held-out text.",)
     return Section("finetune", "Fine-tuning", lead, tuple(pictures), tuple(tables))
-
-
-def _curve(
-    rows: Sequence[Mapping[str, Any]], key: str, name: str, hue: str, *, points: bool = False
-) -> figures.Line | None:
-    look = Look(SERIES[hue], "D" if points else "o")
-    return figures.curve(rows, "step", key, name, look, points=points)
 
 
 def _trained(label: str, summary: Mapping[str, Any]) -> list[Table]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from moefy.config.recipe import method_of
 from moefy.report import section_cost, section_experts, section_quality, section_tuned
-from moefy.report.chart import Look, looks
+from moefy.report.chart import looks
 from moefy.report.document import Section, Table
 from moefy.report.format import fixed, large, model_name, shape_text, times
 
@@ -33,9 +33,8 @@ class Tile:
 def labels(report: Mapping[str, Any]) -> dict[str, str]:
     """The kind of each model in the report, the dense one first."""
     kinds = {label: str(entry.get("kind", "other")) for label, entry in report["models"].items()}
-    named = [label for rows in report["texts"].values() for label in rows]
-    named += [label for rows in report["robustness"].values() for label in rows]
-    named += [label for rows in report["benchmarks"].values() for label in rows]
+    scored = (report[part] for part in ("texts", "robustness", "benchmarks"))
+    named = [label for scores in scored for rows in scores.values() for label in rows]
     named += [label for entry in report["generation"] for label in entry["written"]]
     named += [row["label"] for entry in report["speed"].values() for row in entry["rows"]]
     named += [*report["routing"], *report["finetune"]]
@@ -62,7 +61,7 @@ def subject(report: Mapping[str, Any]) -> str | None:
 
 def sections(report: Mapping[str, Any]) -> list[Section]:
     """The sections that are not empty."""
-    shown: Mapping[str, Look] = looks(labels(report))
+    shown = looks(labels(report))
     parts = [
         section_quality.quality(report, shown),
         section_quality.frontier(report, shown),

@@ -177,19 +177,7 @@ def written(run: Path, summary: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         MoefyError: code 3, for a broken report of a fine-tune.
     """
-    if (tuning := read_tuning(run)) is None:
-        return dict(summary["outputs"])
-    digests = tuning["outputs"]
-    if f"moefy/{RECIPE}" in digests:
-        return digests
-    # Old fine-tunes recorded their weights alone; the other files are the conversion's.
-    changed = {CONFIG, f"moefy/{RECIPE}"}
-    taken = {
-        name: digest
-        for name, digest in summary["outputs"].items()
-        if name not in changed and not name.startswith("model")
-    }
-    return taken | digests
+    return (read_tuning(run) or summary)["outputs"]
 
 
 def check_present(run: Path, digests: Mapping[str, str]) -> None:

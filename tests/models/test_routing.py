@@ -78,8 +78,6 @@ def test_loads_by_hand():
     shares = (1 / 2, 3 / 8, 1 / 8)
     entropy = -sum(share * math.log(share) for share in shares) / math.log(4)
     assert told["entropy"] == pytest.approx(entropy)
-    both_EE = routing.coactivation(index_TK, 4)
-    assert both_EE.tolist() == [[1, 0.75, 0.25, 0], [0.75, 0.75, 0, 0], [0.25, 0, 0.25, 0], [0] * 4]
 
 
 @pytest.mark.parametrize(("share", "dead"), [(0.04, 1), (0.06, 0)])

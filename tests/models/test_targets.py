@@ -62,7 +62,7 @@ def refused(planned):
 
 # --- which class ---------------------------------------------------------------------------------
 
-OPTIONS = [engine.option for engine in ENGINES]
+OPTIONS = [engine.name.lower() for engine in ENGINES]
 BIASED = {"attention_bias": True}
 HALF = rope(1000.0, partial_rotary_factor=0.5)
 CHOICES = [

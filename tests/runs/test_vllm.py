@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from moefy.models import targets
 from moefy.models.engines import VLLM
+from moefy.models.shape import no_shared
 
 PYTHON = os.environ.get("MOEFY_VLLM_PYTHON")
 pytestmark = [
@@ -130,7 +131,7 @@ def recipe(target: str) -> dict:
     known = targets.load(target)
     if target not in VLLM.classes:
         pytest.skip(f"vLLM does not run {target}")
-    active = 1 / 2 if known.has_shared else 2 / EXPERTS
+    active = 1 / 2 if known.fits is not no_shared else 2 / EXPERTS
     return {"target": target, "experts": EXPERTS, "top_k": 2, "active": active}
 
 

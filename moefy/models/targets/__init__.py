@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 
@@ -22,4 +23,5 @@ def names() -> list[str]:
 def load(model_type: str, family: Family = FAMILY) -> Target:
     """The target of a MoE `model_type`, which must be one of `names()`, for a dense family."""
     module = importlib.import_module(f"moefy.models.targets.{model_type}")
-    return module.TARGET if hasattr(module, "TARGET") else module.target(family)
+    target = module.TARGET if hasattr(module, "TARGET") else module.target(family)
+    return dataclasses.replace(target, model_type=model_type)

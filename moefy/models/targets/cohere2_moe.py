@@ -19,8 +19,6 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     config = dense.config
     left = dense.left_dense
     return {
-        "architectures": ["Cohere2MoeForCausalLM"],
-        "model_type": "cohere2_moe",
         **dense.common,
         **{key: config[key] for key in ("layer_norm_eps", "logit_scale", "layer_types")},
         "rms_norm_eps": None,
@@ -53,7 +51,7 @@ def tensors(split: Split) -> Tensors:
 
 
 TARGET = Target(
-    "cohere2_moe",
+    "Cohere2MoeForCausalLM",
     configure,
     tensors,
     shared_multiple,

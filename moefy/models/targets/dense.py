@@ -20,11 +20,11 @@ def narrower(family: Family) -> Target:
         return dict(zip(family.ffn, tensors, strict=True))
 
     return Target(
-        family.model_type,
+        "",
         configure,
         tensors,
         lambda shape: True,
-        elastic=False,
         native=True,
         ties=True,
+        model_type=family.model_type,
     )

@@ -23,8 +23,6 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
         # have it, divided by the number of key-value heads.
         width = shape.num_shared * (config.get("num_key_value_heads") or 1)
     return {
-        "architectures": ["Ernie4_5_MoeForCausalLM"],
-        "model_type": "ernie4_5_moe",
         **dense.common,
         "intermediate_size": width,
         "head_dim": dense.head_dim,
@@ -54,11 +52,10 @@ def tensors(split: Split) -> Tensors:
 
 
 TARGET = Target(
-    "ernie4_5_moe",
+    "Ernie4_5_MoeForCausalLM",
     configure,
     tensors,
     shared_multiple,
-    elastic=False,
     selection_bias=True,
     dense_layers="first and last",
     ties=True,

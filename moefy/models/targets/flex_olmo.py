@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from moefy.models.shape import no_shared
 from moefy.models.targets.target import Dense, Split, Target, Tensors
 from moefy.types import Shape
 
@@ -16,8 +15,6 @@ from moefy.types import Shape
 def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     """The configuration of a FlexOlmo model of this shape."""
     return {
-        "architectures": ["FlexOlmoForCausalLM"],
-        "model_type": "flex_olmo",
         **dense.common,
         "attention_bias": bool(dense.biases),
         "tie_word_embeddings": False,
@@ -39,10 +36,9 @@ def tensors(split: Split) -> Tensors:
 
 
 TARGET = Target(
-    "flex_olmo",
+    "FlexOlmoForCausalLM",
     configure,
     tensors,
-    no_shared,
     elastic=True,
     attention_biases="qkvo",
     wide_heads=False,

@@ -19,8 +19,6 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     share = dense.rotary_share
     config["rope_parameters"] = {**config["rope_parameters"], "partial_rotary_factor": share}
     return {
-        "architectures": ["Glm4MoeForCausalLM"],
-        "model_type": "glm4_moe",
         **config,
         "head_dim": dense.head_dim,
         "partial_rotary_factor": share,
@@ -52,7 +50,7 @@ def tensors(split: Split) -> Tensors:
 
 
 TARGET = Target(
-    "glm4_moe",
+    "Glm4MoeForCausalLM",
     configure,
     tensors,
     shared_multiple,

@@ -15,8 +15,6 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     hidden = dense.config["hidden_size"]
     return {
         **granitemoeshared.configure(dense, shape),
-        "architectures": ["GraniteMoeHybridForCausalLM"],
-        "model_type": "granitemoehybrid",
         "position_embedding_type": dense.config.get("position_embedding_type", "rope"),
         "layer_types": ["attention"] * dense.num_layers,
         # No layer uses these, but loaders ask for them and check that they fit together.
@@ -31,7 +29,5 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
 
 
 TARGET = dataclasses.replace(
-    granitemoeshared.TARGET,
-    model_type="granitemoehybrid",
-    configure=configure,
+    granitemoeshared.TARGET, architecture="GraniteMoeHybridForCausalLM", configure=configure
 )

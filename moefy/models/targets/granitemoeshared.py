@@ -23,8 +23,6 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     config = dense.config
     ones = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
     return {
-        "architectures": ["GraniteMoeSharedForCausalLM"],
-        "model_type": "granitemoeshared",
         **dense.common,
         **{key: config.get(key, 1.0) for key in ones},
         "attention_multiplier": config.get("attention_multiplier", dense.head_dim**-0.5),
@@ -57,11 +55,10 @@ def tensors(split: Split) -> Tensors:
 
 
 TARGET = Target(
-    "granitemoeshared",
+    "GraniteMoeSharedForCausalLM",
     configure,
     tensors,
     any_shared,
-    elastic=False,
     attention_biases="qkvo",
     wide_heads=False,
     biases=lambda dense: "qkvo" if dense.biases else "",

@@ -16,8 +16,6 @@ from moefy.types import Shape
 def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     """The configuration of a Hunyuan-MoE model of this shape."""
     return {
-        "architectures": ["HunYuanMoEV1ForCausalLM"],
-        "model_type": "hunyuan_v1_moe",
         **dense.common,
         "head_dim": dense.head_dim,
         "attention_bias": bool(dense.biases),
@@ -43,11 +41,10 @@ def tensors(split: Split) -> Tensors:
 
 
 TARGET = Target(
-    "hunyuan_v1_moe",
+    "HunYuanMoEV1ForCausalLM",
     configure,
     tensors,
     one_shared,
-    elastic=False,
     attention_biases="qkvo",
     biases=lambda dense: "qkvo" if dense.biases else "",
     ties=True,

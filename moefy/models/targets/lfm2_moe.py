@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from moefy.models.shape import no_shared
 from moefy.models.targets.target import NUMBERED, Dense, Split, Target, Tensors
 from moefy.types import Shape
 
@@ -17,8 +16,6 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     """The configuration of an LFM2-MoE model of this shape."""
     config = dense.config
     return {
-        "architectures": ["Lfm2MoeForCausalLM"],
-        "model_type": "lfm2_moe",
         **dense.common,
         **{key: config[key] for key in ("norm_eps", "conv_bias", "conv_L_cache", "layer_types")},
         "tie_word_embeddings": dense.tied,
@@ -46,12 +43,5 @@ def tensors(split: Split) -> Tensors:
 
 
 TARGET = Target(
-    "lfm2_moe",
-    configure,
-    tensors,
-    no_shared,
-    elastic=False,
-    selection_bias=True,
-    dense_layers="first",
-    ties=True,
+    "Lfm2MoeForCausalLM", configure, tensors, selection_bias=True, dense_layers="first", ties=True
 )

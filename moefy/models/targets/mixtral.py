@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from moefy.models.shape import no_shared
 from moefy.models.targets.target import NUMBERED, Dense, Split, Target, Tensors
 from moefy.types import Shape
 
@@ -16,8 +15,6 @@ from moefy.types import Shape
 def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     """The configuration of a Mixtral model of this shape."""
     return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
         **dense.common,
         "head_dim": dense.head_dim,
         "sliding_window": dense.config["sliding_window"] if any(dense.windowed) else None,
@@ -40,12 +37,4 @@ def tensors(split: Split) -> Tensors:
     }
 
 
-TARGET = Target(
-    "mixtral",
-    configure,
-    tensors,
-    no_shared,
-    elastic=False,
-    windows="all layers or none",
-    ties=True,
-)
+TARGET = Target("MixtralForCausalLM", configure, tensors, windows="all layers or none", ties=True)

@@ -64,7 +64,7 @@ def target(family: Family) -> Target:
         return block_tensors
 
     return Target(
-        "moefy",
+        "",
         configure,
         tensors,
         any_shared,

@@ -20,8 +20,6 @@ SHARED_GATE = 1e-6
 def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     """The configuration of a Qwen2-MoE model of this shape."""
     return {
-        "architectures": ["Qwen2MoeForCausalLM"],
-        "model_type": "qwen2_moe",
         **dense.common,
         **dense.sliding,
         "tie_word_embeddings": False,
@@ -50,7 +48,7 @@ def tensors(split: Split) -> Tensors:
 
 
 TARGET = Target(
-    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
     configure,
     tensors,
     any_shared,

@@ -21,8 +21,6 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     config = dense.config
     common = {key: value for key, value in dense.common.items() if key != "intermediate_size"}
     return {
-        "architectures": ["Qwen3_5MoeForCausalLM"],
-        "model_type": "qwen3_5_moe_text",
         **common,
         **{f"linear_{key}": config[f"linear_{key}"] for key in LINEAR},
         "layer_types": config["layer_types"],
@@ -50,11 +48,5 @@ def tensors(split: Split) -> Tensors:
 
 
 TARGET = Target(
-    "qwen3_5_moe_text",
-    configure,
-    tensors,
-    any_shared,
-    elastic=False,
-    attention_biases="qkvo",
-    ties=True,
+    "Qwen3_5MoeForCausalLM", configure, tensors, any_shared, attention_biases="qkvo", ties=True
 )

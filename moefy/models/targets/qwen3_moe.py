@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from moefy.models.shape import no_shared
 from moefy.models.targets.target import Dense, Split, Target, Tensors
 from moefy.types import Shape
 
@@ -16,8 +15,6 @@ from moefy.types import Shape
 def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
     """The configuration of a Qwen3-MoE model of this shape."""
     return {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
         **dense.common,
         **dense.sliding,
         "attention_bias": bool(dense.biases),
@@ -42,11 +39,9 @@ def tensors(split: Split) -> Tensors:
 
 
 TARGET = Target(
-    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
     configure,
     tensors,
-    no_shared,
-    elastic=False,
     attention_biases="qkvo",
     windows="all layers or none",
     dense_layers="any",

@@ -166,14 +166,15 @@ class Split:
 class Target:
     """How a split FFN is written as a stock MoE class."""
 
-    model_type: str
+    architecture: str
+    """The MoE class; empty where `configure` names it."""
     configure: Callable[[Dense, Shape], dict[str, Any]]
-    """The configuration of the MoE class."""
+    """The configuration of the MoE class, without its name."""
     tensors: Callable[[Split], Tensors]
     """The MoE block's tensors."""
-    fits: Callable[[Shape], bool]
+    fits: Callable[[Shape], bool] = no_shared
     """Whether a shape's shared neurons are of a number that the class can hold."""
-    elastic: bool
+    elastic: bool = False
     """Whether the gate of a chosen expert is independent of how many are chosen."""
     attention_biases: str = ""
     """The attention's projections that may have a bias, of q, k, v and o."""
@@ -196,11 +197,15 @@ class Target:
     """What stands before every tensor's name."""
     ties: bool = False
     """Whether all engines load the class with the embedding as its head."""
+    model_type: str = ""
+    """The name of the target's file; `targets.load` sets it."""
 
-    @property
-    def has_shared(self) -> bool:
-        """Whether the class has a shared expert."""
-        return self.fits is not no_shared
+    def configuration(self, dense: Dense, shape: Shape) -> dict[str, Any]:
+        """The configuration of a MoE model of this shape."""
+        config = self.configure(dense, shape)
+        if not self.architecture:
+            return config
+        return {"architectures": [self.architecture], "model_type": self.model_type, **config}
 
     def why_unsupported(self, dense: Dense) -> str | None:
         """Why the class cannot hold a model exactly; None if it can."""
