@@ -177,7 +177,17 @@ def written(run: Path, summary: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         MoefyError: code 3, for a broken report of a fine-tune.
     """
-    return (read_tuning(run) or summary)["outputs"]
+    digests = (read_tuning(run) or summary)["outputs"]
+    if f"moefy/{RECIPE}" in digests:
+        return digests
+    # Old fine-tunes recorded their weights alone; the other files are the conversion's.
+    changed = {CONFIG, f"moefy/{RECIPE}"}
+    taken = {
+        name: digest
+        for name, digest in summary["outputs"].items()
+        if name not in changed and not name.startswith("model")
+    }
+    return taken | digests
 
 
 def check_present(run: Path, digests: Mapping[str, str]) -> None:
