@@ -63,11 +63,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ['recipe.active was 0.5, is 0.25']
     """
     old, new = _flat(before), _flat(now)
-    return [
-        f"{key} {_change(old.get(key), new.get(key))}"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key)
-    ]
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key} {_change(old.get(key), new.get(key))}" for key in changed]
 
 
 def _flat(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from moefy.finetune.optim import round_weights
 from moefy.finetune.router_hooks import Routing
 from moefy.finetune.teacher import Teacher
 from moefy.finetune.trainer import Finetuner, Rows, Setup
+from moefy.progress import Watch
 from moefy.text.packing import Tokens
 
 STRONGER = 4.0
@@ -57,7 +58,7 @@ class Callbacks:
     """With a row of figures."""
     rewind: Callable[[int], None] = lambda step: None
     """With a step; the rows after it are void."""
-    progress: Callable[[str, int, int], None] = lambda *_: None
+    progress: Watch = lambda *_: None
     """With a stage, and how much of it is done."""
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from moefy.files.safetensors_header import read_config, read_entries
 from moefy.inspect import MISREAD, misread
 from moefy.inspect.moe import as_stored, read_experts
 from moefy.models.engines import LLAMA_CPP, NO_SHAPE
+from moefy.progress import Watch
 from moefy.runs.folder import check_folder
 from moefy.runs.quantize import pack
 
@@ -62,7 +63,7 @@ def export(
     kind: str | None = None,
     *,
     force: bool = False,
-    watch: Callable[[str, int, int], None] = lambda *_: None,
+    watch: Watch = lambda *_: None,
 ) -> dict[str, Any]:
     """Write the checkpoint folder `run` as the GGUF file `out`; give its place, type and size.
 

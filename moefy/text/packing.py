@@ -95,9 +95,7 @@ def load(
     if stratify:
         texts = stratified(texts, amount.num_tokens, share=share)
     parts = _gather(tokenizer, texts, share=share, enough=enough)
-    tokens = _packed(source, parts, bos, amount, notes)
-    require_rows(tokens.ids_BT, vocab_size)
-    return tokens
+    return _packed(source, parts, bos, amount, notes, vocab_size)
 
 
 def load_ids(source: str, amount: Amount, *, vocab_size: int | None = None) -> Tokens:
@@ -126,9 +124,7 @@ def load_ids(source: str, amount: Amount, *, vocab_size: int | None = None) -> T
         for index, end in zip(order, ends, strict=True)
         if end - len(rows[index]) < enough
     ]
-    tokens = _packed(source, parts, [], amount, notes)
-    require_rows(tokens.ids_BT, vocab_size)
-    return tokens
+    return _packed(source, parts, [], amount, notes, vocab_size)
 
 
 def count_sequences(amount: Amount) -> int:
@@ -147,7 +143,12 @@ def count_sequences(amount: Amount) -> int:
 
 
 def _packed(
-    source: str, parts: list[list[int]], bos: list[int], amount: Amount, notes: list[str]
+    source: str,
+    parts: list[list[int]],
+    bos: list[int],
+    amount: Amount,
+    notes: list[str],
+    vocab_size: int | None,
 ) -> Tokens:
     """As many sequences as the documents make and were asked for, each behind the ids `bos`."""
     num_sequences, total = count_sequences(amount), sum(len(ids) for ids in parts)
@@ -163,6 +164,7 @@ def _packed(
     notes = notes + [few] * (usable < num_sequences)
     num_heldout = count_heldout(usable, amount.heldout)
     ids_BN, num_documents, shared = pack(parts, room, usable - num_heldout, num_heldout)
+    require_rows(ids_BN, vocab_size)
     ids_BT = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(usable, -1), ids_BN], 1)
     notes += shared
     return Tokens(ids_BT, num_heldout, source, digest(ids_BT), num_documents, tuple(notes))
