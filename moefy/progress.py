@@ -7,10 +7,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # whoever only names the type of a callback needs no rich
-    from rich.console import Console
 
 Watch = Callable[[str, int, int], None]
 """Called with the name of a stage, how much of it is done, and how much there is."""
@@ -23,21 +19,15 @@ EVERY = 10.0
 def watching(*, quiet: bool) -> Iterator[Watch]:
     """Give a function of (stage, done, total) that shows progress on standard error."""
     from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if quiet:
         yield lambda *_: None
-    elif console.is_terminal:
-        with _bar(console) as show:
-            yield show
-    else:
+        return
+    if not console.is_terminal:
         yield _lines()
-
-
-@contextlib.contextmanager
-def _bar(console: Console) -> Iterator[Watch]:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
-
+        return
     share = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     columns = ("{task.description}", *share, "{task.fields[memory]}")
     with Progress(*columns, console=console, transient=True) as progress:

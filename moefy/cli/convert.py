@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moefy.cli.parameters import Options, command
 from moefy.cli.shared import FORCE, JSON, QUIET, RESTART, SETTINGS, note, quiet_libraries, show
-from moefy.cli.signals import INTERRUPTED
+from moefy.cli.signals import INTERRUPTED, interrupted
 from moefy.config.options import option
 from moefy.config.recipe import Recipe, build, num_bytes
 from moefy.errors import MoefyError
@@ -125,22 +125,15 @@ def _reproduce(options: Options, asked: Convert, recipe: Path, limit: int | None
 def _resumable(out: Path, force: bool) -> Iterator[None]:
     """Check that OUT may be written, and say on an interrupt how to go on."""
     from moefy.files.publish import check_free, reclaim
+    from moefy.files.resume import unfinished
 
     try:
         reclaim(out)
         check_free(out, force=force)
         yield
     except KeyboardInterrupt:
-        raise MoefyError(_stopped(out), code=INTERRUPTED) from None
-
-
-def _stopped(out: Path) -> str:
-    """The message after an interrupt."""
-    from moefy.files.publish import reclaim
-    from moefy.files.resume import unfinished
-
-    if reclaim(out):
-        return f"interrupted when {out} was whole already"
-    if (layers := unfinished(out)) is None:
-        return "interrupted; nothing was written"
-    return f"interrupted; {layers} layers are kept: run the same command again to go on from there"
+        if reclaim(out):
+            whole = f"interrupted when {out} was whole already"
+            raise MoefyError(whole, code=INTERRUPTED) from None
+        layers = unfinished(out)
+        raise interrupted(None if layers is None else f"{layers} layers are") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moefy.cli.parameters import Options, command
 from moefy.cli.shared import FORCE, JSON, QUIET, RESTART, SETTINGS, note, quiet_libraries, show
-from moefy.cli.signals import INTERRUPTED
+from moefy.cli.signals import interrupted
 from moefy.config.finetune import Settings, build
 from moefy.config.options import option
 from moefy.errors import MoefyError, is_out_of_memory
@@ -44,6 +44,7 @@ def finetune(options: Options, asked: Finetune) -> None:
         settings = _of_steps(settings, asked.steps)
     quiet_libraries()
     from moefy.finetune.run import finetune as train
+    from moefy.finetune.run import last_step
     from moefy.progress import watching
     from moefy.report import terminal
 
@@ -56,7 +57,8 @@ def finetune(options: Options, asked: Finetune) -> None:
                 asked.run, out, settings, force=asked.force, restart=restart, watch=watch
             )
     except KeyboardInterrupt:
-        raise MoefyError(_stopped(out), code=INTERRUPTED) from None
+        step = last_step(out)
+        raise interrupted(None if step is None else f"step {step} is") from None
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -66,15 +68,6 @@ def finetune(options: Options, asked: Finetune) -> None:
             code=5,
         ) from None
     show(summary, lambda _: terminal.show_finetune(summary, out), asked.as_json and first, quiet)
-
-
-def _stopped(out: Path) -> str:
-    """The message after an interrupt."""
-    from moefy.finetune.run import last_step
-
-    if (step := last_step(out)) is None:
-        return "interrupted; nothing was written"
-    return f"interrupted; step {step} is kept: run the same command again to go on from there"
 
 
 def _of_steps(settings: Settings, steps: int) -> Settings:

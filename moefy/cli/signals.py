@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
+from moefy.errors import MoefyError
+
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = 130
 
@@ -33,6 +35,12 @@ def interruptible() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(mouth)
+
+
+def interrupted(kept: str | None) -> MoefyError:
+    """The error after an interrupt; `kept` names what the same command goes on from."""
+    end = f"{kept} kept: run the same command again to go on from there"
+    return MoefyError(f"interrupted; {end if kept else 'nothing was written'}", code=INTERRUPTED)
 
 
 def _interrupt(*_: object) -> NoReturn:

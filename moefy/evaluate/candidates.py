@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -143,10 +144,10 @@ def check_tokenizer(dense: Any, candidate: Candidate) -> None:
 
 def _labelled(stages: list[Candidate], name: str | None) -> list[Candidate]:
     """The stages with different labels: a second fine-tuning gets a number."""
-    labels: list[str] = []
+    labels, counts = [], Counter()
     for stage in stages:
-        count = 1 + sum(label.rstrip(" 0123456789") == stage.label for label in labels)
-        labels.append(stage.label if count == 1 else f"{stage.label} {count}")
+        counts[stage.label] += 1
+        labels.append(f"{stage.label} {counts[stage.label]}".removesuffix(" 1"))
     if name is not None:
         labels = [name if len(stages) == 1 else f"{name}: {label}" for label in labels]
     return [

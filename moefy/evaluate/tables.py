@@ -56,12 +56,9 @@ def _row(score: Score, dense: Score, num_bytes: int) -> dict[str, Any]:
 
 def num_bytes(tokenizer: Any, windows: Sequence[Tensor]) -> int:
     """UTF-8 bytes of the predicted tokens: all but the first of each window."""
-    texts = [
-        tokenizer.decode(
-            ids_T[1:].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        for ids_T in windows
-    ]
+    rows = [ids_T[1:].tolist() for ids_T in windows]
+    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    texts = tokenizer.batch_decode(rows, **plain)
     return sum(len(text.encode("utf-8")) for text in texts)
 
 

@@ -23,7 +23,7 @@ from moefy.finetune.lora import adapted
 from moefy.finetune.optim import round_weights
 from moefy.finetune.router_hooks import Routing
 from moefy.finetune.teacher import Teacher
-from moefy.finetune.trainer import Finetuner, Rows, Setup
+from moefy.finetune.trainer import Finetuner, Setup, rows
 from moefy.progress import Watch
 from moefy.text.packing import Tokens
 
@@ -119,8 +119,8 @@ def train(
             Setup(settings, routing, guard, teacher, checkpoints, log, validate),
             model=model,
             args=arguments,
-            train_dataset=Rows(tokens.ids_BT[: -tokens.num_heldout]),
-            eval_dataset=Rows(tokens.ids_BT[-tokens.num_heldout :]),
+            train_dataset=rows(tokens.ids_BT[: -tokens.num_heldout]),
+            eval_dataset=rows(tokens.ids_BT[-tokens.num_heldout :]),
         )
         trainer.remove_callback(PrinterCallback)
         checkpoint = checkpoints.last(until)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import StackDataset
 from transformers import Trainer, TrainerCallback
 
 from moefy.config.finetune import Settings
@@ -24,17 +24,10 @@ from moefy.finetune.teacher import Teacher
 from moefy.models.targets.target import ROUTER_SCALE
 
 
-class Rows(Dataset):
+def rows(ids_BT: Tensor) -> StackDataset:
     """Packed sequences, each with its number."""
-
-    def __init__(self, ids_BT: Tensor) -> None:
-        self.ids_BT = ids_BT
-
-    def __len__(self) -> int:
-        return len(self.ids_BT)
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids_BT[row], "row": torch.tensor(row)}
+    columns: dict[str, Any] = {"input_ids": ids_BT, "row": torch.arange(len(ids_BT))}
+    return StackDataset(**columns)
 
 
 @dataclass(frozen=True)

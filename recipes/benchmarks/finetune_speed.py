@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import typer
+from torch.utils.data import StackDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from moefy.config.finetune import build
@@ -35,7 +36,7 @@ from moefy.finetune.inputs import (
     write_text,
 )
 from moefy.finetune.router_hooks import Routing
-from moefy.finetune.trainer import Finetuner, Rows, Setup
+from moefy.finetune.trainer import Finetuner, Setup, rows
 
 
 class Clock(TrainerCallback):
@@ -51,14 +52,6 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Stop it."""
         self.seconds.append(time.process_time() - self.start)
-
-
-class Labelled(Rows):
-    """The rows of plain Trainer."""
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        """A row with its labels."""
-        return {"input_ids": self.ids_BT[row], "labels": self.ids_BT[row]}
 
 
 def main(
@@ -101,7 +94,8 @@ def main(
             dataloader_pin_memory=False,
             optim="adamw_torch_fused",
         )
-        plain = Trainer(dense, arguments, train_dataset=Labelled(train_BT))
+        labelled: dict[str, Any] = {"input_ids": train_BT, "labels": train_BT}
+        plain = Trainer(dense, arguments, train_dataset=StackDataset(**labelled))
         setup = Setup(
             built,
             Routing(student, built),
@@ -113,7 +107,7 @@ def main(
             setup,
             model=student,
             args=arguments,
-            train_dataset=Rows(train_BT),
+            train_dataset=rows(train_BT),
         )
         clocks = []
         for trainer in (plain, ours):
