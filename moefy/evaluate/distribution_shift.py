@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +24,8 @@ MEANING = {
 }
 
 
-@dataclass(frozen=True)
-class Shift:
-    """Windows of shifted text; only the last `keep` tokens of each are scored."""
-
-    windows: list[Tensor]
-    keep: int | None = None
+Shift = tuple[list[Tensor], int | None]
+"""Windows of shifted text, and how many of the last tokens of each are scored; None for all."""
 
 
 def reference(tokens: Tokens, num_tokens: int) -> list[Tensor]:
@@ -60,19 +55,19 @@ def shifts(
     generator = torch.Generator().manual_seed(0)
     count = max(1, num_tokens // length)
     size = (count, min(length, longest))
-    result = {
-        "in-domain": Shift(list(tokens.ids_BT[-tokens.num_heldout :][:count])),
-        "random tokens": Shift(list(torch.randint(vocabulary, size, generator=generator))),
+    result: dict[str, Shift] = {
+        "in-domain": (list(tokens.ids_BT[-tokens.num_heldout :][:count]), None),
+        "random tokens": (list(torch.randint(vocabulary, size, generator=generator)), None),
     }
     impossible: dict[str, str] = {}
     if prompts := truncated(text, tokenizer, count=count * 8, generator=generator):
-        result["truncated prompts"] = Shift(prompts)
+        result["truncated prompts"] = (prompts, None)
     else:
         impossible["truncated prompts"] = "the texts are too short"
     ids = tokenizer(text, verbose=False)["input_ids"]
     long = min(LONG * length, longest, len(ids))
     if long > length:
-        result["long context"] = Shift([torch.tensor(ids[:long])], min(length, long - length))
+        result["long context"] = ([torch.tensor(ids[:long])], min(length, long - length))
     else:
         impossible["long context"] = (
             f"the texts have {len(ids):,} tokens and the model takes {longest:,}; expected both "

@@ -125,11 +125,11 @@ def robustness(
 
     fitted = distribution_shift.reference(session.tokens, settings.num_tokens // 2)
     reference = session.score(session.candidates, "calibration text", fitted)
-    texts = {f"text: {name}": distribution_shift.Shift(w) for name, w in session.windows.items()}
+    plain = {f"text: {name}": (windows, None) for name, windows in session.windows.items()}
     rows: dict[str, dict[str, Any]] = {}
-    for name, shift in (shifted | texts).items():
+    for name, (windows, keep) in (shifted | plain).items():
         with session.part(f"robustness, {name.removeprefix('text: ')}"):
-            results = session.score(session.candidates, name, shift.windows, shift.keep)
+            results = session.score(session.candidates, name, windows, keep)
             rows[name] = {
                 label: tables.robustness_row(result, results["dense"], reference[label].choices)
                 for label, result in results.items()
