@@ -75,7 +75,7 @@ def _lines(rows: list[Mapping[str, Any]], looks: Looks) -> list[figures.Line]:
 
 def _speed_table(engine: str, measured: Mapping[str, Any]) -> Table:
     ways = measured["implementation"]
-    words = [*dict.fromkeys([ways] if isinstance(ways, str) else ways.values())]
+    words = [*dict.fromkeys([ways] if isinstance(ways, str) else map(str, ways.values()))]
     words.append(f"{measured['threads']} threads" if measured["threads"] > 1 else "1 thread")
     words += [measured["processor"]] if measured.get("processor") else []
     rows = tuple(
