@@ -78,11 +78,13 @@ def _speed_table(engine: str, measured: Mapping[str, Any]) -> Table:
     words = [*dict.fromkeys([ways] if isinstance(ways, str) else map(str, ways.values()))]
     words.append(f"{measured['threads']} threads" if measured["threads"] > 1 else "1 thread")
     words += [measured["processor"]] if measured.get("processor") else []
+    dtype = measured["dtype"]  # of each model, where rows lack theirs
+    by_label = dtype if isinstance(dtype, dict) else {}
     rows = tuple(
         (
             f"{row['phase']}, batch {row['batch']}, context {row['context']}",
             row["label"],
-            row.get("dtype", measured["dtype"]),
+            row.get("dtype") or by_label.get(row["label"], dtype),
             fixed(row["tokens_per_second"], 1),
             *([""] * 3 if row["label"] == "dense" else _relative(measured, row)),
         )
