@@ -352,3 +352,12 @@ def test_experts_run_alike_in_every_implementation(family, target, a_run):
     assert [model.config._experts_implementation for model in models] == list(ways)
     expected, *others = map(logits, models)
     assert all(distance(found, expected) < 1e-5 for found in others)
+
+
+@pytest.mark.parametrize(
+    "family", ["distilbert", "gpt_neox", "mt5", "opt", "phi", "starcoder2", "t5"]
+)
+def test_a_key_that_a_family_does_not_read_refuses_nothing(family):
+    assert families.load(family).why_refused({"mlp_bias": True}) is None
+    reason = families.load("llama").why_refused({"mlp_bias": True})
+    assert reason and "mlp_bias" in reason  # the negative control

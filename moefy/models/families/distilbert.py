@@ -5,6 +5,7 @@ import re
 from moefy.models.families.family import Family
 
 FAMILY = Family(
+    refused={},
     missing_feature="an encoder's layers, which attend to both sides",
     tasks=("ForMaskedLM", "ForSequenceClassification", "Model"),
     layer="distilbert.transformer.layer.{layer}.",

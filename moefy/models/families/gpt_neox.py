@@ -3,6 +3,7 @@
 from moefy.models.families.family import Family
 
 FAMILY = Family(
+    refused={},
     missing_feature="an FFN with biases and without a gate",
     layer="gpt_neox.layers.{layer}.",
     ffn=(

@@ -18,6 +18,7 @@ def variant(config: Config) -> dict[str, Any]:
 
 
 FAMILY = Family(
+    refused={},
     missing_feature="an FFN with biases and without a gate",
     layer="model.decoder.layers.{layer}.",
     ffn=("fc1.weight", "fc1.bias", "fc2.weight"),

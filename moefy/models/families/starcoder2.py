@@ -11,6 +11,7 @@ def refuse(config: Config) -> str | None:
 
 
 FAMILY = Family(
+    refused={},
     missing_feature="an FFN with biases and without a gate",
     refuse=refuse,
     ffn=("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight"),

@@ -31,6 +31,7 @@ def variant(config: Config) -> dict[str, Any]:
 
 
 FAMILY = Family(
+    refused={},
     missing_feature="T5's layers with several experts per token",
     refuse=refuse,
     tasks=("ForSeq2SeqLM",),
