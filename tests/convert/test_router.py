@@ -18,6 +18,7 @@ from planted import (
     squares,
 )
 
+from moefy.config.recipe import UNWRITABLE
 from moefy.convert import routed_ffn as routing
 from moefy.convert.partition import shuffle
 from moefy.convert.profile import Inputs, observe
@@ -28,7 +29,6 @@ from moefy.types import Partition, Profile, Router, Shape
 
 CLOSED = linear.Options(steps=0)
 FITS = methods("router", "fit")
-UNWRITABLE = {"oracle", "cmoe"}
 SHAPE = Shape(48, 8, 5, 8, 2)
 
 

@@ -32,6 +32,7 @@ def words(*numbers):
 
 
 def assert_refused(act, *fragments, code=3):
+    """The one-line message of the MoefyError that `act` raises."""
     with pytest.raises(MoefyError) as caught:
         act()
     message = str(caught.value)
@@ -39,6 +40,7 @@ def assert_refused(act, *fragments, code=3):
     assert "\n" not in message
     for fragment in fragments:
         assert fragment in message
+    return message
 
 
 def split_amount(options):
