@@ -30,7 +30,8 @@ ROWS = {
     ],
     "checkpoint": [
         "validate",
-        "check_finite model_config supported",
+        "check_finite cut supported",
+        "model_config",
         "reload resolve tensor_names tensors",
         "__init__",
     ],
@@ -38,6 +39,7 @@ ROWS = {
     "convert": [
         "run",
         "calibration estimate layers",
+        "depth",
         "memory sensitivity session summary write",
         "prepare",
         "stages",

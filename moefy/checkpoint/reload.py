@@ -49,7 +49,7 @@ def reopen(
     }
     layers, in_float32 = fitting_layers(entries, len(ends), layer)
     if layers < len(ends):
-        config = some_layers(config, 0, layers)
+        config = some_layers(config, range(layers))
     model, info = open_model(
         folder,
         task=task,

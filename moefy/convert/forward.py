@@ -164,7 +164,7 @@ def ending(checkpoint: Checkpoint, family: Family) -> Callable[[Tensor], Tensor]
 
     Norm and head are those of transformers' own class, of which one layer is loaded.
     """
-    config = some_layers(model_config(checkpoint), 0, 1)
+    config = some_layers(model_config(checkpoint), [0])
     model, _ = open_model(checkpoint.folder, config=config, dtype="auto")
     model.eval()
     entering: list[Tensor] = []
@@ -186,7 +186,7 @@ def _one_layer(
 ) -> tuple[Any, Any, _Tap, Leave]:
     """A base model that holds only `layer`, that layer, the tap in place of its FFN, and what the
     layer does to the sum."""
-    single = some_layers(model_config(checkpoint), layer, layer + 1)
+    single = some_layers(model_config(checkpoint), [layer])
     with torch.device("meta"):
         model: Any = AutoModel.from_config(single, dtype=torch.float32)
     seen = _Tap()

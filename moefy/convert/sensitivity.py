@@ -108,7 +108,7 @@ def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:
         states_BTD = torch.cat([states_BTD, branch_TD.view(-1, length, branch_TD.shape[1])])
     ends = states_BTD[num_fit:].split(len(probes))
     logits = forward.ending(job.checkpoint, job.family)
-    return [_divergence(logits, ends[0], branch_BTD) for branch_BTD in ends[1:]]
+    return [divergence(logits, ends[0], branch_BTD) for branch_BTD in ends[1:]]
 
 
 def pieces(tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ def pieces(tokens: Tokens) -> tuple[Tensor, Tensor]:
     return parts[0], parts[1]
 
 
-def _divergence(logits: Callable[[Tensor], Tensor], dense_BTD: Tensor, other_BTD: Tensor) -> float:
+def divergence(logits: Callable[[Tensor], Tensor], dense_BTD: Tensor, other_BTD: Tensor) -> float:
     """Mean KL divergence of the predictions from the dense ones."""
     total = 0.0
     for dense_TD, other_TD in zip(dense_BTD, other_BTD, strict=True):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import CONFIG_NAME
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from moefy.errors import MoefyError
 
@@ -74,6 +76,25 @@ def open_model(
         ) from error
 
 
+def model_of(
+    folder: Path, config: PreTrainedConfig, state: dict[str, Tensor], *, task: str, dtype: Any
+) -> Any:
+    """A model of other tensors than its folder holds, which gives the generation defaults.
+
+    Raises:
+        MoefyError: code 3 where the class lacks tensors or has others.
+    """
+    with torch.device("meta"):
+        kind: Any = type(auto_class(task).from_config(config))
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    check_loaded(folder, info)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.eval()
+
+
 def check_loaded(folder: Path, info: dict[str, Any]) -> None:
     """Refuse a model that lacks tensors of its class (they would be random) or has others.
 
@@ -111,15 +132,15 @@ def states_of(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def some_layers(config: PreTrainedConfig, first: int, last: int) -> PreTrainedConfig:
-    """The configuration of a model of only the layers from `first` to before `last`."""
+def some_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
+    """The configuration of a model of only some layers, in this order."""
     fewer: Any = copy.deepcopy(config)
     if config.model_type == "moefy":
-        fewer.dense = some_layers(fewer.dense_config(), first, last).to_dict()
+        fewer.dense = some_layers(fewer.dense_config(), layers).to_dict()
         return fewer
     num_layers = config.num_hidden_layers
     for key, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == num_layers and not key.endswith("_token_id"):
-            setattr(fewer, key, value[first:last])
-    fewer.num_hidden_layers = last - first
+            setattr(fewer, key, [value[layer] for layer in layers])
+    fewer.num_hidden_layers = len(layers)
     return fewer

@@ -1,0 +1,110 @@
+"""Which layers to drop: greedily, by what the predictions lose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moefy.checkpoint.cut import num_parameters, without
+from moefy.checkpoint.tensors import Checkpoint
+from moefy.convert import forward
+from moefy.convert.profile import CHUNK
+from moefy.convert.sensitivity import PROBES, divergence, pieces
+from moefy.files.buffers import MEMORY, Store
+from moefy.models.families.family import Family
+from moefy.progress import Watch
+from moefy.text.packing import Tokens
+
+
+@dataclass(frozen=True)
+class Drop:
+    """One layer more that is left out."""
+
+    layer: int  # its number in the dense model
+    kl: float  # to the whole model, in nats per token, without this layer and all before it
+    parameters: int  # of the model that is left
+
+
+def probes(tokens: Tokens) -> Tensor:
+    """The pieces of calibration text on which layers are chosen, (B, T)."""
+    fitted, _ = pieces(tokens)
+    return fitted[torch.linspace(0, len(fitted) - 1, min(PROBES, len(fitted))).long()]
+
+
+def drops(
+    checkpoint: Checkpoint,
+    family: Family,
+    ids_BT: Tensor,
+    device: torch.device,
+    watch: Watch = lambda *_: None,
+) -> Iterator[Drop]:
+    """Drop layer after layer: each time the one whose absence costs the least KL divergence on the
+    token ids, given those that are gone already.
+
+    A step is one walk through the layers, one of which is in memory at a time. After the first,
+    only the half of the layers that cost least in the step before are tried.
+
+    Source: greedy removal by the loss of the whole model is that of SLEB (arXiv 2402.09025), which
+    takes perplexity in place of KL.
+    """
+    num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
+    logits = forward.ending(checkpoint, family)
+    dropped: list[int] = []
+    candidates = list(range(num_layers))
+    dense_BTD = None
+    while len(dropped) < num_layers - 1:
+        layers = [layer for layer in range(num_layers) if layer not in dropped]
+        entering_BTD = forward.embed(checkpoint, family, ids_BT, device)
+        ends = _branches(checkpoint, family, entering_BTD, layers, candidates, watch)
+        dense_BTD = ends[0] if dense_BTD is None else dense_BTD
+        loss = {
+            layer: divergence(logits, dense_BTD, end_BTD)
+            for layer, end_BTD in zip(sorted(candidates), ends[1:], strict=True)
+        }
+        order = sorted(loss, key=lambda layer: (loss[layer], layer))
+        dropped.append(order[0])
+        left = num_parameters(without(checkpoint, family, dropped))
+        yield Drop(order[0], loss[order[0]], left)
+        candidates = order[1 : max(len(layers) // 2, 2)]
+
+
+def advance(
+    checkpoint: Checkpoint,
+    family: Family,
+    layer: int,
+    states_BTD: Tensor,
+    *,
+    store: Store = MEMORY,
+) -> None:
+    """Move states, (B, T, D), past one layer of the dense model, in place."""
+    ffn = forward.read_ffn(checkpoint, family, layer, states_BTD.device)
+    x_TD, join, leave = forward.tap(checkpoint, family, layer, states_BTD, store=store)
+    flat_TD = states_BTD.view(x_TD.shape)
+    for x_CD, flat_CD in zip(x_TD.split(CHUNK), flat_TD.split(CHUNK), strict=True):
+        y_CD = ffn.activations(x_CD) @ ffn.down_DF.T
+        flat_CD += join(y_CD) if join else y_CD
+        flat_CD.copy_(leave(flat_CD))
+        store.release()
+
+
+def _branches(
+    checkpoint: Checkpoint,
+    family: Family,
+    states_BTD: Tensor,
+    layers: Sequence[int],
+    candidates: Sequence[int],
+    watch: Watch,
+) -> list[Tensor]:
+    """What leaves the model of `layers`, then what leaves it without each candidate, in their order
+    in the model. All branches go through the later layers together."""
+    batch = len(states_BTD)
+    for done, layer in enumerate(layers):
+        watch("layers to drop", done, len(layers))
+        branch_BTD = states_BTD[:batch].clone()
+        advance(checkpoint, family, layer, states_BTD)
+        if layer in candidates:
+            states_BTD = torch.cat([states_BTD, branch_BTD])
+    return list(states_BTD.split(batch))
