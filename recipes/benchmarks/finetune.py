@@ -17,7 +17,7 @@ from typing import Any
 
 import records
 import typer
-from scores import chosen_dtype, dense_logits, scores
+from scores import chosen_dtype, scores, stored_model
 from transformers import AutoModelForCausalLM
 
 from moefy.checkpoint.resolve import resolve
@@ -128,7 +128,7 @@ def score_all(
         for name, folder in left.items():
             file = out / "cache" / f"dense-{path.stem}-{tokens}.pt"
             start = time.process_time()
-            dense = dense_logits(source, file, windows, compute.dtype)
+            dense = stored_model(source, file, windows, compute.dtype)
             row = {
                 "model": name,
                 "text": path.stem,

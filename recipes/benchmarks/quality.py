@@ -20,7 +20,7 @@ from typing import Any
 import records
 import torch
 import typer
-from scores import chosen_dtype, dense_logits, scores
+from scores import chosen_dtype, scores, stored_model
 
 from moefy.checkpoint.resolve import resolve
 from moefy.compute_dtype import name_of
@@ -149,7 +149,7 @@ def measure(
     for path in texts:
         windows = text_windows(tokenizer, path, num_tokens=num_tokens, length=1024)
         file = out / f"dense-logits-{path.stem}-{num_tokens}.pt"
-        dense = dense_logits(job.checkpoint.folder, file, windows, dtype)
+        dense = stored_model(job.checkpoint.folder, file, windows, dtype)
         by_text[path.stem] = scores(model, dense, windows)
     if not keep:
         shutil.rmtree(folder)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ def chosen_dtype(asked: str, dense: Path) -> ComputeDtype:
     return compute
 
 
-def scores(model: Any, dense: Callable[[Tensor], Tensor], windows: list[Tensor]) -> dict[str, Any]:
+def scores(model: Any, dense: Any, windows: list[Tensor]) -> dict[str, Any]:
     """Perplexity, loss and distance of a model from `dense`, over all windows and by window."""
     results = compare(dense, {"model": model}, windows)
     own, base = results["model"], results["dense"]
@@ -41,12 +43,26 @@ def scores(model: Any, dense: Callable[[Tensor], Tensor], windows: list[Tensor])
     }
 
 
-def dense_logits(
-    folder: Path, file: Path, windows: list[Tensor], dtype: torch.dtype
-) -> Callable[[Tensor], Tensor]:
-    """A function from a window (T,) to the dense model's log-probabilities on it, (T - 1, V).
+@dataclass(frozen=True)
+class StoredModel:
+    """Answers as the model whose logits on some windows were stored."""
 
-    The logits are computed once, and kept in a file named after `file` and `dtype`.
+    logits: Mapping[bytes, Tensor]
+    """Token ids as bytes -> (T - 1, V)."""
+    device: torch.device = torch.device("cpu")
+
+    def __call__(self, ids_1T: Tensor, **_: Any) -> SimpleNamespace:
+        """The logits (1, T, V); the last place, which predicts no token, repeats the one before."""
+        logits_TV = self.logits[_key(ids_1T)]
+        return SimpleNamespace(logits=torch.cat([logits_TV, logits_TV[-1:]])[None])
+
+
+def stored_model(
+    folder: Path, file: Path, windows: list[Tensor], dtype: torch.dtype
+) -> StoredModel:
+    """The dense model on windows (T,), its logits computed once into a file.
+
+    The file is named after `file` and `dtype`.
     """
     file = file.with_stem(f"{file.stem}-{name_of(dtype)}")
     if not file.exists():
@@ -57,9 +73,9 @@ def dense_logits(
         part = file.with_name(f".{file.name}.{os.getpid()}")
         torch.save(stored, part)
         part.replace(file)
-    logits = dict(zip(map(id, windows), torch.load(file, mmap=True), strict=True))
+    stored = torch.load(file, mmap=True)
+    return StoredModel({_key(w): logits_TV for w, logits_TV in zip(windows, stored, strict=True)})
 
-    def log_probabilities(ids_T: Tensor) -> Tensor:
-        return logits[id(ids_T)].float().log_softmax(-1)
 
-    return log_probabilities
+def _key(ids: Tensor) -> bytes:
+    return ids.numpy().tobytes()
