@@ -38,8 +38,8 @@ class Settings:
     dense: str | None = option(None, "Dense model to compare with.", unset="that of the run")
     against: tuple[str, ...] = option(
         (),
-        "Folder of another run; or another method, which is converted and scored, e.g. "
-        "`method=moefication`; may be repeated.",
+        "Folder of another run; another method, which is converted and scored, e.g. "
+        "`method=moefication`; or a rival, e.g. `q4_K_M` or `layers-dropped`; may be repeated.",
     )
     effort: str = key("usual", "Amount of measurements.", choices=tuple(TOKENS))
     tokens: int | None = option(None, "Tokens per text.", unset=BY_EFFORT)
@@ -49,6 +49,9 @@ class Settings:
         None,
         "Conversion and refit of all controls, each as long as the run's own; or no controls.",
         unset="static, and an oracle that is not refitted",
+    )
+    rivals: bool = option(
+        False, "The dense model quantised or with layers dropped, and the run quantised."
     )
     tasks: tuple[str, ...] = option((), "Tasks of lm-eval, e.g. `piqa,arc_easy`.", separator=",")
     include_path: Path | None = option(None, "Folder of task files of your own, for --tasks.")

@@ -12,6 +12,10 @@ Rows with the same verdict share a sentence, by engine and phase. A measurement 
 Quality: the run is compared with static pruning to as many active neurons. Routing pays on a text
 when its loss is surely lower there (95 %, paired by window). Memory: a MoE holds all of its
 experts, so it pays when these take fewer bytes than dense.
+
+Rivals: by the rule of `frontier`, on the mean KL over the texts. At batch 1 bytes read per token
+decide, for prefill and large batches operations do. It pays where the run is a best point, as it is
+or in another type, and a rival that costs as little was measured, so that there was a choice.
 """
 
 from __future__ import annotations
@@ -21,6 +25,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from scipy import stats
+
+from moefy.evaluate import frontier
+from moefy.report.format import band, flattered, large
 
 CLEAR = 0.05
 """The smallest difference in speed that counts."""
@@ -43,6 +50,7 @@ def advice(report: Mapping[str, Any], label: str) -> list[Advice]:
     return [
         *_speed(report.get("speed", {}), label),
         *_quality(report, label),
+        *_rivals(report, label),
         *_memory(report.get("models", {}), label),
         *_routing(report.get("routing", {}).get(label, {}).get("layers", [])),
     ]
@@ -178,6 +186,73 @@ def _quality(report: Mapping[str, Any], label: str) -> Iterator[Advice]:
         else:
             end = f"; {pruned}, NO MORE: a smaller dense model does as well, and needs no experts."
         yield _advice(PAYS if sure else PAYS_NOT, cost + end, **because)
+
+
+AXES = {
+    "bytes_read": ("at batch 1, where bytes read per token decide", "B"),
+    "operations": ("for prefill and large batches, where operations decide", " multiply-adds"),
+}
+"""When a cost decides, and its unit."""
+
+STANDINGS = {
+    "ahead": (PAYS, "A best point"),
+    "tied": (PAYS_NOT, "NO BETTER than a rival"),
+    "alone": (UNKNOWN, "No rival costs as little"),
+    "beaten": (PAYS_NOT, "NOT a best point"),
+}
+"""How the run stands among its rivals, the best first: the verdict and the start of a sentence."""
+
+
+def _rivals(report: Mapping[str, Any], label: str) -> Iterator[Advice]:
+    """One sentence for each kind of cost; none where no rival was measured."""
+    points = frontier.averages(report.get("frontier", []))
+    if not any(point["kind"] == "rival" for point in points):
+        return
+    for axis, (when, _) in AXES.items():
+        own = [p for p in points if p["own"] and p["label"].startswith(label) and p[axis]]
+        # In another type it needs as many operations, and loses more.
+        forms = [form for form in own if axis == "bytes_read" or form["label"] == label]
+        standings = [_standing(form, points, axis) for form in forms]
+        best = min((word for word, _ in standings), key=[*STANDINGS].index, default="beaten")
+        verdict, head = STANDINGS[best]
+        standings.sort(key=lambda one: one[0] != best)
+        levels = report.get("rivals", {}).get("levels") if axis == "bytes_read" else None
+        sentence = f"{head} {when}: {'; '.join(text for _, text in standings)}."
+        sentence = f"{sentence} {flattered(levels)}".strip()
+        yield _advice(verdict, sentence, axis=axis, standings=[word for word, _ in standings])
+
+
+def _standing(
+    own: Mapping[str, Any], points: Sequence[Mapping[str, Any]], axis: str
+) -> tuple[str, str]:
+    """A key of `STANDINGS`, and by how much."""
+    rivals = frontier.rivals(points, axis)
+    text = _named(own, axis)
+    if name := frontier.better(own, points, axis):
+        rival = next(rival for rival in rivals if rival["label"] == name)
+        return "beaten", f"{text} is beaten by {_named(rival, axis)}"
+    cheap = [rival for rival in rivals if rival[axis] <= frontier.SLACK * own[axis]]
+    if cheap:
+        second = min(cheap, key=lambda rival: rival["kl"])
+        gain = second["kl"] - own["kl"]
+        if second["kl"] <= frontier.SLACK * own["kl"]:
+            return "tied", f"{text} loses about as much as {_named(second, axis)}"
+        text += f" has {gain:.3f} less KL than {_named(second, axis)}"
+    else:
+        text += " costs less than any rival"
+    finer = [rival for rival in rivals if frontier.SLACK * rival["kl"] < own["kl"]]
+    if finer:
+        first = min(finer, key=lambda rival: rival[axis])
+        text += (
+            f", and {_named(first, axis)} loses less at {first[axis] / own[axis]:.2f} times that"
+        )
+    return "ahead" if cheap else "alone", text
+
+
+def _named(point: Mapping[str, Any], axis: str) -> str:
+    """A point with its cost and loss: `q4_K_M (103.7 MB, KL 0.021, indistinguishable)`."""
+    cost = " ".join(large(point[axis], AXES[axis][1]).split())
+    return f"{point['label']} ({cost}, KL {point['kl']:.3f}, {band(point['kl'])})"
 
 
 def needed_errors(windows: int) -> float | None:

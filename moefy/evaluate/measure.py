@@ -70,7 +70,7 @@ def peaks(session: Session) -> dict[str, int]:
 
 
 def models(session: Session, peaks: Mapping[str, int]) -> dict[str, Any]:
-    """The sizes of every model; for controls, which are deleted, only their meaning."""
+    """The sizes of every model; controls were measured while they were open."""
     result: dict[str, Any] = {}
     for candidate in session.all_candidates:
         row: dict[str, Any] = {
@@ -82,24 +82,10 @@ def models(session: Session, peaks: Mapping[str, int]) -> dict[str, Any]:
         if candidate.folder is not None:
             row |= session.cached("sizes", candidate, lambda model: sizes(model, session.stored))
             row["peak_bytes"] = peaks.get(candidate.label)
+        else:
+            row |= session.cache.get("sizes", {"model": candidate.digest}) or {}
         result[candidate.label] = row
     return result
-
-
-def frontier(session: Session, texts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Loss against active fraction, one point for each model and text."""
-    return [
-        {
-            "active": candidate.active,
-            "label": candidate.label,
-            "kind": candidate.kind,
-            "text": text,
-            "dnll": rows[candidate.label]["dnll"],
-        }
-        for text, rows in texts.items()
-        for candidate in session.all_candidates
-        if candidate.label in rows
-    ]
 
 
 def robustness(

@@ -11,6 +11,7 @@ from typing import Any
 from moefy.config.recipe import Recipe
 from moefy.config.report import Settings
 from moefy.errors import MoefyError
+from moefy.evaluate import rivals
 from moefy.evaluate.cache import VERSIONS, Cache
 from moefy.evaluate.candidates import Candidate, check_tokenizer, dense_candidate, run_candidates
 from moefy.evaluate.controls import (
@@ -40,12 +41,14 @@ def prepare(
         MoefyError: code 2 for methods that are impossible, 3 for runs that are not whole,
             tokenizers that differ, and texts that are too short, 5 for models that do not fit.
     """
-    folders = [Path(name) for name in settings.against if _is_folder(name)]
+    rivals.check(settings)
+    against = [name for name in settings.against if name not in rivals.named(settings)]
+    folders = [Path(name) for name in against if _is_folder(name)]
     recipe = read_recipe(run)
     model = dense_model(run, summary, recipe, settings.dense, "--dense")
     # Controls are converted from that model on this machine, wherever the run was converted.
     recipe = dataclasses.replace(recipe, model=str(model.folder), revision=None, device="auto")
-    methods = {name: changed(recipe, name) for name in settings.against if not _is_folder(name)}
+    methods = {name: changed(recipe, name) for name in against if not _is_folder(name)}
     check_folder(model.folder)
     own, missing = run_candidates(run)
     others, missing_others = _other_runs(folders)
@@ -76,8 +79,11 @@ def prepare(
         )
         for name, path in texts.items()
     }
-    # All models are open at once while a text is scored; a control is at most as large as the run.
-    compute = one_dtype(settings.compute_dtype, [c.folder or run for c in (*candidates, *extra)])
+    # All models are open at once while a text is scored, and rivals one after the other; a control
+    # is at most as large as the run.
+    opened = [c.folder or run for c in (*candidates, *extra)]
+    opened += [run] * (settings.rivals or bool(rivals.named(settings)))
+    compute = one_dtype(settings.compute_dtype, opened)
     notes += [f"this report {compute.note}"] if compute.note else []
     return Session(
         summary=summary,
@@ -115,7 +121,8 @@ def _control_recipes(settings: Settings, recipe: Recipe) -> dict[str, Recipe]:
     """The controls: all of them or none where the user says so, else the one that is cheap."""
     if settings.controls is not None:
         return controls(recipe) if settings.controls else {}
-    return {} if settings.effort == "quick" else {"static": controls(recipe)["static"]}
+    quick = settings.effort == "quick" and not settings.rivals
+    return {} if quick else {"static": controls(recipe)["static"]}
 
 
 def _without_controls(run: Path, model: DenseModel, *, asked: Any) -> str:
@@ -183,8 +190,8 @@ def _is_folder(name: str) -> bool:
         return True
     if "=" not in name:
         raise MoefyError(
-            f"--against {name!r} is no folder of a run and no method; expected a run, or settings "
-            "as key=value such as 'method=moefication'",
+            f"--against {name!r} is no folder of a run and no method; expected a run, settings as "
+            f"key=value such as 'method=moefication', or one of {', '.join(rivals.NAMES)}",
             code=2,
         )
     return False

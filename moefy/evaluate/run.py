@@ -12,7 +12,7 @@ from moefy.compute_dtype import name_of
 from moefy.config.report import Settings
 from moefy.environment import processor
 from moefy.errors import MoefyError
-from moefy.evaluate import advice, benchmarks, fail_if, measure
+from moefy.evaluate import advice, benchmarks, fail_if, frontier, measure, rivals
 from moefy.evaluate.candidates import finetuning
 from moefy.evaluate.prepare import prepare
 from moefy.evaluate.session import Session
@@ -97,6 +97,7 @@ def _empty(session: Session, settings: Settings) -> dict[str, Any]:
         "routing": {},
         "speed": {},
         "finetune": {label: tuning for label, tuning in tunings.items() if tuning is not None},
+        "rivals": {},
         "frontier": [],
         "advice": [],
         "not_run": session.not_run,
@@ -116,7 +117,10 @@ def _measure(session: Session, report: dict[str, Any], settings: Settings, manag
         raise MoefyError(f"no text was scored: {row['reason']}", code=code)
     with session.part("sizes"):
         report["models"] = measure.models(session, peaks)
-    report["frontier"] = measure.frontier(session, report["texts"])
+    if settings.rivals or rivals.named(settings):
+        with session.part("rivals"):
+            rivals.rivals(session, report, settings)
+    report["frontier"] = frontier.points(report["texts"], report["models"], session.main)
     if settings.wants(settings.robustness):
         with session.part("robustness"):
             report["robustness"] = measure.robustness(session, report["models"], settings)

@@ -18,6 +18,7 @@ from moefy.errors import MoefyError
 from moefy.evaluate.cache import Cache
 from moefy.evaluate.candidates import Candidate
 from moefy.evaluate.scoring import TextResult, scored
+from moefy.evaluate.sizes import sizes
 from moefy.progress import Watch
 from moefy.text import packing
 
@@ -82,10 +83,15 @@ class Session:
     def model(self, candidate: Candidate, dtype: torch.dtype | None = None) -> Any:
         """The model of a candidate, in the dtype of the report or another one.
 
-        Controls and models in another dtype do not stay in memory.
+        Models without a folder and models in another dtype do not stay in memory. The sizes of the
+        former are measured at once: opening one again may take a conversion.
         """
-        if dtype not in (None, self.compute.dtype) or candidate in self.controls:
-            return candidate.open(dtype or self.compute.dtype)
+        if candidate.folder is None:
+            model = candidate.open(dtype or self.compute.dtype)
+            self.cache.once("sizes", {"model": candidate.digest}, lambda: sizes(model, self.stored))
+            return model
+        if dtype not in (None, self.compute.dtype):
+            return candidate.open(dtype)
         if candidate.label not in self.loaded:
             self.loaded[candidate.label] = candidate.open(self.compute.dtype)
         return self.loaded[candidate.label]

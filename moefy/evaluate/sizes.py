@@ -26,42 +26,54 @@ PREFILL, DECODE = 512, 8
 """Tokens read and written during the measurement of the peak."""
 
 
-def sizes(model: Any, stored: torch.dtype) -> dict[str, Any]:
+def sizes(
+    model: Any, stored: torch.dtype, packed: Mapping[int, int] | None = None
+) -> dict[str, Any]:
     """Parameters, FLOPs per token, and bytes of a loaded model.
 
-    Bytes count the `stored` dtype, whatever dtype the model was loaded in. FLOPs count two
-    operations for each active weight of a product, the head included; the embedding and the
-    products of attention, which grow with the context, are left out. The cache is measured after a
-    few tokens, so a recurrent state counts as if it grew.
+    Bytes count the `stored` dtype, whatever dtype the model was loaded in, or what `packed` says of
+    a parameter, by its `data_ptr()`. FLOPs count two operations for each active weight of a
+    product, the head included; the embedding and the products of attention, which grow with the
+    context, are left out. `bytes_read` is what one token reads at batch 1: weights that are always
+    on, the experts that are chosen, and one row of an embedding that is not the head. The cache is
+    measured after a few tokens, so a recurrent state counts as if it grew.
     """
     parameters = {p.data_ptr(): p for p in model.parameters()}.values()
     total = sum(p.numel() for p in parameters)
     vocabulary = model.get_input_embeddings().weight
 
     def num_bytes(tensor: Tensor) -> int:
+        if packed and tensor.data_ptr() in packed:
+            return packed[tensor.data_ptr()]
         size = stored.itemsize if tensor.dtype == vocabulary.dtype else tensor.element_size()
         return tensor.numel() * size
 
     ids_1T = torch.arange(PROBE)[None] % vocabulary.shape[0]
     with torch.inference_mode(), routing.recorded(model) as seen:
         cache = model(ids_1T, use_cache=True, logits_to_keep=1).cache
-    idle, expected = 0, {}
+    idle, idle_bytes, expected = 0, 0, {}
     for block in routing.moe_blocks(model):
         count, chosen = block.num_experts, seen[block.layer][0].shape[1]
         weights = sum(p.numel() for p in block.experts.parameters())
         idle += weights * (count - chosen) // count
+        idle_bytes += sum(map(num_bytes, block.experts.parameters())) * (count - chosen) // count
         expected[block.layer] = (weights, count, chosen)
     head = model.get_output_embeddings()
     tied = head is not None and head.weight.data_ptr() == vocabulary.data_ptr()
-    active = total - idle
+    active, weight_bytes = total - idle, sum(map(num_bytes, parameters))
+    embedding_bytes = 0 if tied else num_bytes(vocabulary)
     return {
         "class": type(model).__name__,
         "parameters_total": total,
         "parameters_active": active,
         "flops_per_token": 2 * (active - (0 if tied else vocabulary.numel())),
-        "weight_bytes": sum(map(num_bytes, parameters)),
-        "weight_bytes_active": sum(map(num_bytes, parameters)) - idle * stored.itemsize,
-        "embedding_bytes": 0 if tied else num_bytes(vocabulary),
+        "weight_bytes": weight_bytes,
+        "weight_bytes_active": weight_bytes - idle_bytes,
+        "embedding_bytes": embedding_bytes,
+        "bytes_read": weight_bytes
+        - idle_bytes
+        - embedding_bytes
+        + embedding_bytes // vocabulary.shape[0],
         "experts": [*next(iter(expected.values()))[1:]] if expected else None,
         "kv_bytes_per_token": sum(map(num_bytes, _tensors(cache))) // PROBE,
         "dtype": name_of(stored),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moefy.models.targets import OWN
+from moefy.report import section_frontier
 from moefy.report.citations import sources
 from moefy.report.format import fixed, model_name, percent, shape_text, times, uncertain
 from moefy.report.markdown import escaped, table
 from moefy.report.pages import verdict
 from moefy.report.sections import subject, verdicts
 from moefy.report.templates import template
+
+Cells = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
+"""Header and rows of a table."""
 
 TASKS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
 """Our tasks by the Hub's names, where it has one."""
@@ -93,13 +97,10 @@ def _results(run: Mapping[str, Any], report: Mapping[str, Any], label: str) -> l
 
 def _measured(report: Mapping[str, Any], label: str) -> list[str]:
     """The advice and the tables of what was measured."""
-    tables = [_quality(report["texts"], label), _benchmarks(report["benchmarks"], label)]
+    tables: list[Cells] = [_quality(report["texts"], label)]
+    tables += [_benchmarks(report["benchmarks"], label), section_frontier.table(report)]
     tables += [_speed(engine, speed["rows"], label) for engine, speed in report["speed"].items()]
     return [*map(verdict, verdicts(report)), *(table(*one) for one in tables if one[1])]
-
-
-Cells = tuple[tuple[str, ...], list[tuple[str, ...]]]
-"""Header and rows of a table."""
 
 
 def _quality(texts: Mapping[str, Any], label: str) -> Cells:

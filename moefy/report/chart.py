@@ -118,6 +118,10 @@ def looks(kinds: Mapping[str, str]) -> Looks:
         elif kind == "control" and word and label.count(",") == 0:
             hue, marker = CONTROLS[word]
             result[label] = Look(SERIES[hue], marker)
+        elif kind == "rival":
+            number = counts.setdefault(kind, 0) % len(GLYPHS)
+            counts[kind] += 1
+            result[label] = Look(MUTED, [*GLYPHS][number])
         else:
             kind = kind if kind in hues else "other"
             number = counts.setdefault(kind, 0) % 4

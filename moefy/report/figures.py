@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -118,34 +117,85 @@ def lines(
     return figure
 
 
-def frontier(drawn: Sequence[Line]) -> Figure:
-    """Loss in quality against the active fraction; all lines meet the dense model at one."""
-    figure, axes = panels(height=3.4)
-    axis = axes[0, 0]
-    for line in drawn:
-        ends = [line.x[-1], 1.0], [line.y[-1], 0.0]
-        axis.plot(*ends, ":", color=line.look.colour, linewidth=1.2, zorder=1)
-        _draw(axis, line)
-    axis.plot([1.0], [0.0], "o", color=INK, markersize=8)
-    left = min(x for line in drawn for x in line.x)
-    room = 1 - left or 0.5
-    axis.set_xlim(left - 0.65 * room, 1 + 0.2 * room)
-    top = max(y for line in drawn for y in line.y)
-    axis.set_ylim(min(-0.04 * top, *(y for line in drawn for y in line.y)), 1.08 * top)
-    _label(axis, "dense", (1.0, 0.0), 8)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    ticks = sorted({x for line in drawn for x in line.x} | {1.0})
-    axis.set_xticks(ticks)
-    axis.set_xlabel("FFN active per token")
-    axis.set_ylabel("dNLL, nats per token")
-    low, high = axis.get_ylim()
-    gap, placed = (high - low) / 15, -math.inf
-    for line in sorted(drawn, key=lambda line: line.y[0]):
-        placed = max(line.y[0], placed + gap)
-        box = {"facecolor": CARD, "edgecolor": "none", "pad": 1}
-        name, at = short(line.name, 22), (line.x[0], placed)
-        _label(axis, name, at, -9, color=line.look.colour, ha="right", bbox=box)
+@dataclass(frozen=True)
+class Spot:
+    """A model as one point of a frontier."""
+
+    name: str
+    look: Look
+    x: float
+    y: float
+    a_model: bool = True
+    """Whether it can be had; an oracle is no model, and no frontier goes through it."""
+
+
+LEAST = 0.01
+"""KL below which the axis of a frontier is linear, so that the dense model's zero is on it."""
+
+
+def frontier(spots: Sequence[Spot], bands: Sequence[tuple[float, str]], *, axis: str) -> Figure:
+    """Loss against cost, with a line through the best points and the `bands` of loss in words."""
+    figure, axes = panels(height=4.4)
+    axis_of = axes[0, 0]
+    top = 1.6 * max(0.5, *(spot.y for spot in spots))
+    axis_of.set_yscale("symlog", linthresh=LEAST)
+    axis_of.set_ylim(-LEAST / 2, top)
+    low, high = min(spot.x for spot in spots), max(spot.x for spot in spots)
+    room = (high - low) or high
+    axis_of.set_xlim(low - 0.18 * room, high + 0.42 * room)
+    edges = [most for most, _ in bands if most < top]
+    axis_of.set_yticks([0, LEAST, *edges, 1.0][: len(edges) + 2 + (top > 1)])
+    axis_of.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis_of.minorticks_off()
+    for most, word in bands:
+        upper = min(most, top)
+        axis_of.annotate(
+            word, (1, upper), (-2, -3), xycoords=axis_of.get_yaxis_transform(),
+            textcoords="offset points", ha="right", va="top", color=MUTED, fontsize=9,
+        )  # fmt: skip
+        if upper == top:
+            break
+    best = front([(spot.x, spot.y) for spot in spots if spot.a_model])
+    axis_of.step(*zip(*best, strict=True), where="post", color=MUTED, linewidth=1.2, zorder=1)
+    for spot in spots:
+        style = {} if spot.a_model else {"markerfacecolor": CARD, "markeredgewidth": 1.5}
+        axis_of.plot([spot.x], [spot.y], spot.look.marker, color=spot.look.colour, **style)
+    axis_of.set_xlabel(axis)
+    axis_of.set_ylabel("KL to dense, nats per token")
+    _name_spots(axis_of, spots)
     return figure
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one is better than in both, by rising x.
+
+    >>> front([(3, 0), (1, 5), (2, 6), (2, 2)])
+    [(1, 5), (2, 2), (3, 0)]
+    """
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not best or y < best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def _name_spots(axis: Any, spots: Sequence[Spot]) -> None:
+    """Names to the right of the points, moved down where they would overlap."""
+    placed: list[tuple[float, float, float]] = []
+    for spot in sorted(spots, key=lambda spot: (-spot.y, spot.x)):
+        x, y = axis.transData.transform((spot.x, spot.y)) * 72 / axis.figure.dpi
+        name = short(spot.name, 24)
+        width, down = 5.4 * len(name) + 8, 0.0
+        while any(
+            abs(y - down - other) < 10 and x < right and left < x + width
+            for left, right, other in placed
+        ):
+            down += 1
+        placed.append((x, x + width, y - down))
+        axis.annotate(
+            name, (spot.x, spot.y), (6, -down), textcoords="offset points", va="center",
+            color=spot.look.colour, fontsize=9.5,
+        )  # fmt: skip
 
 
 def speed(drawn: Sequence[Line], ideal: Sequence[tuple[float, float]]) -> Figure:

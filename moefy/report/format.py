@@ -94,3 +94,42 @@ def computed_in(report: Mapping[str, Any]) -> str:
     """The dtype of the scores of a report as `, in float32`; empty if it is unknown."""
     dtype = report.get("compute", {}).get("dtype")
     return f", in {dtype}" if dtype else ""
+
+
+BANDS = (
+    (0.05, "indistinguishable"),
+    (0.1, "hardly noticeable"),
+    (0.3, "noticeable"),
+    (0.5, "clearly different"),
+    (float("inf"), "a different model"),
+)
+"""KL to the dense model below which a model is so. The first, the third and the last are those of
+Hugging Face's PEFT; the others lie between them."""
+
+
+def band(kl: float) -> str:
+    """What a KL divergence means, in words.
+
+    >>> band(0.049), band(0.05), band(0.2)
+    ('indistinguishable', 'hardly noticeable', 'noticeable')
+    """
+    return next((word for most, word in BANDS if kl < most), BANDS[-1][1])
+
+
+FEW_LEVELS = 24
+"""Fewer different values in a block of 32 weights than this were rounded before. The kit's models,
+which come from 4 and 5 bits, have 13 to 18; random weights in bfloat16 have 31.6."""
+
+
+def flattered(levels: float | None) -> str:
+    """A warning where the dense weights were quantised once; `levels` in a block of 32.
+
+    >>> flattered(31.6), flattered(13.2)[:42]
+    ('', 'The dense weights were quantised before (a')
+    """
+    if levels is None or levels >= FEW_LEVELS:
+        return ""
+    return (
+        "The dense weights were quantised before (a block of 32 holds "
+        f"{levels:.0f} different values), which flatters types of 4 and 5 bits."
+    )

@@ -103,7 +103,11 @@ def _relative(engine: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, s
 
 def size(report: Mapping[str, Any], looks: Looks) -> Section:
     """Parameters, FLOPs and memory."""
-    models = report["models"]
+    models = {
+        label: model
+        for label, model in report["models"].items()
+        if model.get("kind") not in ("control", "rival")
+    }
     bars = [
         (label, looks[label], model["parameters_active"] / 1e6, model["parameters_total"] / 1e6)
         for label, model in models.items()

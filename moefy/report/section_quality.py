@@ -55,12 +55,12 @@ def quality(report: Mapping[str, Any], looks: Looks) -> Section:
 
 
 def meanings(report: Mapping[str, Any]) -> list[str]:
-    """What each control stands for."""
-    return [
-        f"{label}: {model['meaning']}."
-        for label, model in report["models"].items()
-        if model.get("kind") in ("control", "other") and model.get("meaning")
-    ]
+    """What each control stands for; those that mean the same are named together."""
+    labels: dict[str, list[str]] = {}
+    for label, model in report["models"].items():
+        if model.get("kind") in ("control", "rival", "other") and model.get("meaning"):
+            labels.setdefault(model["meaning"], []).append(label)
+    return [f"{', '.join(some)}: {meaning}." for meaning, some in labels.items()]
 
 
 def seen_warnings(report: Mapping[str, Any]) -> list[str]:
@@ -99,44 +99,6 @@ def score_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
         )
         for label, row in rows.items()
     ]
-
-
-def frontier(report: Mapping[str, Any], looks: Looks) -> Section:
-    """Quality against the active fraction, one picture for each text."""
-    pictures = []
-    points = [point for point in report["frontier"] if point.get("dnll") is not None]
-    points = [point for point in points if point.get("active") and point.get("kind") != "dense"]
-    for number, text in enumerate(_in_order(point["text"] for point in points)):
-        by_label: dict[str, list[tuple[float, float]]] = {}
-        for point in points:
-            if point["text"] == text:
-                by_label.setdefault(point["label"], []).append((point["active"], point["dnll"]))
-        drawn = [
-            figures.Line(
-                label, looks[label], [x for x, _ in sorted(pairs)], [y for _, y in sorted(pairs)]
-            )
-            for label, pairs in by_label.items()
-        ]
-        alt = f"dNLL on {text} against the active share of the FFN. " + "; ".join(
-            f"{line.name}: "
-            + ", ".join(f"{y:.3f} at {x:.0%}" for x, y in zip(line.x, line.y, strict=True))
-            for line in drawn
-        )
-        draw = partial(figures.frontier, drawn)
-        pictures.append(Picture(f"frontier-{number}", f"On {text}", alt, draw))
-    lead = (
-        "Static pruning is the floor: all tokens use the same neurons. The oracle router is the "
-        "ceiling: it computes all experts before it chooses. All models equal the dense one where "
-        "the whole FFN is active.",
-    )
-    rows = tuple(
-        (point["label"], point["text"], f"{point['active']:.1%}", fixed(point["dnll"], 3))
-        for point in points
-    )
-    header = ("model", "text", "FFN active", "dNLL")
-    table = Table("Every point", header, rows, folded=True, on_terminal=False)
-    tables = (table,) if rows else ()
-    return Section("frontier", "Quality against compute", lead, tuple(pictures), tables)
 
 
 def benchmarks(report: Mapping[str, Any], looks: Looks) -> Section:

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from moefy.config.recipe import method_of
-from moefy.report import section_cost, section_experts, section_quality, section_tuned
+from moefy.report import (
+    section_cost,
+    section_experts,
+    section_frontier,
+    section_quality,
+    section_tuned,
+)
 from moefy.report.chart import looks
 from moefy.report.document import Section, Table
 from moefy.report.format import fixed, large, model_name, shape_text, times
@@ -42,7 +48,7 @@ def labels(report: Mapping[str, Any]) -> dict[str, str]:
         kinds.setdefault(label, "dense" if label == "dense" else "other")
     for point in report["frontier"]:
         kinds.setdefault(point["label"], point.get("kind", "other"))
-    order = ("dense", "converted", "finetuned", "control", "other")
+    order = ("dense", "converted", "finetuned", "control", "rival", "other")
     return dict(
         sorted(kinds.items(), key=lambda item: order.index(item[1]) if item[1] in order else 9)
     )
@@ -64,7 +70,7 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
     shown = looks(labels(report))
     parts = [
         section_quality.quality(report, shown),
-        section_quality.frontier(report, shown),
+        section_frontier.frontier(report, shown),
         section_cost.speed(report, shown),
         section_cost.size(report, shown),
         section_quality.benchmarks(report, shown),

@@ -118,12 +118,22 @@ def full(num_layers: int = 4, num_experts: int = 8) -> dict[str, Any]:
         "speed": {"transformers": _speed(0.8), "llama.cpp": _speed(1.3)},
         "finetune": {"moe, fine-tuned": _finetune()},
         "frontier": [
-            {"active": active, "label": label, "kind": kind, "text": text, "dnll": loss * weight}
+            {
+                "label": label,
+                "kind": kind,
+                "text": text,
+                "own": label in ROUTED,
+                "a_model": not label.startswith("oracle"),
+                "dnll": loss * weight,
+                "kl": loss * weight * 1.05,
+                "bytes_read": int(269_000_000 * (0.41 + 0.59 * active)),
+                "operations": int(134_515_008 * (0.41 + 0.59 * active)),
+                "better": {"bytes_read": "static", "operations": None},
+            }
             for text, (_, weight) in TEXTS.items()
-            for label, (kind, _, _, dnll) in MODELS.items()
-            for active, loss in ((0.75, dnll * 0.5), (0.5, dnll))
-            if kind != "dense"
+            for label, (kind, _, active, loss) in MODELS.items()
         ],
+        "rivals": {"levels": 13.2},
         "advice": [
             {
                 "verdict": "does not pay",
