@@ -20,12 +20,12 @@ SLACK = 1.05
 OWN = re.compile(r"(converted|finetuned)( \d+)?( q\d\w+)?")
 """Labels of the stages of the run, and of these in other types."""
 
-Point = dict[str, Any]
+Point = Mapping[str, Any]
 
 
-def points(texts: Mapping[str, Any], models: Mapping[str, Any], main: str) -> list[Point]:
+def points(texts: Mapping[str, Any], models: Mapping[str, Any], main: str) -> list[dict[str, Any]]:
     """Loss and cost of every model on every text, and the rivals that are better than the run."""
-    result: list[Point] = []
+    result: list[dict[str, Any]] = []
     for text, rows in texts.items():
         some = [
             _point(label, row, models, main) | {"text": text}
@@ -39,7 +39,9 @@ def points(texts: Mapping[str, Any], models: Mapping[str, Any], main: str) -> li
     return result
 
 
-def _point(label: str, row: Mapping[str, Any], models: Mapping[str, Any], main: str) -> Point:
+def _point(
+    label: str, row: Mapping[str, Any], models: Mapping[str, Any], main: str
+) -> dict[str, Any]:
     oracle = label.startswith("oracle")
     sizes = models[main if oracle else label]
     operations = sizes.get("flops_per_token")
@@ -62,7 +64,7 @@ def averages(points: Iterable[Point]) -> list[Point]:
         by_label.setdefault(point["label"], []).append(point)
     most = max(map(len, by_label.values()), default=0)
     return [
-        some[0] | {"kl": fmean(point["kl"] for point in some)}
+        {**some[0], "kl": fmean(point["kl"] for point in some)}
         for some in by_label.values()
         if len(some) == most
     ]
