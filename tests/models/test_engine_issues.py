@@ -74,6 +74,7 @@ WRONG = {
     "head of lfm2": (LFM2 | {"tie": False}, "embedding as its head"),
     "ernie, shared": (ERNIE | {"intermediate_size": 192}, "(96) wide, not 48"),
     "ernie, the last layer dense": (ERNIE | {"dense_layers": [3]}, "only at the start"),
+    "llama3 in glm4_moe": ({"model_type": "glm4_moe"} | rope(rope_type="llama3"), "llama3"),
     "hunyuan": ({"model_type": "hunyuan_v1_moe"}, "code of its own"),
     "dense": ({"model_type": "qwen2", "experts": False, "hidden_act": "gelu"}, "silu"),
 }
@@ -90,7 +91,8 @@ RIGHT = {
     "ernie, the first layer dense": ERNIE | {"dense_layers": [0]},
     "lfm2": LFM2 | {"routed_scaling_factor": 1.0},
     "dense": {"model_type": "llama", "experts": False},
-    "not promised": {"model_type": "glm4_moe"},
+    "glm4_moe, the first layers dense": {"model_type": "glm4_moe", "dense_layers": [0, 1]},
+    "glm4_moe": {"model_type": "glm4_moe", "tie": True, "head_dim": 32} | rope(**YARN),
     "unknown to it": {"model_type": "flex_olmo", "hidden_act": "gelu"},
 }
 

