@@ -175,10 +175,11 @@ def captured(routed: RoutedFFN, profile: Profile) -> dict[str, Any]:
 def _run(routed: RoutedFFN, profile: Profile, store: Store) -> tuple[Tensor, list[int]]:
     """Outputs on all tokens (T, D), and how many of the fitting tokens go to each expert."""
     y_TD, masks = store.empty(*profile.y_TD.shape, device=profile.y_TD.device), []
+    down_AD = routed.down_AD
     for number, (x_TD, h_TF, _) in enumerate(chunks(routed.ffn, profile, "all")):
         part = slice(number * CHUNK, (number + 1) * CHUNK)
         masks.append(routed.mask(x_TD, h_TF))
-        run_TD = routed.run(h_TF, masks[-1]) @ routed.ffn.down_DF.T
+        run_TD = routed.run(h_TF, masks[-1]).outputs(down_AD)
         y_TD[part] = run_TD.div_(profile.scale_T[part, None])
     tokens_E = torch.cat(masks)[: profile.num_fit].sum(0)
     profile.group.sum(tokens_E)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moefy.convert.profile import chunks, some_activations
-from moefy.convert.ridge import damping, ridge
-from moefy.convert.routed_ffn import RoutedFFN
+from moefy.convert.ridge import damping, ridge, solver
+from moefy.convert.routed_ffn import RoutedFFN, Run
 from moefy.types import Profile
 
-STRENGTHS = ((0.3, 1.0, 3.0), (0.1, 0.03, 0.01))
-"""Ridge strengths, as multiples of the mean squared activation: upward first, then downward, each
-way until the held-out error rises. It has one minimum, mostly at the first or second."""
+STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Ridge strengths, as multiples of the mean squared activation."""
 
-MIXTURES = 256
-"""Random mixtures of the outputs, on which strengths are compared where there are at least four
-times as many outputs. Each strength costs a factorisation then, and only the best one a solution
-for all outputs."""
+START = 0.3
+"""The strength that is mostly best."""
+
+MIXTURES = 128
+"""Random mixtures of wide outputs, on which strengths are compared."""
+
+TERMS = 4
+"""Solutions that are combined to those of other strengths."""
 
 EXPERT_STRENGTHS = (0.3, 1.0, 3.0, 10.0)
 """Ridge strengths for single experts, which see fewer tokens."""
@@ -61,132 +64,133 @@ def refit(
 
     With H the activations that run (zero elsewhere) and R = Y - H W' what they miss of the output Y
     that is aimed at, the correction dW' = (H'H + s * mean(diag) * I)^-1 H'R minimises the missing
-    output and stays near the dense weights. The strength s with the least held-out error wins; the
-    dense weights are kept when none is below theirs. Of wide outputs, strengths are compared on
-    random mixtures (see `MIXTURES`), and not again where the strength is `known` from a refit under
-    another routing.
+    output and stays near the dense weights. The strength s with the least held-out error wins (see
+    `_best_strength`), and is not looked for again where it is `known` from a refit under another
+    routing; the dense weights are kept when no error is below theirs.
 
     Source: the least squares of SparseGPT (arXiv 2301.00774), over a mask that routing sets per
     token instead of a fixed one.
-    Cost: one F x F Gram matrix in float32, and a Cholesky factorisation per strength.
+    Cost: one F x F Gram matrix in float32, of which pairs of neurons count that run together, and a
+    Cholesky factorisation, or two where another strength than `START` is best.
     """
-    down_DF, total = routed.ffn.down_DF, profile.group.total
-    neurons = [routed.partition.shared_S, routed.partition.experts_EN.reshape(-1)]
-    used = torch.cat(neurons).unique()
-    wrong, norm = map(total, _error(_runs(routed, profile, "heldout"), down_DF))
+    total, down_AD = profile.group.total, routed.down_AD
+    wrong, norm = map(total, _error(_runs(routed, profile, "heldout"), down_AD))
     before = (wrong / norm) ** 0.5
-    sums = _sums(routed, profile, used, enabled)
+    sums = _sums(routed, profile, down_AD, enabled)
+    down_DF = routed.ffn.down_DF
     plain = Refit(down_DF, before, before, (sums.missing / sums.norm) ** 0.5, None)
     if not enabled or sums.missing <= ROUNDING * sums.norm:
         return plain
-
-    def error(delta_AD: Tensor) -> float:
-        changed_DF = _corrected(down_DF, used, delta_AD)
-        return (total(_error(_runs(routed, profile, "heldout"), changed_DF)[0]) / norm) ** 0.5
-
-    strengths: Sequence[Sequence[float]] = STRENGTHS
-    if routed.ffn.hidden_size >= 4 * MIXTURES:
-        strength = known or _strength(routed, profile, used, sums)
-        strengths = ((strength,),) if strength else ()
-    best = _search(sums.gram_AA, sums.cross_AD, error, before, strengths)
-    if best is None:
+    strength, solve = known or START, None
+    tried = [strength]
+    while True:
+        solve = solver(sums.gram_AA, strength)
+        best = known or _best_strength(routed, profile, sums, solve, strength)
+        if best is None:
+            return plain
+        if best in tried:
+            break
+        solve = None  # two factors would be the largest tensors there are
+        tried.append(strength := best)
+    delta_AD = solve(sums.cross_AD)
+    wrong = total(_error(_runs(routed, profile, "heldout"), down_AD + delta_AD)[0])
+    after = (wrong / norm) ** 0.5
+    if after >= before:
         return plain
-    delta_AD, after, strength = best
     # |R - H dW|^2 = |R|^2 - 2 <dW, H'R> + <dW, H'H dW>, and H'H dW = H'R - damping * dW: the
     # fitting tokens need no other pass.
     left = sums.missing - float((delta_AD * sums.cross_AD).sum())
     left -= damping(sums.gram_AA, strength) * float(delta_AD.square().sum())
-    error_fit = (max(left, 0.0) / sums.norm) ** 0.5
-    return Refit(_corrected(down_DF, used, delta_AD), before, after, error_fit, strength)
+    down_DF = down_DF.clone()
+    down_DF[:, routed.used_A] += delta_AD.T
+    return Refit(down_DF, before, after, (max(left, 0.0) / sums.norm) ** 0.5, strength)
 
 
-def _sums(routed: RoutedFFN, profile: Profile, used: Tensor, enabled: bool) -> _Sums:
+def _sums(routed: RoutedFFN, profile: Profile, down_AD: Tensor, enabled: bool) -> _Sums:
     """What the correction follows from; its matrices stay zero unless `enabled`."""
-    down_DF, group = routed.ffn.down_DF, profile.group
-    gram_AA = torch.zeros(len(used), len(used), device=used.device)
-    cross_AD = torch.zeros(len(used), down_DF.shape[0], device=used.device)
+    group = profile.group
+    gram_AA = down_AD.new_zeros(len(down_AD), len(down_AD))
+    cross_AD = torch.zeros_like(down_AD)
     missing = norm = 0.0
     # Before the processes sum in turn, each does at the same time what it can.
     rests = []
     if group.size > 1:
-        rests = [y_TD - run_TF @ down_DF.T for run_TF, y_TD in _runs(routed, profile, "fit")]
+        rests = [y_TD - run.outputs(down_AD) for run, y_TD in _runs(routed, profile, "fit")]
 
     def add() -> None:
         nonlocal missing, norm
-        for number, (run_TF, y_TD) in enumerate(_runs(routed, profile, "fit")):
-            rest_TD = rests[number] if rests else y_TD - run_TF @ down_DF.T
+        for number, (run, y_TD) in enumerate(_runs(routed, profile, "fit")):
+            rest_TD = rests[number] if rests else y_TD - run.outputs(down_AD)
             missing += float(rest_TD.square().sum())
             norm += float(y_TD.square().sum())
             if enabled:
-                part_TA = run_TF if len(used) == routed.ffn.num_neurons else run_TF[:, used]
-                gram_AA.addmm_(part_TA.T, part_TA)
-                cross_AD.addmm_(part_TA.T, rest_TD)
+                run.add_products(rest_TD, gram_AA, cross_AD)
 
     group.in_turn(add, gram_AA, cross_AD)
     return _Sums(gram_AA, cross_AD, group.total(missing), max(group.total(norm), 1e-30))
 
 
-def _search(
-    gram_AA: Tensor,
-    cross_AD: Tensor,
-    error: Callable[[Tensor], float],
-    before: float,
-    strengths: Sequence[Sequence[float]] = STRENGTHS,
-) -> tuple[Tensor, float, float] | None:
-    """The correction of least held-out error, that error, and its strength; None where none errs
-    less than `before`."""
-    best: tuple[Tensor, float, float] | None = None
-    for way in strengths:
-        for strength in way:
-            delta_AD = ridge(gram_AA, cross_AD, strength)
-            after = error(delta_AD)
-            if after < (best[1] if best else before):
-                best = delta_AD, after, strength
-            elif best:
-                break
-        if best is None:
-            break  # a weaker ridge departs further from the dense weights
+def _best_strength(
+    routed: RoutedFFN,
+    profile: Profile,
+    sums: _Sums,
+    solve: Callable[[Tensor], Tensor],
+    strength: float,
+) -> float | None:
+    """The strength of least held-out error, told by what solves for one `strength`; None where no
+    correction helps.
+
+    With S = (G + s I)^-1 at that strength, corrections of others are sought among the combinations
+    of S C, S^2 C, ..., whose weights the same least squares give. That is exact for `strength`
+    itself and the better the nearer the other is. Of wide outputs, random mixtures are compared.
+
+    Source: shift-and-invert Krylov subspaces (Moret and Novati, BIT 44, 2004), one for all outputs.
+    """
+    down_AD, hidden = routed.down_AD, sums.cross_AD.shape[1]
+    mix_DM = torch.eye(hidden)
+    if hidden > MIXTURES:
+        generator = torch.Generator().manual_seed(0)
+        mix_DM = torch.randn(hidden, MIXTURES, generator=generator)
+    mix_DM = mix_DM.to(down_AD.device)
+    at = damping(sums.gram_AA, strength)
+    terms = [sums.cross_AD @ mix_DM]
+    for _ in range(TERMS):
+        terms.append(solve(terms[-1]) * at)
+    inner_QQ = _inner(terms)
+    seen_QQ = torch.zeros_like(inner_QQ)
+    for run, y_TD in _runs(routed, profile, "heldout"):
+        rest_TM = (y_TD - run.outputs(down_AD)) @ mix_DM
+        parts_TM = run.outputs(torch.cat(terms[1:], 1)).split(mix_DM.shape[1], 1)
+        seen_QQ += _inner([rest_TM, *parts_TM])
+    profile.group.sum(seen_QQ)
+    least, best = float(seen_QQ[0, 0]), None
+    for other in STRENGTHS:
+        more = damping(sums.gram_AA, other) - at
+        system_QQ = at * inner_QQ[1:, :-1] + more * inner_QQ[1:, 1:]
+        weight_Q = torch.linalg.lstsq(system_QQ, inner_QQ[1:, :1]).solution
+        left_Q = torch.cat([weight_Q.new_ones(1, 1), -weight_Q])
+        if (error := float(left_Q.T @ seen_QQ @ left_Q)) < least:
+            least, best = error, other
     return best
 
 
-def _strength(routed: RoutedFFN, profile: Profile, used: Tensor, sums: _Sums) -> float | None:
-    """The strength of least held-out error on random mixtures of the outputs."""
-    down_DF, total = routed.ffn.down_DF, profile.group.total
-    generator = torch.Generator().manual_seed(0)
-    mix_DM = torch.randn(len(down_DF), MIXTURES, generator=generator).to(used.device)
-    heldout = _runs(routed, profile, "heldout")
-    rests = [(y_TD - run_TF @ down_DF.T) @ mix_DM for run_TF, y_TD in heldout]
-
-    def error(delta_AM: Tensor) -> float:
-        whole_FM = delta_AM.new_zeros(down_DF.shape[1], MIXTURES).index_copy_(0, used, delta_AM)
-        heldout = _runs(routed, profile, "heldout")
-        runs = ((run_TF, rest_TM) for (run_TF, _), rest_TM in zip(heldout, rests, strict=True))
-        return total(_error(runs, whole_FM.T)[0])
-
-    before = total(sum(float(rest_TM.square().sum()) for rest_TM in rests))
-    best = _search(sums.gram_AA, sums.cross_AD @ mix_DM, error, before)
-    return best[2] if best else None
+def _inner(parts: list[Tensor]) -> Tensor:
+    """Inner products of all pairs of tensors, in float64."""
+    flat = torch.stack(parts).flatten(1).double()
+    return flat @ flat.T
 
 
-def _corrected(down_DF: Tensor, used: Tensor, delta_AD: Tensor) -> Tensor:
-    if len(used) == down_DF.shape[1]:
-        return down_DF + delta_AD.T
-    down_DF = down_DF.clone()
-    down_DF[:, used] += delta_AD.T
-    return down_DF
-
-
-def _runs(routed: RoutedFFN, profile: Profile, part: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the activations that run (T, F) and what the output aims at (T, D), chunk by chunk."""
+def _runs(routed: RoutedFFN, profile: Profile, part: str) -> Iterator[tuple[Run, Tensor]]:
+    """Yield the activations that run and what the output aims at (T, D), chunk by chunk."""
     for x_TD, h_TF, y_TD in chunks(routed.ffn, profile, part):
         yield routed.run(h_TF, routed.mask(x_TD, h_TF)), y_TD
 
 
-def _error(runs: Iterable[tuple[Tensor, Tensor]], down_DF: Tensor) -> tuple[float, float]:
-    """Summed squared output error under `down_DF`, and the summed squared dense output."""
+def _error(runs: Iterable[tuple[Run, Tensor]], down_AD: Tensor) -> tuple[float, float]:
+    """Summed squared output error under `down_AD`, and the summed squared dense output."""
     wrong = norm = 0.0
-    for run_TF, y_TD in runs:
-        wrong += float((run_TF @ down_DF.T - y_TD).square().sum())
+    for run, y_TD in runs:
+        wrong += float((run.outputs(down_AD) - y_TD).square().sum())
         norm += float(y_TD.square().sum())
     return wrong, max(norm, 1e-30)
 
@@ -229,8 +233,8 @@ def refit_experts(routed: RoutedFFN, profile: Profile) -> tuple[Tensor, float]:
 
 def _rests(routed: RoutedFFN, profile: Profile) -> tuple[Tensor, list[Tensor]]:
     """What the outputs miss on all tokens, (T, D), and which tokens go to each expert."""
-    rests, masks = [], []
+    rests, masks, down_AD = [], [], routed.down_AD
     for x_TD, h_TF, goal_TD in chunks(routed.ffn, profile, "all"):
         masks.append(routed.mask(x_TD, h_TF))
-        rests.append(goal_TD - routed.run(h_TF, masks[-1]) @ routed.ffn.down_DF.T)
+        rests.append(goal_TD - routed.run(h_TF, masks[-1]).outputs(down_AD))
     return torch.cat(rests), [chosen_T.nonzero()[:, 0] for chosen_T in torch.cat(masks).T]

@@ -19,22 +19,35 @@ def damping(gram_AA: Tensor, strength: float) -> float:
 def ridge(gram_AA: Tensor, cross_AB: Tensor, strength: float) -> Tensor:
     """Solve (G + strength * mean(diag G) * I) W = C for W, shape (A, B).
 
-    With G = X'X and C = X'Y this is ridge regression of Y on X without intercept. G is damped in
-    place and restored, because a copy of it may be the largest tensor there is. Falls back to
-    float64 where float32 rounding has left G indefinite.
+    With G = X'X and C = X'Y this is ridge regression of Y on X without intercept.
+    """
+    return solver(gram_AA, strength)(cross_AB)
+
+
+def solver(gram_AA: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
+    """What solves the equations of `ridge` for a C, by one factorisation for all.
+
+    Of G only the lower triangle is read. It is damped in place and restored, because a copy of it
+    may be the largest tensor there is. Falls back to float64 where float32 rounding has left G
+    indefinite.
     """
     diagonal_A = gram_AA.diagonal().clone()
     gram_AA.diagonal().add_(damping(gram_AA, strength))
     factor_AA, failed = torch.linalg.cholesky_ex(gram_AA)
     if failed:
-        del factor_AA
-        solution_AB = torch.linalg.solve(gram_AA.double(), cross_AB.double()).to(cross_AB.dtype)
-    else:
+        factor_AA = gram_AA.double().tril_()
+        factor_AA += factor_AA.tril(-1).T
+        factor_AA, pivot_A = torch.linalg.lu_factor(factor_AA)
+    gram_AA.diagonal().copy_(diagonal_A)
+
+    def solve(cross_AB: Tensor) -> Tensor:
+        if failed:
+            return torch.linalg.lu_solve(factor_AA, pivot_A, cross_AB.double()).to(cross_AB.dtype)
         # As `cholesky_solve` does it, which copies the factor first.
         half_AB = torch.linalg.solve_triangular(factor_AA, cross_AB, upper=False)
-        solution_AB = torch.linalg.solve_triangular(factor_AA.mT, half_AB, upper=True)
-    gram_AA.diagonal().copy_(diagonal_A)
-    return solution_AB
+        return torch.linalg.solve_triangular(factor_AA.mT, half_AB, upper=True)
+
+    return solve
 
 
 def scorer(x_TD: Tensor, strength: float = 1e-2) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,6 @@ from moefy.types import FFN, Partition, Profile, Router, Shape
 
 CLOSED = linear.Options(steps=0)
 SHAPE = Shape(48, 8, 5, 8, 2)
-LADDER = sorted(strength for way in STRENGTHS for strength in way)
 
 
 def setting(seed: int, *, tokens: int = 300, weighed: bool = True):
@@ -82,7 +81,7 @@ def missing(run_TF: np.ndarray, y_TD: torch.Tensor, down_DF: torch.Tensor) -> np
 def test_the_correction_is_ridge_regression_on_what_runs(tokens):
     ffn, profile, partition, router = setting(0, tokens=tokens)
     found = refit(RoutedFFN(ffn, partition, router, 2), profile)
-    assert found.strength in LADDER
+    assert found.strength in STRENGTHS
     run_TF = running(profile, partition, router, 2)
     fit, held = slice(0, profile.num_fit), slice(profile.num_fit, None)
     missing_TD = missing(run_TF, profile.y_TD, ffn.down_DF)
@@ -111,7 +110,7 @@ def test_no_other_strength_is_better_by_a_hundredth(tokens):
         fit, held = slice(0, profile.num_fit), slice(profile.num_fit, None)
         missing_TD = missing(run_TF, profile.y_TD, ffn.down_DF)
         errors = {None: error(run_TF, profile.y_TD, ffn.down_DF, held)}
-        for strength in LADDER:
+        for strength in STRENGTHS:
             change_DF = torch.from_numpy(regression(run_TF[fit], missing_TD[fit], strength))
             errors[strength] = error(run_TF, profile.y_TD, ffn.down_DF + change_DF, held)
         found = refit(RoutedFFN(ffn, partition, router, 2), profile)
@@ -122,7 +121,7 @@ def test_the_static_correction_leaves_the_dropped_columns_alone():
     ffn, profile, _, _ = setting(3)
     partition = static.split(ffn, profile, SHAPE, generator=seeded(0))
     found = refit(unrouted(ffn, partition), profile)
-    assert found.strength in LADDER
+    assert found.strength in STRENGTHS
     kept = partition.shared_S.numpy()
     dropped = np.setdiff1d(np.arange(48), kept)
     assert torch.equal(found.down_DF[:, dropped], ffn.down_DF[:, dropped])
@@ -213,10 +212,10 @@ def combinations(sign: float) -> tuple[FFN, Profile]:
 def test_neurons_that_are_combinations_of_kept_ones_are_not_missed():
     ffn, profile = combinations(1.0)
     found = refit(unrouted(ffn, keep(12)), profile)
-    assert found.strength == LADDER[0]
+    assert found.strength == STRENGTHS[0]
     assert found.error_before > 0.5
     # Of what a neuron's share of variance is, ridge takes away about its strength.
-    assert found.error_after < 2 * LADDER[0] * found.error_before
+    assert found.error_after < 2 * STRENGTHS[0] * found.error_before
 
 
 def test_where_heldout_tokens_say_the_opposite_the_dense_weights_stay():
@@ -256,7 +255,7 @@ def test_an_expert_is_corrected_under_the_tokens_that_it_gets():
     router = Router(torch.eye(8)[:1] * torch.tensor([[1.0], [-1.0]]))
     partition = Partition(torch.empty(0, dtype=torch.long), torch.arange(12).view(2, 6))
     routed = refit(RoutedFFN(ffn, partition, router, 1), profile)
-    assert routed.strength == LADDER[0]
+    assert routed.strength == STRENGTHS[0]
     assert routed.error_before > 0.5
     assert routed.error_after < 0.05
     everywhere = refit(unrouted(ffn, keep(6)), profile)

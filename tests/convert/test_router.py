@@ -77,18 +77,43 @@ def test_an_expert_writes_what_the_sum_of_its_energies_bounds():
         np.testing.assert_allclose(energy_TE[:, neuron], written_TD.square().sum(1), rtol=1e-4)
 
 
-def test_membership_and_active_neurons_equal_plain_loops():
-    ffn, profile, partition = setting(2)
+def test_membership_equals_plain_loops():
+    _, _, partition = setting(2)
     member_FE = membership(partition, 48)
-    mask_TE = top_mask(torch.randn(30, 5, generator=seeded(0)), 2)
-    active_TF = RoutedFFN(ffn, partition, Router(torch.zeros(5, 12)), 2).active(mask_TE)
     for neuron in range(48):
         homes = [e for e in range(5) if neuron in partition.experts_EN[e].tolist()]
         assert member_FE[neuron].nonzero().flatten().tolist() == homes
-        for token in range(30):
-            runs = neuron in partition.shared_S.tolist() or any(mask_TE[token, homes])
-            assert active_TF[token, neuron] == runs
-    assert active_TF.sum(1).tolist() == [SHAPE.num_active] * 30
+
+
+@pytest.mark.parametrize("block", [3, 512])
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_products_of_what_runs_are_those_of_the_whole(block, overlaps, monkeypatch):
+    """Other than zero they are only where a neuron runs, which plain loops say."""
+    monkeypatch.setattr(routing, "BLOCK", block)
+    ffn, profile, partition = setting(2)
+    if overlaps:  # each expert takes two neurons of the next
+        experts_EN = partition.experts_EN
+        more_EN = torch.cat([experts_EN, experts_EN.roll(-1, 0)[:, :2]], 1)
+        partition = Partition(partition.shared_S, more_EN)
+    mask_TE = top_mask(torch.randn(240, 5, generator=seeded(0)), 2)
+    routed = RoutedFFN(ffn, partition, Router(torch.zeros(5, 12)), 2)
+    h_TF, y_TD = profile.h_TF.double(), profile.y_TD.double()
+    run = routed.run(h_TF, mask_TE)
+    assert sorted(routed.used_A.tolist()) == list(range(48))
+    run_TF = torch.zeros_like(h_TF)
+    for token in range(240):
+        run_TF[token, partition.shared_S] = h_TF[token, partition.shared_S]
+        for neurons in partition.experts_EN[mask_TE[token] == 1]:
+            run_TF[token, neurons] += h_TF[token, neurons]
+    run_TA = run_TF[:, routed.used_A]
+    torch.testing.assert_close(run.h_TA, run_TA)
+    down_AD = ffn.down_DF.T[routed.used_A]
+    assert torch.equal(routed.down_AD, down_AD)
+    torch.testing.assert_close(run.outputs(down_AD.double()), run_TF @ ffn.down_DF.T.double())
+    gram_AA, cross_AD = h_TF.new_zeros(48, 48), h_TF.new_zeros(48, 12)
+    run.add_products(y_TD, gram_AA, cross_AD)
+    torch.testing.assert_close(gram_AA.tril(), (run_TA.T @ run_TA).tril())
+    torch.testing.assert_close(cross_AD, run_TA.T @ y_TD)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -282,20 +307,23 @@ def test_ridge_solves_its_equation_and_gives_the_matrix_back(rank):
     x_TA = torch.randn(rank, 8, generator=seeded(0))
     gram_AA, cross_AB = x_TA.T @ x_TA, torch.randn(8, 2, generator=seeded(1))
     before_AA = gram_AA.clone()
+    gram_AA += torch.full((8, 8), float("nan")).triu(1)  # which is not read
+    given_AA = gram_AA.clone()
     solution_AB = ridge(gram_AA, cross_AB, 0.1)
-    assert torch.equal(gram_AA, before_AA)
+    torch.testing.assert_close(gram_AA, given_AA, rtol=0, atol=0, equal_nan=True)
     damped_AA = before_AA + 0.1 * before_AA.diagonal().mean() * torch.eye(8)
     np.testing.assert_allclose(damped_AA @ solution_AB, cross_AB, atol=1e-4)
 
 
 def test_ridge_survives_a_matrix_that_rounding_left_indefinite():
     gram_AA = torch.diag(torch.tensor([1.0, 1.0, -1e-3]))
-    cross_AB = torch.ones(3, 1)
+    gram_AA[1, 0], gram_AA[0, 1] = 0.5, float("nan")  # the upper triangle is not read
+    given_AA, cross_AB = gram_AA.clone(), torch.ones(3, 1)
     solution_AB = ridge(gram_AA, cross_AB, 1e-6)
-    damping = 1e-6 * float(gram_AA.diagonal().mean())
-    wanted_A = 1 / (np.array([1.0, 1.0, -1e-3]) + damping)
-    np.testing.assert_allclose(solution_AB[:, 0], wanted_A, rtol=1e-3)
-    assert torch.equal(gram_AA, torch.diag(torch.tensor([1.0, 1.0, -1e-3])))
+    damped_AA = np.array([[1.0, 0.5, 0], [0.5, 1.0, 0], [0, 0, -1e-3]])
+    damped_AA += 1e-6 * np.diag(damped_AA).mean() * np.eye(3)
+    np.testing.assert_allclose(damped_AA @ solution_AB.numpy(), cross_AB, rtol=1e-3)
+    torch.testing.assert_close(gram_AA, given_AA, rtol=0, atol=0, equal_nan=True)
 
 
 # What experts are worth beside the others
