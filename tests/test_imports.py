@@ -75,7 +75,13 @@ ROWS = {
         "checkpoints collapse_guard losses teacher",
         "__init__",
     ],
-    "models": ["engines", "engine_checks", "targets", "families load routing shape", "__init__"],
+    "models": [
+        "engines",
+        "engine_checks",
+        "targets",
+        "families load routing shape cost",
+        "__init__",
+    ],
     "report": [
         "terminal __init__",
         "draw",

@@ -1,0 +1,90 @@
+"""Seconds that a layer takes in an engine, by a model with six constants, fitted to measurements.
+
+A layer of `tokens` tokens takes
+
+    read * weights touched + product * multiply-adds + call * experts touched
+        + row * values carried to experts and back + layer, and + block if it has experts
+
+so narrow experts cost by their number (calls) and by the rows that go to each of them. The weights
+of an expert are touched when any token goes to it. `recipes/benchmarks/widths.py fit` prints the
+constants and their error, which recipes/results/shapes.md shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moefy.types import Shape
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The sizes of a dense layer that decide its time."""
+
+    hidden: int
+    """D."""
+    num_neurons: int
+    """F."""
+    other_weights: int
+    """Weights outside the FFN: the attention's."""
+    num_matrices: int = 3
+    """Of the FFN: 3 where it is gated, else 2."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What things take in an engine, in nanoseconds."""
+
+    read: float
+    product: float
+    call: float
+    row: float
+    layer: float
+    block: float
+
+    def seconds(self, layer: Layer, shape: Shape | None, tokens: int) -> float:
+        """Of a layer with this shape (None: dense) for so many tokens at once."""
+        constants = (self.read, self.product, self.call, self.row, self.layer, self.block)
+        counted = counts(layer, shape, tokens)
+        return 1e-9 * sum(price * count for price, count in zip(constants, counted, strict=True))
+
+
+def counts(layer: Layer, shape: Shape | None, tokens: int) -> tuple[float, ...]:
+    """How often each constant of a `Cost` counts."""
+    neuron = layer.num_matrices * layer.hidden
+    if shape is None or shape.num_experts == 0:
+        weights = layer.other_weights + layer.num_neurons * neuron
+        return (weights, tokens * weights, 0, 0, 1, 0)
+    unused = (1 - shape.experts_per_token / shape.num_experts) ** tokens
+    touched = shape.num_experts * (1 - unused)
+    router = layer.hidden * shape.num_experts
+    weights = layer.other_weights + router
+    return (
+        weights + (shape.num_shared + touched * shape.expert_width) * neuron,
+        tokens * (weights + shape.num_active * neuron),
+        touched,
+        tokens * shape.experts_per_token * layer.hidden,
+        1,
+        1,
+    )
+
+
+def ideal(layer: Layer, shape: Shape) -> float:
+    """How much faster the layer would be if only multiply-adds took time."""
+    return counts(layer, None, 1)[1] / counts(layer, shape, 1)[1]
+
+
+COSTS = {
+    "transformers": Cost(0.183, 0.0120, 1.53e4, 4.62, 9.18e5, 4.05e5),
+    "llama.cpp": Cost(0.0152, 0.0335, 0.0, 7.24, 7.45e4, 0.0),
+    "vLLM": Cost(0.183, 0.0120, 1.53e4, 4.62, 9.18e5, 4.05e5),
+}
+"""By engine: transformers in bfloat16 and llama.cpp in q8_0, on one thread of an AMD EPYC with
+AVX512-BF16. vLLM was not measured and is taken to be like transformers."""
+
+MEASURED = {"Ollama": "llama.cpp", "SGLang": "vLLM", "MLX": "llama.cpp"}
+"""Engines that were not measured, and those by whose costs a shape is chosen for them."""
+
+UNITS = {"transformers": 8, "llama.cpp": 32, "vLLM": 64}
+"""What expert widths should be multiples of, if they can: for kernels, and for the blocks of 32 in
+which q8_0 and q4_0 pack weights."""
