@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -180,9 +181,11 @@ def library() -> Any:
     missing: Sequence[str] = [n for n in ("xllamacpp", "gguf") if not importlib.util.find_spec(n)]
     if missing:
         raise MoefyError(f"{' and '.join(missing)} is not installed; {MISSING}", code=5)
-    spec = importlib.util.find_spec("xllamacpp.xllamacpp")
+    spec = importlib.util.find_spec("xllamacpp")
+    places = (spec and spec.submodule_search_locations) or []
+    files = [str(f) for place in places for f in Path(place).glob("xllamacpp*.so")]
     try:
-        function = ctypes.CDLL(spec.origin if spec else None).ggml_quantize_chunk
+        function = ctypes.CDLL(files[0] if files else None).ggml_quantize_chunk
     except (OSError, AttributeError) as error:
         reason = f"xllamacpp holds no ggml_quantize_chunk ({error}); {MISSING}"
         raise MoefyError(reason, code=5) from error

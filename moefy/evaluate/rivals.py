@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
@@ -12,12 +13,17 @@ from typing import Any
 
 import torch
 
+from moefy.checkpoint.cut import num_parameters, open_cut, without
+from moefy.config.recipe import Recipe
 from moefy.config.report import Settings
+from moefy.convert.depth import drops, probes
+from moefy.convert.prepare import read_source
 from moefy.evaluate import ggml, tables
 from moefy.evaluate.cache import VERSIONS, digest
 from moefy.evaluate.candidates import Candidate
 from moefy.evaluate.session import Session
 from moefy.evaluate.sizes import sizes
+from moefy.models.load import runnable
 
 LAYERS = "layers-dropped"
 
@@ -53,15 +59,16 @@ def rivals(session: Session, report: dict[str, Any], settings: Settings) -> None
     """
     dense, texts = session.candidates[0], report["texts"]
     report["rivals"] = {"levels": session.cached("levels", dense, levels)}
-    for candidate, measured in _candidates(session, report["models"], settings):
-        with session.part(f"rival {candidate.label}"):
+    for label, make, measured in _candidates(session, report["models"], settings):
+        with session.part(f"rival {label}"):
+            candidate = make()
             for name in texts:
                 windows = session.windows[name]
                 results = session.score([dense, candidate], name, windows)
                 num_bytes = tables.num_bytes(session.tokenizer, windows)
-                row = tables.score_rows(results, num_bytes)[candidate.label]
-                texts[name][candidate.label] = row
-            report["models"][candidate.label] = {
+                row = tables.score_rows(results, num_bytes)[label]
+                texts[name][label] = row
+            report["models"][label] = {
                 "kind": candidate.kind,
                 "meaning": candidate.meaning,
                 "folder": None,
@@ -71,22 +78,26 @@ def rivals(session: Session, report: dict[str, Any], settings: Settings) -> None
 
 def _candidates(
     session: Session, models: Mapping[str, Any], settings: Settings
-) -> Iterator[tuple[Candidate, dict[str, Any] | None]]:
-    """Each rival, and its sizes where they are known before it is opened."""
+) -> Iterator[tuple[str, Callable[[], Candidate], dict[str, Any] | None]]:
+    """The label of each rival, how to make it, and its sizes where they are known before."""
     dense = session.candidates[0]
     main = next(c for c in session.candidates if c.label == session.main)
     names = named(settings)
     asked = [kind for kind in ggml.TYPES if kind in names]
     own = [kind for kind in ggml.TYPES if kind in asked or (settings.rivals and kind in OWN)]
-    of_dense, of_run = (_packed_sizes(session, base) for base in (dense, main))
+    # To count bytes takes gguf, which fewer layers do not need.
+    of_dense, of_run = (_packed_sizes(session, c) if own else {} for c in (dense, main))
     if settings.rivals:
         reads = [models[main.label]["bytes_read"], *(of_run[kind]["bytes_read"] for kind in OWN)]
         ladder = {kind: row["bytes_read"] for kind, row in of_dense.items()}
         asked = [kind for kind in ladder if kind in asked or kind in around(ladder, reads)]
+    if settings.rivals or LAYERS in names:
+        yield LAYERS, partial(_fewer_layers, session, models, main), None
     for kind in asked:
-        yield _quantised(dense, kind, kind), of_dense[kind]
+        yield kind, partial(_quantised, dense, kind, kind), of_dense[kind]
     for kind in own:
-        yield _quantised(main, kind, f"{main.label} {kind}"), of_run[kind]
+        label = f"{main.label} {kind}"
+        yield label, partial(_quantised, main, kind, label), of_run[kind]
 
 
 def around(ladder: Mapping[str, int], reads: Sequence[int]) -> set[str]:
@@ -126,6 +137,42 @@ def _quantised(base: Candidate, kind: str, label: str) -> Candidate:
     sources = [kind, base.digest, version("xllamacpp"), version("gguf"), VERSIONS]
     whose = "the dense model" if base.kind == "dense" else "the run"
     return Candidate(label, "rival", f"{whose} in this type of llama.cpp", digest(sources), load)
+
+
+def _fewer_layers(session: Session, models: Mapping[str, Any], main: Candidate) -> Candidate:
+    """The dense model without the layers that cost least, until it computes no more than the run.
+
+    Raises:
+        MoefyError: as `read_source` and `drops`.
+    """
+    dense = session.candidates[0]
+    most, whole = (models[label]["flops_per_token"] // 2 for label in (main.label, dense.label))
+    removed = whole - most
+    source = read_source(Recipe(model=str(dense.folder)))
+    parts = source.checkpoint, source.family
+
+    def order(_: Any) -> list[int]:
+        chosen = []
+        for drop in drops(*parts, probes(session.tokens), torch.device("cpu"), session.watch):
+            chosen.append(drop.layer)
+            if num_parameters(source.checkpoint) - drop.parameters >= removed:
+                break
+        return chosen
+
+    text = session.tokens.sha256
+    layers = session.cached("layers-dropped", dense, order, tokens=text, removed=removed)
+
+    @functools.cache
+    def load(dtype: torch.dtype) -> Any:
+        return runnable(open_cut(without(*parts, layers), dtype=dtype).eval())
+
+    trained = "; not trained, though the run was" if main.kind == "finetuned" else ""
+    meaning = (
+        f"the dense model without layers {', '.join(map(str, sorted(layers)))}, which cost the "
+        f"least KL one by one on calibration text{trained}"
+    )
+    sources = [LAYERS, layers, dense.digest, VERSIONS]
+    return Candidate(LAYERS, "rival", meaning, digest(sources), load)
 
 
 def levels(model: Any) -> float:

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from moefy.config.report import Settings
 from moefy.errors import MoefyError
 from moefy.evaluate import frontier, ggml, rivals, scoring
 from moefy.evaluate.advice import advice
+from moefy.evaluate.metrics import compare
 from moefy.evaluate.run import evaluate
 from moefy.evaluate.sizes import sizes
+from moefy.text.tokenizer import load_tokenizer
+from moefy.text.windows import text_windows
 
 gguf = pytest.importorskip("gguf")
 BLOCKS = {"Q8_0": (32, 34), "Q5_1": (32, 24), "Q5_0": (32, 22), "Q4_0": (32, 18)}
@@ -225,7 +229,8 @@ def test_rivals_are_scored_once_and_by_name(pico, converted, text, tmp_path, mon
     report = evaluate(run, Settings(**few, rivals=True))
     assert report["not_run"] == []
     rows = report["texts"]["text"]
-    assert list(rows) == ["dense", "converted", *ggml.TYPES, "converted q8_0", "converted q4_K_M"]
+    labels = ["layers-dropped", *ggml.TYPES, "converted q8_0", "converted q4_K_M"]
+    assert list(rows) == ["dense", "converted", *labels]
     assert rows["q8_0"]["kl"] < rows["q4_K_M"]["kl"] < 0.1 and rows["q2_K"]["kl"] > 0.01
     points = {point["label"]: point for point in report["frontier"]}
     assert points["q8_0"]["operations"] == points["dense"]["operations"]
@@ -248,6 +253,39 @@ def test_rivals_are_scored_once_and_by_name(pico, converted, text, tmp_path, mon
     monkeypatch.setattr(ggml, "quantise", never)
     again = evaluate(run, Settings(**few, against=("q5_K_M",)))
     assert [row["what"] for row in again["not_run"]] == ["rival converted q5_K_M"]
+
+
+def test_layers_are_dropped_until_no_more_is_computed(pico, converted, text, tmp_path, monkeypatch):
+    dense = pico("llama", num_hidden_layers=6)
+    run = Path(shutil.copytree(converted(dense), tmp_path / "run"))
+    few = {"text": (text,), "effort": "quick", "speed": False, "tokens": 200}
+    few |= {"sequence_length": 64, "controls": False, "against": ("layers-dropped",)}
+    with monkeypatch.context() as patch:  # neither package is needed
+        patch.setattr(importlib.util, "find_spec", lambda *_: None)
+        rivals.check(Settings(**few))
+    report = evaluate(run, Settings(**few))
+    assert report["not_run"] == []
+    models, label = report["models"], "layers-dropped"
+    layers = [int(n) for n in re.findall(r"\d+", models[label]["meaning"].split(", which")[0])]
+    layer = 2 * (32 * 32 + 16 * 32) + 3 * 96 * 32 + 2 * 32
+    operations = {name: model["flops_per_token"] // 2 for name, model in models.items()}
+    assert operations[label] == operations["dense"] - len(layers) * layer
+    assert operations[label] <= operations["converted"] < operations[label] + layer
+    # Judged by transformers' own class, of which the layers are taken by hand.
+    model, whole = opened(dense), opened(dense)
+    model.model.layers = torch.nn.ModuleList(
+        layer for number, layer in enumerate(model.model.layers) if number not in layers
+    )
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = number
+    model.config.num_hidden_layers = len(model.model.layers)
+    windows = text_windows(load_tokenizer(dense), text, num_tokens=200, length=64)
+    score = compare(whole, {"cut": model}, windows)["cut"]
+    assert report["texts"]["text"][label]["kl"] == pytest.approx(score.kl, rel=1e-3)
+    assert score.kl > 1e-4
+    monkeypatch.setattr(scoring, "score_models", None)
+    monkeypatch.setattr(rivals, "drops", None)
+    assert evaluate(run, Settings(**few))["texts"] == report["texts"]
 
 
 # Who beats whom
