@@ -18,3 +18,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out; torch has no exception of its own for that of a machine."""
     words = ("allocate memory", "out of memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def first_line(error: Exception, most: int = 200) -> str:
+    """The first line of what another library says, or the error's class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moefy.errors import MoefyError
+from moefy.errors import MoefyError, first_line
 from moefy.files.publish import write_json
 from moefy.files.safetensors_header import ADAPTER, weight_files
 
@@ -258,6 +258,5 @@ def _hub_error(model: str, revision: str | None, error: Exception) -> MoefyError
         case OSError(errno=errno.ENOSPC):
             return MoefyError(f"{at}: the disk is full; free space or set HF_HOME", code=5)
         case _:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            text = f"{at} could not be fetched ({reason}); try again or give a folder"
+            text = f"{at} could not be fetched ({first_line(error)}); try again or give a folder"
     return MoefyError(text)

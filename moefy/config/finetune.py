@@ -15,7 +15,6 @@ from moefy.config.options import (
     located,
     option,
     parse_setting,
-    renamed,
 )
 from moefy.config.toml import read_toml
 from moefy.errors import MoefyError
@@ -166,7 +165,7 @@ def build(
     given = {key: value for key, value in flags.items() if value is not None}
     values: dict[str, Any] = {}
     for layer in (table, given, *(dict([parse_setting(setting)]) for setting in settings)):
-        values |= check(Settings, renamed(Settings, layer, note), f"[{TABLE}]")
+        values |= check(Settings, layer, note, f"[{TABLE}]")
     result = Settings(**located(values, "data", "teacher"))
     _check(result)
     return result

@@ -139,13 +139,20 @@ def fields(options: type) -> Mapping[str, Field]:
     }
 
 
-def check(options: type, values: Mapping[str, Any], table: str = "recipe") -> dict[str, Any]:
-    """The values of a dataclass's options, each as its field holds it.
+def check(
+    options: type,
+    values: Mapping[str, Any],
+    note: Note = lambda line: None,
+    table: str = "recipe",
+) -> dict[str, Any]:
+    """The values of a dataclass's options under today's names, each as its field holds it.
+
+    `note` gets a line about each name of an earlier version.
 
     Raises:
         MoefyError: code 2 for an unknown key, a value of the wrong type or out of range.
     """
-    known = fields(options)
+    known, values = fields(options), renamed(options, values, note)
     for key in values:
         if key not in known:
             raise MoefyError(f"unknown {table} key {key!r}; {nearest(key, [*known])}", code=2)

@@ -157,10 +157,10 @@ def build(
     given = {key: value for key, value in flags.items() if value is not None}
     values: dict[str, Any] = {}
     for layer in (read(file) if file else {}, given):
-        values |= _expanded(check(Recipe, renamed(Recipe, layer, note)))
+        values |= _expanded(check(Recipe, layer, note))
     for setting in sorted(settings, key=lambda setting: not setting.startswith("method=")):
         key, value = _stage_option(values, *parse_setting(setting))
-        values |= _expanded(check(Recipe, renamed(Recipe, {key: value}, note)))
+        values |= _expanded(check(Recipe, {key: value}, note))
     if "model" not in values:
         raise MoefyError("no MODEL given; expected a folder, a hub id or `demo`", code=2)
     recipe = Recipe(**located(values, "model", "calibration"))

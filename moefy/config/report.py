@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moefy.config.options import COMPUTE_DTYPES, Note, check, key, option, renamed
+from moefy.config.options import COMPUTE_DTYPES, Note, check, key, option
 from moefy.errors import MoefyError
 
 TABLE = "report"
@@ -99,7 +99,7 @@ def build(values: Mapping[str, Any], note: Note = lambda line: None) -> Settings
     Raises:
         MoefyError: code 2 for an unknown key, a value of the wrong type or out of range.
     """
-    settings = Settings(**check(Settings, renamed(Settings, values, note), f"[{TABLE}]"))
+    settings = Settings(**check(Settings, values, note, f"[{TABLE}]"))
     least = min(SHORTEST_WINDOW, settings.sequence_length)
     if settings.tokens is not None and settings.tokens < least:
         raise MoefyError(

@@ -283,7 +283,7 @@ def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:
         length = dense.config.get("original_max_position_embeddings", "the original length")
         notes.append(f"text that grows past {length} tokens keeps keys rotated for short text")
     known = [engine for engine in ENGINES if target.model_type in engine.classes]
-    slow = by_reason({engine.name: engine.heed(dense, shape) for engine in known})
+    slow = by_reason({engine.name: engine.warnings(dense, shape) for engine in known})
     return notes + [f"{engines}: {reason}" for reason, engines in slow.items()]
 
 

@@ -144,7 +144,7 @@ def serving(model_type: str, dense: Dense, shape: Shape) -> dict[str, dict[str, 
             verdicts[engine.name] = {"runs": None, "reasons": reasons, "notes": []}
             continue
         reasons = engine.issues(model_type, dense, shape, stored=True)
-        notes = engine.heed(dense, shape, stored=True)
+        notes = engine.warnings(dense, shape, stored=True)
         verdicts[engine.name] = {"runs": not reasons, "reasons": reasons, "notes": notes}
     return verdicts
 

@@ -55,7 +55,7 @@ class Engine:
             checks += self.stored.get(model_type, ())
         return _results(checks, dense, shape)
 
-    def heed(self, dense: Dense, shape: Shape, *, stored: bool = False) -> list[str]:
+    def warnings(self, dense: Dense, shape: Shape, *, stored: bool = False) -> list[str]:
         """What slows the model down in the engine, or takes an option."""
         return _results(self.notes + self.stored_notes * stored, dense, shape)
 

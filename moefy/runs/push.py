@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moefy.errors import MoefyError
+from moefy.errors import MoefyError, first_line
 from moefy.progress import Watch
 from moefy.report import filled, model_card, read_report, readable
 from moefy.runs.folder import read_tuning
@@ -128,18 +128,14 @@ def _upload(
     except OfflineModeIsEnabled as error:
         raise MoefyError("HF_HUB_OFFLINE is set; unset it to upload", code=5) from error
     except HfHubHTTPError as error:
-        raise MoefyError(f"the Hub refused {repo}: {_first(error)}", code=5) from error
+        raise MoefyError(f"the Hub refused {repo}: {first_line(error)}", code=5) from error
     except (HTTPError, OSError) as error:
         raise MoefyError(
-            f"the Hub is out of reach ({_first(error)}); run the same command again to resume",
+            f"the Hub is out of reach ({first_line(error)}); run the same command again to resume",
             code=5,
         ) from error
     watch("upload", 2, 2)
     return str(url)
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_name(repo: str) -> None:
@@ -150,7 +146,7 @@ def _check_name(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise MoefyError(
-            f"REPO {repo!r} is not a repository name ({_first(error)}); expected owner/name",
+            f"REPO {repo!r} is not a repository name ({first_line(error)}); expected owner/name",
             code=2,
         ) from error
 

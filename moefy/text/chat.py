@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from moefy.errors import MoefyError
+from moefy.errors import MoefyError, first_line
 from moefy.text.tokenizer import first_ids
 
 ROLES = {
@@ -74,10 +74,9 @@ def written(
             tokenize=False,
         )
     except Exception as error:  # a template is a program, and may fail in any way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise MoefyError(
-            f"{where}: the model's chat template refuses the conversation ({reason}); expected "
-            "roles and turns that it knows; change or leave out the row"
+            f"{where}: the model's chat template refuses the conversation ({first_line(error)}); "
+            "expected roles and turns that it knows; change or leave out the row"
         ) from None
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     if bos and text.startswith(bos) and first_ids(tokenizer) == [tokenizer.bos_token_id]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moefy.checkpoint.resolve import looks_like_path
-from moefy.errors import MoefyError
+from moefy.errors import MoefyError, first_line
 from moefy.text import chat
 from moefy.text.rows import SUFFIXES, TABLES, lines, rows, suffix
 from moefy.text.stratify import spread
@@ -248,8 +248,7 @@ def _streamed(source: str) -> Iterator[dict[str, Any]]:
     try:
         yield from datasets.load_dataset(name, configuration, split=split, streaming=True)
     except Exception as error:  # of the library, or of the HTTP client of the day
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MoefyError(
-            f"{source}: no such file or folder, and no data set that can be read ({reason}); "
-            "check the name, or give a text file"
+            f"{source}: no such file or folder, and no data set that can be read "
+            f"({first_line(error)}); check the name, or give a text file"
         ) from error

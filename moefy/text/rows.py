@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
-from moefy.errors import MoefyError
+from moefy.errors import MoefyError, first_line
 
 JSON = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (".txt", ".md", *JSON, ".parquet")
@@ -242,5 +242,5 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     number += 1
                     yield f"{path}, row {number}", row
         except (ArrowException, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            reason = first_line(error, 120)
             raise MoefyError(f"{path}: damaged parquet ({reason}); fetch it again") from None

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moefy.errors import MoefyError
+from moefy.errors import MoefyError, first_line
 from moefy.files.safetensors_header import CONFIG
 from moefy.models.load import plain_config
 
@@ -27,8 +27,7 @@ def load_tokenizer(folder: Path) -> Any:
             folder, config=config, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise _none(folder, reason) from None
+        raise _none(folder, first_line(error, 120)) from None
     # Some classes start empty where there is no file for them, and then give no token for a text.
     # transformers reads two other files in place of a class's own.
     names = tokenizer.vocab_files_names.values()

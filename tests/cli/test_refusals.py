@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from command import assert_refused, listing
+from pico import RECIPE
 from refusal_cases import CASES, WHOLE, arrange
 
 from moefy import pipeline
@@ -20,27 +21,6 @@ from moefy.runs import gguf
 
 pytestmark = pytest.mark.usefixtures("never_hangs")
 
-RECIPE = """model = "{model}"
-calibration = "{text}"
-tokens = 512
-sequence_length = 64
-
-[finetune]
-data = "{text}"
-tokens = 512
-sequence_length = 64
-batch_size = 2
-validation_tokens = 128
-
-[report]
-text = "{text}"
-effort = "quick"
-tokens = 128
-sequence_length = 64
-controls = false
-speed = false
-"""
-
 
 @pytest.fixture(scope="module")
 def whole(pico, text, tmp_path_factory) -> Path:
@@ -49,7 +29,8 @@ def whole(pico, text, tmp_path_factory) -> Path:
     model = Path(shutil.copytree(pico("llama"), place / "model"))
     shutil.copy(text, place / "text.txt")
     recipe = place / "small.toml"
-    recipe.write_text(RECIPE.format(model=model, text=place / "text.txt"))
+    least = "tokens = 128\nsequence_length = 64\ncontrols = false\n"
+    recipe.write_text((RECIPE + least).format(model=model, text=place / "text.txt"))
     for _ in pipeline.run(pipeline.stages(pipeline.declared(recipe), place / "out")):
         pass
     return place

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pico import RECIPE as SMALL
 
 from moefy import pipeline
 from moefy.config.finetune import Settings
@@ -14,27 +15,7 @@ from moefy.config.recipe import Recipe, read
 from moefy.errors import MoefyError
 from moefy.evaluate.run import evaluate
 
-RECIPE = """# A comment
-model = "{model}"
-calibration = "{text}"
-tokens = 512
-sequence_length = 64
-
-[finetune]
-data = "{text}"
-tokens = 512
-sequence_length = 64
-batch_size = 2
-validation_tokens = 128
-save_every = 2
-
-[report]
-text = "{text}"
-effort = "quick"
-tokens = 300
-sequence_length = 100
-speed = false
-"""
+RECIPE = f"# A comment\n{SMALL}tokens = 300\nsequence_length = 100\n"
 
 
 @pytest.fixture(scope="module")

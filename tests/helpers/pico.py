@@ -1,4 +1,4 @@
-"""Tiny dense models, a tokenizer, a text, and the records of a fine-tune, written to disk."""
+"""Tiny dense models, a tokenizer, a text, a recipe, and the records of a fine-tune, on disk."""
 
 import hashlib
 import json
@@ -25,6 +25,26 @@ MULTIPLIERS = {
     "residual_multiplier": 0.7,
     "logits_scaling": 2.0,
 }
+RECIPE = """model = "{model}"
+calibration = "{text}"
+tokens = 512
+sequence_length = 64
+
+[finetune]
+data = "{text}"
+tokens = 512
+sequence_length = 64
+batch_size = 2
+validation_tokens = 128
+save_every = 2
+
+[report]
+text = "{text}"
+effort = "quick"
+speed = false
+"""
+"""The stages of `moefy run`, small; what is appended is of the report."""
+
 ONE_SLIDING = {
     "sliding_window": 16,
     "layer_types": ["full_attention", "sliding_attention"],
