@@ -42,7 +42,7 @@ ROWS = {
         "depth",
         "memory sensitivity session summary write",
         "prepare",
-        "stages",
+        "source stages",
         "ffn partition router",
         "load_balance cluster refit",
         "routed_ffn",

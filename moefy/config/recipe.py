@@ -76,6 +76,12 @@ class Recipe:
         "all layers.",
         unset="all",
     )
+    drop_layers: str = option(
+        "0",
+        "Layers to leave out whole: how many, chosen by what their absence costs, or which, e.g. "
+        "`24:26` or `3,7`. --active counts all layers of MODEL, these as 0.",
+        unset="none",
+    )
     method: str | None = option(
         None,
         "Published method, which sets the partition, the router, the refit and their options; "
@@ -223,7 +229,22 @@ def _expanded(values: dict[str, Any]) -> dict[str, Any]:
     return {**settings, **{key: value for key, value in values.items() if key != "method"}}
 
 
-def chosen_layers(text: str, num_layers: int) -> list[int]:
+def dropped_layers(text: str, num_layers: int) -> tuple[int, list[int]]:
+    """How many layers `drop_layers` leaves out of `num_layers`, and which, if it names them.
+
+    >>> dropped_layers("2", 6), dropped_layers("2:3", 6), dropped_layers("1,4", 6)
+    ((2, []), (1, [2]), (2, [1, 4]))
+
+    Raises:
+        MoefyError: code 2, for what is no layer.
+    """
+    if text.strip().isdecimal():
+        return int(text), []
+    layers = chosen_layers(text, num_layers, "--drop-layers")
+    return len(layers), layers
+
+
+def chosen_layers(text: str, num_layers: int, flag: str = "--layers") -> list[int]:
     """Indices that `layers` names, of a model of `num_layers`.
 
     >>> chosen_layers("4:", 6), chosen_layers("0,3", 6), chosen_layers("1:3,5", 6)
@@ -242,7 +263,7 @@ def chosen_layers(text: str, num_layers: int) -> list[int]:
             start, stop = 0, -1
         if not 0 <= start < stop <= num_layers:
             raise MoefyError(
-                f"--layers {text}: {part.strip()!r} names no layers of 0 to {num_layers - 1}; "
+                f"{flag} {text}: {part.strip()!r} names no layers of 0 to {num_layers - 1}; "
                 "expected forms like `:`, `4:`, `0,3,7`, or `auto`",
                 code=2,
             )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moefy.checkpoint.cut import num_parameters, without
 from moefy.checkpoint.tensors import Checkpoint
+from moefy.config.recipe import dropped_layers
 from moefy.convert import forward
+from moefy.convert.prepare import Job, prepare
 from moefy.convert.profile import CHUNK
-from moefy.convert.sensitivity import PROBES, divergence, pieces
+from moefy.convert.sensitivity import PROBES, divergence, pieces, ranges
 from moefy.files.buffers import MEMORY, Store
 from moefy.models.families.family import Family
 from moefy.progress import Watch
@@ -69,6 +74,33 @@ def drops(
         left = num_parameters(without(checkpoint, family, dropped))
         yield Drop(order[0], loss[order[0]], left)
         candidates = order[1 : max(len(layers) // 2, 2)]
+
+
+def chosen(job: Job, tokens: Tokens, watch: Watch) -> list[dict[str, Any]]:
+    """As many drops as the job's recipe asks for without naming the layers."""
+    count, _ = dropped_layers(job.recipe.drop_layers, job.source.num_layers)
+    if job.dropped or not count:
+        return []
+    order = drops(job.checkpoint, job.family, probes(tokens), job.device, watch)
+    return [dataclasses.asdict(drop) for drop in itertools.islice(order, count)]
+
+
+def settle(job: Job, order: Sequence[Mapping[str, Any]]) -> Job:
+    """The job without the layers of `order`, which its recipe then names."""
+    if not order:
+        return job
+    layers = ranges(sorted(drop["layer"] for drop in order))
+    recipe = dataclasses.replace(job.recipe, drop_layers=layers)
+    return prepare(recipe, control=True, source=job.source)
+
+
+def supposed(job: Job) -> Job:
+    """The job as it may become: the layers that are chosen later are those before the last."""
+    count, _ = dropped_layers(job.recipe.drop_layers, job.source.num_layers)
+    if job.dropped or not count:
+        return job
+    last = job.source.num_layers - 1
+    return settle(job, [{"layer": layer} for layer in range(last - count, last)])
 
 
 def advance(

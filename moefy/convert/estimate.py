@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from moefy.checkpoint.cut import num_parameters
 from moefy.config.recipe import method_of
-from moefy.convert import write
+from moefy.convert import depth, write
 from moefy.convert.memory import fit, state_bytes, writing
 from moefy.convert.prepare import SELF, Job
 from moefy.convert.profile import SAMPLE
@@ -34,12 +35,14 @@ def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
     Times assume the matrix-product speed of this machine, measured for a moment. A note says so
     where the conversion does not fit in `memory` bytes or on this machine.
     """
-    slots = write.slots(job)
-    plan = fit(job, slots, memory)
+    plan = fit(job, write.slots(job), memory)
     notes = [*job.notes, *([plan.refusal] if plan.refusal else [])]
     if job.recipe.calibration == SELF:
         notes += writing(job, memory).notes
-    dense = job.num_weights
+    if (settled := depth.supposed(job)) is not job:
+        notes.append("which layers are dropped is measured first; here they are those at the end")
+    job, slots = settled, write.slots(settled)
+    dense, left = job.num_weights, num_parameters(job.checkpoint)
     total = sum(slot.num_bytes // DTYPES[slot.dtype].itemsize for slot in slots.values())
     hidden, shape = job.size("hidden_size"), job.shape
     neuron = (3 if job.family.gated else 2) * hidden
@@ -49,8 +52,11 @@ def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
     embedding = job.checkpoint.entries[job.family.embedding].num_elements
     # Every matrix but the embedding is multiplied once per token; a tied head counts as one.
     tied = job.family.head not in job.checkpoint.entries
-    matrix = dense - embedding * (0 if tied else 1)
+    head = embedding * (0 if tied else 1)
+    num_dense = job.num_layers - len(job.layers)
     saved = (1 - shape.active_fraction) * ffn_flops * len(job.layers)
+    active = total - len(job.layers) * idle
+    run = len(job.layers) * shape.num_active + num_dense * shape.num_neurons
     return {
         "model": str(job.checkpoint.folder),
         "family": job.family.model_type,
@@ -58,12 +64,14 @@ def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
         "shape": {**dataclasses.asdict(shape), "active_fraction": shape.active_fraction},
         "method": method_of(dataclasses.asdict(job.recipe)),
         "layers_converted": len(job.layers),
-        "layers_left_dense": job.num_layers - len(job.layers),
+        "layers_dropped": len(job.dropped),
+        "layers_left_dense": num_dense,
         "parameters_dense": dense,
         "parameters_total": total,
-        "parameters_active": total - len(job.layers) * idle,
-        "flops_per_token_dense": 2 * matrix,
-        "flops_per_token": int(2 * matrix - saved),
+        "parameters_active": active,
+        "parameters_floor": active - run * neuron,
+        "flops_per_token_dense": 2 * (dense - head),
+        "flops_per_token": int(2 * (left - head) - saved),
         "disk_bytes": sum(slot.num_bytes for slot in slots.values()),
         "state_bytes": state_bytes(job),
         "memory_bytes": plan.peak_bytes,

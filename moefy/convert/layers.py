@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.convert import forward, write
+from moefy.convert import depth, forward, write
 from moefy.convert.ffn import Block, convert_block
 from moefy.convert.prepare import Job
 from moefy.convert.profile import CHUNK, Inputs
@@ -147,7 +147,8 @@ def _convert(
     """
     own = dataclasses.replace(session, clock=Clock({}))
     num_sequences = len(tokens.ids_BT)
-    alike = layer < min(session.job.layers)
+    # Nothing before it is converted or dropped.
+    alike = layer < min(session.job.layers) and session.job.kept[layer] == layer
     going_BTD = states_BTD[:num_sequences] if alike else states_BTD
     block = _pass(own, layer, going_BTD, tokens, slopes)
     if alike and len(states_BTD) > num_sequences:
@@ -172,6 +173,9 @@ def _pass(
     """
     job, store, clock = session.job, session.store, session.clock
     session.watch(f"layer {layer}: attention", layer, job.num_layers)
+    if len(states_BTD) > len(tokens.ids_BT):
+        with clock.stage("dense"):
+            _past_dropped(session, layer, states_BTD[len(tokens.ids_BT) :])
     with clock.stage("read"):
         ffn = forward.read_ffn(job.checkpoint, job.family, layer, job.device)
     with clock.stage("attention"):
@@ -208,6 +212,14 @@ def _pass(
         flat_CD.copy_(leave(flat_CD))
         store.release()
     return block
+
+
+def _past_dropped(session: Session, layer: int, dense_BTD: Tensor) -> None:
+    """Move the dense model's states past the layers that are dropped before `layer`."""
+    job = session.job
+    first = job.kept[layer - 1] + 1 if layer else 0
+    for number in range(first, job.kept[layer]):
+        depth.advance(job.source.checkpoint, job.family, number, dense_BTD, store=session.store)
 
 
 def _check_states(x_TD: Tensor, layer: int) -> None:

@@ -9,17 +9,17 @@ from functools import reduce
 
 import torch
 
+from moefy.checkpoint.cut import num_parameters, without
 from moefy.checkpoint.model_config import model_config
-from moefy.checkpoint.resolve import resolve
 from moefy.checkpoint.tensors import Checkpoint
-from moefy.checkpoint.validate import check_tensors, companion_files, open_checkpoint
 from moefy.config.options import nearest
 from moefy.config.recipe import Recipe, chosen_layers
 from moefy.convert.ffn import Method
+from moefy.convert.source import Source, depth_of, read_source
 from moefy.convert.stages import stages
 from moefy.errors import MoefyError
 from moefy.files.shards import DTYPES
-from moefy.models import families, targets
+from moefy.models import targets
 from moefy.models.engines import ENGINES, Engine, by_reason, engine_issues
 from moefy.models.families.family import Family
 from moefy.models.shape import pruned, solve
@@ -32,32 +32,21 @@ SELF = "self"  # what `--calibration` says to have the model write the text
 
 
 @dataclass(frozen=True)
-class Source:
-    """A dense checkpoint that has been checked, whatever is made of it."""
-
-    checkpoint: Checkpoint
-    family: Family
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Job:
     """A conversion whose every question has been answered, before a weight is read."""
 
     recipe: Recipe
     source: Source
+    checkpoint: Checkpoint  # the source's, less the layers that are dropped
+    dropped: tuple[int, ...]  # these, by their numbers in the source
     dense: Dense
     target: Target
     reason: str  # why this target
+    active: float  # fraction of the layers that are left, where the recipe's is of all
     shape: Shape
     layers: list[int]
     method: Method
     notes: tuple[str, ...]
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The dense checkpoint."""
-        return self.source.checkpoint
 
     @property
     def family(self) -> Family:
@@ -74,6 +63,12 @@ class Job:
         return self.size("num_hidden_layers")
 
     @property
+    def kept(self) -> list[int]:
+        """The numbers of the layers in the dense model."""
+        every = range(self.num_layers + len(self.dropped))
+        return [layer for layer in every if layer not in self.dropped]
+
+    @property
     def task(self) -> str:
         """What the model is for (see `Family`)."""
         return self.family.task(self.checkpoint.config)
@@ -81,7 +76,7 @@ class Job:
     @property
     def num_weights(self) -> int:
         """Weights of the dense model."""
-        return sum(entry.num_elements for entry in self.checkpoint.entries.values())
+        return num_parameters(self.source.checkpoint)
 
     @property
     def other_weights(self) -> int:
@@ -133,10 +128,15 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
     method = stages(recipe, control=control)
     check_device(recipe.device)
     source = source or read_source(recipe)
-    checkpoint, family, notes = source.checkpoint, source.family, list(source.notes)
-    num_layers = int(checkpoint.config["num_hidden_layers"])  # pyright: ignore[reportArgumentType]
+    family, notes = source.family, list(source.notes)
+    dropped, active = depth_of(recipe, source, method)
+    checkpoint = without(source.checkpoint, family, dropped)
     # "auto" is settled from weights (see `sensitivity`); until then it stands for all.
-    layers = chosen_layers(":" if recipe.layers == AUTO else recipe.layers, num_layers)
+    chosen = chosen_layers(":" if recipe.layers == AUTO else recipe.layers, source.num_layers)
+    kept = [layer for layer in range(source.num_layers) if layer not in dropped]
+    if not (layers := [new for new, layer in enumerate(kept) if layer in chosen]):
+        named = f"--layers {recipe.layers} names only layers that are dropped"
+        raise MoefyError(f"{named} (--drop-layers {recipe.drop_layers}); name others", code=2)
     dense = describe(checkpoint, family, layers)
     target, reason = narrower(family), "the dense class itself, for it routes nothing"
     if method.fit is not None:
@@ -144,7 +144,7 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
     _check_writes(recipe, method, family)
     shape = solve(
         family.num_neurons(checkpoint.config),
-        active=recipe.active,
+        active=active,
         experts=recipe.experts,
         experts_per_token=recipe.top_k,
         shared=recipe.shared_fraction,
@@ -153,12 +153,18 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
     )
     if family.beside:
         notes.append(f"{family.beside} stays dense")
-    if method.fit is None and (len(layers) < num_layers or family.beside):
+    if method.fit is None and (len(layers) < len(kept) or family.beside):
         left = family.beside or f"all but --layers {recipe.layers}"
         raise MoefyError(
             f"--partition {recipe.partition}: a dense class has one FFN width, and {left} would "
             "stay as wide as before; expected another partition",
             code=2,
+        )
+    kinds = model_config(source.checkpoint).to_dict().get("layer_types") or []
+    if dropped and len(set(kinds)) > 1:
+        notes.append(
+            "the kinds of the layers (layer_types) no longer alternate as they did: an engine that "
+            "tells them by a layer's number computes something else"
         )
     if recipe.layers == AUTO:
         notes += ("which layers stay dense is measured first; until then all count as converted",)
@@ -166,27 +172,26 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
         shape = pruned(shape)
     else:
         notes += serving_notes(target, dense, shape)
-    job = Job(recipe, source, dense, target, reason, shape, layers, method, ())
+    job = Job(
+        recipe,
+        source,
+        checkpoint,
+        dropped,
+        dense,
+        target,
+        reason,
+        active,
+        shape,
+        layers,
+        method,
+        (),
+    )
     counts = Counter(entry.dtype for entry in checkpoint.entries.values())
     if recipe.dtype == "as-stored" and len(counts) > 1:
         stored = ", ".join(f"{number} {code}" for code, number in sorted(counts.items()))
         dtype = str(job.dtype).removeprefix("torch.")
         notes.append(f"{stored} tensors keep their dtypes; converted FFNs are written in {dtype}")
     return dataclasses.replace(job, notes=tuple(notes))
-
-
-def read_source(recipe: Recipe) -> Source:
-    """The model that a recipe names, its headers and configuration checked.
-
-    Raises:
-        MoefyError: code 3 for a broken and 4 for an unsupported checkpoint.
-    """
-    folder = resolve(recipe.model, revision=recipe.revision)
-    checkpoint = open_checkpoint(folder, ignore_index=recipe.ignore_index)
-    companion_files(folder)
-    family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
-    checkpoint, notes = check_tensors(checkpoint, family)
-    return Source(checkpoint, family, tuple(notes))
 
 
 def _check_writes(recipe: Recipe, method: Method, family: Family) -> None:

@@ -16,7 +16,7 @@ from moefy import environment
 from moefy.checkpoint.check_finite import scan
 from moefy.checkpoint.reload import fitting_layers, reopen
 from moefy.config.recipe import num_bytes
-from moefy.convert import sensitivity, write
+from moefy.convert import depth, sensitivity, write
 from moefy.convert.calibration import calibration_tokens
 from moefy.convert.gradients import ffn_gradients
 from moefy.convert.layers import convert_layers, shared
@@ -90,10 +90,13 @@ def _lead(
     with clock.stage("calibration text"):
         tokens = tokens or _tokens(session)
     state.claim({"calibration": tokens.sha256}, force=force)
+    order = _dropped(session, tokens)
+    session = dataclasses.replace(session, job=depth.settle(job, order))
     loss_L = _sensitivities(session, tokens)
-    job = sensitivity.settle(job, loss_L) if loss_L else job
-    asked, session = session.job.recipe.active, dataclasses.replace(session, job=job)
-    session.attempt.group.broadcast_object((tokens, loss_L))
+    asked = session.job.active
+    job = sensitivity.settle(session.job, loss_L) if loss_L else session.job
+    session = dataclasses.replace(session, job=job)
+    session.attempt.group.broadcast_object((tokens, order, loss_L))
     slots = write.slots(job)
     size = num_bytes(job.recipe.max_shard_size)
     writer = ShardWriter(part, slots, shard_bytes=size, resume=True)
@@ -121,6 +124,7 @@ def _lead(
     summary = summarise(job, tokens, done.figures, checked, clock.seconds(), scanned.digests)
     summary["machine"] = _machine(job, session.attempt.group)
     summary["memory"] = {"planned_bytes": plan.peak_bytes, "file_bytes": plan.file_bytes}
+    summary["dropped"] = order
     if loss_L:
         summary["budget"] = {"active": asked, "kl_when_pruned_alone": loss_L}
     extra = {"ids": tokens.ids_BT.int()}
@@ -133,7 +137,8 @@ def _lead(
 
 def _help(job: Job, out: Path, plan: Plan, attempt: Attempt) -> dict[str, Any]:
     """Do what all processes do: convert the layers. Gives what the first one reports."""
-    tokens, loss_L = attempt.group.broadcast_object()
+    tokens, order, loss_L = attempt.group.broadcast_object()
+    job = depth.settle(job, order)
     if loss_L:
         job = sensitivity.settle(job, loss_L)
     store = Store(place_of(Path(os.path.abspath(out))) if plan.file_bytes else None)
@@ -207,6 +212,14 @@ def _tokens(session: Session) -> packing.Tokens:
     facts = {key: value for key, value in vars(tokens).items() if key != "ids_BT"}
     state.save_tensors("tokens", {"ids": tokens.ids_BT}, facts)
     return tokens
+
+
+def _dropped(session: Session, tokens: packing.Tokens) -> list[dict[str, Any]]:
+    """The layers to drop that the recipe wants chosen, in order, with their losses; kept."""
+    with session.clock.stage("layers to drop"):
+        order = session.state.load("dropped") or depth.chosen(session.job, tokens, session.watch)
+        session.state.save("dropped", order)
+    return order
 
 
 def _sensitivities(session: Session, tokens: packing.Tokens) -> list[float]:

@@ -41,16 +41,19 @@ def settle(job: Job, loss_L: list[float]) -> Job:
     hold that. `loss_L` is what `sensitivities` gives.
     """
     order = sorted(range(job.num_layers), key=lambda layer: -loss_L[layer])
-    best = min(range(job.num_layers), key=lambda n: _promised(loss_L, job.recipe.active, n))
+    # The recipe's fraction is of all layers of the model; none is active in those that are dropped.
+    share = job.num_layers / job.source.num_layers
+    best = min(range(job.num_layers), key=lambda n: _promised(loss_L, job.active, n))
     for num_dense in range(best, -1, -1):
         dense = sorted(order[:num_dense])
+        active = round(_left(job.active, job.num_layers, num_dense) * share, 6)
         recipe = dataclasses.replace(
             job.recipe,
-            layers=_ranges([n for n in range(job.num_layers) if n not in dense]),
-            active=round(_left(job.recipe.active, job.num_layers, num_dense), 6),
+            layers=ranges([n for i, n in enumerate(job.kept) if i not in dense]),
+            active=active,
         )
         # The class that can leave these layers dense may be another, which lacks the small experts.
-        for candidate in (_refined(recipe, job), recipe):
+        for candidate in (_refined(recipe, job, active / share), recipe):
             try:
                 # The router was admitted with `job`.
                 return prepare(candidate, control=True, source=job.source)
@@ -60,12 +63,12 @@ def settle(job: Job, loss_L: list[float]) -> Job:
     raise AssertionError("no dense layer at all is the last candidate")
 
 
-def _refined(recipe: Recipe, job: Job) -> Recipe:
+def _refined(recipe: Recipe, job: Job, active: float) -> Recipe:
     """The recipe with the shape of least loss, where it leaves the shape open and that one fits."""
     asked = (recipe.experts, recipe.top_k, recipe.shared_fraction)
     if recipe.overlap > 1 or any(number is not None for number in asked):
         return recipe
-    shape = fine(job.shape.num_neurons, recipe.active, job.target.fits)
+    shape = fine(job.shape.num_neurons, active, job.target.fits)
     if shape is None:
         return recipe
     return dataclasses.replace(
@@ -155,7 +158,7 @@ def _promised(loss_L: list[float], active: float, num_dense: int) -> float:
     return rest * ((1 - left) / max(1 - active, 1e-9)) ** GROWTH
 
 
-def _ranges(layers: list[int]) -> str:
+def ranges(layers: list[int]) -> str:
     """Layers as `--layers` takes them."""
     groups = itertools.groupby(enumerate(layers), lambda pair: pair[1] - pair[0])
     parts = [[layer for _, layer in group] for _, group in groups]

@@ -49,6 +49,7 @@ def summarise(
         "shape": {**dataclasses.asdict(job.shape), "active_fraction": job.shape.active_fraction},
         "parameters_dense": job.num_weights,
         "layers": layers,
+        "dropped_layers": [*job.dropped],
         "layers_left_dense": [n for n in range(job.num_layers) if n not in job.layers],
         "recipe": dataclasses.asdict(job.recipe),
         "calibration": {**tokens.figures(), "compute_dtype": tokens.compute_dtype},

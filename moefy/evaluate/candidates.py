@@ -20,6 +20,7 @@ from moefy.errors import MoefyError
 from moefy.evaluate.cache import folder_digest
 from moefy.files.publish import sha256
 from moefy.models.load import check_loaded, open_model, runnable
+from moefy.report.format import active_share
 from moefy.runs.folder import REPORT, DenseModel, open_run, read_tuning
 from moefy.text.tokenizer import load_tokenizer
 
@@ -102,14 +103,7 @@ def _stage(folder: Path, summary: dict[str, Any], tuning: dict[str, Any] | None)
     if tuning is not None:
         kind, meaning = "finetuned", f"the same after fine-tuning on {tuning['tokens']:,} tokens"
     digest, load = folder_digest(folder), partial(load_model, folder)
-    return Candidate(kind, kind, meaning, digest, load, folder, summary, _active(summary))
-
-
-def _active(summary: dict[str, Any]) -> float:
-    """Share of the neurons of all layers that are active; a dense layer counts as fully active."""
-    converted, dense = len(summary["layers"]), len(summary["layers_left_dense"])
-    share = summary["shape"]["active_fraction"]
-    return (dense + converted * share) / (dense + converted)
+    return Candidate(kind, kind, meaning, digest, load, folder, summary, active_share(summary))
 
 
 def finetuning(candidate: Candidate) -> dict[str, Any] | None:

@@ -181,13 +181,26 @@ def teacher_folder(run: Run, settings: Settings) -> tuple[Path, dict[str, str]]:
             f"the tokenizer of the teacher {folder} is not that of {run.folder}; expected a "
             "teacher of the same vocabulary"
         )
-    states = losses.STATES in losses.needs(settings)
-    if states and (sizes := _sizes(folder)) != _sizes(run.folder):
-        raise MoefyError(
-            f"hidden is not 0, and the teacher {folder} has {sizes[0]} layers of {sizes[1]}; "
-            "expected one of the run's sizes, or --set hidden=0"
-        )
+    if losses.STATES in losses.needs(settings):
+        states_to_match(run, folder)
     return folder, dense.digests
+
+
+def states_to_match(run: Run, teacher: Path) -> list[int]:
+    """For each layer of the run, the layer of the teacher whose states it is to match.
+
+    Raises:
+        MoefyError: code 3, for a teacher of other sizes than the run or its dense model.
+    """
+    (own, hidden), (count, width) = _sizes(run.folder), _sizes(teacher)
+    dropped = run.summary.get("dropped_layers", [])
+    if width != hidden or count not in (own, own + len(dropped)):
+        raise MoefyError(
+            f"hidden is not 0, and the teacher {teacher} has {count} layers of {width}; expected "
+            "one of the run's sizes, or --set hidden=0"
+        )
+    kept = [layer for layer in range(count) if count == own or layer not in dropped]
+    return [*kept[:-1], count - 1]  # the last states are behind the final norm
 
 
 def _sizes(folder: Path) -> tuple[int, int]:

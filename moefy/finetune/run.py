@@ -40,6 +40,7 @@ from moefy.finetune.inputs import (
     one_dtype,
     open_run,
     read_text,
+    states_to_match,
     teacher_folder,
     write_text,
 )
@@ -187,7 +188,7 @@ def _teacher(plan: Plan) -> Teacher:
     model = load()
     return Teacher(
         live(model, settings) if losses.TEACHER in needs else None,
-        states(model) if losses.STATES in needs else None,
+        states(model, states_to_match(plan.run, plan.teacher)) if losses.STATES in needs else None,
     )
 
 

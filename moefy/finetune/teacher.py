@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,12 +131,12 @@ def _write(
         save_file(tensors, draft)
 
 
-def states(model: Any) -> Callable[[Tensor], list[Tensor]]:
-    """The function of `Teacher.states`."""
+def states(model: Any, layers: Sequence[int]) -> Callable[[Tensor], list[Tensor]]:
+    """The function of `Teacher.states`, for some of the model's layers."""
 
     def compute(ids_BT: Tensor) -> list[Tensor]:
         with torch.inference_mode():
             out = model(input_ids=ids_BT, use_cache=False, output_hidden_states=True)
-        return [state.flatten(0, 1).clone() for state in out.hidden_states[1:]]
+        return [out.hidden_states[layer + 1].flatten(0, 1).clone() for layer in layers]
 
     return compute

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moefy.checkpoint.tensor_names import layer_pattern
 from moefy.checkpoint.tensors import Checkpoint
 from moefy.checkpoint.validate import open_checkpoint
 from moefy.errors import MoefyError
-from moefy.inspect import MISREAD, Config, Entries, head_dim, misread
+from moefy.inspect import COMPUTED, MISREAD, Config, Entries, head_dim, misread
 from moefy.inspect.catalogue import SHARED
 from moefy.inspect.config_defaults import as_dense
 from moefy.models import families, targets
 from moefy.models.engines import ENGINES, NO_SHAPE, engine_issues, known_engines
+from moefy.models.families.family import Family
 from moefy.models.shape import solve
 from moefy.models.targets.target import Dense, Target
 from moefy.types import Shape
@@ -61,6 +63,7 @@ def _possible(checkpoint: Checkpoint, entries: Entries) -> dict[str, Any]:
             "head_dim": head_dim(checkpoint.config, entries),
         },
         "tied": dense.tied,
+        "floor": _floor(family, checkpoint.entries, dense.num_layers),
         "convertible": any(target["holds"] for target in held.values()),
         "missing_feature": None if family.targets else family.missing_feature,
         "targets": held,
@@ -69,6 +72,22 @@ def _possible(checkpoint: Checkpoint, entries: Entries) -> dict[str, Any]:
             for engine in ENGINES
         },
         "problems": [],
+    }
+
+
+def _floor(family: Family, entries: Entries, num_layers: int) -> dict[str, Any]:
+    """Parameters that no split of the FFNs can spare a token, and what a dropped layer takes off
+    them and off all parameters, on average over the layers."""
+    counts = {name: e.num_elements for name, e in entries.items() if not COMPUTED.search(name)}
+    total = sum(counts.values())
+    ffn = sum(counts[name] for layer in range(num_layers) for name in family.ffn_names(layer))
+    pattern = layer_pattern(family.layer)
+    layers = sum(count for name, count in counts.items() if pattern.match(name))
+    return {
+        "parameters": total - ffn,
+        "share": round((total - ffn) / total, 4),
+        "layer": (layers - ffn) // num_layers,
+        "layer_with_ffn": layers // num_layers,
     }
 
 

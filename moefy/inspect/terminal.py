@@ -57,6 +57,9 @@ def _facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("tensors", f"{kinds}; {facts['disk_bytes'] / 1e6:,.0f} MB in {files}{tied}"),
     ]
+    if floor := facts.get("floor"):
+        least = f"{floor['parameters'] / 1e6:,.1f} M ({floor['share']:.0%}) whatever is --active"
+        rows.append(("floor", f"{least}; {floor['layer'] / 1e6:,.1f} M less per dropped layer"))
     if experts := facts.get("experts"):
         rows += _expert_facts(experts)
     return rows

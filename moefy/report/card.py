@@ -8,7 +8,15 @@ from typing import Any
 from moefy.models.targets import OWN
 from moefy.report import section_frontier
 from moefy.report.citations import sources
-from moefy.report.format import fixed, model_name, percent, shape_text, times, uncertain
+from moefy.report.format import (
+    active_share,
+    fixed,
+    model_name,
+    percent,
+    shape_text,
+    times,
+    uncertain,
+)
 from moefy.report.markdown import escaped, table
 from moefy.report.pages import verdict
 from moefy.report.sections import subject, verdicts
@@ -45,9 +53,9 @@ def model_card(
         metadata=_metadata(run, _results(run, report, label) if report and label else []),
         name=name,
         link=f"[`{name}`](https://huggingface.co/{name})" if run["hub_id"] else f"`{name}`",
-        active=f"{run['shape']['active_fraction']:.0%}",
+        active=f"{active_share(run):.0%}",
         routed=run["shape"]["num_experts"],
-        shape=shape_text(run["shape"]),
+        shape=shape_text(run),
         own=run["target"] == OWN,
         engines=[name for name in run["engines"] if name != "transformers"],
         auto="AutoModel" + run["task"].removeprefix("Model"),

@@ -72,15 +72,25 @@ def probability(value: Number) -> str:
     return f"{value:.3f} *" if value < 0.05 else f"{value:.2f}"
 
 
-def shape_text(shape: Mapping[str, Any]) -> str:
-    """The shape of the FFNs in one line."""
+def shape_text(run: Mapping[str, Any]) -> str:
+    """The shape of a run's FFNs in one line, and the layers that it lacks."""
+    shape, dropped = run["shape"], run.get("dropped_layers")
+    lacks = f"; without layers {', '.join(map(str, dropped))}" if dropped else ""
     if not shape["num_experts"]:
-        return f"{shape['num_shared']} of {shape['num_neurons']} FFN neurons kept"
+        return f"{shape['num_shared']} of {shape['num_neurons']} FFN neurons kept{lacks}"
     return (
         f"{shape['num_neurons']} neurons = {shape['num_shared']} shared + {shape['num_experts']} "
         f"experts x {shape['expert_width']}, {shape['experts_per_token']} experts per token: "
-        f"{shape['active_fraction']:.1%} of the FFN active"
+        f"{shape['active_fraction']:.1%} of the FFN active{lacks}"
     )
+
+
+def active_share(run: Mapping[str, Any]) -> float:
+    """Share of the neurons of all the dense model's layers that are active: all in layers that stay
+    dense, none in those that are dropped."""
+    converted, dense = len(run["layers"]), len(run["layers_left_dense"])
+    count = converted + dense + len(run.get("dropped_layers", []))
+    return (dense + converted * run["shape"]["active_fraction"]) / count
 
 
 def model_name(run: Mapping[str, Any]) -> str:

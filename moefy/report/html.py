@@ -27,7 +27,7 @@ def report_html(report: Mapping[str, Any]) -> str:
         report=report,
         title=title(report),
         shape=report["run"]["shape"],
-        shape_text=shape_text(report["run"]["shape"]),
+        shape_text=shape_text(report["run"]),
         subject=subject(report),
         verdicts=verdicts(report),
         tiles=tiles(report),

@@ -36,7 +36,7 @@ def conversion_page(summary: Mapping[str, Any]) -> str:
     parts = [
         "# Conversion",
         f"`{summary['model']}` ({summary['family']}) to `{summary['target']}` by moefy "
-        f"{summary['moefy']}. {shape_text(summary['shape'])}.",
+        f"{summary['moefy']}. {shape_text(summary)}.",
         f"Why this class: {summary['target_reason']}.",
         f"Calibrated on {calibration['sequences']} sequences of {calibration['sequence_length']} "
         f"tokens from `{calibration['source']}`, of which the last "
@@ -60,7 +60,7 @@ def conversion_page(summary: Mapping[str, Any]) -> str:
 
 def report_page(report: Mapping[str, Any]) -> str:
     """`moefy/report.md`: the HTML page without its pictures."""
-    parts = [f"# {escaped(title(report))}", f"{shape_text(report['run']['shape'])}."]
+    parts = [f"# {escaped(title(report))}", f"{shape_text(report['run'])}."]
     parts += ["## Is it worth it?"] if report["advice"] else []
     parts += map(verdict, verdicts(report))
     parts += [section(part) for part in sections(report) if part.tables or part.voices]

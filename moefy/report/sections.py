@@ -92,7 +92,7 @@ def conversion(report: Mapping[str, Any]) -> Section:
     rows = [
         ("dense model", str(run["model"])),
         ("class", f"{run['reopened']['class']}: {run['target_reason']}"),
-        ("shape", shape_text(run["shape"])),
+        ("shape", shape_text(run)),
         ("method", method_of(run["recipe"]) if "recipe" in run else "unknown"),
         (
             "calibration",

@@ -52,7 +52,7 @@ def show_conversion(summary: Mapping[str, Any], out: Path) -> None:
         return f"{sum(layer[key] for layer in layers) / len(layers):.3f}"
 
     lines = [
-        f"{summary['reopened']['class']}, {shape_text(summary['shape'])}",
+        f"{summary['reopened']['class']}, {shape_text(summary)}",
         f"Method: {method_of(summary['recipe'])}",
         f"FFN output error on held-out calibration text: {mean('error_before_refit')}, "
         f"{mean('error_after_refit')} after the refit (mean over {len(layers)} layers)",
@@ -106,12 +106,20 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     rows = [
         ("model", f"{plan['model']} ({plan['family']})"),
         ("target", plan["target"]),
-        ("FFN", shape_text(plan["shape"])),
+        ("FFN", shape_text(plan)),
         ("method", plan["method"]),
-        ("layers", f"{plan['layers_converted']} converted, {plan['layers_left_dense']} dense"),
+        (
+            "layers",
+            f"{plan['layers_converted']} converted, {plan['layers_left_dense']} dense"
+            + f", {plan['layers_dropped']} dropped" * bool(plan["layers_dropped"]),
+        ),
         ("parameters, dense", f"{plan['parameters_dense'] / 1e6:,.1f} M"),
         ("parameters, total", f"{plan['parameters_total'] / 1e6:,.1f} M"),
-        ("parameters, active", f"{plan['parameters_active'] / 1e6:,.1f} M"),
+        (
+            "parameters, active",
+            f"{plan['parameters_active'] / 1e6:,.1f} M; "
+            f"{plan['parameters_floor'] / 1e6:,.1f} M whatever is --active",
+        ),
         ("GFLOPs per token, dense", f"{plan['flops_per_token_dense'] / 1e9:.3f}"),
         ("GFLOPs per token", f"{plan['flops_per_token'] / 1e9:.3f}"),
         ("disk", f"{plan['disk_bytes'] / 1e9:.2f} GB"),
@@ -155,7 +163,7 @@ def show_finetune(summary: Mapping[str, Any], out: Path) -> None:
 
 def show_report(report: Mapping[str, Any], run: Path) -> None:
     """Print the tables of a report, the advice, what was not run, and where the page is."""
-    show_lines(shape_text(report["run"]["shape"]))
+    show_lines(shape_text(report["run"]))
     parts = sections(report)
     for table in (table for part in parts for table in part.tables if table.on_terminal):
         rows = [(_row_name(name), *cells) for name, *cells in table.rows]

@@ -75,6 +75,7 @@ KINDS = {
     "overlapping experts": (3, {"overlap": 2.0}),
     "states in files, a layer in the middle": (2, {"layers": "1", "router": "random"}),
     "dense layers chosen by what is lost": (2, {"layers": "auto", "active": 0.75}),
+    "layers that are dropped": (2, {"drop_layers": "1", "active": 0.4}),
     "gates": (3, {"partition": "expertweaver", "router": "expertweaver"}),
     "marks of neurons": (2, {"partition": "cmoe"}),
     "fluctuation": (2, {"partition": "static", "partition_options": {"metric": "fluctuation"}}),

@@ -143,7 +143,7 @@ def test_layers_of_equal_sensitivity_are_not_worth_a_dense_one():
 def test_layers_are_written_as_the_option_takes_them(layers, written):
     from moefy.config.recipe import chosen_layers
 
-    assert sensitivity._ranges(layers) == written
+    assert sensitivity.ranges(layers) == written
     assert chosen_layers(written, 6) == layers
 
 
