@@ -26,6 +26,7 @@ EVERYTHING = Recipe(
     experts=16,
     top_k=3,
     shared_fraction=1e-3,
+    drop_layers="1",
     layers="4:,0",
     partition="shuffle",
     router="random",

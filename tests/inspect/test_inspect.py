@@ -636,3 +636,33 @@ def test_nothing_slow_is_imported(pico, stock, own_pico):
 
 def test_sizes_of_values():
     assert safetensors_header.BYTES == {code: dtype.itemsize for code, dtype in DTYPES.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "arcee", "smollm3", "bert"])
+def test_the_floor_is_what_a_narrower_ffn_leaves(family, pico):
+    """Parameters are linear in the FFN's width, and in the number of layers."""
+    lists = {
+        key: FAMILY[family][key] * 2
+        for key in ("layer_types", "no_rope_layers")
+        if key in FAMILY[family]
+    }
+    folder = pico(family)
+    facts, wide, deep = (
+        describe(str(model))
+        for model in (
+            folder,
+            pico(family, intermediate_size=2 * PICO["intermediate_size"]),
+            pico(family, num_hidden_layers=2 * PICO["num_hidden_layers"], **lists),
+        )
+    )
+    floor = facts["floor"]
+    assert floor["parameters"] == 2 * facts["parameters"] - wide["parameters"]
+    assert floor["share"] == pytest.approx(floor["parameters"] / facts["parameters"], abs=1e-4)
+    layers = PICO["num_hidden_layers"]
+    assert floor["layer_with_ffn"] * layers == deep["parameters"] - facts["parameters"]
+    assert floor["layer"] * layers == deep["floor"]["parameters"] - floor["parameters"]
+
+
+def test_the_floor_is_printed(moefy, pico):
+    code, out, _ = moefy("inspect", pico("llama"))
+    assert code == 0 and re.search(r"floor +0\.0 M \(\d+%\) whatever is --active", out)
