@@ -240,11 +240,18 @@ def dropped_layers(text: str, num_layers: int) -> tuple[int, list[int]]:
     """
     if text.strip().isdecimal():
         return int(text), []
-    layers = chosen_layers(text, num_layers, "--drop-layers")
+    try:
+        layers = chosen_layers(text, num_layers)
+    except MoefyError:
+        raise MoefyError(
+            f"--drop-layers is {text!r}; expected a number, or some of the layers 0 to "
+            f"{num_layers - 1}, like `24:26` or `3,7`",
+            code=2,
+        ) from None
     return len(layers), layers
 
 
-def chosen_layers(text: str, num_layers: int, flag: str = "--layers") -> list[int]:
+def chosen_layers(text: str, num_layers: int) -> list[int]:
     """Indices that `layers` names, of a model of `num_layers`.
 
     >>> chosen_layers("4:", 6), chosen_layers("0,3", 6), chosen_layers("1:3,5", 6)
@@ -263,7 +270,7 @@ def chosen_layers(text: str, num_layers: int, flag: str = "--layers") -> list[in
             start, stop = 0, -1
         if not 0 <= start < stop <= num_layers:
             raise MoefyError(
-                f"{flag} {text}: {part.strip()!r} names no layers of 0 to {num_layers - 1}; "
+                f"--layers {text}: {part.strip()!r} names no layers of 0 to {num_layers - 1}; "
                 "expected forms like `:`, `4:`, `0,3,7`, or `auto`",
                 code=2,
             )

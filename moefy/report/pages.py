@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moefy.report.format import shape_text
@@ -25,6 +25,12 @@ COLUMNS = {
 }
 
 
+def _drops(order: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line on the layers that were dropped because they cost least."""
+    costs = ", ".join(f"{drop['layer']} ({drop['kl']:.3f})" for drop in order)
+    return [f"Layers dropped, and the KL divergence that each left: {costs}."] * bool(order)
+
+
 def conversion_page(summary: Mapping[str, Any]) -> str:
     """`moefy/conversion.md`: the settings of a conversion, and what each layer lost."""
     layers = summary["layers"]
@@ -41,6 +47,7 @@ def conversion_page(summary: Mapping[str, Any]) -> str:
         f"Calibrated on {calibration['sequences']} sequences of {calibration['sequence_length']} "
         f"tokens from `{calibration['source']}`, of which the last "
         f"{calibration['heldout_sequences']} were held out. Every figure below is from those.",
+        *_drops(summary.get("dropped", [])),
         f"Took {stages}; peak resident memory {summary['peak_resident_bytes'] / 1e9:.2f} GB.",
         f"Reopened with transformers as `{summary['reopened']['class']}` "
         f"({summary['reopened']['layers']} layers): relative difference of the last hidden states "

@@ -247,7 +247,8 @@ def test_layers_are_chosen_and_named_in_the_recipe_that_is_kept(own_pico, text, 
     # The fraction is of all layers.
     assert summary["shape"]["active_fraction"] == pytest.approx(56 / 96)
     assert active_share(summary) == pytest.approx(5 / 6 * 56 / 96)
-    assert "without layers 3" in (tmp_path / "out" / "moefy" / "conversion.md").read_text()
+    page = (tmp_path / "out" / "moefy" / "conversion.md").read_text()
+    assert "without layers 3" in page and "each left: 3 (0.000)" in page
     again = tmp_path / "out" / "moefy" / "recipe.toml"
     assert 'drop_layers = "3:4"' in again.read_text()
     assert reproduce(again, tmp_path / "again")["reproduced"]["same"]
@@ -308,8 +309,12 @@ def test_a_plan_counts_what_is_then_written(own_pico, text, tmp_path):
     [
         ("llama", {"drop_layers": "6"}, "leaves 0 of 6 layers, too few for --active 0.5"),
         ("llama", {"drop_layers": "2", "active": 0.75}, "leaves 4 of 6 layers, too few"),
-        ("llama", {"drop_layers": "7:"}, "names no layers of 0 to 5"),
-        ("llama", {"drop_layers": "most"}, "--drop-layers most"),
+        (
+            "llama",
+            {"drop_layers": "7:"},
+            "--drop-layers is '7:'; expected a number, or some of the layers 0 to 5",
+        ),
+        ("llama", {"drop_layers": "most"}, "--drop-layers is 'most'"),
         ("llama", {"drop_layers": "3", "layers": "9"}, "--layers 9"),
         ("llama", {"drop_layers": "3:5", "layers": "4"}, "names only layers that are dropped"),
         ("llama", {"drop_layers": "1", "partition": "llama-moe-v2"}, "gradients of the whole"),
