@@ -106,7 +106,8 @@ def _results(run: Mapping[str, Any], report: Mapping[str, Any], label: str) -> l
 def _measured(report: Mapping[str, Any], label: str) -> list[str]:
     """The advice and the tables of what was measured."""
     tables: list[Cells] = [_quality(report["texts"], label)]
-    tables += [_benchmarks(report["benchmarks"], label), section_frontier.table(report)]
+    tables += [_benchmarks(report["benchmarks"], label)]
+    tables += [(section_frontier.HEADER, section_frontier.table(report))]
     tables += [_speed(engine, speed["rows"], label) for engine, speed in report["speed"].items()]
     return [*map(verdict, verdicts(report)), *(table(*one) for one in tables if one[1])]
 

@@ -142,7 +142,7 @@ def frontier(spots: Sequence[Spot], bands: Sequence[tuple[float, str]], *, axis:
     axis_of.set_ylim(-LEAST / 2, top)
     low, high = min(spot.x for spot in spots), max(spot.x for spot in spots)
     room = (high - low) or high
-    axis_of.set_xlim(low - 0.18 * room, high + 0.42 * room)
+    axis_of.set_xlim(low - 0.1 * room, high + 0.3 * room)
     edges = [most for most, _ in bands if most < top]
     axis_of.set_yticks([0, LEAST, *edges, 1.0][: len(edges) + 2 + (top > 1)])
     axis_of.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -150,8 +150,8 @@ def frontier(spots: Sequence[Spot], bands: Sequence[tuple[float, str]], *, axis:
     for most, word in bands:
         upper = min(most, top)
         axis_of.annotate(
-            word, (1, upper), (-2, -3), xycoords=axis_of.get_yaxis_transform(),
-            textcoords="offset points", ha="right", va="top", color=MUTED, fontsize=9,
+            word, (1, upper), (4, -2), xycoords=axis_of.get_yaxis_transform(),
+            textcoords="offset points", va="top", color=MUTED, fontsize=9,
         )  # fmt: skip
         if upper == top:
             break
@@ -180,21 +180,22 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _name_spots(axis: Any, spots: Sequence[Spot]) -> None:
-    """Names to the right of the points, moved down where they would overlap."""
-    placed: list[tuple[float, float, float]] = []
-    for spot in sorted(spots, key=lambda spot: (-spot.y, spot.x)):
-        x, y = axis.transData.transform((spot.x, spot.y)) * 72 / axis.figure.dpi
-        name = short(spot.name, 24)
-        width, down = 5.4 * len(name) + 8, 0.0
+    """Names to the right of the points, moved down where they would cover another or its point."""
+    places = axis.transData.transform([(spot.x, spot.y) for spot in spots]) * 72 / axis.figure.dpi
+    taken = [(x - 4, x + 4, y) for x, y in places]
+    for spot, (x, y) in sorted(zip(spots, places, strict=True), key=lambda pair: -pair[0].y):
+        name = short(spot.name, 25)
+        left, right, down = x + 5, x + 5.4 * len(name) + 8, 0.0
         while any(
-            abs(y - down - other) < 10 and x < right and left < x + width
-            for left, right, other in placed
+            abs(y - down - other) < 10 and left < end and start < right
+            for start, end, other in taken
         ):
             down += 1
-        placed.append((x, x + width, y - down))
+        taken.append((left, right, y - down))
         axis.annotate(
             name, (spot.x, spot.y), (6, -down), textcoords="offset points", va="center",
             color=spot.look.colour, fontsize=9.5,
+            bbox={"facecolor": CARD, "edgecolor": "none", "pad": 0, "alpha": 0.7},
         )  # fmt: skip
 
 

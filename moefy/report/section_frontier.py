@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -18,13 +18,15 @@ COSTS = {
 }
 """Each cost: the title of its picture, its name in millions, and its decimal places."""
 
+HEADER = ("model", "MB read", "M operations", "KL", "in words", "beaten by")
+
 LEAD = (
     "At batch 1 the bytes of weights that a token reads decide the speed; for prefill and large "
-    "batches the operations do. Lines go through the best points: no other model costs as little "
-    "and loses as little. “Better” names the rival that costs about as little and loses clearly "
-    "less, or loses about as little and costs clearly less; about and clearly part at 5 %. The "
-    "oracle, hollow, is a ceiling and no model. Attention's products with its cache, which all "
-    "models share, are not counted."
+    "batches its operations (multiply-adds) do. Lines go through the best points: no other model "
+    "costs as little and loses as little. In the table, a model of the run is beaten where a rival "
+    "costs about as little and loses clearly less, or loses about as little and costs clearly "
+    "less; about and clearly part at 5 %. KL is the mean over the texts. The oracle, hollow, is a "
+    "ceiling and no model. Attention's products with its cache, which all share, are not counted."
 )
 
 
@@ -36,11 +38,30 @@ def frontier(report: Mapping[str, Any], looks: Looks) -> Section:
         for number, text in enumerate(dict.fromkeys(point["text"] for point in points))
         for picture in _pictures(number, text, points, looks, report.get("main"))
     ]
-    note = flattered(report.get("rivals", {}).get("levels"))
-    header, rows = table(report)
-    tables = (Table("Loss against cost", header, rows),) if rows else ()
-    lead = (LEAD, *([note] if note else []))
+    notes = (flattered(report.get("rivals", {}).get("levels")), _fallbacks(report["models"]))
+    tables = (Table("Loss against cost", HEADER, rows),) if (rows := table(report)) else ()
+    lead = (LEAD, *filter(None, notes))
     return Section("frontier", "Loss against cost", lead, tuple(pictures), tables)
+
+
+def _known(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The points whose costs were measured; a report of an earlier moefy has none."""
+    return [point for point in report["frontier"] if point.get("bytes_read")]
+
+
+def _fallbacks(models: Mapping[str, Any]) -> str:
+    """Which types hold most weights in another type, as rows do not fit theirs."""
+    most = {}
+    for label, model in models.items():
+        name = max(types, key=types.__getitem__) if (types := model.get("types")) else ""
+        if name and not label.lower().removesuffix("_m").endswith(name.lower()):
+            most[label] = f"{name} in {label}"
+    if not most:
+        return ""
+    return (
+        "K-quants fit rows of multiples of 256 only, so llama.cpp falls back to other types: most "
+        f"weights are {', '.join(most.values())}."
+    )
 
 
 def _pictures(
@@ -58,6 +79,8 @@ def _pictures(
             )
             for point in points
             if point["text"] == text
+            # In another type the run computes as much: one point for all.
+            and not (key == "operations" and main and point["label"].startswith(f"{main} "))
         ]
         alt = f"KL to dense on {text} against {axis}. " + ", ".join(
             f"{spot.name} {spot.y:.3f} at {spot.x:.{places}f}" for spot in spots
@@ -67,42 +90,26 @@ def _pictures(
     return pictures
 
 
-def _known(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The points whose costs were measured; a report of an earlier moefy has none."""
-    return [point for point in report["frontier"] if point.get("bytes_read")]
-
-
-def table(report: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Header and rows: each model's costs, its KL on each text, that in words, what is better."""
-    points = _known(report)
-    texts = tuple(dict.fromkeys(point["text"] for point in points))
-    models: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for point in sorted(points, key=lambda point: -point["bytes_read"]):
-        models.setdefault(point["label"], {})[point["text"]] = point
-    header = ("model", *(name for _, name, _ in COSTS.values()))
-    header += (*(f"KL on {text}" for text in texts), "in words")
-    header += ("better by bytes", "better by operations")
-    rows = []
-    for label, by_text in models.items():
-        first = next(iter(by_text.values()))
-        costs = (fixed(first[key] / 1e6, places) for key, (_, _, places) in COSTS.items())
-        kls = (fixed(by_text[text]["kl"], 3) if text in by_text else "" for text in texts)
-        words = band(fmean(point["kl"] for point in by_text.values()))
-        rows.append(
-            (
-                label,
-                *costs,
-                *kls,
-                "" if label == "dense" else words,
-                *(_better([*by_text.values()], key) for key in COSTS),
-            )
+def table(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """The rows under `HEADER`, the most bytes first."""
+    models: dict[str, list[Mapping[str, Any]]] = {}
+    for point in sorted(_known(report), key=lambda point: -point["bytes_read"]):
+        models.setdefault(point["label"], []).append(point)
+    return tuple(
+        (
+            label,
+            *(fixed(points[0][key] / 1e6, places) for key, (_, _, places) in COSTS.items()),
+            fixed(kl := fmean(point["kl"] for point in points), 3),
+            "" if label == "dense" else band(kl),
+            ", ".join(dict.fromkeys(_beaten(points))),
         )
-    return header, tuple(rows)
+        for label, points in models.items()
+    )
 
 
-def _better(points: list[Mapping[str, Any]], key: str) -> str:
-    """The rivals that are better than the run, on any text; empty for what is not of the run."""
-    if not points[0].get("own"):
-        return ""
-    names = dict.fromkeys(point["better"][key] or "none" for point in points)
-    return ", ".join(names)
+def _beaten(points: list[Mapping[str, Any]]) -> Iterator[str]:
+    """The rivals that are better than a model of the run, on any text."""
+    for point in points:
+        for key, (title, _, _) in COSTS.items():
+            if name := point.get("better", {}).get(key):
+                yield f"{name} ({title.split()[1]})"

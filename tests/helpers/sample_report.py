@@ -128,8 +128,8 @@ def full(num_layers: int = 4, num_experts: int = 8) -> dict[str, Any]:
                 "kl": loss * weight * 1.05,
                 "bytes_read": int(269_000_000 * (0.41 + 0.59 * active)),
                 "operations": int(134_515_008 * (0.41 + 0.59 * active)),
-                "better": {"bytes_read": "static", "operations": None},
             }
+            | ({"better": {"bytes_read": "static", "operations": None}} if label in ROUTED else {})
             for text, (_, weight) in TEXTS.items()
             for label, (kind, _, active, loss) in MODELS.items()
         ],

@@ -15,9 +15,18 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from moefy.errors import MoefyError
-from moefy.report import draw, html, model_card, redraw, section_experts
+from moefy.report import (
+    draw,
+    figures,
+    html,
+    model_card,
+    redraw,
+    section_experts,
+    section_frontier,
+)
 from moefy.report.chart import RAMP, THEME, looks
 from moefy.report.citations import PARTITION, ROUTER, sources
+from moefy.report.format import BANDS
 from moefy.report.heatmaps import STEPS
 from moefy.report.sections import labels, sections, verdicts
 from moefy.report.terminal import show_report
@@ -219,6 +228,45 @@ def test_the_terminal_shows_the_tables_of_the_page(report, pages, capsys, monkey
         assert all(shown) if table.on_terminal else table.caption.split() not in lines
     for words in ("static: the same", "SLOWER in", "Warning: 4% of", "Not run: piqa", "Report:"):
         assert words in out
+
+
+def test_the_frontiers_name_what_is_better_and_what_a_loss_means(report, page, pages):
+    found = section_frontier.frontier(report, looks(labels(report)))
+    (table,) = found.tables
+    rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    assert rows["moe"]["beaten by"] == "static (bytes)"
+    assert rows["static"]["beaten by"] == "" and rows["dense"]["in words"] == ""
+    assert rows["moe, fine-tuned"]["in words"] == "clearly different"
+    assert float(rows["moe, fine-tuned"]["KL"]) == pytest.approx((0.430 + 0.258) / 2, abs=1e-3)
+    assert rows["dense"]["MB read"] == "269.0" and rows["dense"]["M operations"] == "135"
+    assert len(found.pictures) == 4
+    assert "moe 0.903 at 189.6" in found.pictures[0].alt
+    # A warning stands beside the figures where the weights were quantised before, and only there.
+    warning = "a block of 32 holds 13 different values"
+    assert any(warning in words for words in page.words("p"))
+    fresh = section_frontier.frontier({**report, "rivals": {"levels": 31.6}}, looks(labels(report)))
+    assert warning not in " ".join(fresh.lead) and warning in " ".join(found.lead)
+    assert "beaten by" in pages["README.md"]
+    models = {"q4_K_M": {"types": {"Q5_0": 9, "Q8_0": 1}}, "run q8_0": {"types": {"Q8_0": 9}}}
+    fallen = section_frontier.frontier({**report, "models": models}, looks(labels(report))).lead
+    assert fallen[-1].endswith("most weights are Q5_0 in q4_K_M.")
+    models["q4_K_M"] = {"types": {"Q4_K": 9, "Q6_K": 1}}
+    fitting = section_frontier.frontier({**report, "models": models}, looks(labels(report))).lead
+    assert len(fitting) == len(fallen) - 1
+    old = [{"label": "moe", "kind": "converted", "text": "t", "active": 0.5, "dnll": 1.0}]
+    assert not section_frontier.frontier({**report, "frontier": old}, looks(labels(report)))
+    assert "beaten by" not in draw({**report, "frontier": old})["README.md"]
+
+
+def test_a_frontier_goes_through_no_oracle_and_no_loser():
+    """Its line is in the picture once, through the points that it should go through."""
+    look = looks({"dense": "dense"})["dense"]
+    spots = [figures.Spot(n, look, x, y) for n, x, y in (("a", 1, 1), ("b", 2, 1.5), ("c", 3, 0))]
+    spots.append(figures.Spot("oracle", look, 1, 0.1, a_model=False))
+    (axis,) = figures.frontier(spots, BANDS, axis="MB").axes
+    (line,) = (line for line in axis.lines if line.get_drawstyle() == "steps-post")
+    assert [*zip(line.get_xdata(), line.get_ydata(), strict=True)] == [(1, 1), (3, 0)]
+    assert {text.get_text() for text in axis.texts} >= {"a", "b", "c", "oracle", "noticeable"}
 
 
 def test_worse_is_told_as_loudly_as_better(page, pages):
