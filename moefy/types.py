@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from moefy.distributed import ALONE, Group
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ACTIVATIONS = {
-    **dict.fromkeys(("silu", "swish"), ("silu", {})),
+    # In place where torch can: fresh memory takes longer than the function itself.
+    **dict.fromkeys(("silu", "swish"), ("silu", {"inplace": True})),
     "gelu": ("gelu", {}),
-    "relu": ("relu", {}),
-    "relu2": ("relu", {}),  # then squared
+    "relu": ("relu", {"inplace": True}),
+    "relu2": ("relu", {"inplace": True}),  # then squared
     **dict.fromkeys(
         ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), ("gelu", {"approximate": "tanh"})
     ),
@@ -186,6 +188,12 @@ class Profile:
         """The inputs of all processes' tokens: those to fit on, (T, D), and those held out."""
         x_TD, num_fit = self.group.gather(self.x_TD), int(self.group.total(self.num_fit))
         return x_TD[:num_fit], x_TD[num_fit:]
+
+    @cached_property
+    def gram_DD(self) -> Tensor:
+        """X'X of all processes' inputs to fit on, in float64."""
+        x_TD = self.inputs()[0]
+        return (x_TD.T @ x_TD).double()
 
 
 @dataclass(frozen=True)

@@ -100,14 +100,16 @@ def _seconds(job: Job) -> float:
 def operations(job: Job) -> dict[str, dict[str, float]]:
     """The least floating-point operations that converting a layer takes, by stage and kind.
 
-    Kinds are matrix products, factorisations and triangular solves. The refit looks for a strength;
-    only the factorisation and the solution of the one that it takes count.
+    Kinds are matrix products, factorisations and triangular solves. Neurons that do not run for a
+    token are left out, but for those of experts that overlap. The refit looks for a strength; only
+    the factorisation and the solution of the one that it takes count.
     """
     recipe, shape, hidden = job.recipe, job.shape, job.size("hidden_size")
     tokens, neurons = recipe.tokens, shape.num_neurons
     matrices, sides = 3 if job.family.gated else 2, 2 if job.method.error_propagation else 1
     once, gram = 2.0 * tokens * neurons * hidden, 2.0 * tokens * hidden * hidden
-    sample = min(tokens, SAMPLE)
+    sample, overlaps = min(tokens, SAMPLE), shape.overlaps and job.method.fit is not None
+    active = once * min(1.0, shape.active_fraction)
     counts: dict[str, dict[str, float]] = {
         "attention": {
             "product": 2.0 * sides * tokens * (job.other_weights + recipe.sequence_length * hidden)
@@ -117,14 +119,21 @@ def operations(job: Job) -> dict[str, dict[str, float]]:
         # Each of 9 rounds adds up energies by expert, and each neuron's energy by expert.
         "split": {"product": 36.0 * sample * neurons * shape.num_experts + gram},
         # The router is fitted to energies, then to errors that the experts' outputs leave.
-        "route": {"product": 2 * once + 4 * gram},
-        "run": {"product": once},
+        "route": {"product": once + gram},
+        "run": {"product": active},
     }
     if recipe.refit:
         used = neurons if job.method.fit is not None else shape.num_active
         times = 2 if job.method.refine is not None else 1
+        # Half of the Gram matrix: the shared neurons with each other; those of an expert, on its
+        # tokens, with the shared ones and those of the experts before it.
+        squares = float(tokens * used * used)
+        if job.method.fit is not None and not overlaps:
+            routed = shape.experts_per_token * shape.expert_width
+            before = 2 * shape.num_shared + (shape.num_experts + 1) * shape.expert_width
+            squares = float(tokens * (shape.num_shared**2 + routed * before))
         counts["refit"] = {
-            "product": times * (2 * once + 2.0 * tokens * used * used),
+            "product": times * (2 * (once if overlaps else active) + squares),
             "factor": times * used**3 / 3,
             "solve": times * 2.0 * used * used * hidden,
         }

@@ -15,9 +15,11 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def balance(
-    weight_ED: Tensor, x_TD: Tensor, worth_TE: Tensor, k: int, most_cv: float
+    weight_ED: Tensor, x_TD: Tensor, worth_TE: Tensor, k: int, most_cv: float, gram_DD: Tensor
 ) -> tuple[Tensor, list[dict[str, float]]]:
     """Rows under which the load's coefficient of variation over `x_TD` is at most `most_cv`.
+
+    `gram_DD` is X'X in float64.
 
     A stock router has no bias, but its inputs have a mean: with m the ridge solution of x m = 1,
     rows w_e + b_e m score as w_e with bias b_e. The biases are lowered where experts have too many
@@ -28,7 +30,6 @@ def balance(
     Source: the biases of auxiliary-loss-free balancing (arXiv 2408.15664), found before any
     training and folded into the rows.
     """
-    gram_DD = (x_TD.T @ x_TD).double()
     one_D = ridge(gram_DD, x_TD.sum(0, keepdim=True).T.double(), 1e-3)[:, 0].float()
     unit_T1 = (x_TD @ one_D)[:, None]
     score_TE = x_TD @ weight_ED.T

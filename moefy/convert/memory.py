@@ -236,8 +236,8 @@ def _layer(job: Job) -> dict[str, int]:
     if recipe.refit:
         used = neurons if job.method.fit is not None else shape.num_active
         # The Gram matrix and its factor; what they are solved for, two solutions and the half of
-        # one; down_proj of the first refit and of the one tried.
-        solving = 8 * used * used + 16 * used * hidden + 2 * matrix
+        # one; down_proj of the first refit and of the one tried; the Gram matrix of the inputs.
+        solving = 8 * used * used + 16 * used * hidden + 2 * matrix + 8 * hidden * hidden
         stored["refit"] = ffn + solving + 3 * chunk
     return stored
 

@@ -50,10 +50,13 @@ def solver(gram_AA: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     return solve
 
 
-def scorer(x_TD: Tensor, strength: float = 1e-2) -> Callable[[Tensor], Tensor]:
+def scorer(
+    x_TD: Tensor, strength: float = 1e-2, gram_DD: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
     """Prepare to fit linear routers on the FFN inputs `x_TD`; give a function that fits one.
 
-    The function takes the experts' output energies (T, E) and returns router rows (E, D) that
+    `gram_DD` is X'X in float64, where that is known. The function takes the experts' output
+    energies (T, E) and returns router rows (E, D) that
     rank the experts of each token: ridge regression of the root energies, centred over the
     experts of each token (only their order matters). Rows are scaled together so that scores have
     unit variance over `x_TD`, and sum to zero.
@@ -61,7 +64,7 @@ def scorer(x_TD: Tensor, strength: float = 1e-2) -> Callable[[Tensor], Tensor]:
     Source: closed-form routers as in HARC (arXiv 2606.03391); the root, rather than the log,
     because errors on experts that hardly fire should not count.
     """
-    gram_DD = (x_TD.T @ x_TD).double()
+    gram_DD = (x_TD.T @ x_TD).double() if gram_DD is None else gram_DD.clone()
     gram_DD.diagonal().add_(max(float(gram_DD.diagonal().mean()) * strength, TINY))
     factor_DD = torch.linalg.cholesky(gram_DD)
 

@@ -8,6 +8,10 @@ from moefy.convert.load_balance import SHARES, balance
 from moefy.convert.routed_ffn import top_mask
 
 
+def gram(x_TD: torch.Tensor) -> torch.Tensor:
+    return x_TD.double().T @ x_TD.double()
+
+
 def skewed(seed: int = 0, experts: int = 8, size: int = 16):
     """Inputs with a mean, rows of which some are favoured by it, and what experts are worth."""
     x_TD = torch.randn(3000, size, generator=seeded(seed))
@@ -28,7 +32,7 @@ def load_cv(weight_ED: torch.Tensor, x_TD: torch.Tensor, k: int) -> float:
 def test_no_expert_has_much_more_than_another(k):
     weight_ED, x_TD, worth_TE = skewed()
     assert load_cv(weight_ED, x_TD, k) > 0.6
-    rows_ED, curve = balance(weight_ED, x_TD, worth_TE, k, 0.3)
+    rows_ED, curve = balance(weight_ED, x_TD, worth_TE, k, 0.3, gram(x_TD))
     assert load_cv(rows_ED, x_TD, k) <= 0.3
     assert load_cv(rows_ED, x_TD[::2], k) < 0.4
     assert [point["share"] for point in curve] == list(SHARES)
@@ -44,14 +48,14 @@ def test_no_expert_has_much_more_than_another(k):
 
 def test_rows_that_are_even_enough_stay_as_they_are():
     weight_ED, x_TD, worth_TE = skewed()
-    rows_ED, _ = balance(weight_ED, x_TD, worth_TE, 2, 10.0)
+    rows_ED, _ = balance(weight_ED, x_TD, worth_TE, 2, 10.0, gram(x_TD))
     assert torch.equal(rows_ED, weight_ED)
 
 
 def test_the_least_share_that_is_enough_is_taken():
     weight_ED, x_TD, worth_TE = skewed()
-    _, curve = balance(weight_ED, x_TD, worth_TE, 2, 0.1)
+    _, curve = balance(weight_ED, x_TD, worth_TE, 2, 0.1, gram(x_TD))
     between = curve[2]["load_cv"] + 1e-6
-    rows_ED, _ = balance(weight_ED, x_TD, worth_TE, 2, between)
+    rows_ED, _ = balance(weight_ED, x_TD, worth_TE, 2, between, gram(x_TD))
     assert load_cv(rows_ED, x_TD, 2) <= between
     assert curve[1]["load_cv"] > between

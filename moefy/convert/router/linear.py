@@ -70,7 +70,8 @@ def _fit(
     """Rows whose k highest scores have most of the worth, which is at least zero."""
     x_TD, held_x_TD = profile.inputs()
     fit_TE, held_TE = worth_TE[: len(x_TD)], worth_TE[len(x_TD) :]
-    weight_ED, curve = scorer(x_TD, options.strength)(fit_TE), []
+    gram_DD, curve = profile.gram_DD, []
+    weight_ED = scorer(x_TD, options.strength, gram_DD)(fit_TE)
     if k == worth_TE.shape[1]:
         return Router(weight_ED)
 
@@ -80,7 +81,7 @@ def _fit(
     if options.steps:
         weight_ED = _ascended(weight_ED, x_TD, fit_TE, k, captured, generator, options)
     if options.load_cv:
-        weight_ED, curve = balance(weight_ED, x_TD, fit_TE, k, options.load_cv)
+        weight_ED, curve = balance(weight_ED, x_TD, fit_TE, k, options.load_cv, gram_DD)
     return Router(weight_ED, balance=tuple(curve))
 
 
