@@ -171,7 +171,7 @@ def _best_strength(
         left_Q = torch.cat([weight_Q.new_ones(1, 1), -weight_Q])
         if (error := float(left_Q.T @ seen_QQ @ left_Q)) < least:
             least, best = error, other
-    return best
+    return profile.group.broadcast_object(best)
 
 
 def _inner(parts: list[Tensor]) -> Tensor:

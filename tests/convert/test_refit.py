@@ -9,6 +9,7 @@ from planted import mask_of, random_ffn, seeded
 from sklearn.linear_model import Ridge
 from torch import nn
 
+from moefy.convert import refit as refitting
 from moefy.convert.partition import alternating, shuffle, static
 from moefy.convert.profile import Inputs, observe
 from moefy.convert.refit import EXPERT_STRENGTHS, STRENGTHS, refit, refit_experts
@@ -103,7 +104,9 @@ def test_the_correction_is_ridge_regression_on_what_runs(tokens):
 
 
 @pytest.mark.parametrize("tokens", [60, 150, 600])
-def test_no_other_strength_is_better_by_a_hundredth(tokens):
+@pytest.mark.parametrize("mixtures", [6, 12])  # of twelve outputs
+def test_no_other_strength_is_better_by_a_hundredth(tokens, mixtures, monkeypatch):
+    monkeypatch.setattr(refitting, "MIXTURES", mixtures)
     for seed in range(4):
         ffn, profile, partition, router = setting(seed, tokens=tokens)
         run_TF = running(profile, partition, router, 2)
