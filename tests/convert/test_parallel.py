@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import moefy
+from moefy.config.options import as_flag
 from moefy.config.recipe import build
 from moefy.convert.prepare import prepare
 from moefy.convert.run import convert
@@ -89,7 +90,8 @@ def alone(model, out, text, **more):
 
 
 def flags(more):
-    found = [f"--{key}={value}" for key, value in more.items() if key != "partition_options"]
+    plain = {key: value for key, value in more.items() if key != "partition_options"}
+    found = [f"{as_flag(key)}={value}" for key, value in plain.items()]
     found += ["--memory=700MB"] if more.get("layers") == "1" else []
     options = more.get("partition_options", {}).items()
     return found + [f"--set=partition.{key}={value}" for key, value in options]
