@@ -1,7 +1,7 @@
 """Check before any work that a folder is a dense checkpoint that can be converted.
 
 `open_checkpoint` reads configuration and headers; `check_tensors` compares them with the stock
-class. `check_values.scan` checks the values.
+class. `check_finite.scan` checks the values.
 """
 
 from __future__ import annotations
