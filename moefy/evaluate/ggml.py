@@ -1,9 +1,11 @@
 """A model in llama.cpp's types: the type that each matrix gets, its bytes, and its rounding.
 
 The types are those that llama.cpp's own quantisation chooses (`src/llama-quant.cpp`, November 2026)
-without an importance matrix, except that it treats 70B models of Llama in a way of their own. Types
-of fewer than three bits need such a matrix, so there are none. Rounding is by its library, which
-`xllamacpp` holds; `gguf` turns the blocks into values again.
+without an importance matrix, except that it treats 70B models of Llama in a way of their own.
+Judged by llama.cpp's own files, of a dense model in all six types and of one with 8 experts down to
+q4_K_M: each tensor has the same type and bytes and, where rows are not permuted, the same values.
+Types smaller than q2_K need an importance matrix, so there are none. Rounding is by its library,
+which `xllamacpp` holds; `gguf` turns the blocks into values again.
 """
 
 from __future__ import annotations

@@ -68,19 +68,19 @@ def _pictures(
     number: int, text: str, points: list[Mapping[str, Any]], looks: Looks, main: str | None
 ) -> list[Picture]:
     pictures = []
+    # Models that are the run in another type have its look, and compute as much: one point for all.
+    forms = [p["label"] for p in points if p["own"] and p["label"].startswith(f"{main} ")]
     for key, (title, axis, places) in COSTS.items():
         spots = [
             figures.Spot(
                 point["label"],
-                looks[main if main and point["label"].startswith(f"{main} ") else point["label"]],
+                looks[main if main and point["label"] in forms else point["label"]],
                 point[key] / 1e6,
                 point["kl"],
                 point["a_model"],
             )
             for point in points
-            if point["text"] == text
-            # In another type the run computes as much: one point for all.
-            and not (key == "operations" and main and point["label"].startswith(f"{main} "))
+            if point["text"] == text and not (key == "operations" and point["label"] in forms)
         ]
         alt = f"KL to dense on {text} against {axis}. " + ", ".join(
             f"{spot.name} {spot.y:.3f} at {spot.x:.{places}f}" for spot in spots
