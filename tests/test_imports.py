@@ -42,6 +42,7 @@ ROWS = {
         "depth",
         "memory sensitivity session summary write",
         "prepare",
+        "choose",
         "source stages",
         "ffn partition router",
         "load_balance cluster refit",
@@ -78,7 +79,7 @@ ROWS = {
     "models": [
         "engines",
         "engine_checks",
-        "targets",
+        "targets choice",
         "families load routing shape cost",
         "__init__",
     ],

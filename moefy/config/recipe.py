@@ -51,9 +51,13 @@ class Recipe:
     active: float = option(
         0.5, "FFN neurons active per token, shared ones included, as a fraction.", most=1
     )
-    experts: int | None = option(None, "Routed experts per layer.", least=2, unset="8")
+    experts: int | None = option(None, "Routed experts per layer.", least=2, unset="chosen")
     top_k: int | None = option(
-        None, "Routed experts that each token goes to.", least=1, unset="2", old="experts_per_token"
+        None,
+        "Routed experts that each token goes to.",
+        least=1,
+        unset="chosen",
+        old="experts_per_token",
     )
     shared_fraction: float | None = option(
         None,
@@ -70,11 +74,10 @@ class Recipe:
         old="total",
     )
     layers: str = option(
-        ":",
+        "auto",
         "Layers to convert: `:` (all), `4:`, `0,3,7`; the rest stay dense. `auto` keeps those "
-        "dense that would lose most, gives the others small experts, and counts --active over "
-        "all layers.",
-        unset="all",
+        "dense that would lose most, where class and engines can, and counts --active over all "
+        "layers.",
     )
     drop_layers: str = option(
         "0",
@@ -111,7 +114,10 @@ class Recipe:
     )
     target: str = option("auto", "Stock class to write, or `auto`.")
     engines: str = option(
-        "", "Engines that must run the result, e.g. `llama.cpp,vllm`.", unset="any"
+        "",
+        "Engines that must run the result, e.g. `llama.cpp,vllm`; the shape of the experts is "
+        "chosen to be fast in them.",
+        unset="any; shape for transformers",
     )
     calibration: str = option(
         "self",

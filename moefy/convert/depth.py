@@ -17,11 +17,17 @@ from moefy.config.recipe import dropped_layers
 from moefy.convert import forward
 from moefy.convert.prepare import Job, prepare
 from moefy.convert.profile import CHUNK
-from moefy.convert.sensitivity import PROBES, divergence, pieces, ranges
+from moefy.convert.sensitivity import divergence, pieces, ranges
 from moefy.files.buffers import MEMORY, Store
 from moefy.models.families.family import Family
 from moefy.progress import Watch
 from moefy.text.packing import Tokens
+
+PROBES = 8
+"""Pieces of calibration text on which layers are chosen."""
+
+PIECES = (128, 32, PROBES)
+"""Tokens of a piece, and how many there are, as `sensitivity.pieces` takes them."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Drop:
 
 def probes(tokens: Tokens) -> Tensor:
     """The pieces of calibration text on which layers are chosen, (B, T)."""
-    fitted, _ = pieces(tokens)
+    fitted, _ = pieces(tokens, *PIECES)
     return fitted[torch.linspace(0, len(fitted) - 1, min(PROBES, len(fitted))).long()]
 
 

@@ -12,17 +12,22 @@ import torch
 from moefy.checkpoint.cut import num_parameters, without
 from moefy.checkpoint.model_config import model_config
 from moefy.checkpoint.tensors import Checkpoint
-from moefy.config.options import nearest
 from moefy.config.recipe import Recipe, chosen_layers
+from moefy.convert.choose import (
+    choose_shape,
+    choose_target,
+    describe,
+    why_all_layers,
+)
 from moefy.convert.ffn import Method
 from moefy.convert.source import Source, depth_of, read_source
 from moefy.convert.stages import stages
 from moefy.errors import MoefyError
 from moefy.files.shards import DTYPES
-from moefy.models import targets
-from moefy.models.engines import ENGINES, Engine, by_reason, engine_issues
+from moefy.models.choice import layer_sizes
+from moefy.models.engines import ENGINES, by_reason, engine_issues
 from moefy.models.families.family import Family
-from moefy.models.shape import pruned, solve
+from moefy.models.shape import pruned
 from moefy.models.targets.dense import narrower
 from moefy.models.targets.target import Dense, Target
 from moefy.types import Shape
@@ -81,12 +86,9 @@ class Job:
     @property
     def other_weights(self) -> int:
         """Weights of the first layer outside its FFN."""
-        first, ffn = self.family.layer.format(layer=0), self.family.ffn_names(0)
-        return sum(
-            entry.num_elements
-            for name, entry in self.checkpoint.entries.items()
-            if name.startswith(first) and name not in ffn
-        )
+        return layer_sizes(
+            self.family, self.checkpoint.config, self.checkpoint.entries
+        ).other_weights
 
     @property
     def ffn_names(self) -> dict[str, int]:
@@ -131,6 +133,11 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
     family, notes = source.family, list(source.notes)
     dropped, active = depth_of(recipe, source, method)
     checkpoint = without(source.checkpoint, family, dropped)
+    if recipe.layers == AUTO:
+        reason = why_all_layers(recipe, method, family, checkpoint, active)
+        if reason is not None:
+            recipe = dataclasses.replace(recipe, layers=":")
+        notes += [f"all layers are converted: {reason}"] if reason else []
     # "auto" is settled from weights (see `sensitivity`); until then it stands for all.
     chosen = chosen_layers(":" if recipe.layers == AUTO else recipe.layers, source.num_layers)
     kept = [layer for layer in range(source.num_layers) if layer not in dropped]
@@ -142,15 +149,7 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
     if method.fit is not None:
         target, reason = choose_target(recipe, family, dense)
     _check_writes(recipe, method, family)
-    shape = solve(
-        family.num_neurons(checkpoint.config),
-        active=active,
-        experts=recipe.experts,
-        experts_per_token=recipe.top_k,
-        shared=recipe.shared_fraction,
-        fits=target.fits if method.fit else None,
-        total=recipe.overlap if method.fit else 1.0,
-    )
+    shape, choice = choose_shape(recipe, method, checkpoint, dense, target, active)
     if family.beside:
         notes.append(f"{family.beside} stays dense")
     if method.fit is None and (len(layers) < len(kept) or family.beside):
@@ -171,6 +170,7 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
     if method.fit is None:
         shape = pruned(shape)
     else:
+        notes += [str(choice)] if choice else []
         notes += serving_notes(target, dense, shape)
     job = Job(
         recipe,
@@ -200,84 +200,11 @@ def _check_writes(recipe: Recipe, method: Method, family: Family) -> None:
         return
     if recipe.calibration == SELF:
         lacks, do = "cannot write its own calibration text", "give one: --calibration FILE"
-    elif recipe.layers == AUTO:
-        lacks, do = "has no next-token loss to weigh layers by", "name them: --layers 4:"
     elif method.gradient:
         lacks, do = "has no next-token loss to take gradients of", "use another --partition"
     else:
         return
     raise MoefyError(f"{family.model_type} {lacks}; {do}", code=2)
-
-
-def describe(checkpoint: Checkpoint, family: Family, layers: list[int]) -> Dense:
-    """The dense model as targets see it, `layers` of which are to be converted."""
-    own = family.sized(model_config(checkpoint).to_dict())
-    config = family.canonical(own)
-    first = family.layer.format(layer=0)
-    biases = {part for part in "qkvo" if f"{first}self_attn.{part}_proj.bias" in checkpoint.entries}
-    left = tuple(n for n in range(int(config["num_hidden_layers"])) if n not in layers)
-    tied = family.tied(own, checkpoint.entries)
-    return Dense(family, config, own, frozenset(biases), tied, left)
-
-
-def choose_target(recipe: Recipe, family: Family, dense: Dense) -> tuple[Target, str]:
-    """The class to write, and why: the one that was asked for, or the family's first that can
-    hold the model and that all `--engines` run.
-
-    Raises:
-        MoefyError: code 2 for names that are not known, 4 where no class will do.
-    """
-    if recipe.target != "auto" and recipe.target not in targets.names():
-        raise MoefyError(
-            f"unknown --target {recipe.target!r}; {nearest(recipe.target, targets.names())}", code=2
-        )
-    own = f"{targets.OWN}, which runs in transformers only"
-    if recipe.target not in ("auto", targets.OWN, *family.targets):
-        raise MoefyError(
-            f"--target {recipe.target} cannot hold {family.model_type} exactly; "
-            f"expected one of {', '.join([*family.targets, own])}",
-            code=4,
-        )
-    if recipe.target == "auto" and not family.targets:
-        raise MoefyError(
-            f"no stock MoE class holds {family.model_type} exactly: none has "
-            f"{family.missing_feature}; ask for --target {own}, if that will do",
-            code=4,
-        )
-    options = [name.strip() for name in recipe.engines.split(",") if name.strip()]
-    known = {engine.name.lower(): engine for engine in ENGINES}
-    for name in options:
-        if name not in known:
-            raise MoefyError(f"unknown --engines {name!r}; {nearest(name, [*known])}", code=2)
-    engines = [known[name] for name in options]
-    candidates = family.targets if recipe.target == "auto" else (recipe.target,)
-    against: list[str] = []
-    for name in candidates:
-        target = targets.load(name, family)
-        if reason := _why_not(target, dense, engines):
-            against.append(f"{name}: {reason}")
-        elif recipe.target != "auto":
-            return target, "asked for"
-        else:
-            after = f"; not {'; not '.join(against)}" if against else ""
-            return target, f"the first choice for {family.model_type}{after}"
-    raise MoefyError(
-        f"no class holds this {family.model_type} model"
-        + (f" for {', '.join(options)}" if options else "")
-        + f": {'; '.join(against)}",
-        code=4,
-    )
-
-
-def _why_not(target: Target, dense: Dense, engines: list[Engine]) -> str | None:
-    """Why a class cannot hold a model, or which of the engines do not run it."""
-    name = target.model_type
-    if missing := [engine.name for engine in engines if name not in engine.classes]:
-        return target.why_unsupported(dense) or f"not in {', '.join(missing)}"
-    issues = (
-        f"{engine.name} {issue}" for engine in engines for issue in engine.issues(name, dense)
-    )
-    return target.why_unsupported(dense) or "; ".join(issues) or None
 
 
 def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:

@@ -15,6 +15,8 @@ from moefy.inspect import COMPUTED, MISREAD, Config, Entries, head_dim, misread
 from moefy.inspect.catalogue import SHARED
 from moefy.inspect.config_defaults import as_dense
 from moefy.models import families, targets
+from moefy.models.choice import choose, layer_sizes
+from moefy.models.cost import Layer
 from moefy.models.engines import ENGINES, NO_SHAPE, engine_issues, known_engines
 from moefy.models.families.family import Family
 from moefy.models.shape import solve
@@ -49,12 +51,13 @@ def _possible(checkpoint: Checkpoint, entries: Entries) -> dict[str, Any]:
     family = families.load(str(checkpoint.config["model_type"]), checkpoint.config)
     dense = as_dense(family, checkpoint.config, checkpoint.entries)
     num_neurons = family.num_neurons(checkpoint.config)
+    sizes = layer_sizes(family, checkpoint.config, checkpoint.entries)
     shapes: dict[Fits, dict[float, Shape | None]] = {}
     held = {}
     for name in (*family.targets, targets.OWN):
         target = targets.load(name, family)
         if target.fits not in shapes:
-            shapes[target.fits] = {active: _solve(num_neurons, active, target) for active in ACTIVE}
+            shapes[target.fits] = {active: _shape(sizes, active, target) for active in ACTIVE}
         held[name] = _held(target, dense, num_neurons, shapes[target.fits])
     return {
         "sizes": {
@@ -117,10 +120,12 @@ def _held(
     }
 
 
-def _solve(num_neurons: int, active: float, target: Target) -> Shape | None:
-    """The shape that `--active` alone leads to, if there is one."""
+def _shape(sizes: Layer, active: float, target: Target) -> Shape | None:
+    """The shape that `--active` alone leads to where all layers are converted, if there is one."""
+    if choice := choose(sizes, active, target.fits, ()):
+        return choice.shape
     try:
-        return solve(num_neurons, active=active, fits=target.fits)
+        return solve(sizes.num_neurons, active=active, fits=target.fits)
     except MoefyError:
         return None
 

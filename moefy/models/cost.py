@@ -76,7 +76,7 @@ def ideal(layer: Layer, shape: Shape) -> float:
 
 COSTS = {
     "transformers": Cost(0.183, 0.0120, 1.53e4, 4.62, 9.18e5, 4.05e5),
-    "llama.cpp": Cost(0.0152, 0.0335, 0.0, 7.24, 7.45e4, 0.0),
+    "llama.cpp": Cost(0.0151, 0.0336, 0.0, 7.40, 7.24e4, 3.74e3),
     "vLLM": Cost(0.183, 0.0120, 1.53e4, 4.62, 9.18e5, 4.05e5),
 }
 """By engine: transformers in bfloat16 and llama.cpp in q8_0, on one thread of an AMD EPYC with

@@ -23,6 +23,15 @@ def many_experts(dense: Dense, shape: Shape) -> str | None:
     return f"has at most {most} experts, not {shape.num_experts}" * (shape.num_experts > most)
 
 
+def many_chosen(dense: Dense, shape: Shape) -> str | None:
+    """llama.cpp's graph has room for 8 nodes a tensor, and each chosen expert takes two: 32 ran in
+    models of 8 to 30 layers, 36 aborted."""
+    most = 32
+    if shape.experts_per_token > most:
+        return f"has room for {most} experts per token, not {shape.experts_per_token}"
+    return None
+
+
 def scaled_rope(dense: Dense, shape: Shape) -> str | None:
     """The engine computes unscaled rotary frequencies only."""
     if dense.rope_type != "default":

@@ -144,7 +144,7 @@ LLAMA_CPP = Engine(
         "qwen2_moe": (checks.gguf_rope, checks.window, checks.wide_heads, checks.dense_layers),
         "qwen3_moe": (checks.gguf_rope, checks.window, checks.dense_layers),
     },
-    checks=(checks.other_activation, checks.many_experts),
+    checks=(checks.other_activation, checks.many_experts, checks.many_chosen),
     stored={
         "lfm2_moe": (checks.computes_norm_topk_prob(True), checks.scaled_gates),
         "qwen2_moe": (checks.no_head, checks.computes_norm_topk_prob(False)),

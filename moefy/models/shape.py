@@ -10,10 +10,6 @@ from moefy.types import Shape
 PREFERRED_EXPERTS = (8, 16, 32, 4, 64, 7, 9, 6, 10, 12, 5, 14, 20, 24, 28, 3, 48, 2, 128)
 """Counts, best first: powers of two, where softmax gates of 1 / E are exact, then others near 8."""
 
-FINE, FINE_WIDTH, FINE_SHARED, FINE_ROUTED = (64, 56, 48, 32), 16, 1 / 3, 0.2
-"""Experts of the shape of least loss, fewer where none of so many has the width, the share of the
-FFN that is always on beside them, and the share of the active neurons that are routed at least."""
-
 LEAST_PART = 0.1
 """Neurons that are routed at least, as a share of those that run or of those that do not, whichever
 are fewer, and that are shared at least where any are, as a share of those that run. With less
@@ -83,44 +79,6 @@ def solve(
         + f"; {_nearest(num_neurons, active, experts, fits)}",
         code=2,
     )
-
-
-def fine(num_neurons: int, active: float, fits: Callable[[Shape], bool]) -> Shape | None:
-    """The shape of least loss: many experts beside about a third of the FFN that is shared.
-
-    Of the first of `FINE` that divides the FFN into experts of `FINE_WIDTH` or more (of the last
-    whatever their width): of widths that are multiples of 8, if there are any, and of those of 16
-    if what is shared then lies at most a sixteenth of the FFN further from a third. None where none
-    `fits`. SmolLM2-135M at 0.75, three layers dense, loses 0.29 and 0.14 with 32 experts of 32
-    neurons beside 512 on prose and code, where it loses 0.33 and 0.16 with 16 of them beside 1,024;
-    at 0.5, 64 of 16 lose 4 % less than 32 of 32 (recipes/results/shapes.md).
-    """
-    for count in FINE:
-        fitting = [
-            shape
-            for shape in _disjoint(num_neurons, active, count, None)
-            if fits(shape)
-            and abs(shape.active_fraction - active) <= TOLERANCE
-            and shape.num_shared <= (1 - FINE_ROUTED) * shape.num_active
-            and (shape.expert_width >= FINE_WIDTH or count == FINE[-1])
-        ]
-        if fitting:
-            even = max(min(alignment(shape.expert_width), 8) for shape in fitting)
-            fitting = [shape for shape in fitting if shape.expert_width % even == 0]
-            least = min(map(_off, fitting))
-            return min(fitting, key=lambda shape: _fine_rank(shape, active, least))
-    return None
-
-
-def _off(shape: Shape) -> float:
-    """How far what is shared lies from `FINE_SHARED` of the FFN."""
-    return abs(shape.num_shared / shape.num_neurons - FINE_SHARED)
-
-
-def _fine_rank(shape: Shape, active: float, least: float) -> tuple[float, ...]:
-    far = _off(shape) - least > 1 / 16
-    uneven = shape.expert_width % 16 > 0
-    return (far, uneven, _off(shape), abs(shape.active_fraction - active))
 
 
 def any_shared(shape: Shape) -> bool:

@@ -39,10 +39,11 @@ from moefy.text.windows import text_windows
 STATIC: dict[str, Any] = {"partition": "static", "layers": ":", "overlap": 1.0}
 METHODS: dict[str, dict[str, Any]] = {
     "ours": {},
+    "ours, all layers": {"layers": ":"},
     "ours, dense layers": {"layers": "auto"},
-    "ours, total 2": {"overlap": 2.0},
+    "ours, total 2": {"overlap": 2.0, "layers": ":"},
     "ours, total 2, dense layers": {"overlap": 2.0, "layers": "auto"},
-    "ours, total 4": {"overlap": 4.0},
+    "ours, total 4": {"overlap": 4.0, "layers": ":"},
     "ours, total 4, dense layers": {"overlap": 4.0, "layers": "auto"},
     "static": STATIC,
     "static, refit without drift": {**STATIC, "drift": 0.0},
@@ -51,10 +52,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "oracle router": {"router": "oracle"},
     "random router, dense layers": {"router": "random", "layers": "auto"},
     "oracle router, dense layers": {"router": "oracle", "layers": "auto"},
-    "CMoE": {"method": "cmoe"},
-    "MoEfication": {"method": "moefication"},
-    "LLaMA-MoE v2": {"method": "llama-moe-v2"},
-    "ExpertWeaver": {"method": "expertweaver"},
+    "CMoE": {"method": "cmoe", "layers": ":"},
+    "MoEfication": {"method": "moefication", "layers": ":"},
+    "LLaMA-MoE v2": {"method": "llama-moe-v2", "layers": ":"},
+    "ExpertWeaver": {"method": "expertweaver", "layers": ":"},
     "FLAP": {"method": "flap", "layers": ":", "overlap": 1.0},
 }
 """What each changes in the recipe. "static" is what the others are compared with."""
@@ -62,7 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {
 WITH = " with "
 """Between a method's name and more settings: `ours with experts=40 shared_fraction=0.2`."""
 
-USUAL = "ours,ours; dense layers,ours; total 4; dense layers,static,random router,oracle router"
+USUAL = "ours,ours; all layers,ours; total 4; dense layers,static,random router,oracle router"
 DRAWS = 10_000
 """Of windows, for an interval."""
 

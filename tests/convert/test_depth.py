@@ -200,7 +200,7 @@ def made(folder: Path, text: Path, out: Path, **more: Any) -> dict[str, Any]:
 def recipe(folder: Path, text: Path) -> dict[str, Any]:
     """With one of six layers dropped, 32 + 3 of 8 experts of 8 neurons are active in the others."""
     few = {"tokens": 1024, "sequence_length": 64, "calibration": str(text)}
-    return {"model": str(folder), **few, "experts": 8, "active": 5 / 6 * 56 / 96}
+    return {"model": str(folder), **few, "experts": 8, "layers": ":", "active": 5 / 6 * 56 / 96}
 
 
 PAIRS = [pair for pair in stock.HELD if pair not in stock.UNLIKE]

@@ -1,6 +1,7 @@
 """The layers that stay dense are those whose loss the stock model itself feels most."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from moefy.convert.prepare import Job, prepare
 from moefy.convert.run import calibration_tokens, convert
 from moefy.errors import MoefyError
 from moefy.models import families
-from moefy.types import Shape
 
 LAYERS, LOUD = 6, 3
 
@@ -69,7 +69,7 @@ def test_sensitivities_are_what_the_stock_model_loses(family, changes, own_pico,
     found = sensitivity.sensitivities(job, tokens, silent)
     assert len(found) == len(blocks) == LAYERS
     assert found.index(max(found)) == LOUD
-    _, probes = sensitivity.pieces(tokens)
+    _, probes = sensitivity.pieces(tokens, *sensitivity.PIECES)
     dense = AutoModelForCausalLM.from_pretrained(loud).eval()
     with torch.inference_mode():
         wanted_BTV = dense(probes).logits.log_softmax(-1)
@@ -87,10 +87,15 @@ def test_sensitivities_are_what_the_stock_model_loses(family, changes, own_pico,
 def test_pieces_are_apart_from_each_other_and_spread_over_the_sequences(loud, text):
     job = job_of(loud, text, tokens=2048, sequence_length=256)
     tokens = calibration_tokens(job, silent)
-    fitted, probes = sensitivity.pieces(tokens)
-    assert len(fitted) == 14 and len(probes) == 2  # all: two of each of seven, and of the last
-    found = {tuple(ids) for ids in torch.cat([fitted, probes]).tolist()}
-    assert found == {tuple(ids) for ids in tokens.ids_BT.reshape(-1, sensitivity.PIECE).tolist()}
+    fitted, probes = sensitivity.pieces(tokens, *sensitivity.PIECES)
+    length, num_fitted, num_probes = sensitivity.PIECES
+    assert len(fitted) == num_fitted and len(probes) == num_probes
+    whole = [part.reshape(-1, length).tolist() for part in tokens.ids_BT.split([7, 1])]
+    for drawn, all_of_them in zip((fitted.tolist(), probes.tolist()), whole, strict=True):
+        assert drawn[0] == all_of_them[0] and drawn[-1] == all_of_them[-1]
+        places = [all_of_them.index(ids) for ids in drawn]
+        steps = {after - before for before, after in itertools.pairwise(places)}
+        assert max(steps) - min(steps) <= 1
 
 
 def test_auto_leaves_the_loud_layer_dense_and_shrinks_the_others(loud, text, tmp_path):
@@ -120,21 +125,53 @@ def test_the_recipe_that_is_kept_names_the_layers_and_gives_the_same_bytes(loud,
 
 def test_a_class_that_can_leave_no_layer_dense_converts_all(loud, text):
     job = job_of(loud, text, target="mixtral")
-    assert any("measured first" in note for note in job.notes)
-    loss_L = sensitivity.sensitivities(job, calibration_tokens(job, silent), silent)
-    settled = sensitivity.settle(job, loss_L)
-    assert not any("measured first" in note for note in settled.notes)
-    assert settled.layers == list(range(LAYERS)) and settled.recipe.active == 0.5
-    assert len(loss_L) == LAYERS
+    assert job.recipe.layers == ":" and job.layers == list(range(LAYERS))
+    assert any("all layers are converted: no class" in note for note in job.notes)
+
+
+def test_a_class_with_dense_layers_in_front_gets_them_there(loud, text):
+    first, middle = [9.0, 0.2, 0.1, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 9.0, 0.1, 0.1]
+    job = job_of(loud, text, target="glm4_moe")
+    assert job.recipe.layers == "auto"
+    assert sensitivity.settle(job, first).recipe.layers == "1:6"
+    assert sensitivity.settle(job, middle).recipe.layers == "0:6"
+    free = job_of(loud, text, target="qwen2_moe")
+    assert sensitivity.settle(free, middle).recipe.layers == "0:3,4:6"
+
+
+def test_a_model_without_a_next_token_loss_converts_all(own_pico, text):
+    job = job_of(own_pico("bert", num_hidden_layers=LAYERS), text, target="moefy")
+    assert job.layers == list(range(LAYERS))
+    assert any("no next-token loss to weigh layers by" in note for note in job.notes)
+
+
+def test_too_few_layers_or_too_few_active_neurons_convert_all(loud, text):
+    assert job_of(loud, text, active=0.25).recipe.layers == ":"
+    assert job_of(loud, text, active=1.0).recipe.layers == ":"
+    assert job_of(loud, text, active=0.5).recipe.layers == "auto"
+
+
+def test_auto_is_the_default_and_a_colon_converts_all(loud, text):
+    default = prepare(build(None, {"model": str(loud), "calibration": str(text)}, []))
+    assert default.recipe.layers == "auto" and any("measured first" in n for n in default.notes)
+    assert job_of(loud, text, layers=":").recipe.layers == ":"
 
 
 def test_layers_of_equal_sensitivity_are_not_worth_a_dense_one():
-    assert sensitivity._promised([1.0] * 10, 0.5, 0) == pytest.approx(10)
-    assert all(sensitivity._promised([1.0] * 10, 0.5, n) > 10 for n in range(1, 4))
-    assert sensitivity._promised([9.0] + [1.0] * 9, 0.5, 1) < sensitivity._promised(
-        [9.0] + [1.0] * 9, 0.5, 0
-    )
-    assert sensitivity._promised([1.0] * 10, 0.5, 9) == float("inf")
+    assert sensitivity.dense_sets([1.0] * 10, 0.5) == [frozenset()]
+    assert sensitivity._promised([1.0] * 10, 0.5, frozenset()) == pytest.approx(10)
+
+
+def test_sets_of_dense_layers_come_by_what_they_promise():
+    loss_L = [5.0, 1.0, 0.5, 0.5, 6.0, 0.5, 0.5, 0.5, 0.5, 4.0]
+    sets = sensitivity.dense_sets(loss_L, 0.5)
+    assert sets[0] == {0, 4, 9} and sets[-1] == frozenset() and frozenset({4}) in sets
+    # The ends, for classes that have dense layers there alone.
+    assert frozenset({0, 9}) in sets and frozenset({0}) in sets
+    promised = [sensitivity._promised(loss_L, 0.5, dense) for dense in sets]
+    assert promised == sorted(promised)
+    # No other layer runs less than half of what it was asked to.
+    assert max(map(len, sets)) <= 3
 
 
 @pytest.mark.parametrize(
@@ -152,21 +189,12 @@ def test_an_unknown_word_is_still_refused(loud, text):
         job_of(loud, text, layers="most")
 
 
-def test_auto_makes_many_small_experts_unless_told_otherwise(loud, text):
+def test_auto_keeps_to_the_experts_that_were_asked_for(loud, text):
     loss_L = [1.0, 0.1, 0.1, 0.1, 0.1, 0.1]
-    settled = sensitivity.settle(job_of(loud, text), loss_L)
-    assert settled.shape.num_experts == 32 and settled.shape.num_shared == 32
-    told = sensitivity.settle(job_of(loud, text, experts=4), loss_L)
-    assert told.shape.num_experts == 4
+    asked = sensitivity.settle(job_of(loud, text, experts=4), loss_L)
+    assert asked.shape.num_experts == 4 and asked.layers == [1, 2, 3, 4, 5]
     overlapping = sensitivity.settle(job_of(loud, text, overlap=2.0), loss_L)
     assert overlapping.shape.overlaps and overlapping.shape.num_experts <= 8
-
-
-def test_a_shape_that_no_class_takes_costs_no_dense_layer(loud, text, monkeypatch):
-    loss_L = [1.0, 0.1, 0.1, 0.1, 0.1, 0.1]
-    monkeypatch.setattr(sensitivity, "fine", lambda *_: Shape(96, 6, 9, 10, 4))
-    settled = sensitivity.settle(job_of(loud, text), loss_L)
-    assert settled.layers == [1, 2, 3, 4, 5] and settled.shape.num_experts != 9
 
 
 def test_a_router_for_evaluation_is_admitted_behind_auto_too(loud, text):

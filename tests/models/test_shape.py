@@ -6,11 +6,9 @@ import pytest
 
 from moefy.errors import MoefyError
 from moefy.models.shape import (
-    FINE,
     PREFERRED_EXPERTS,
     alignment,
     any_shared,
-    fine,
     legal,
     no_shared,
     one_shared,
@@ -311,36 +309,3 @@ def test_a_class_without_shared_experts_overlaps_too():
 def test_too_little_to_overlap_is_refused():
     with pytest.raises(MoefyError, match="--overlap 1.001"):
         solve(96, active=0.5, total=1.001)
-
-
-@pytest.mark.parametrize(
-    ("num_neurons", "active", "wanted"),
-    [
-        (1536, 0.4375, (512, 64, 16, 10)),
-        (1536, 0.7222, (512, 64, 16, 37)),  # as many experts, not more that is shared
-        (1536, 0.3500, (192, 56, 24, 14)),  # 512 shared ones would leave next to nothing routed
-        (2048, 0.3600, (512, 64, 24, 9)),
-        (2048, 0.6484, (512, 64, 24, 34)),  # rather than 1024 and experts of 16
-        (2048, 0.3077, (256, 56, 32, 12)),  # not 512 and five of 24
-        (5632, 0.5000, (1536, 64, 64, 20)),  # rather than 2048 and experts of 56
-        (768, 0.4375, (256, 32, 16, 5)),  # not 64 of 8
-        (11008, 0.4500, (3840, 64, 112, 10)),
-        (1536, 0.1200, None),
-    ],
-)
-def test_the_shape_of_least_loss_has_many_experts_and_enough_that_is_routed(
-    num_neurons, active, wanted
-):
-    shape = fine(num_neurons, active, any_shared)
-    if wanted is None:
-        assert shape is None
-        return
-    assert shape is not None and shape.num_neurons == num_neurons
-    assert (
-        shape.num_shared,
-        shape.num_experts,
-        shape.expert_width,
-        shape.experts_per_token,
-    ) == wanted
-    assert abs(shape.active_fraction - active) <= 0.01
-    assert fine(num_neurons, active, lambda shape: shape.num_experts not in FINE) is None
