@@ -139,6 +139,16 @@ def test_a_class_with_dense_layers_in_front_gets_them_there(loud, text):
     assert sensitivity.settle(free, middle).recipe.layers == "0:3,4:6"
 
 
+def test_dense_layers_that_cost_time_are_left_out_where_engines_are_named(loud, text, monkeypatch):
+    loss_L = [9.0, 0.1, 0.1, 0.1, 0.1, 0.1]
+    named = {"target": "glm4_moe", "engines": "llama.cpp"}
+    monkeypatch.setattr(sensitivity, "SLACK", 1.2)  # (1 + 5 x .5) / 6 is 1.17 times .5
+    for time, layers in ((0.5, "1:6"), (0.2, "0:6")):
+        monkeypatch.setattr(sensitivity, "relative_time", lambda *_, time=time: time)
+        assert sensitivity.settle(job_of(loud, text, **named), loss_L).recipe.layers == layers
+    assert sensitivity.settle(job_of(loud, text, target="glm4_moe"), loss_L).recipe.layers == "1:6"
+
+
 def test_a_model_without_a_next_token_loss_converts_all(own_pico, text):
     job = job_of(own_pico("bert", num_hidden_layers=LAYERS), text, target="moefy")
     assert job.layers == list(range(LAYERS))
