@@ -141,5 +141,5 @@ def flattered(levels: float | None) -> str:
         return ""
     return (
         "The dense weights were quantised before (a block of 32 holds "
-        f"{levels:.0f} different values), which flatters types of 4 and 5 bits."
+        f"{levels:.0f} different values), which may flatter types of 4 and 5 bits."
     )
