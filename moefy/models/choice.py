@@ -36,10 +36,6 @@ LOWER = 0.03
 SLACK = 1.05
 """A shape may take this many times what the fastest takes."""
 
-GAIN, LOOSE = 0.5, 1.5
-"""Where no engine was named: if even the fastest shape saves less than this part of the time that
-its multiply-adds allow, a shape may take so many times what it takes, for the sake of less loss."""
-
 PHASES = (512, 1)
 """Tokens at once: in a prompt, and in decoding at batch 1."""
 
@@ -67,8 +63,6 @@ class Choice:
     shape: Shape
     time: float
     """Of the layer, as a part of the dense layer's, mean over phases and engines."""
-    pays: bool
-    """Whether speed had the say: an engine was named, or the fastest shape saves much."""
     finer: Shape | None
     """The fastest shape of clearly less expected loss."""
 
@@ -77,8 +71,6 @@ class Choice:
         engines = ", ".join(self.engines)
         line = f"shape chosen for {engines}: {1 / self.time:.2f} times dense expected"
         line += f", {ideal(self.layer, self.shape):.2f} by multiply-adds"
-        if not self.pays:
-            return f"{line}; no shape is fast there, so one of less loss was taken"
         if self.finer is None:
             return f"{line}; none finer loses less"
         less = 1 - expected_loss(self.finer) / expected_loss(self.shape)
@@ -134,13 +126,11 @@ def choose(
     """The shape of least expected loss among those within 5 % of the fastest in these engines, for
     as many multiply-adds.
 
-    With no engine named, transformers counts; where even the fastest saves little there, among
-    those that take at most a half more. None for an FFN that is too small or that no candidate
-    divides, or where all neurons are to run.
+    With no engine named, transformers counts. None for an FFN that is too small or that no
+    candidate divides, or where all neurons are to run.
     """
     if layer.num_neurons < SMALLEST or active >= 1:
         return None
-    named = bool(engines)
     engines = [MEASURED.get(name, name) for name in engines] or [DEFAULT_ENGINE]
     for any_width, counts in itertools.product((False, True), (COUNTS, OTHER_COUNTS)):
         possible = candidates(layer.num_neurons, active, fits, counts)
@@ -149,16 +139,13 @@ def choose(
     else:
         return None
     excess = {shape: over_ideal(layer, shape, engines) for shape in shapes}
-    fastest = min(excess, key=lambda shape: excess[shape])
-    saved = 1 - relative_time(layer, fastest, engines)
-    pays = named or saved >= GAIN * (1 - 1 / ideal(layer, fastest))
-    most = excess[fastest] * (SLACK if pays else LOOSE)
+    most = SLACK * min(excess.values())
     order = sorted(shapes, key=lambda shape: (round(expected_loss(shape), 4), excess[shape]))
     best = next(shape for shape in order if excess[shape] <= most)
     finer = [shape for shape in order if expected_loss(shape) < CLEAR * expected_loss(best)]
     dearer = min(finer, key=lambda shape: excess[shape], default=None)
     time = relative_time(layer, best, engines)
-    return Choice(layer, tuple(engines), best, time, pays, dearer)
+    return Choice(layer, tuple(engines), best, time, dearer)
 
 
 def _suits(shape: Shape, engines: Sequence[str]) -> bool:
