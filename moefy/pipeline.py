@@ -106,7 +106,7 @@ def _converted(out: Path, recipe: Recipe) -> bool:
     folder = out / "moefy"
     if not (folder / runs.REPORT).is_file() or not (folder / runs.RECIPE).is_file():
         return False
-    _check_same(out, "converted", _deciding(runs.read_recipe(out)), _deciding(recipe))
+    _check_same(out, "converted", _deciding(_asked(out, recipe)), _deciding(recipe))
     _check_whole(out)
     if os.path.isdir(recipe.model):  # else a hub id, whose revision is in the recipe
         summary = runs.read_report(out)
@@ -116,6 +116,14 @@ def _converted(out: Path, recipe: Recipe) -> bool:
                 code=2,
             )
     return True
+
+
+def _asked(out: Path, recipe: Recipe) -> Recipe:
+    """The recipe that a conversion was asked for: it keeps the layers that were chosen."""
+    kept, budget = runs.read_recipe(out), runs.read_report(out).get("budget")
+    if not budget or recipe.layers != "auto":
+        return kept
+    return dataclasses.replace(kept, layers="auto", active=budget["active"])
 
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:

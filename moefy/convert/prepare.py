@@ -50,6 +50,7 @@ class Job:
     active: float  # fraction of the layers that are left, where the recipe's is of all
     shape: Shape
     layers: list[int]
+    weighs: bool  # whether sensitivities, which are not measured yet, say which layers these are
     method: Method
     notes: tuple[str, ...]
 
@@ -133,12 +134,13 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
     family, notes = source.family, list(source.notes)
     dropped, active = depth_of(recipe, source, method)
     checkpoint = without(source.checkpoint, family, dropped)
-    if recipe.layers == AUTO:
-        reason = why_all_layers(recipe, method, family, checkpoint, active)
-        if reason is not None:
-            recipe = dataclasses.replace(recipe, layers=":")
-        notes += [f"all layers are converted: {reason}"] if reason else []
-    # "auto" is settled from weights (see `sensitivity`); until then it stands for all.
+    # "auto" is settled from weights (see `sensitivity`); until then, or if it need not be measured,
+    # it stands for all.
+    weighs = recipe.layers == AUTO
+    if weighs:
+        why_all = why_all_layers(recipe, method, family, checkpoint, active)
+        weighs = why_all is None
+        notes += [f"all layers are converted: {why_all}"] if why_all else []
     chosen = chosen_layers(":" if recipe.layers == AUTO else recipe.layers, source.num_layers)
     kept = [layer for layer in range(source.num_layers) if layer not in dropped]
     if not (layers := [new for new, layer in enumerate(kept) if layer in chosen]):
@@ -165,7 +167,7 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
             "the kinds of the layers (layer_types) no longer alternate as they did: an engine that "
             "tells them by a layer's number computes something else"
         )
-    if recipe.layers == AUTO:
+    if weighs:
         notes += ("which layers stay dense is measured first; until then all count as converted",)
     if method.fit is None:
         shape = pruned(shape)
@@ -183,6 +185,7 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
         active,
         shape,
         layers,
+        weighs,
         method,
         (),
     )

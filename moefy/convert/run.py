@@ -22,7 +22,7 @@ from moefy.convert.gradients import ffn_gradients
 from moefy.convert.layers import convert_layers, shared
 from moefy.convert.memory import ADVICE, Plan, fit, gradient_bytes, require, state_bytes
 from moefy.convert.oracle import attach
-from moefy.convert.prepare import AUTO, SELF, Job
+from moefy.convert.prepare import SELF, Job
 from moefy.convert.session import Attempt, Session
 from moefy.convert.summary import END, gaps, summarise, write_report
 from moefy.distributed import Group
@@ -218,13 +218,14 @@ def _dropped(session: Session, tokens: packing.Tokens) -> list[dict[str, Any]]:
     """The layers to drop that the recipe wants chosen, in order, with their losses; kept."""
     with session.clock.stage("layers to drop"):
         order = session.state.load("dropped") or depth.chosen(session.job, tokens, session.watch)
-        session.state.save("dropped", order)
+        if order:  # a stopped run that has nothing to keep leaves nothing
+            session.state.save("dropped", order)
     return order
 
 
 def _sensitivities(session: Session, tokens: packing.Tokens) -> list[float]:
     """What leaving each layer dense would save, where the recipe asks for that; it is kept."""
-    if session.job.recipe.layers != AUTO:
+    if not session.job.weighs:
         return []
     with session.clock.stage("sensitivity"):
         loss_L = session.state.load("sensitivities")

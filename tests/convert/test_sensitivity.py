@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moefy import pipeline
 from moefy.config.recipe import build, read
 from moefy.convert import sensitivity
 from moefy.convert.prepare import Job, prepare
@@ -123,16 +124,25 @@ def test_the_recipe_that_is_kept_names_the_layers_and_gives_the_same_bytes(loud,
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_a_run_with_chosen_layers_is_known_again(loud, text, tmp_path):
+    job = job_of(loud, text)
+    convert(job, tmp_path / "out")
+    assert pipeline._converted(tmp_path / "out", job.recipe)
+    for other in ({"active": 0.6}, {"layers": ":"}):
+        with pytest.raises(MoefyError, match="another recipe"):
+            pipeline._converted(tmp_path / "out", dataclasses.replace(job.recipe, **other))
+
+
 def test_a_class_that_can_leave_no_layer_dense_converts_all(loud, text):
     job = job_of(loud, text, target="mixtral")
-    assert job.recipe.layers == ":" and job.layers == list(range(LAYERS))
+    assert not job.weighs and job.layers == list(range(LAYERS))
     assert any("all layers are converted: no class" in note for note in job.notes)
 
 
 def test_a_class_with_dense_layers_in_front_gets_them_there(loud, text):
     first, middle = [9.0, 0.2, 0.1, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 9.0, 0.1, 0.1]
     job = job_of(loud, text, target="glm4_moe")
-    assert job.recipe.layers == "auto"
+    assert job.weighs
     assert sensitivity.settle(job, first).recipe.layers == "1:6"
     assert sensitivity.settle(job, middle).recipe.layers == "0:6"
     free = job_of(loud, text, target="qwen2_moe")
@@ -156,15 +166,19 @@ def test_a_model_without_a_next_token_loss_converts_all(own_pico, text):
 
 
 def test_too_few_layers_or_too_few_active_neurons_convert_all(loud, text):
-    assert job_of(loud, text, active=0.25).recipe.layers == ":"
-    assert job_of(loud, text, active=1.0).recipe.layers == ":"
-    assert job_of(loud, text, active=0.5).recipe.layers == "auto"
+    assert not job_of(loud, text, active=0.25).weighs
+    assert not job_of(loud, text, active=1.0).weighs
+    assert job_of(loud, text, active=0.5).weighs
 
 
 def test_auto_is_the_default_and_a_colon_converts_all(loud, text):
     default = prepare(build(None, {"model": str(loud), "calibration": str(text)}, []))
-    assert default.recipe.layers == "auto" and any("measured first" in n for n in default.notes)
-    assert job_of(loud, text, layers=":").recipe.layers == ":"
+    assert (
+        default.weighs
+        and default.recipe.layers == "auto"
+        and any("measured first" in n for n in default.notes)
+    )
+    assert not job_of(loud, text, layers=":").weighs
 
 
 def test_layers_of_equal_sensitivity_are_not_worth_a_dense_one():
