@@ -75,9 +75,9 @@ def ideal(layer: Layer, shape: Shape) -> float:
 
 
 COSTS = {
-    "transformers": Cost(0.183, 0.0120, 1.53e4, 4.62, 9.18e5, 4.05e5),
-    "llama.cpp": Cost(0.0151, 0.0336, 0.0, 7.40, 7.24e4, 3.74e3),
-    "vLLM": Cost(0.183, 0.0120, 1.53e4, 4.62, 9.18e5, 4.05e5),
+    "transformers": Cost(0.191, 0.0117, 1.59e4, 4.79, 8.84e5, 4.22e5),
+    "llama.cpp": Cost(0.0166, 0.0332, 0.0, 7.50, 6.76e4, 4.15e3),
+    "vLLM": Cost(0.191, 0.0117, 1.59e4, 4.79, 8.84e5, 4.22e5),
 }
 """By engine: transformers in bfloat16 and llama.cpp in q8_0, on one thread of an AMD EPYC with
 AVX512-BF16. vLLM was not measured and is taken to be like transformers."""
