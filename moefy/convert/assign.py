@@ -1,4 +1,4 @@
-"""Balanced assignment: every column of a value matrix receives as many rows as it has room for.
+"""Balanced assignment: every column of a value matrix receives the same number of rows.
 
 This is a transportation problem. Solved as a square assignment it takes minutes at 11,008
 neurons; with one dual price per expert it takes well under a second.
@@ -6,16 +6,14 @@ neurons; with one dual price per expert it takes well under a second.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 
-def assign_balanced(value_FE: np.ndarray, width: int | Sequence[int]) -> np.ndarray:
+def assign_balanced(value_FE: np.ndarray, width: int) -> np.ndarray:
     """Give each of the E columns exactly `width` rows so that the summed value is greatest.
 
-    Columns may have widths of their own. `value_FE` has as many rows as all columns together.
-    Returns the column of each row, int64, shape (F,). The result is optimal; ties break by index.
+    `value_FE` has F = E * `width` rows. Returns the column of each row, int64, shape (F,). The
+    result is optimal; ties break by index.
 
     Each row first takes its best column under prices that a short dual descent has set, which is
     optimal for the column counts it yields. Then rows move one at a time along the cheapest path
@@ -26,19 +24,18 @@ def assign_balanced(value_FE: np.ndarray, width: int | Sequence[int]) -> np.ndar
     """
     value_FE = np.ascontiguousarray(value_FE, dtype=np.float64)
     num_rows, num_columns = value_FE.shape
-    width_E = np.broadcast_to(width, num_columns)
-    assert num_rows == width_E.sum() and width_E.min() > 0, "rows must fill the columns"
+    assert num_rows == num_columns * width, "rows must be columns x width"
     if num_columns == 1:
         return np.zeros(num_rows, dtype=np.int64)
-    value_FE = value_FE - _prices(value_FE, width_E)
+    value_FE = value_FE - _prices(value_FE, width)
     column_F = value_FE.argmax(1)
     counts_E = np.bincount(column_F, minlength=num_columns)
     cost_EE = np.stack([_leave_costs(value_FE, column_F, e) for e in range(num_columns)])
     price_E = np.zeros(num_columns)
-    while (counts_E > width_E).any():
+    while (counts_E > width).any():
         # At these prices no move gains. Rounding must not make one seem to: a path would circle.
         priced_EE = np.maximum(cost_EE + price_E[:, None] - price_E, 0.0)
-        path, distance_E = _cheapest_path(priced_EE, counts_E > width_E, counts_E < width_E)
+        path, distance_E = _cheapest_path(priced_EE, counts_E > width, counts_E < width)
         price_E += np.minimum(distance_E, distance_E[path[-1]])
         for source, sink in zip(path[:-1], path[1:], strict=True):
             rows = np.flatnonzero(column_F == source)
@@ -51,19 +48,19 @@ def assign_balanced(value_FE: np.ndarray, width: int | Sequence[int]) -> np.ndar
     return column_F
 
 
-def _prices(value_FE: np.ndarray, width_E: np.ndarray, steps: int = 200) -> np.ndarray:
+def _prices(value_FE: np.ndarray, width: int, steps: int = 200) -> np.ndarray:
     """Prices per column under which the best columns of the rows are nearly balanced."""
     price_E = np.zeros(value_FE.shape[1])
     best_E, least = price_E, np.inf
     step = np.ptp(value_FE, axis=1).mean() or 1.0
     for turn in range(steps):
         counts_E = np.bincount((value_FE - price_E).argmax(1), minlength=len(price_E))
-        excess = np.abs(counts_E - width_E).sum()
+        excess = np.abs(counts_E - width).sum()
         if excess < least:
             best_E, least = price_E, excess
         if excess == 0:
             break
-        price_E = price_E + step / (1 + turn) * (counts_E - width_E) / width_E
+        price_E = price_E + step / (1 + turn) * (counts_E - width) / width
     return best_E
 
 

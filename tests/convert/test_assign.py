@@ -51,7 +51,7 @@ def end():
     signal.signal(signal.SIGALRM, before)
 
 
-def least_loss(value_FE: np.ndarray, width: int | list[int]) -> float:
+def least_loss(value_FE: np.ndarray, width: int) -> float:
     """What the optimum loses against every row in its best column."""
     square_FF = np.repeat(losses(value_FE), width, axis=1)
     return square_FF[linear_sum_assignment(square_FF)].sum()
@@ -92,18 +92,6 @@ def test_it_is_balanced_and_optimal(kind):
         assert_balanced(column_F, columns, width)
         slack = 1e-9 * np.ptp(value_FE, axis=1).max()
         assert loss(value_FE, column_F) <= least_loss(value_FE, width) + slack, seed
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_columns_may_have_widths_of_their_own(kind):
-    for seed in range(20):
-        dice = np.random.default_rng(seed)
-        widths = dice.integers(1, 12, dice.integers(2, 7)).tolist()
-        value_FE = KINDS[kind](dice, (sum(widths), len(widths)))
-        column_F = assign_balanced(value_FE, widths)
-        assert np.bincount(column_F, minlength=len(widths)).tolist() == widths
-        slack = 1e-9 * np.ptp(value_FE, axis=1).max()
-        assert loss(value_FE, column_F) <= least_loss(value_FE, widths) + slack, seed
 
 
 @pytest.mark.parametrize("kind", ["normal", "integer ties", "negative", "one column best"])
@@ -171,6 +159,5 @@ def test_one_column_takes_all_rows():
 
 
 def test_rows_of_another_number_than_columns_times_width_are_our_own_mistake():
-    for widths in (2, [2, 2], [5, 0]):
-        with pytest.raises(AssertionError):
-            assign_balanced(np.zeros((5, 2)), widths)
+    with pytest.raises(AssertionError):
+        assign_balanced(np.zeros((5, 2)), 2)

@@ -20,9 +20,7 @@ from planted import (
     recovered,
     seeded,
 )
-from scipy.optimize import linear_sum_assignment
 
-from moefy.convert.partition import alternating
 from moefy.convert.router import linear
 from moefy.types import FFN, Partition, Profile, Shape
 
@@ -212,35 +210,6 @@ def test_the_planted_partition_is_the_ceiling_that_the_search_reaches():
     # The planted groups are those of the tokens: the loops that judge here see what was planted.
     strongest_TE = by_expert(energies(planted.ffn, planted.profile.h_TF), planted.partition)
     assert (strongest_TE[planted.chosen_TE].min() > strongest_TE[~planted.chosen_TE]).mean() > 0.99
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_round_deals_out_the_neurons_as_well_as_its_routing_allows(seed):
-    ffn, shape = random_ffn(seed), SHAPES[0]
-    energy_TF = torch.from_numpy(
-        energies(ffn, ffn.activations(torch.randn(60, 12, generator=seeded(seed))))
-    ).float()
-    score_TE = torch.rand(60, shape.num_experts, generator=seeded(seed)).numpy()
-    score_TE[:, 0] += 0.5  # most neurons would deliver most in an expert that has no room for them
-    mask_TE = mask_of(score_TE, 2)
-    found = alternating._reassign(energy_TF, torch.from_numpy(mask_TE).float(), shape)
-    assert_covers("alternating", found, shape)
-    # What each neuron delivers in each place: a row for a neuron, a column for a place in a part.
-    worth_FE = np.stack([energy_TF[mask_TE[:, e]].sum(0) for e in range(shape.num_experts)], 1)
-    total_F1 = energy_TF.numpy().sum(0)[:, None]
-    square_FF = np.hstack(
-        [worth_FE.repeat(shape.expert_width, 1), total_F1.repeat(shape.num_shared, 1)]
-    )
-    most = square_FF[linear_sum_assignment(square_FF, maximize=True)].sum()
-    assert captured(energy_TF.numpy(), found, mask_TE) == pytest.approx(
-        most / total_F1.sum(), rel=1e-6
-    )
-    # Sharing first those that lose most in their best expert, whether it has room, is worse.
-    loss_F = total_F1[:, 0] - worth_FE.max(1)
-    rest = np.sort(loss_F.argsort()[: -shape.num_shared])
-    square_RR = worth_FE[rest].repeat(shape.expert_width, 1)
-    routed = square_RR[linear_sum_assignment(square_RR, maximize=True)].sum()
-    assert routed + total_F1.sum() - total_F1[rest].sum() < most * (1 - 1e-3)
 
 
 def test_rounds_never_capture_less_than_the_clustering_they_start_from():

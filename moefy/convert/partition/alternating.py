@@ -29,20 +29,19 @@ def split(
     *,
     generator: torch.Generator,
     rounds: Annotated[int, Range(0)] = 4,
-    routed_rounds: Annotated[int, Range(0)] = 8,
+    routed_rounds: Annotated[int, Range(0)] = 4,
     sample: Annotated[int, Range(64)] = SAMPLE,
 ) -> Partition:
     """Alternate between routing tokens to experts and neurons to experts.
 
     Start: neurons of greatest mean output energy are shared, the others are clustered by their
-    output profile over the tokens (k-means, then balanced). Each round routes the tokens. Neuron i
-    would then deliver the energy A_ie = sum over e's tokens of c_ti in expert e, and that of all
-    tokens in the shared part. One optimal assignment, in which every part has room for its width,
-    decides which neurons are shared and where the others go. The first `rounds` route by the
-    experts' true energies; the `routed_rounds` after them route by the linear router fitted to the
-    experts of that moment, so that experts form which such a router can serve. The round whose
-    linear router captures most energy on the held-out tokens is returned. At most `sample` fitting
-    tokens are used.
+    output profile over the tokens (k-means, then balanced). Each round routes the tokens, gives
+    neuron i in expert e the energy A_ie = sum over e's tokens of c_ti it would deliver there,
+    shares the neurons that lose most by being routed, and assigns the others on A (balanced,
+    optimal). The first `rounds` route by the experts' true energies; the `routed_rounds` after
+    them route by the linear router fitted to the experts of that moment, so that experts form
+    which such a router can serve. The round whose linear router captures most energy on the
+    held-out tokens is returned. At most `sample` fitting tokens are used.
 
     Where the shape overlaps, every expert takes the neurons that deliver most on its own tokens,
     whoever else has them, the neurons that deliver most in all are shared, and the start is k-means
@@ -103,8 +102,7 @@ def _cluster(
         KMeans(shape.num_experts, n_init="auto", random_state=seed).fit(point_RQ).cluster_centers_
     )
     closeness_RE = point_RQ @ centre_EQ.T - 0.5 * (centre_EQ**2).sum(1)
-    expert_R = torch.as_tensor(assign_balanced(closeness_RE, shape.expert_width))
-    return gathered(shared_S, rest, expert_R.to(rest.device), shape.num_experts)
+    return _partition(shared_S, rest, closeness_RE, shape)
 
 
 def _cluster_tokens(x_TD: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
@@ -123,27 +121,25 @@ def _cluster_tokens(x_TD: Tensor, shape: Shape, generator: torch.Generator) -> T
 
 
 def _reassign(energy_TF: Tensor, mask_TE: Tensor, shape: Shape) -> Partition:
-    """Deal the neurons out to the shared part and the experts so that they deliver most in all."""
+    """Share the neurons that lose most by being routed; give the others their best expert."""
     delivered_FE = (mask_TE.T @ energy_TF).T  # a tenth of the time that energy_TF.T takes
-    energy_F = energy_TF.sum(0)
     if shape.overlaps:
-        shared_S = ranked(energy_F, shape.num_shared)[0].sort().values
+        shared_S = ranked(energy_TF.sum(0), shape.num_shared)[0].sort().values
         delivered_FE[shared_S] = -1.0
         best_FE = delivered_FE.argsort(dim=0, descending=True, stable=True)
         return Partition(shared_S, best_FE[: shape.expert_width].T.sort(1).values.contiguous())
-    widths = [shape.expert_width] * shape.num_experts
-    if shape.num_shared:  # the shared part is one more expert, to which all tokens go
-        delivered_FE = torch.cat([delivered_FE, energy_F[:, None]], 1)
-        widths.append(shape.num_shared)
-    expert_F = torch.as_tensor(assign_balanced(delivered_FE.cpu().numpy(), widths))
-    order_F = expert_F.argsort(stable=True).to(energy_F.device)
-    num_routed = shape.num_experts * shape.expert_width
-    return Partition(order_F[num_routed:], order_F[:num_routed].view(-1, shape.expert_width))
+    loss_F = energy_TF.sum(0) - delivered_FE.max(1).values
+    shared_S, rest = ranked(loss_F, shape.num_shared)
+    return _partition(shared_S, rest, delivered_FE[rest].cpu().numpy(), shape)
+
+
+def _partition(shared_S: Tensor, rest: Tensor, value_RE, shape: Shape) -> Partition:
+    expert_R = torch.as_tensor(assign_balanced(value_RE, shape.expert_width), device=rest.device)
+    return gathered(shared_S, rest, expert_R, shape.num_experts)
 
 
 def _expert_energy(energy_TF: Tensor, partition: Partition) -> Tensor:
-    member_FE = membership(partition, energy_TF.shape[1])
-    return (member_FE.T @ energy_TF.T).T  # half the time of `energy_TF @ member_FE`
+    return energy_TF @ membership(partition, energy_TF.shape[1])
 
 
 def _captured(energy_TF: Tensor, score_TE: Tensor, partition: Partition, shape: Shape) -> float:
