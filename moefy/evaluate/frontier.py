@@ -81,11 +81,11 @@ def better(own: Point, points: Sequence[Point], axis: str) -> str | None:
     """The rival that is better by the rule and loses least; None if there is none."""
     if own[axis] is None:
         return None
-    found = [
+    beating = [
         rival
         for rival in rivals(points, axis)
         if rival[axis] <= SLACK * own[axis]
         and rival["kl"] <= SLACK * own["kl"]
         and (SLACK * rival[axis] < own[axis] or SLACK * rival["kl"] < own["kl"])
     ]
-    return min(found, key=lambda rival: (rival["kl"], rival[axis]))["label"] if found else None
+    return min(beating, key=lambda p: (p["kl"], p[axis]))["label"] if beating else None
