@@ -181,21 +181,34 @@ def test_auto_is_the_default_and_a_colon_converts_all(loud, text):
     assert not job_of(loud, text, layers=":").weighs
 
 
-def test_layers_of_equal_sensitivity_are_not_worth_a_dense_one():
-    assert sensitivity.dense_sets([1.0] * 10, 0.5) == [frozenset()]
-    assert sensitivity._promised([1.0] * 10, 0.5, frozenset()) == pytest.approx(10)
+def test_layers_of_equal_sensitivity_are_not_worth_a_dense_one(loud, text):
+    job = job_of(loud, text)
+    assert sensitivity.settle(job, [1.0] * LAYERS).layers == list(range(LAYERS))
+    assert sensitivity.settle(job, [9.0, *[1.0] * 5]).layers == [1, 2, 3, 4, 5]
 
 
-def test_sets_of_dense_layers_come_by_what_they_promise():
+def test_a_dense_layer_is_not_worth_it_where_the_others_get_a_poorer_choice(
+    loud, text, monkeypatch
+):
+    job = job_of(loud, text)
+    loss_L = [2.0, *[1.0] * 5]
+    assert sensitivity.settle(job, loss_L).layers == [1, 2, 3, 4, 5]
+
+    def poorer(shape, power):
+        return (1 - shape.active_fraction) ** power * (1.2 if shape != job.shape else 1)
+
+    monkeypatch.setattr(sensitivity, "expected_loss", poorer)
+    assert sensitivity.settle(job, loss_L).layers == list(range(LAYERS))
+
+
+def test_sets_of_dense_layers_come_by_their_number_and_the_most_sensitive_first():
     loss_L = [5.0, 1.0, 0.5, 0.5, 6.0, 0.5, 0.5, 0.5, 0.5, 4.0]
-    sets = sensitivity.dense_sets(loss_L, 0.5)
-    assert sets[0] == {0, 4, 9} and sets[-1] == frozenset() and frozenset({4}) in sets
+    by_number = sensitivity.dense_sets(loss_L, 0.5)
+    assert [sets[0] for sets in by_number] == [set(), {4}, {0, 4}, {0, 4, 9}]
     # The ends, for classes that have dense layers there alone.
-    assert frozenset({0, 9}) in sets and frozenset({0}) in sets
-    promised = [sensitivity._promised(loss_L, 0.5, dense) for dense in sets]
-    assert promised == sorted(promised)
+    assert by_number[2][1:] == [{0, 9}, {0, 1}, {8, 9}]
     # No other layer runs less than half of what it was asked to.
-    assert max(map(len, sets)) <= 3
+    assert len(by_number) == 4
 
 
 @pytest.mark.parametrize(
