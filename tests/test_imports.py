@@ -35,7 +35,7 @@ ROWS = {
         "reload resolve tensor_names tensors",
         "__init__",
     ],
-    "config": ["finetune recipe report", "methods options toml", "__init__"],
+    "config": ["finetune recipe report", "methods options toml", "course", "__init__"],
     "convert": [
         "run",
         "calibration estimate layers",

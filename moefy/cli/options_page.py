@@ -68,6 +68,8 @@ def _takes(option: Field) -> str:
         return ""
     if option.kind not in MOST:
         return kind
+    if option.option.course:
+        return "number from 0, or a course"
     if option.option.most is None:
         return f"{kind} from {number(option.option.least)}"
     return f"{kind} from {number(option.option.least)} to {number(option.option.most)}"

@@ -71,7 +71,8 @@ def _parameters(options: type, *, optional: bool) -> Iterator[inspect.Parameter]
     for option in fields(options).values():
         if not option.option.flag:
             continue
-        kind: Any = list[option.kind] if option.many else option.kind
+        kind: Any = str if option.option.course else option.kind
+        kind = list[kind] if option.many else kind
         default = None if optional or option.many else option.default
         if default is MISSING:
             default = inspect.Parameter.empty

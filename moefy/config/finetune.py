@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moefy.config import course
+from moefy.config.course import Weight
 from moefy.config.options import (
     COMPUTE_DTYPES,
     Note,
@@ -62,7 +64,12 @@ class Settings:
     )
     weight_decay: float = key(0.0, "Weight decay.")
     max_grad_norm: float = key(1.0, "Gradient norm at most.", old="clip")
-    kl: float = option(1.0, "Weight of the KL divergence from the teacher.")
+    kl: Weight = option(
+        1.0,
+        "Weight of the KL divergence from the teacher; this and the other weights of what is "
+        "learned may change: `1,0@0.7` is 1, and 0 from 70 % of the steps on.",
+        course=True,
+    )
     temperature: float = key(1.0, "Temperature of that divergence.", least=1e-3, most=1e3)
     top_p: float = key(
         0.98,
@@ -71,14 +78,17 @@ class Settings:
         most=1,
     )
     top_tokens: int = key(128, "Tokens of the teacher's that are kept at most.", least=1)
-    ce: float = option(0.0, "Weight of the cross-entropy of the text itself.")
-    hidden: float = key(
+    ce: Weight = option(0.0, "Weight of the cross-entropy of the text itself.", course=True)
+    hidden: Weight = key(
         0.0,
         "Weight of the match of the states behind every layer; the teacher runs beside the "
         "student.",
+        course=True,
     )
-    router_ce: float = key(
-        0.0, "Weight of the router's cross-entropy to the experts of most output energy."
+    router_ce: Weight = key(
+        0.0,
+        "Weight of the router's cross-entropy to the experts of most output energy.",
+        course=True,
     )
     balance: str = option(
         "switch",
@@ -187,8 +197,13 @@ def _check(settings: Settings) -> None:
             raise MoefyError(
                 f"{flag} is {value}; expected at least {length}, which is one sequence", code=2
             )
-    if not (settings.kl or settings.ce or settings.hidden or settings.router_ce):
-        raise MoefyError("all of kl, ce, hidden and router_ce are 0: nothing to learn from", code=2)
+    learned = [settings.kl, settings.ce, settings.hidden, settings.router_ce]
+    for start in sorted({start for weight in learned for start, _ in course.parts(weight)}):
+        if not any(course.at(weight, start) for weight in learned):
+            when = f" from {start:.0%} of the steps on" if start else ""
+            raise MoefyError(
+                f"all of kl, ce, hidden and router_ce are 0{when}: nothing to learn from", code=2
+            )
     if settings.hidden and settings.teacher_cache:
         raise MoefyError(
             "hidden needs the teacher's states, which a --teacher-cache does not hold; drop one",

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from moefy.config import course
 from moefy.errors import MoefyError
 
 Note = Callable[[str], None]
@@ -53,6 +54,8 @@ class Option:
     """Its name in earlier versions."""
     old_values: Mapping[str, str] = field(default_factory=dict)
     """Choices of earlier versions, and what they are called now."""
+    course: bool = False
+    """Whether a number may change in the course of a training; see `moefy.config.course`."""
 
 
 def option(default: Any, what: str | Option, **details: Any) -> Any:
@@ -106,6 +109,8 @@ class Field:
             if separator := self.option.separator:
                 words = [part for word in words for part in word.split(separator) if part]
             return tuple(map(self.kind, words))
+        if self.option.course and isinstance(value, str):
+            return course.normal(value, self.flag)
         if not self._fits(value):
             expected = "table" if self.kind is Mapping else self.kind.__name__
             raise MoefyError(f"{self.flag} is {value!r}; expected {expected}", code=2)
@@ -253,7 +258,7 @@ def number(value: float) -> str:
 def _field(spec: dataclasses.Field, kind: Any, option: Option) -> Field:
     default = spec.default if spec.default_factory is MISSING else spec.default_factory()
     if isinstance(kind, UnionType):
-        (kind,) = [part for part in get_args(kind) if part is not NoneType]
+        kind, *_ = [part for part in get_args(kind) if part is not NoneType]
     many = get_origin(kind) is tuple
     kind = get_args(kind)[0] if many else get_origin(kind) or kind
     return Field(spec.name, kind, many, default, option)

@@ -58,6 +58,11 @@ class CollapseGuard(TrainerCallback):
         self._losses: deque[float] = deque(maxlen=steps)
         self._least = math.inf
 
+    def begin_phase(self) -> None:
+        """Forget the losses so far: those of other weights do not compare."""
+        self._losses.clear()
+        self._least = math.inf
+
     def observe(self, step: int, loss: float, load_LE: list[Tensor]) -> None:
         """Add one step, and set `failure` if training goes wrong."""
         self._loads.append(load_LE)

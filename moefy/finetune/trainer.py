@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import StackDataset
 from transformers import Trainer, TrainerCallback
 
+from moefy.config import course
 from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
 from moefy.finetune import losses
@@ -53,6 +54,8 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
         self.checkpoints = setup.checkpoints
         self.losses = losses.active(setup.settings, routers=bool(setup.routing.layers))
         self.needs = {need for loss in self.losses for need in loss.needs}
+        self.weights: dict[str, float] = {}
+        """The weights of the losses at this step."""
         self._start_step()
         self.began = (time.perf_counter(), 0)
         self.last: dict[str, Any] = {"seconds": 0.0, "tokens_per_second": 0.0}
@@ -67,8 +70,15 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
         self.began = (time.perf_counter(), state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Set the share of the training that is done."""
+        """Set the share of the training that is done, and the weights of the losses."""
         self.routing.progress = state.global_step / max(1, state.max_steps)
+        weights = {
+            loss.name: course.at(getattr(self.settings, loss.weight), self.routing.progress)
+            for loss in self.losses
+        }
+        if weights != self.weights:
+            self.weights = weights
+            self.setup.guard.begin_phase()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End the step."""
@@ -107,8 +117,8 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
         values = {loss.name: loss.value(batch) for loss in self.losses}
         if self.state.global_step == 0:
             self._check_balance(values.get("aux"))
-        weights = {loss.name: getattr(self.settings, loss.weight) for loss in self.losses}
-        total = torch.stack([weights[n] * value for n, value in values.items() if weights[n]]).sum()
+        used = {name: weight for name, weight in self.weights.items() if weight}
+        total = torch.stack([weight * values[name] for name, weight in used.items()]).sum()
         for name, value in {"loss": total, **values}.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
         self.num_batches += 1
@@ -193,8 +203,16 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
             "seconds": round(seconds, 2),
             "lr": self._get_learning_rate(),
             **means,
+            **self._changing_weights(),
             **over_layers(self.statistics.layers()),
             "tokens_per_second": round((step - first) * tokens / max(seconds, 1e-9), 2),
+        }
+
+    def _changing_weights(self) -> dict[str, float]:
+        return {
+            f"{loss.name}_weight": self.weights[loss.name]
+            for loss in self.losses
+            if isinstance(getattr(self.settings, loss.weight), str)
         }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
