@@ -86,12 +86,12 @@ def test_sensitivities_are_what_the_stock_model_loses(family, changes, own_pico,
 
 
 def test_pieces_are_apart_from_each_other_and_spread_over_the_sequences(loud, text):
-    job = job_of(loud, text, tokens=2048, sequence_length=256)
+    job = job_of(loud, text, tokens=4096, sequence_length=256)
     tokens = calibration_tokens(job, silent)
     fitted, probes = sensitivity.pieces(tokens, *sensitivity.PIECES)
     length, num_fitted, num_probes = sensitivity.PIECES
     assert len(fitted) == num_fitted and len(probes) == num_probes
-    whole = [part.reshape(-1, length).tolist() for part in tokens.ids_BT.split([7, 1])]
+    whole = [part.reshape(-1, length).tolist() for part in tokens.ids_BT.split([14, 2])]
     for drawn, all_of_them in zip((fitted.tolist(), probes.tolist()), whole, strict=True):
         assert drawn[0] == all_of_them[0] and drawn[-1] == all_of_them[-1]
         places = [all_of_them.index(ids) for ids in drawn]
