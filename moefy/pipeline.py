@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.config import finetune, recipe, report
-from moefy.config.options import Note, located, renamed
+from moefy.config.options import Note, renamed
 from moefy.config.recipe import Recipe
 from moefy.config.toml import read_toml
 from moefy.errors import MoefyError
@@ -145,12 +145,12 @@ def _convert(out: Path, recipe: Recipe, force: bool, watch: Watch) -> dict[str, 
 def _finetuned(run: Path, out: Path, settings: finetune.Settings) -> bool:
     if (tuning := runs.read_tuning(out)) is None:
         return False
-    idle = NOT_OF_WEIGHTS + (NOT_OF_SELF if settings.data == "self" else ())
+    idle = NOT_OF_WEIGHTS + (NOT_OF_SELF if settings.data == ("self",) else ())
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in idle}
     # A setting that an older moefy lacked has its default: that is what it did.
     before = renamed(finetune.Settings, tuning["settings"])
     before = dataclasses.asdict(finetune.Settings()) | before
-    _check_same(out, "fine-tuned", located(before, "data", "teacher"), asked)
+    _check_same(out, "fine-tuned", finetune.complete(before), asked)
     _check_whole(out)
     base = runs.read_report(run)["outputs"] if (run / "moefy" / runs.REPORT).is_file() else {}
     started = tuning["parent"]["files"]

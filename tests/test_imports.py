@@ -35,7 +35,7 @@ ROWS = {
         "reload resolve tensor_names tensors",
         "__init__",
     ],
-    "config": ["finetune recipe report", "methods options toml", "course", "__init__"],
+    "config": ["finetune recipe report", "sources", "methods options toml", "course", "__init__"],
     "convert": [
         "run",
         "calibration estimate layers",
@@ -65,7 +65,7 @@ ROWS = {
     "files": ["resume", "shards", "publish", "buffers lock safetensors_header", "__init__"],
     "finetune": [
         "run",
-        "checks write",
+        "checks text write",
         "inputs",
         "train",
         "lora heldout",
@@ -102,7 +102,7 @@ ROWS = {
         "__init__",
     ],
     "text": [
-        "self_text",
+        "mix self_text",
         "packing windows",
         "documents",
         "chat",

@@ -18,6 +18,7 @@ from moefy.config.options import (
     option,
     parse_setting,
 )
+from moefy.config.sources import absolute, sources
 from moefy.config.toml import read_toml
 from moefy.errors import MoefyError
 
@@ -29,10 +30,11 @@ TABLE = "finetune"
 class Settings:
     """What decides the weights of a fine-tune, but for versions and the number of processes."""
 
-    data: str = option(
-        "self",
+    data: tuple[str, ...] = option(
+        ("self",),
         "File or folder of text, rows or chats; data set id; or `self` for text that the dense "
-        "model writes.",
+        "model writes. May be repeated, with shares: `prose.txt:0.7`.",
+        unset="self",
     )
     text_field: str = option("text", "Field of rows that holds the text.")
     tokens: int = option(1_000_000, "Tokens to train on, repeated ones included.")
@@ -176,8 +178,17 @@ def build(
     values: dict[str, Any] = {}
     for layer in (table, given, *(dict([parse_setting(setting)]) for setting in settings)):
         values |= check(Settings, layer, note, f"[{TABLE}]")
-    result = Settings(**located(values, "data", "teacher"))
+    result = Settings(**complete(values))
     _check(result)
+    return result
+
+
+def complete(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose files are absolute paths, and whose `data` is a tuple, as it was not once."""
+    result = located(values, "teacher")
+    if "data" in result:
+        data = result["data"]
+        result["data"] = absolute([data] if isinstance(data, str) else data)
     return result
 
 
@@ -190,6 +201,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _check(settings: Settings) -> None:
     """Refuse settings that do not go together."""
+    sources(settings.data)
     length = settings.sequence_length
     amounts = {"--tokens": settings.tokens, "validation_tokens": settings.validation_tokens}
     for flag, value in amounts.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,23 +26,39 @@ def measure(
     was_training = model.training
     model.eval()
     curves = {CURVES[loss.name]: loss for loss in losses.active(settings) if loss.name in CURVES}
-    sums = dict.fromkeys(curves, 0.0)
+    sums = {(source, name): 0.0 for source in tokens.heldout for name in curves}
     statistics, size = RouterStatistics(settings.dead_below), settings.batch_size
-    for first in range(len(tokens.ids_BT) - tokens.num_heldout, len(tokens.ids_BT), size):
-        ids_BT = tokens.ids_BT[first : first + size].to(model.device)
-        row_B = torch.arange(first, first + len(ids_BT))
+    batches = [
+        (source, torch.tensor(numbers[first : first + size]))
+        for source, numbers in tokens.heldout.items()
+        for first in range(0, len(numbers), size)
+    ]
+    for source, row_B in batches:
+        ids_BT = tokens.ids_BT[row_B].to(model.device)
         with torch.no_grad(), routing.recording() as layers:
             logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
         targets = teacher.targets(row_B, ids_BT) if teacher.targets else None
         batch = text_batch(logits_BTV, ids_BT, targets, settings.temperature)
         for name, loss in curves.items():
-            sums[name] += len(ids_BT) * float(loss.value(batch))
+            sums[source, name] += len(ids_BT) * float(loss.value(batch))
         statistics.add([_routed(layer) for layer in layers], len(ids_BT))
         routing.clear()
     model.train(was_training)
     rows = statistics.layers()
-    means = {name: value / tokens.num_heldout for name, value in sums.items()}
-    return means | over_layers(rows), rows
+    return _means(sums, tokens, list(curves)) | over_layers(rows), rows
+
+
+def _means(
+    sums: Mapping[tuple[str, str], float], tokens: Tokens, names: list[str]
+) -> dict[str, float]:
+    """The mean losses over all sequences, and those of each source of a mix."""
+    result = {
+        name: sum(sums[source, name] for source in tokens.heldout) / tokens.num_heldout
+        for name in names
+    }
+    for (source, name), value in sums.items() if tokens.parts else ():
+        result[f"{name}, {source}"] = value / len(tokens.heldout[source])
+    return result
 
 
 def _routed(layer: Layer) -> Routed:

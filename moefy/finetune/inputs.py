@@ -1,4 +1,4 @@
-"""The inputs of a fine-tune, checked before it starts: a run, its text and its teacher."""
+"""The inputs of a fine-tune, checked before it starts: a run, its dtypes and its teacher."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ from moefy.files.safetensors_header import read_config, read_entries
 from moefy.files.shards import stored_dtype
 from moefy.finetune import losses
 from moefy.finetune.router_hooks import moe_layers
-from moefy.finetune.train import device, num_steps, tokens_per_step
+from moefy.finetune.train import device
 from moefy.models import families
 from moefy.models.load import check_loaded, open_model, plain_config
-from moefy.progress import Watch
 from moefy.runs import folder as runs
 from moefy.text import packing
 from moefy.text.packing import Tokens
@@ -215,43 +214,6 @@ def load_teacher(folder: Path, settings: Settings, dtype: torch.dtype) -> Any:
     check_loaded(folder, info)
     model.requires_grad_(False)
     return model.eval().to(device(settings))
-
-
-def read_text(
-    run: Run, settings: Settings, world: int, write: Callable[..., Tokens], watch: Watch
-) -> Tokens:
-    """The tokens to train and to measure on. `write` gives text that the dense model writes, if
-    the settings ask for that: see `self_text.sample` for its arguments.
-
-    Raises:
-        MoefyError: code 3 for a text that is too short, or a tokenizer that does not match.
-    """
-    length = settings.sequence_length
-    train_tokens = num_steps(settings, world) * tokens_per_step(settings, world)
-    total = train_tokens + settings.validation_tokens // length * length
-    amount = packing.Amount(total, length, settings.seed, settings.validation_tokens / total)
-    if settings.data == "self":
-        tokens = write(amount, progress=partial(watch, "write text"))
-    elif settings.text_field == packing.IDS:
-        tokens = packing.load_ids(settings.data, amount, vocab_size=run.vocab_size)
-    else:
-        watch("read text", 0, 1)
-        tokens = packing.load(
-            load_tokenizer(run.folder),
-            settings.data,
-            amount,
-            text_field=settings.text_field,
-            vocab_size=run.vocab_size,
-        )
-    rows = len(tokens.ids_BT) - tokens.num_heldout
-    step = settings.batch_size * settings.gradient_accumulation_steps * world
-    if rows < step:
-        raise MoefyError(
-            f"{settings.data}: {rows} sequences of {length} tokens to train on, and a step takes "
-            f"{step}; give more text, or lower --batch-size or "
-            "--gradient-accumulation-steps"
-        )
-    return tokens
 
 
 def write_text(

@@ -22,6 +22,7 @@ from accelerate import PartialState
 
 from moefy import __version__
 from moefy.config.finetune import TABLE, Settings
+from moefy.config.sources import sources
 from moefy.config.toml import render_table
 from moefy.errors import MoefyError
 from moefy.files import publish
@@ -39,12 +40,12 @@ from moefy.finetune.inputs import (
     load_teacher,
     one_dtype,
     open_run,
-    read_text,
     states_to_match,
     teacher_folder,
     write_text,
 )
 from moefy.finetune.teacher import Teacher, cache_name, cached, live, states
+from moefy.finetune.text import read_text
 from moefy.finetune.train import Callbacks, Trained, device, train
 from moefy.finetune.write import check_checkpoint, save, write_checkpoint
 from moefy.progress import Watch
@@ -83,7 +84,7 @@ class Plan:
         settings = dataclasses.asdict(self.settings)
         return {
             "run": self.run.digests,
-            "text": self.tokens.sha256,
+            "text": self.tokens.trained,
             "teacher": self.digests,
             "processes": self.process.num_processes,
             "torch": torch.__version__,
@@ -145,7 +146,7 @@ def _plan(folder: Path, settings: Settings, process: PartialState, watch: Watch)
     run = open_run(folder)
     check_run(run, settings)
     distils = bool(losses.needs(settings) & {losses.TEACHER, losses.STATES})
-    opens = distils or settings.data == "self"
+    opens = distils or "self" in {source.place for source in sources(settings.data)}
     teacher, digests = teacher_folder(run, settings) if opens else (folder, {})
     dtypes = compute_dtypes(run, teacher if opens else None, settings)
     write = partial(write_text, teacher, settings, dtypes.teacher.dtype)

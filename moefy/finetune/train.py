@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 from transformers import PrinterCallback, TrainingArguments
 
 from moefy.config.finetune import Settings
@@ -104,7 +105,7 @@ def train(
     """
     restarts: list[dict[str, Any]] = []
     before: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
-    until = math.inf
+    until, sequences = math.inf, rows(tokens.ids_BT)
     while True:
         model, routing = _student(load, settings)
         validate = partial(measure, model, routing, tokens, teacher, settings)
@@ -119,8 +120,8 @@ def train(
             Setup(settings, routing, guard, teacher, checkpoints, log, validate),
             model=model,
             args=arguments,
-            train_dataset=rows(tokens.ids_BT[: -tokens.num_heldout]),
-            eval_dataset=rows(tokens.ids_BT[-tokens.num_heldout :]),
+            train_dataset=Subset(sequences, tokens.rows),
+            eval_dataset=Subset(sequences, range(-tokens.num_heldout, 0)),
         )
         trainer.remove_callback(PrinterCallback)
         checkpoint = checkpoints.last(until)

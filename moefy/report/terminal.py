@@ -146,6 +146,7 @@ def show_finetune(summary: Mapping[str, Any], out: Path) -> None:
         "kl": "KL to the teacher",
         "load_cv": "load CV",
         "dead": "dead experts",
+        **{key: key for key in checks[0] if ", " in key},  # of each source of a mix
     }
     rows = [
         [name, *(f"{check[key]:.3g}" if key == "dead" else f"{check[key]:.3f}" for check in checks)]
@@ -154,6 +155,7 @@ def show_finetune(summary: Mapping[str, Any], out: Path) -> None:
     ]
     show_table(["on held-out text", "before", "after"], rows)
     show_lines(
+        *(f"Note: {note}" for note in summary["train"]["notes"]),
         *(f"Note: {note}" for note in (summary.get("compute") or {}).get("notes", ())),
         *(f"Guard, step {e['step']}: {e['reason']}; {e['action']}" for e in summary["guard"]),
         f"Model: {out}",

@@ -32,13 +32,30 @@ class Amount:
     heldout: float = 1 / 8
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one source gives to a mix."""
+
+    name: str
+    source: str
+    share: float
+    documents: int
+    sequences: int
+    """Different ones to train on."""
+    epochs: float
+    """How often each of them is trained on."""
+    heldout_sequences: int
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """Packed sequences of token ids, the last `num_heldout` of them for validation.
 
     `ids_BT` is int64, num_sequences x length; `sha256` is the digest of its bytes; `num_documents`
     counts the documents that its tokens come from; `notes` are one-line warnings. `compute_dtype`
-    names the dtype that the model computed in where it wrote them itself.
+    names the dtype that the model computed in where it wrote them itself. A mix has `parts`, whose
+    held-out sequences follow one another, and trains on the rows `fit_N`, in which sequences of a
+    short source are repeated.
     """
 
     ids_BT: Tensor
@@ -48,6 +65,30 @@ class Tokens:
     num_documents: int
     notes: tuple[str, ...]
     compute_dtype: str | None = None
+    parts: tuple[Part, ...] = ()
+    fit_N: Tensor | None = None
+
+    @property
+    def rows(self) -> list[int]:
+        """The sequences to train on, by their numbers."""
+        if self.fit_N is not None:
+            return self.fit_N.tolist()
+        return list(range(len(self.ids_BT) - self.num_heldout))
+
+    @property
+    def heldout(self) -> dict[str, range]:
+        """The held-out sequences of each source, by their numbers, under its name."""
+        counts = {part.name: part.heldout_sequences for part in self.parts}
+        result, start = {}, len(self.ids_BT) - self.num_heldout
+        for source, count in (counts or {self.source: self.num_heldout}).items():
+            result[source] = range(start, start + count)
+            start += count
+        return result
+
+    @property
+    def trained(self) -> str:
+        """The digest of all that decides what is trained on."""
+        return self.sha256 if self.fit_N is None else digest(self.ids_BT, self.fit_N)
 
     def figures(self) -> dict[str, Any]:
         """What the written summaries say of the text."""
@@ -59,6 +100,7 @@ class Tokens:
             "heldout_sequences": self.num_heldout,
             "sequence_length": self.ids_BT.shape[1],
             "notes": list(self.notes),
+            **({"parts": [vars(part) for part in self.parts]} if self.parts else {}),
         }
 
 
@@ -236,6 +278,9 @@ def pack(
     return ids_BN, int((starts < end).sum()), [] if begin in starts.tolist() else [shared]
 
 
-def digest(ids_BT: Tensor) -> str:
-    """The SHA-256 of the ids as little-endian 64-bit integers."""
-    return hashlib.sha256(ids_BT.numpy().astype("<i8").tobytes()).hexdigest()
+def digest(*numbers: Tensor) -> str:
+    """The SHA-256 of ids, and of other numbers, as little-endian 64-bit integers."""
+    result = hashlib.sha256()
+    for tensor in numbers:
+        result.update(tensor.numpy().astype("<i8").tobytes())
+    return result.hexdigest()

@@ -27,8 +27,9 @@ from moefy.environment import processor
 from moefy.evaluate.candidates import load_model
 from moefy.files.shards import stored_dtype
 from moefy.finetune.checkpoints import Checkpoints
-from moefy.finetune.inputs import compute_dtypes, open_run, read_text, teacher_folder, write_text
+from moefy.finetune.inputs import compute_dtypes, open_run, teacher_folder, write_text
 from moefy.finetune.run import finetune
+from moefy.finetune.text import read_text
 from moefy.finetune.train import Callbacks
 from moefy.finetune.train import train as train_model
 from moefy.progress import watching

@@ -31,11 +31,11 @@ from moefy.finetune.inputs import (
     load_student,
     load_teacher,
     open_run,
-    read_text,
     teacher_folder,
     write_text,
 )
 from moefy.finetune.router_hooks import Routing
+from moefy.finetune.text import read_text
 from moefy.finetune.trainer import Finetuner, Setup, rows
 
 

@@ -29,10 +29,10 @@ from moefy.finetune.inputs import (
     load_student,
     load_teacher,
     open_run,
-    read_text,
     teacher_folder,
     write_text,
 )
+from moefy.finetune.text import read_text
 from moefy.finetune.train import Callbacks, device, num_steps, tokens_per_step, train
 from moefy.text.tokenizer import load_tokenizer
 from moefy.text.windows import text_windows

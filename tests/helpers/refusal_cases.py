@@ -56,8 +56,14 @@ def damaged(damage: Damage, rows: dict[str, tuple], folder: str = "out") -> list
 
 
 def given(command: str, code: int, rows: dict[str, tuple[str, ...]]) -> list[Refusal]:
-    """Rows of options that are added to a whole line; what is given later counts."""
-    return [Refusal(f"{WHOLE[command]} {flags}", code, says) for flags, says in rows.items()]
+    """Rows of options that are added to a whole line; what is given later counts, but for texts,
+    which are in place of its own."""
+    whole = WHOLE[command]
+    bare = whole.replace("--data text.txt ", "")
+    return [
+        Refusal(f"{bare if '--data' in flags else whole} {flags}", code, says)
+        for flags, says in rows.items()
+    ]
 
 
 def lines(code: int, rows: dict[str, tuple[str, ...]]) -> list[Refusal]:
@@ -385,6 +391,9 @@ CASES += [
         "finetune",
         2,
         {
+            "--data a:1 --data a:2": ("--data names a twice",),
+            "--data a:1 --data b": ("--data b has no share", "like b:0.5"),
+            "--data text.txt:9 --data latin.txt:1": ("share of 0.1 is", "raise the share"),
             "--train lots": ("--train is 'lots'", "router+experts"),
             "--balance x": ("--balance is 'x'", "switch"),
             "--compute-dtype int4": ("--compute-dtype is 'int4'", "bfloat16"),

@@ -1,0 +1,83 @@
+"""The text of a fine-tune: one source, or a mix of several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from moefy.config.finetune import Settings
+from moefy.config.sources import sources
+from moefy.errors import MoefyError
+from moefy.finetune.inputs import Run
+from moefy.finetune.train import num_steps, tokens_per_step
+from moefy.progress import Watch
+from moefy.text import packing
+from moefy.text.mix import mix, split
+from moefy.text.packing import Tokens
+from moefy.text.tokenizer import load_tokenizer
+
+
+def read_text(
+    run: Run, settings: Settings, world: int, write: Callable[..., Tokens], watch: Watch
+) -> Tokens:
+    """The tokens to train and to measure on. `write` gives text that the dense model writes, if
+    the settings ask for that: see `self_text.sample` for its arguments.
+
+    Raises:
+        MoefyError: code 2 for a share of fewer than 8 sequences; code 3 for a text that is too
+            short, or a tokenizer that does not match.
+    """
+    length, chosen = settings.sequence_length, sources(settings.data)
+    shares = [source.share for source in chosen]
+    step = tokens_per_step(settings, world) // length
+    num_rows = num_steps(settings, world) * step
+    num_heldout = settings.validation_tokens // length
+    amounts = []
+    for source, rows, heldout in zip(
+        chosen, split(num_rows, shares), split(num_heldout, shares), strict=True
+    ):
+        total = rows + max(1, heldout)
+        if len(chosen) > 1 and (not rows or total < packing.LEAST_SEQUENCES):
+            raise MoefyError(
+                f"--data {source.place}: its share of {source.share:.2g} is {total} sequences of "
+                f"{length} tokens; expected at least {packing.LEAST_SEQUENCES}; raise the share or "
+                "--tokens",
+                code=2,
+            )
+        part = packing.Amount(total * length, length, settings.seed, max(1, heldout) / total)
+        amounts.append(part)
+    texts = [
+        _read(run, source.place, settings, amount, write, watch)
+        for source, amount in zip(chosen, amounts, strict=True)
+    ]
+    tokens = mix(texts, shares, num_rows) if len(texts) > 1 else texts[0]
+    if len(tokens.rows) < step:
+        raise MoefyError(
+            f"{tokens.source}: {len(tokens.rows)} sequences of {length} tokens to train on, and a "
+            f"step takes {step}; give more text, or lower --batch-size or "
+            "--gradient-accumulation-steps"
+        )
+    return tokens
+
+
+def _read(
+    run: Run,
+    place: str,
+    settings: Settings,
+    amount: packing.Amount,
+    write: Callable[..., Tokens],
+    watch: Watch,
+) -> Tokens:
+    """So much of one source."""
+    if place == "self":
+        return write(amount, progress=partial(watch, "write text"))
+    if settings.text_field == packing.IDS:
+        return packing.load_ids(place, amount, vocab_size=run.vocab_size)
+    watch("read text", 0, 1)
+    return packing.load(
+        load_tokenizer(run.folder),
+        place,
+        amount,
+        text_field=settings.text_field,
+        vocab_size=run.vocab_size,
+    )
