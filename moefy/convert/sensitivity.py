@@ -29,7 +29,7 @@ measured of a layer varies by a third with the text."""
 
 GROWTH = 2.0
 """Loss is taken to grow with this power of the share of neurons left out. With the bits of choice
-of the shapes, that foretells eight conversions of SmolLM2-135M at 0.5, with none to four dense
+of the shapes, that foretells nine conversions of SmolLM2-135M at 0.5, with none to four dense
 layers, up to 8 % (recipes/results/shapes.md)."""
 
 
