@@ -42,6 +42,10 @@ def read_source(recipe: Recipe) -> Source:
     return Source(checkpoint, family, tuple(notes))
 
 
+ALL = 0.9999
+"""A larger fraction of the layers that are left is all of them: 0.9333 of 30 is meant as 28."""
+
+
 def depth_of(recipe: Recipe, source: Source, method: Method) -> tuple[tuple[int, ...], float]:
     """The layers that the recipe names to drop, and the active fraction of those that are left.
 
@@ -69,4 +73,5 @@ def depth_of(recipe: Recipe, source: Source, method: Method) -> tuple[tuple[int,
             f"few for --active {recipe.active:g}; lower one of them",
             code=2,
         )
-    return tuple(dropped), recipe.active * (num_layers / left)
+    active = recipe.active * (num_layers / left)
+    return tuple(dropped), 1.0 if active > ALL else active

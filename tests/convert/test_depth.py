@@ -237,6 +237,19 @@ def test_later_layers_aim_at_what_the_whole_model_computes(idle, drift, own_pico
     assert (one == other) == (idle or not drift)
 
 
+@pytest.mark.parametrize(("active", "whole"), [(0.83333, True), (0.8, False)])
+def test_layers_alone_are_dropped_where_all_others_are_active(
+    active, whole, own_pico, text, tmp_path
+):
+    folder = own_pico("llama", **deep("llama"))
+    alone = {"drop_layers": "3:4", "partition": "static", "refit": False, "active": active}
+    summary = made(folder, text, tmp_path / "out", experts=None, **alone)
+    assert (summary["shape"]["active_fraction"] == 1.0) == whole
+    own = stock.dense_logits(tmp_path / "out")
+    hand = stock.dense_logits(cut_by_hand(folder, [3], tmp_path / "hand"))
+    assert (stock.distance(own, hand) < stock.EXACT) == whole
+
+
 def test_layers_are_chosen_and_named_in_the_recipe_that_is_kept(own_pico, text, tmp_path):
     folder = make_idle(own_pico("llama", **deep("llama")), [3])
     summary = made(folder, text, tmp_path / "out", drop_layers="1")
