@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,11 @@ class Settings:
         None,
         "File of rows with a `prompt`, and an `answer` or none, or of chats, to find regressions.",
     )
+    behaviour: bool | None = option(
+        None,
+        "Share of answers that loop, stop, and hold the JSON asked for.",
+        unset="unless --quick",
+    )
     robustness: bool | None = option(
         None, "Scores on random tokens, cut-off prompts and long contexts.", unset="unless --quick"
     )
@@ -84,9 +89,9 @@ class Settings:
         """Scored on each text."""
         return self.tokens or TOKENS[self.effort]
 
-    def wants(self, part: bool | None) -> bool:
-        """Whether a part is to be measured that a quick report leaves out."""
-        return self.effort != "quick" if part is None else part
+    def wants(self, part: bool | None, efforts: Sequence[str] = ("usual", "full")) -> bool:
+        """Whether a part is to be measured that only reports of some `efforts` have by default."""
+        return self.effort in efforts if part is None else part
 
     def as_json(self) -> dict[str, Any]:
         """As `report.json` holds them, so that `moefy run` knows what has been measured."""

@@ -13,6 +13,9 @@ Quality: the run is compared with static pruning to as many active neurons. Rout
 when its loss is surely lower there (95 %, paired by window). Memory: a MoE holds all of its
 experts, so it pays when these take fewer bytes than dense.
 
+Behaviour: it loops or breaks JSON more often than dense, or stops less often, when the interval of
+the difference excludes 0 (95 %, paired by prompt). A model without a chat template need not stop.
+
 Rivals: by the rule of `frontier`, on the mean KL over the texts. At batch 1 bytes read per token
 decide, for prefill and large batches operations do. It pays where the run is a best point, as it is
 or in another type, and a rival that costs as little was measured, so that there was a choice.
@@ -26,7 +29,7 @@ from typing import Any
 
 from scipy import stats
 
-from moefy.evaluate import frontier
+from moefy.evaluate import behaviour, frontier
 from moefy.report.format import band, flattered, large
 
 CLEAR = 0.05
@@ -52,6 +55,10 @@ def advice(report: Mapping[str, Any], label: str) -> list[Advice]:
         *_quality(report, label),
         *_rivals(report, label),
         *_memory(report.get("models", {}), label),
+        *(
+            _advice(PAYS_NOT, sentence, **because)
+            for sentence, because in behaviour.worse(report.get("behaviour", {}), label)
+        ),
         *_routing(report.get("routing", {}).get(label, {}).get("layers", [])),
     ]
 

@@ -20,8 +20,15 @@ OVERALL = (
 )  # fmt: skip
 """The worst value over all layers, texts, engines or tasks; or how many there are."""
 
+BEHAVIOUR = {"loops": max, "stops": min, "json": min, "keys": min}
+"""Shares of answers, and which one over the sets of prompts is the worst."""
+
 OPERATORS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
-COMPARISON = re.compile(r"\s*(\w+)\s*([<>]=?)\s*(-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*")
+NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+COMPARISON = re.compile(rf"\s*(\w+)\s*([<>]=?)\s*(?:(-?{NUMBER})|dense\s*([+-]\s*{NUMBER})?)\s*")
+
+OVER_DENSE = " minus dense"
+"""After the name of a metric: how far it is above that of the dense model."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,12 @@ class Condition:
 def parse(text: str) -> Condition:
     """Read a condition: `METRIC > NUMBER`, with < <= > or >=, joined by `and` and `or`.
 
+    `dense + NUMBER` stands for the dense model's value and more.
+
     >>> parse("dnll>0.1 or dead>0").metrics == {"dnll", "dead"}
     True
+    >>> parse("loops > dense + 0.1").groups
+    [[('loops minus dense', '>', 0.1)]]
 
     Raises:
         MoefyError: code 2, for anything else.
@@ -61,14 +72,22 @@ def _comparison(part: str, text: str) -> tuple[str, str, float]:
     if (match := COMPARISON.fullmatch(part)) is None:
         raise MoefyError(
             f"--fail-if {text!r} cannot be understood; expected METRIC > NUMBER, such as "
-            "'dnll>0.1 or dead>0'",
+            "'dnll>0.1 or dead>0', or 'loops > dense + 0.1'",
             code=2,
         )
-    metric, sign, number = match.groups()
-    if metric not in BY_TEXT + OVERALL:
-        expected = nearest(metric, [*BY_TEXT, *OVERALL])
+    metric, sign, number, more = match.groups()
+    of_dense = [*BY_TEXT, *BEHAVIOUR]
+    if metric not in (*of_dense, *OVERALL):
+        expected = nearest(metric, [*of_dense, *OVERALL])
         raise MoefyError(f"--fail-if {text!r}: unknown {metric}; {expected}", code=2)
-    return metric, sign, float(number)
+    if number is not None:
+        return metric, sign, float(number)
+    if metric not in of_dense:
+        raise MoefyError(
+            f"--fail-if {text!r}: the dense model has no {metric}; {nearest(metric, of_dense)}",
+            code=2,
+        )
+    return metric + OVER_DENSE, sign, float("".join((more or "0").split()))
 
 
 def failures(condition: Condition, report: Mapping[str, Any], label: str) -> list[str]:
@@ -78,16 +97,13 @@ def failures(condition: Condition, report: Mapping[str, Any], label: str) -> lis
     """
     overall = overall_metrics(report, label)
     rows: dict[str, Mapping[str, float]] = {"": {}}
-    if condition.metrics.intersection(BY_TEXT):
-        rows = {text: row.get(label, {}) for text, row in report.get("texts", {}).items()}
+    if {name.removesuffix(OVER_DENSE) for name in condition.metrics}.intersection(BY_TEXT):
+        rows = {text: _text_metrics(row, label) for text, row in report.get("texts", {}).items()}
     if not rows:
         return [f"--fail-if {condition.text}: no text was scored"]
     lines = []
     for text, row in rows.items():
-        values = {
-            name: row.get(name) if name in BY_TEXT else overall.get(name)
-            for name in sorted(condition.metrics)
-        }
+        values = {name: {**overall, **row}.get(name) for name in sorted(condition.metrics)}
         measured = {name: value for name, value in values.items() if value is not None}
         place = f" on {text}" if text else ""
         if missing := [name for name in values if name not in measured]:
@@ -96,6 +112,16 @@ def failures(condition: Condition, report: Mapping[str, Any], label: str) -> lis
             reasons = ", ".join(f"{name} is {value:.4g}" for name, value in measured.items())
             lines.append(f"--fail-if {condition.text}: {reasons}{place}")
     return lines
+
+
+def _text_metrics(row: Mapping[str, Any], label: str) -> dict[str, float]:
+    """The metrics of a text that were measured, and how far they are above dense."""
+    own, dense = row.get(label, {}), row.get("dense", {})
+    known = [name for name in BY_TEXT if own.get(name) is not None]
+    result = {name: own[name] for name in known}
+    return result | {
+        name + OVER_DENSE: own[name] - dense[name] for name in known if dense.get(name) is not None
+    }
 
 
 def overall_metrics(report: Mapping[str, Any], label: str) -> dict[str, float]:
@@ -120,6 +146,12 @@ def overall_metrics(report: Mapping[str, Any], label: str) -> dict[str, float]:
             result[f"{phase}_ratio"] = min(ratios)
     if report.get("prompts"):
         result["flagged"] = sum(row["flagged"] for row in report["prompts"])
+    for name, worst in BEHAVIOUR.items():
+        sets = report.get("behaviour", {}).get("sets", {}).values()
+        shares = [one["figures"][label][name] for one in sets if name in one["figures"][label]]
+        if shares:
+            result[name] = worst(row["share"] for row in shares)
+            result[name + OVER_DENSE] = worst(row["difference"] for row in shares)
     scored = [rows[label] for rows in report.get("benchmarks", {}).values() if label in rows]
     if scored and not any("not_run" in row for row in scored):
         result["benchmark_drop"] = max((_drop(row) for row in scored), default=0.0)

@@ -15,7 +15,15 @@ from moefy.compute_dtype import name_of
 from moefy.config.report import Settings
 from moefy.environment import processor
 from moefy.errors import MoefyError
-from moefy.evaluate import benchmarks, distribution_shift, llama_cpp, prompts, speed, tables
+from moefy.evaluate import (
+    behaviour,
+    benchmarks,
+    distribution_shift,
+    llama_cpp,
+    prompts,
+    speed,
+    tables,
+)
 from moefy.evaluate.cache import tensors_digest
 from moefy.evaluate.candidates import Candidate
 from moefy.evaluate.dtypes import dtypes_to_try
@@ -27,6 +35,9 @@ from moefy.text.documents import beginning
 
 LONGEST = 8192
 """Longest context, in tokens, of a model that names no limit."""
+
+OWN = "own prompts"
+"""The name of the prompts that the package holds, in the part on behaviour."""
 
 
 def quality(session: Session) -> dict[str, Any]:
@@ -168,6 +179,60 @@ def regression(session: Session) -> list[dict[str, Any]]:
         }
         rows.append({"prompt": row["prompt"], "answer": answer, "scores": scores})
     return prompts.regressions(rows, session.main) if rows else []
+
+
+def behaviours(session: Session, sizes: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """How the answers of every stage behave: to our own prompts, and to those of `--prompts`."""
+    sets = {OWN: behaviour.own_prompts()}
+    if settings.prompts is not None:
+        sets[settings.prompts.name] = session.prompts
+    longest = sizes.get("dense", {}).get("longest") or LONGEST
+    return {
+        "chat": behaviour.is_chat(session.tokenizer),
+        "meaning": behaviour.MEANING,
+        "sets": {name: _answered(session, name, some, longest) for name, some in sets.items()},
+    }
+
+
+def _answered(
+    session: Session, name: str, prompts: list[dict[str, Any]], longest: int
+) -> dict[str, Any]:
+    """The figures of a set of prompts, and the answers of every stage to each of them."""
+    asked, rows = [], []
+    for number, prompt in enumerate(prompts, 1):
+        text = behaviour.question(session.tokenizer, prompt, f"{name}, prompt {number}")
+        length = len(session.tokenizer(text)["input_ids"])
+        if length + behaviour.LEAST_ROOM > longest:
+            reason = (
+                f"it has {length:,} tokens, and the model takes {longest:,}, its answer included"
+            )
+            session.not_run.append({"what": f"{name}, prompt {number}", "reason": reason})
+            continue
+        last = prompt["turns"][-1]["content"]
+        row = {"prompt": last, "kind": prompt.get("kind"), "json": prompt["json"], "written": {}}
+        asked.append((length, text, row))
+        rows.append(row)
+    if not asked:
+        raise MoefyError(f"{name}: no prompt fits in the {longest:,} tokens that the model takes")
+    asked.sort(key=lambda one: one[0])  # so that little is padded
+    limit = min(behaviour.NEW_TOKENS, longest - max(length for length, _, _ in asked))
+    for candidate in session.candidates:
+        for start in range(0, len(asked), behaviour.BATCH):
+            session.watch(f"behaviour: {candidate.label}", start, len(asked))
+            some = asked[start : start + behaviour.BATCH]
+            texts = [text for _, text, _ in some]
+            written = session.cached(
+                "answers",
+                candidate,
+                lambda model, texts=texts: behaviour.answers(
+                    model, session.tokenizer, texts, limit
+                ),
+                questions=texts,
+                tokens=limit,
+            )
+            for (_, _, row), answer in zip(some, written, strict=True):
+                row["written"][candidate.label] = behaviour.judged(answer, row["json"])
+    return {"tokens": limit, "figures": behaviour.figures(rows), "answers": rows}
 
 
 def benchmark(session: Session, task: str, manager: Any, limit: int | None) -> dict[str, Any]:

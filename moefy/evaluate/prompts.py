@@ -11,11 +11,11 @@ import torch
 
 from moefy.errors import MoefyError
 from moefy.text import chat
-from moefy.text.rows import rows
+from moefy.text.rows import lines, rows
 
 EXPECTED = (
     'expected rows such as {"prompt": "...", "answer": "..."}, or {"messages": [{"role": "user", '
-    '"content": "..."}]}'
+    '"content": "..."}]}, or strings, or a line of text for each prompt'
 )
 
 PROMPTS = (
@@ -49,27 +49,31 @@ def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
 
 
 def read_prompts(path: Path, tokenizer: Any) -> list[dict[str, Any]]:
-    """The prompts of a file of rows; a missing answer is None.
+    """The prompts of a file of rows, or of lines of text; a missing answer is None.
 
-    A row holds a `prompt`, which is used unchanged, or the turns of a conversation (see `chat`).
-    The chat template of `tokenizer` then writes the prompt, and a last turn of the assistant is the
-    answer. The key `chat` of the result marks such a row.
+    A row is a prompt, or holds a `prompt`, which is used unchanged, or the turns of a conversation
+    (see `chat`). The chat template of `tokenizer` then writes the prompt, and a last turn of the
+    assistant is the answer. The key `chat` of the result marks such a row. `turns` are those of the
+    prompt, and `json` says whether it asks for JSON, or for which keys of an object.
 
     Raises:
         MoefyError: code 3, naming the row, for a file or a row of another kind.
     """
     if not (file := path.expanduser()).is_file():
         raise MoefyError(f"{path}: no readable file; {EXPECTED}")
-    if (stored := rows(file)) is None:
-        raise MoefyError(f"{path}: running text; {EXPECTED}")
+    stored = rows(file, kinds=(dict, str))
+    if stored is None:
+        numbered = enumerate(lines(file), 1)
+        stored = ((f"{path}, line {number}", line) for number, line in numbered if line.strip())
     prompts = [_prompt(row, where, tokenizer) for where, row in stored]
     if not prompts:
         raise MoefyError(f"{path}: no prompts in it; {EXPECTED}")
     return prompts
 
 
-def _prompt(row: Mapping[str, Any], where: str, tokenizer: Any) -> dict[str, Any]:
-    prompt, answer = row.get("prompt"), row.get("answer")
+def _prompt(row: Mapping[str, Any] | str, where: str, tokenizer: Any) -> dict[str, Any]:
+    row = {"prompt": row.strip()} if isinstance(row, str) else row
+    prompt, answer, turns = row.get("prompt"), row.get("answer"), []
     is_chat = prompt is None and bool(chat.conversation(row))
     if is_chat:
         turns = chat.turns(chat.conversation(row) or [], where)
@@ -79,7 +83,15 @@ def _prompt(row: Mapping[str, Any], where: str, tokenizer: Any) -> dict[str, Any
     wrong = not isinstance(prompt, str) or not prompt.strip()
     if wrong or not (answer is None or isinstance(answer, str) and answer.strip()):
         raise MoefyError(f"{where}: no prompt, or an empty answer; {EXPECTED}")
-    return {"prompt": prompt, "answer": answer, "chat": is_chat}
+    asked = row.get("json") or False
+    keys = asked if isinstance(asked, list) else []
+    if not isinstance(asked, bool | list) or not all(isinstance(key, str) for key in keys):
+        raise MoefyError(
+            f"{where}: json is {str(asked)[:40]}; expected true for a prompt that asks for JSON, "
+            "or a list of the keys that it asks for"
+        )
+    turns = turns or [{"role": "user", "content": prompt}]
+    return {"prompt": prompt, "answer": answer, "chat": is_chat, "turns": turns, "json": asked}
 
 
 def likelihood(

@@ -94,6 +94,7 @@ def _empty(session: Session, settings: Settings) -> dict[str, Any]:
         "benchmarks": {},
         "prompts": [],
         "generation": [],
+        "behaviour": {},
         "routing": {},
         "speed": {},
         "finetune": {label: tuning for label, tuning in tunings.items() if tuning is not None},
@@ -129,6 +130,9 @@ def _measure(session: Session, report: dict[str, Any], settings: Settings, manag
     if session.prompts:
         with session.part("prompts"):
             report["prompts"] = measure.regression(session)
+    if settings.wants(settings.behaviour, ("full",)):
+        with session.part("behaviour"):
+            report["behaviour"] = measure.behaviours(session, report["models"], settings)
     for task in settings.tasks:
         with session.part(f"benchmark {task}"):
             report["benchmarks"][task] = measure.benchmark(session, task, manager, settings.limit)

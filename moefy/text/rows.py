@@ -54,12 +54,13 @@ def suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]] | None:
+def rows(path: Path, *, kinds: tuple[type, ...] = (dict,)) -> Iterator[tuple[str, Any]] | None:
     """The rows of a file, each with its place; None for running text.
 
-    Rows are JSON objects, one after the other or in one array, or those of a parquet file; either
-    may be compressed by gzip. A file of another name holds rows if it begins with two JSON objects,
-    or is one: `[Chapter 1]` and `{\\bf LaTeX}` are text. One row is in memory at a time.
+    Rows are JSON objects, or values of other `kinds`, one after the other or in one array, or those
+    of a parquet file; either may be compressed by gzip. A file of another name holds rows if it
+    begins with two JSON objects, or is one: `[Chapter 1]` and `{\\bf LaTeX}` are text. One row is
+    in memory at a time.
 
     Raises:
         MoefyError: code 3 for a file that can be neither, or, while the rows are read, for one that
@@ -82,7 +83,7 @@ def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]] | None:
         raise MoefyError(f"{path}: no parquet file ({head[:4]!r} at its start, expected {PARQUET})")
     if b"\0" in head:
         raise _fault(path)
-    return _json(path) if named in JSON or _holds_rows(path) else None
+    return _json(path, kinds) if named in JSON or _holds_rows(path) else None
 
 
 def lines(path: Path, most: int = -1) -> Iterator[str]:
@@ -153,8 +154,8 @@ def _holds_rows(path: Path) -> bool:
         return False
 
 
-def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the objects of a file of JSON, one behind the other or in one array."""
+def _json(path: Path, kinds: tuple[type, ...] = (dict,)) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a file of JSON, one behind the other or in one array."""
     with _text(path) as file:
         values = _Values(file)
         number = 0
@@ -164,7 +165,7 @@ def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             number += 1
             where = f"{path}, {f'row {number}' if in_array else f'line {values.line}'}"
             row = values.take(where)
-            if not isinstance(row, dict):
+            if not isinstance(row, kinds):
                 raise MoefyError(f"{where}: the row is {type(row).__name__}; expected an object")
             yield where, row
             if in_array and values.peek() == ",":
