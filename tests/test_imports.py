@@ -90,7 +90,7 @@ ROWS = {
         "pages html",
         "sections",
         "section_experts",
-        "heatmaps section_cost section_frontier section_quality section_tuned",
+        "heatmaps section_behaviour section_cost section_frontier section_quality section_tuned",
         "figures markdown",
         "chart citations document format templates",
     ],

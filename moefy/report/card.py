@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moefy.models.targets import OWN
-from moefy.report import section_frontier
+from moefy.report import section_behaviour, section_frontier
 from moefy.report.citations import sources
 from moefy.report.format import (
     active_share,
     fixed,
     model_name,
     percent,
+    ranged,
     shape_text,
     times,
     uncertain,
@@ -107,6 +108,7 @@ def _measured(report: Mapping[str, Any], label: str) -> list[str]:
     """The advice and the tables of what was measured."""
     tables: list[Cells] = [_quality(report["texts"], label)]
     tables += [_benchmarks(report["benchmarks"], label)]
+    tables += _behaviour(report["behaviour"], label)
     tables += [(section_frontier.HEADER, section_frontier.table(report))]
     tables += [_speed(engine, speed["rows"], label) for engine, speed in report["speed"].items()]
     return [*map(verdict, verdicts(report)), *(table(*one) for one in tables if one[1])]
@@ -141,6 +143,23 @@ def _benchmarks(benchmarks: Mapping[str, Any], label: str) -> Cells:
         if scores.get(label, {}).get("value") is not None
     ]
     return ("benchmark", "metric", "dense", "this model"), rows
+
+
+def _behaviour(behaviour: Mapping[str, Any], label: str) -> list[Cells]:
+    """The shares of answers, with 95 % intervals; the user's own prompts have no name here."""
+    tables = []
+    for number, answered in enumerate((behaviour.get("sets") or {}).values()):
+        own, dense = (answered["figures"][name] for name in (label, "dense"))
+        rows = [
+            (name, *(ranged(one[key]["share"], one[key]["low"], one[key]["high"]) for one in both))
+            for key, name in section_behaviour.FIGURES.items()
+            if key in own
+            for both in [(dense, own)]
+        ]
+        whose = "other" if number else "moefy's"
+        count = len(answered["answers"])
+        tables.append(((f"answers to {count} of {whose} prompts", "dense", "this model"), rows))
+    return tables
 
 
 def _speed(engine: str, rows: list[Mapping[str, Any]], label: str) -> Cells:

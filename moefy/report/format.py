@@ -36,6 +36,16 @@ def percent(value: Number) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
+def ranged(value: float, low: float, high: float, sign: str = "") -> str:
+    """A share with the ends of its interval; with `sign` "+", a difference of shares.
+
+    >>> ranged(0.25, 0.149, 0.388), ranged(0.25, 0.1, 0.4, "+"), ranged(0.0, -0.07, 0.07, "+")
+    ('25% (15 to 39)', '+25% (+10 to +40)', '+0% (-7 to +7)')
+    """
+    ends = " to ".join(f"{100 * end:{sign}.0f}" for end in (low, high))
+    return f"{value:{sign}.0%} ({ends})"
+
+
 def times(value: Number) -> str:
     """A ratio.
 

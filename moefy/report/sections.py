@@ -9,6 +9,7 @@ from typing import Any
 
 from moefy.config.recipe import method_of
 from moefy.report import (
+    section_behaviour,
     section_cost,
     section_experts,
     section_frontier,
@@ -75,6 +76,7 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
         section_cost.size(report, shown),
         section_quality.benchmarks(report, shown),
         section_quality.generation(report),
+        section_behaviour.behaviour(report, subject(report)),
         section_quality.prompts(report),
         section_quality.robustness(report, shown),
         section_experts.routing(report, shown),

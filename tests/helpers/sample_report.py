@@ -114,6 +114,7 @@ def full(num_layers: int = 4, num_experts: int = 8) -> dict[str, Any]:
                 },
             }
         ],
+        "behaviour": _behaviour(),
         "routing": {label: _routing(num_layers, num_experts, i) for i, label in enumerate(ROUTED)},
         "speed": {"transformers": _speed(0.8), "llama.cpp": _speed(1.3)},
         "finetune": {"moe, fine-tuned": _finetune()},
@@ -156,7 +157,7 @@ def empty() -> dict[str, Any]:
     """A report that holds nothing but its run."""
     lists = ("prompts", "generation", "frontier", "advice", "not_run", "notes")
     tables = ("runs", "models", "texts", "seen_in_calibration", "robustness", "benchmarks")
-    tables += ("routing", "speed", "finetune")
+    tables += ("behaviour", "routing", "speed", "finetune")
     head = {"moefy": "0.1.0", "format": 2, "created": "2026-11-26T19:00:00+00:00"}
     found = {**head, "run": summary(), **{key: [] for key in lists}}
     return {**found, **{key: {} for key in tables}}
@@ -254,6 +255,26 @@ def _benchmark(label: str, value: float) -> dict[str, Any]:
         "difference": 0.0 if label == "dense" else -lost,
         "p_value": None if label == "dense" else (0.003 if lost > 0.1 else 0.3),
     }
+
+
+def _behaviour() -> dict[str, Any]:
+    figures = {}
+    for number, label in enumerate(("dense", *ROUTED)):
+        row = {"count": number, "of": 8, "share": number / 8, "low": 0.0, "high": number / 4}
+        row |= {"difference": number / 8, "difference_low": -0.1, "difference_high": number / 3}
+        figures[label] = dict.fromkeys(("loops", "stops", "json", "keys"), row)
+    answer = {"text": "rivers carry salt. " * 40, "tokens": 99, "stops": True, "loops": False}
+    asked = {"prompt": "Describe the sea as JSON.", "kind": "json", "json": ["salt"]}
+    plain = {"prompt": HOSTILE, "kind": "question", "json": False}
+    broken = {**answer, "loops": True, "stops": False, "json": False, "keys": False}
+    answers = [
+        {**plain, "written": dict.fromkeys(("dense", *ROUTED), {**answer, "text": HOSTILE})},
+        {**asked, "written": {"dense": {**answer, "json": True, "keys": True}}
+         | dict.fromkeys(ROUTED, broken)},
+    ]  # fmt: skip
+    one = {"tokens": 192, "figures": figures, "answers": answers}
+    sets = {"own prompts": one, HOSTILE: {**one, "answers": []}}
+    return {"chat": False, "meaning": {"loops": "the answer ends in a loop"}, "sets": sets}
 
 
 def _routing(num_layers: int, num_experts: int, shift: int) -> dict[str, Any]:

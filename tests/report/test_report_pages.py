@@ -191,8 +191,8 @@ def test_text_and_lines_stand_out_in_both_themes(pages):
 def test_every_part_is_there(report, page):
     names = {section.name for section in sections(report)}
     assert names == {
-        "quality", "frontier", "speed", "size", "benchmarks", "generation", "prompts",
-        "robustness", "routing", "layers", "finetune", "conversion",
+        "quality", "frontier", "speed", "size", "benchmarks", "generation", "behaviour",
+        "prompts", "robustness", "routing", "layers", "finetune", "conversion",
     }  # fmt: skip
     assert names <= {attributes.get("id") for attributes in page.all("section")}
     pictures = [one for section in sections(report) for one in section.pictures]
