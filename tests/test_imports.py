@@ -65,7 +65,7 @@ ROWS = {
     "files": ["resume", "shards", "publish", "buffers lock safetensors_header", "__init__"],
     "finetune": [
         "run",
-        "checks text write",
+        "checks text write unrefitted",
         "inputs",
         "train",
         "lora heldout",
@@ -73,7 +73,7 @@ ROWS = {
         "optim",
         "router_hooks",
         "router_noise",
-        "checkpoints collapse_guard losses teacher",
+        "anneal checkpoints collapse_guard layout losses teacher",
         "__init__",
     ],
     "models": [

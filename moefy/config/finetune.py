@@ -92,6 +92,12 @@ class Settings:
         "Weight of the router's cross-entropy to the experts of most output energy.",
         course=True,
     )
+    anneal: float = option(
+        0.0,
+        "Share of the steps over which the experts per token fall from all to the run's: training "
+        "then starts at the dense model.",
+        most=0.9,
+    )
     balance: str = option(
         "switch",
         "Load balancing: a loss, or `bias`, which moves the class's selection bias.",
@@ -141,8 +147,11 @@ class Settings:
     log_every: int = key(1, "Steps between lines of the log.", least=1)
     log_to: str = option("", "Logger.", choices=("", "tensorboard", "wandb"), unset="none")
     save_every: int = option(100, "Steps between checkpoints.", least=1)
-    measure_every: int = key(
-        0, "Steps between measurements on the validation text; 0 for before and after only."
+    measure_every: int | None = key(
+        None,
+        "Steps between measurements on the validation text, the best of which is written; 0 for "
+        "before and after only, and the last step.",
+        unset="a quarter of all",
     )
     dead_below: float = key(0.05, "Share of the mean load under which an expert is dead.", most=1)
     guard_steps: int = key(
@@ -221,6 +230,14 @@ def _check(settings: Settings) -> None:
             "hidden needs the teacher's states, which a --teacher-cache does not hold; drop one",
             code=2,
         )
+    if settings.anneal and settings.train in ("router", "lora"):
+        raise MoefyError(
+            f"--anneal with --train {settings.train}: the refit is blended into weights that are "
+            "trained; expected --train all, router+experts or experts",
+            code=2,
+        )
+    if settings.anneal and settings.fsdp:
+        raise MoefyError("--anneal with fsdp is not supported; drop one", code=4)
     if settings.fsdp and settings.train == "lora":
         raise MoefyError("fsdp with --train lora is not supported; drop one", code=4)
     if not settings.expert_parallel:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from moefy.environment import differences
 from moefy.errors import MoefyError
@@ -73,8 +75,7 @@ class Checkpointed:
             shutil.rmtree(home / name, ignore_errors=True)
             (staging / name).rename(home / name)
             sync(home)
-            for old in steps(home)[:-NUM_KEPT]:
-                shutil.rmtree(home / f"{PREFIX}{old}")
+            self.checkpoints.prune()
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -106,6 +107,20 @@ class Checkpoints:
         files = file_digests(folder)
         write_sealed(folder / WHOLE, {"identity": dict(self.identity), "files": files})
 
+    def prune(self) -> None:
+        """Remove all but the last checkpoints, and the best ones that these know of."""
+        *others, _ = there = steps(self.home)
+        kept = {*there[-NUM_KEPT:]}
+        kept |= {_best(self.home / f"{PREFIX}{step}") for step in kept}
+        for step in {*others} - kept:
+            shutil.rmtree(self.home / f"{PREFIX}{step}")
+
+    def drop_after(self, until: float) -> None:
+        """Remove the checkpoints of steps after `until`."""
+        for step in steps(self.home):
+            if step > until:
+                shutil.rmtree(self.home / f"{PREFIX}{step}")
+
     def last(self, until: float = math.inf) -> Path | None:
         """This fine-tune's last whole checkpoint of a step not after `until`; None without one."""
         for step, folder, record in self._records():
@@ -129,6 +144,12 @@ class Checkpoints:
                 record = read_sealed(folder / WHOLE)
             if record:
                 yield step, folder, record
+
+
+def _best(folder: Path) -> int | None:
+    """The step of least validation loss so far, as a checkpoint has recorded it."""
+    with contextlib.suppress(OSError, ValueError):
+        return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).best_global_step
 
 
 def steps(home: Path) -> list[int]:

@@ -70,6 +70,17 @@ def check_run(run: Run, settings: Settings) -> None:
         raise MoefyError(
             "router_ce alone: a static run has no routers; give kl, ce or hidden a weight", code=2
         )
+    shape = run.summary["shape"]
+    if settings.anneal and not experts:
+        raise MoefyError("--anneal: a static run has no experts; expected 0", code=2)
+    if settings.anneal and (
+        shape["num_shared"] + experts * shape["expert_width"] > shape["num_neurons"]
+    ):
+        raise MoefyError(
+            "--anneal: experts that overlap are more than the dense model when all are on; "
+            "expected 0, or a run without --overlap",
+            code=4,
+        )
     if settings.expert_parallel and experts % settings.expert_parallel:
         raise MoefyError(
             f"expert_parallel is {settings.expert_parallel}, and there are {experts} experts; "

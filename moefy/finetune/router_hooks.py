@@ -78,6 +78,9 @@ class Routing:
         self._energy = losses.ENERGY in losses.needs(settings)
         self.progress = 0.0
         """Share of the training that is done."""
+        self.experts_per_token: int | None = None
+        """In training, where that is not the model's own; each gate is then `gate`."""
+        self.gate = 1.0
         self._recording = False
         for layer in self.layers:
             layer.router.register_forward_hook(partial(self._routed, layer))
@@ -101,6 +104,9 @@ class Routing:
         logits_TE, gate_TK, index_TK = out
         z_TE = logits_TE.float() / ROUTER_SCALE
         if router.training:
+            if k := self.experts_per_token:
+                index_TK = z_TE.topk(k, dim=-1).indices
+                gate_TK = torch.full_like(index_TK, self.gate, dtype=gate_TK.dtype)
             if is_noisy(self.settings, self.progress):
                 k = index_TK.shape[1]
                 chosen = noisy_choices(self.settings, self.progress, z_TE.detach(), k)

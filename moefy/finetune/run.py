@@ -46,7 +46,8 @@ from moefy.finetune.inputs import (
 )
 from moefy.finetune.teacher import Teacher, cache_name, cached, live, states
 from moefy.finetune.text import read_text
-from moefy.finetune.train import Callbacks, Trained, device, train
+from moefy.finetune.train import Callbacks, Student, Trained, device, train
+from moefy.finetune.unrefitted import start_of
 from moefy.finetune.write import check_checkpoint, save, write_checkpoint
 from moefy.progress import Watch
 from moefy.report import model_card
@@ -161,14 +162,13 @@ def _train(plan: Plan, checkpoints: Checkpoints) -> Trained:
     if plan.process.is_main_process:  # one of several processes writes the log
         log = checkpoints.home / LOG
         callbacks = Callbacks(partial(_append, log), partial(_rewind, log), plan.watch)
-    return train(
+    student = Student(
         partial(load_student, run, settings, plan.dtypes.student.dtype),
-        plan.tokens,
-        settings,
-        checkpoints,
-        teacher=_teacher(plan),
-        stored=plan.dtypes.stored if one_dtype(run.folder) else None,
-        callbacks=callbacks,
+        plan.dtypes.stored if one_dtype(run.folder) else None,
+        start_of(run) if settings.anneal else None,
+    )
+    return train(
+        student, plan.tokens, settings, checkpoints, teacher=_teacher(plan), callbacks=callbacks
     )
 
 

@@ -17,6 +17,8 @@ from transformers import PrinterCallback, TrainingArguments
 
 from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
+from moefy.finetune import losses
+from moefy.finetune.anneal import Start, begin
 from moefy.finetune.checkpoints import Checkpoints
 from moefy.finetune.collapse_guard import CollapseGuard, Failure, check_start
 from moefy.finetune.heldout import measure
@@ -31,10 +33,25 @@ from moefy.text.packing import Tokens
 STRONGER = 4.0
 """Factor on the balance weight after a collapse. After a loss that rises, rates are halved."""
 
+MEASUREMENTS = 4
+"""On the validation text in a training, where the settings do not say how often."""
+
 CHECKPOINTING: dict[str, Any] = {
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
 }
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model to train."""
+
+    load: Callable[[], Any]
+    """Gives it as it is before the training."""
+    stored: torch.dtype | None = None
+    """The dtype of the weights on disk: they are rounded to it before they are measured."""
+    start: Start | None = None
+    """Where an annealed training begins; None for the model as it is."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,8 @@ class Trained:
     validation: dict[str, dict[str, Any]]
     routing: dict[str, list[dict[str, Any]]]
     guard: list[dict[str, Any]]
+    selected: dict[str, Any] | None = None
+    """The step whose weights these are, by which figure, and its value there and at the end."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +102,15 @@ def tokens_per_step(settings: Settings, world: int) -> int:
 
 
 def train(
-    load: Callable[[], Any],
+    student: Student,
     tokens: Tokens,
     settings: Settings,
     checkpoints: Checkpoints,
     *,
     teacher: Teacher = Teacher(),  # noqa: B008 - frozen
-    stored: torch.dtype | None = None,
     callbacks: Callbacks = Callbacks(),  # noqa: B008 - frozen
 ) -> Trained:
-    """Train the model that `load` gives, from the last checkpoint if there is one.
-
-    `stored` is the dtype of the weights on disk; the weights are rounded to it before they are
-    measured.
+    """Train a model, from the last checkpoint if there is one.
 
     Where the guard stops the training, it restarts from the last good checkpoint, at most
     `guard_restarts` times, with stronger balancing or lower rates.
@@ -107,7 +122,7 @@ def train(
     before: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
     until, sequences = math.inf, rows(tokens.ids_BT)
     while True:
-        model, routing = _student(load, settings)
+        model, routing = _opened(student.load, settings)
         validate = partial(measure, model, routing, tokens, teacher, settings)
         if before is None:
             callbacks.progress("measure", 0, 1)
@@ -115,9 +130,14 @@ def train(
             check_start(before[0]["loss"])
         guard = CollapseGuard(settings, [layer["dead"] for layer in before[1]])
         arguments = _arguments(settings, checkpoints.home)
+        annealing = None
+        if student.start:
+            num_steps = round(settings.anneal * arguments.max_steps)
+            annealing = begin(student.start, model, num_steps)
+            routing.gate = student.start.gate
         log = partial(_log, callbacks, arguments.max_steps)
         trainer = Finetuner(
-            Setup(settings, routing, guard, teacher, checkpoints, log, validate),
+            Setup(settings, routing, guard, teacher, checkpoints, log, annealing, validate),
             model=model,
             args=arguments,
             train_dataset=Subset(sequences, tokens.rows),
@@ -138,16 +158,23 @@ def train(
             )
         settings, change = _stronger(guard.failure, settings)
         until = min(until, guard.failure.last_good_step)
+        if trainer.is_world_process_zero():
+            checkpoints.drop_after(until)
+        trainer.accelerator.wait_for_everyone()
         back = checkpoints.last(until)
         action = f"back to {back.name if back else 'the start'}, {change}"
         row = {"step": guard.failure.step, "reason": guard.failure.reason, "action": action}
         restarts.append(row)
         callbacks.log({"step": guard.failure.step, "guard": row})
         callbacks.progress(f"guard: {guard.failure.reason}; {action}", 0, 1)
+    selected = trainer.take_best()
+    if selected:
+        figures = "step {step} is the best, {by} {value:.4f}; {last:.4f} at the end"
+        callbacks.progress(f"train: {figures.format_map(selected)}", 0, 1)
     if settings.train == "lora":
         model = model.merge_and_unload()
-    if stored is not None:
-        round_weights(model, stored)
+    if student.stored is not None:
+        round_weights(model, student.stored)
     after = measure(model, routing, tokens, teacher, settings)
     steps = trainer.state.global_step
     return Trained(
@@ -159,10 +186,11 @@ def train(
         {"before": before[0], "after": after[0]},
         {"before": before[1], "after": after[1]},
         restarts,
+        selected,
     )
 
 
-def _student(load: Callable[[], Any], settings: Settings) -> tuple[Any, Routing]:
+def _opened(load: Callable[[], Any], settings: Settings) -> tuple[Any, Routing]:
     """A fresh model on its device, and the hooks on its routers."""
     model = load()
     if not settings.fsdp:  # then transformers has put each part where it belongs
@@ -201,6 +229,9 @@ def _arguments(settings: Settings, home: Path) -> TrainingArguments:
     if settings.log_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(home.parent / f"{home.name}-logs"))
     total = num_steps(settings, int(os.environ.get("WORLD_SIZE", "1")))
+    every = settings.measure_every
+    every = max(1, total // MEASUREMENTS) if every is None else every
+    distils = any(loss.name == "kl" for loss in losses.active(settings))
     return TrainingArguments(
         output_dir=str(home),
         max_steps=total,
@@ -219,8 +250,10 @@ def _arguments(settings: Settings, home: Path) -> TrainingArguments:
         # Trainer cannot save the optimizer of a model that is shared among processes.
         save_strategy="no" if settings.fsdp else "steps",
         save_steps=settings.save_every,
-        eval_strategy="steps" if settings.measure_every else "no",
-        eval_steps=settings.measure_every or None,
+        eval_strategy="steps" if every else "no",
+        eval_steps=every or None,
+        metric_for_best_model=("kl" if distils else "loss") if every else None,
+        greater_is_better=False,
         report_to=[settings.log_to] if settings.log_to else [],
         use_cpu=settings.device == "cpu" or not torch.cuda.is_available(),
         remove_unused_columns=False,

@@ -16,7 +16,8 @@ from moefy.config import course
 from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
 from moefy.finetune import losses
-from moefy.finetune.checkpoints import Checkpointed, Checkpoints
+from moefy.finetune.anneal import Annealing
+from moefy.finetune.checkpoints import PREFIX, Checkpointed, Checkpoints
 from moefy.finetune.collapse_guard import CollapseGuard
 from moefy.finetune.losses import Batch, Routed
 from moefy.finetune.optim import MasterAdamW, groups
@@ -42,6 +43,7 @@ class Setup:
     checkpoints: Checkpoints
     log: Callable[[dict[str, Any]], None] = lambda row: None
     """Takes a row of figures."""
+    annealing: Annealing | None = None
     measure: Callable[[], tuple[dict[str, Any], Any]] = lambda: ({}, [])
     """Gives the figures on the validation text, and those of each layer."""
 
@@ -76,9 +78,23 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
             loss.name: course.at(getattr(self.settings, loss.weight), self.routing.progress)
             for loss in self.losses
         }
-        if weights != self.weights:
+        if self._anneal(state.global_step) or weights != self.weights:
             self.weights = weights
             self.setup.guard.begin_phase()
+
+    def _anneal(self, step: int) -> bool:
+        """Set the experts per token, and add to the refit; whether the model is another now."""
+        annealing = self.setup.annealing
+        if annealing is None:
+            return False
+        annealed = step < annealing.num_steps
+        self.routing.experts_per_token = annealing.experts(step) if annealed else None
+        if not (share := annealing.added(step)):
+            return False
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # unwrapped
+        pairs = optimizer.pairs if isinstance(optimizer, MasterAdamW) else ()
+        annealing.add(share, {id(weight): copy for weight, copy in pairs})
+        return True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End the step."""
@@ -203,13 +219,15 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
             "seconds": round(seconds, 2),
             "lr": self._get_learning_rate(),
             **means,
-            **self._changing_weights(),
+            **self._changing(),
             **over_layers(self.statistics.layers()),
             "tokens_per_second": round((step - first) * tokens / max(seconds, 1e-9), 2),
         }
 
-    def _changing_weights(self) -> dict[str, float]:
-        return {
+    def _changing(self) -> dict[str, float]:
+        """The weights that have a course, and the experts per token where they fall."""
+        k = self.routing.experts_per_token
+        return ({"experts_per_token": k} if k else {}) | {
             f"{loss.name}_weight": self.weights[loss.name]
             for loss in self.losses
             if isinstance(getattr(self.settings, loss.weight), str)
@@ -229,6 +247,42 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
         metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.log(metrics)
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save the weights of the least validation loss so far, too."""
+        best = super()._determine_best_metric(metrics, trial)
+        if self.state.best_global_step == self.state.global_step:
+            self.control.should_save = True
+        return best
+
+    def take_best(self) -> dict[str, Any] | None:
+        """Take the weights of the step of least validation loss, and tell of the choice.
+
+        None where only the last step was measured, or none.
+
+        Raises:
+            MoefyError: code 7, when their checkpoint is damaged.
+        """
+        state, name = self.state, f"eval_{self.args.metric_for_best_model}"
+        measured = {row["step"]: row[name] for row in state.log_history if name in row}
+        best = state.best_global_step
+        if best is None or len(measured) < 2:
+            return None
+        if best != state.global_step:
+            folder = self.checkpoints.last(best)
+            if folder is None or folder.name != f"{PREFIX}{best}":
+                raise MoefyError(
+                    f"the checkpoint of step {best} in {self.checkpoints.home}, the best one, is "
+                    "damaged; --restart starts over",
+                    code=7,
+                )
+            self._load_from_checkpoint(str(folder))
+        return {
+            "step": best,
+            "by": self.args.metric_for_best_model,
+            "value": measured[best],
+            "last": measured[state.global_step],
+        }
 
 
 def text_batch(

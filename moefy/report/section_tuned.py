@@ -48,6 +48,14 @@ def finetune(report: Mapping[str, Any]) -> Section:
     return Section("finetune", "Fine-tuning", lead, tuple(pictures), tuple(tables))
 
 
+def selected_text(chosen: Mapping[str, Any]) -> str:
+    """Of which step the weights are, and why."""
+    name = {"kl": "KL", "loss": "loss"}[chosen["by"]]
+    text = f"of step {chosen['step']}, {name} {chosen['value']:.3f} on the validation text"
+    last = chosen["value"] == chosen["last"]
+    return f"{text}, the last" if last else f"{text}; {chosen['last']:.3f} at the last step"
+
+
 def _trained(label: str, summary: Mapping[str, Any]) -> list[Table]:
     """The data, the steps and the result of a fine-tune."""
     rows = [
@@ -62,6 +70,8 @@ def _trained(label: str, summary: Mapping[str, Any]) -> list[Table]:
         before, after = (checks.get(when, {}).get(key) for when in ("before", "after"))
         if isinstance(before, (int, float)) and isinstance(after, (int, float)):
             rows.append((f"held-out {key}", f"{before:.3f} to {after:.3f}"))
+    if chosen := summary.get("selected"):
+        rows.append(("weights", selected_text(chosen)))
     rows += [
         (f"step {event.get('step')}", f"{event.get('reason')}: {event.get('action')}")
         for event in summary.get("guard") or []

@@ -30,7 +30,7 @@ from moefy.finetune.checkpoints import Checkpoints
 from moefy.finetune.inputs import compute_dtypes, open_run, teacher_folder, write_text
 from moefy.finetune.run import finetune
 from moefy.finetune.text import read_text
-from moefy.finetune.train import Callbacks
+from moefy.finetune.train import Callbacks, Student
 from moefy.finetune.train import train as train_model
 from moefy.progress import watching
 from moefy.text.tokenizer import load_tokenizer
@@ -95,7 +95,7 @@ def tune_dense(run: Path, out: Path, settings: Settings, watch: Callable[..., No
     home = out.with_name(f".{out.name}.moefy-finetune")
     home.mkdir(exist_ok=True)
     trained = train_model(
-        load,
+        Student(load),
         tokens,
         build(None, {**vars(settings), **lower}, []),
         Checkpoints(home, {"text": tokens.sha256, "teacher": sorted(digests.values())}),

@@ -33,7 +33,7 @@ from moefy.finetune.inputs import (
     write_text,
 )
 from moefy.finetune.text import read_text
-from moefy.finetune.train import Callbacks, device, num_steps, tokens_per_step, train
+from moefy.finetune.train import Callbacks, Student, device, num_steps, tokens_per_step, train
 from moefy.text.tokenizer import load_tokenizer
 from moefy.text.windows import text_windows
 
@@ -100,7 +100,7 @@ def main(
     targets = teacher.live(dense, chosen) if chosen.kl else None
     with tempfile.TemporaryDirectory(dir=out.parent) as home:
         trained = train(
-            load,
+            Student(load),
             tokens,
             chosen,
             Checkpoints(Path(home)),
