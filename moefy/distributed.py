@@ -43,7 +43,7 @@ class Group:
 
     def total(self, value: float) -> float:
         """The sum of a number over the processes."""
-        return value if self.size == 1 else sum(self._all(value))
+        return value if self.size == 1 else sum(self.all_objects(value))
 
     def in_turn(self, add: Callable[[], None], *sums: Tensor) -> None:
         """Let one process after the other `add` its part to tensors, which then are the same in
@@ -62,7 +62,7 @@ class Group:
             return part_T
         import torch
 
-        sizes = self._all(len(part_T))
+        sizes = self.all_objects(len(part_T))
         parts = [part_T.new_empty(size, *part_T.shape[1:]) for size in sizes]
         parts[self.rank] = part_T.contiguous()
         for rank, part in enumerate(parts):
@@ -71,7 +71,7 @@ class Group:
 
     def before(self, count: int) -> tuple[int, int]:
         """The sum of a count over the processes before this one, and over all."""
-        counts = [count] if self.size == 1 else self._all(count)
+        counts = [count] if self.size == 1 else self.all_objects(count)
         return sum(counts[: self.rank]), sum(counts)
 
     def broadcast(self, value: T, source: int = 0) -> T:
@@ -99,9 +99,11 @@ class Group:
             _distributed().broadcast_object_list(values, src=0)
         return values[0]
 
-    def _all(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.size
-        _distributed().all_gather_object(values, value)
+    def all_objects(self, value: Any) -> list[Any]:
+        """The values that the processes give, in their order."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            _distributed().all_gather_object(values, value)
         return values
 
 
@@ -175,8 +177,8 @@ def together() -> Iterator[None]:
     except RuntimeError as error:
         if type(error).__name__.startswith("Dist") or "gloo" in str(error):
             raise MoefyError(
-                "another process of this conversion has stopped with a message of its own; run "
-                "the same command again to go on",
+                "another process has stopped with a message of its own; run the same command again "
+                "to go on",
                 code=5,
             ) from None
         raise

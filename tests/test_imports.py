@@ -65,15 +65,16 @@ ROWS = {
     "files": ["resume", "shards", "publish", "buffers lock safetensors_header", "__init__"],
     "finetune": [
         "run",
-        "checks text write unrefitted",
+        "checks home text write unrefitted",
         "inputs",
         "train",
         "lora heldout",
         "trainer",
+        "checkpoints",
         "optim",
         "router_hooks",
         "router_noise",
-        "anneal checkpoints collapse_guard layout losses teacher",
+        "anneal collapse_guard layout losses teacher",
         "__init__",
     ],
     "models": [

@@ -12,6 +12,7 @@ from moefy.cli.shared import FORCE, JSON, QUIET, RESTART, SETTINGS, note, quiet_
 from moefy.cli.signals import interrupted
 from moefy.config.finetune import Settings, build
 from moefy.config.options import option
+from moefy.distributed import together
 from moefy.errors import MoefyError, is_out_of_memory
 
 
@@ -43,8 +44,8 @@ def finetune(options: Options, asked: Finetune) -> None:
     if asked.steps is not None:
         settings = _of_steps(settings, asked.steps)
     quiet_libraries()
+    from moefy.finetune.home import last_step
     from moefy.finetune.run import finetune as train
-    from moefy.finetune.run import last_step
     from moefy.progress import watching
     from moefy.report import terminal
 
@@ -52,7 +53,7 @@ def finetune(options: Options, asked: Finetune) -> None:
     first = os.environ.get("RANK", "0") == "0"  # one of several processes prints
     quiet, restart = asked.quiet or not first, asked.restart
     try:
-        with watching(quiet=quiet) as watch:
+        with together(), watching(quiet=quiet) as watch:
             summary = train(
                 asked.run, out, settings, force=asked.force, restart=restart, watch=watch
             )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,14 +21,25 @@ from moefy import __version__
 from moefy.config.finetune import TABLE, Settings
 from moefy.config.sources import sources
 from moefy.config.toml import render_table
+from moefy.distributed import Group
 from moefy.errors import MoefyError
 from moefy.files import publish
-from moefy.files.lock import locked
-from moefy.files.publish import FINAL, check_free, file_digests, publishing, write_json
-from moefy.files.safetensors_header import some
+from moefy.files.publish import check_free, file_digests, publishing, write_json
 from moefy.finetune import losses
 from moefy.finetune.checkpoints import Checkpoints, steps
 from moefy.finetune.checks import check_machine, check_run
+from moefy.finetune.home import (
+    LOG,
+    SAVED,
+    SEQUENCES,
+    append,
+    check_shared,
+    check_step,
+    claim,
+    home_of,
+    open_home,
+    rewind,
+)
 from moefy.finetune.inputs import (
     ComputeDtypes,
     Run,
@@ -46,22 +54,21 @@ from moefy.finetune.inputs import (
 )
 from moefy.finetune.teacher import Teacher, cache_name, cached, live, states
 from moefy.finetune.text import read_text
-from moefy.finetune.train import Callbacks, Student, Trained, device, train
+from moefy.finetune.train import Callbacks, Student, Trained, device, sequences_per_step, train
 from moefy.finetune.unrefitted import start_of
 from moefy.finetune.write import check_checkpoint, save, write_checkpoint
 from moefy.progress import Watch
 from moefy.report import model_card
 from moefy.text.packing import Tokens
 
-LOG = "finetune.jsonl"
-LOCK, SAVED = "lock", "saved"
-"""In the folder of the checkpoints: its lock, and the weights at the end of the training."""
-
 NOT_OF_A_RUN = (
     "log_every", "log_to", "save_every", "teacher_cache", "device", "data", "teacher",
     "guard_restarts",
 )  # fmt: skip
 """Settings that do not change the weights, or that a digest stands for."""
+
+LAYOUT = ("batch_size", "gradient_accumulation_steps", "fsdp", "expert_parallel")
+"""Settings that say where the sequences of a step are computed, but not which ones they are."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +88,20 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the weights: checkpoints of another identity are not resumed."""
-        settings = dataclasses.asdict(self.settings)
+        """What decides the weights: checkpoints of another identity are not resumed.
+
+        The number of processes and the settings of `LAYOUT` change roundings only, and what looks
+        at one batch (`balance` and the settings that disturb choices).
+        """
+        settings, world = dataclasses.asdict(self.settings), self.process.num_processes
         return {
             "run": self.run.digests,
             "text": self.tokens.trained,
             "teacher": self.digests,
-            "processes": self.process.num_processes,
+            SEQUENCES: sequences_per_step(self.settings, world),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            **{key: value for key, value in settings.items() if key not in NOT_OF_A_RUN},
+            **{k: value for k, value in settings.items() if k not in NOT_OF_A_RUN + LAYOUT},
             "compute_dtype": {
                 "student": self.dtypes.student.name,
                 "teacher": self.dtypes.teacher.name,
@@ -122,12 +133,16 @@ def finetune(
     out = check_free(out, force=force)
     if out == run.resolve():
         raise MoefyError(f"OUT {out} is the run itself; give another name", code=2)
+    if not (force or restart):
+        check_step(home_of(out), settings, process.num_processes)
     plan = _plan(run, settings, process, watch if process.is_main_process else lambda *_: None)
-    checkpoints = Checkpoints(home_of(out), plan.identity)
-    with _open_home(checkpoints.home, out, process):
+    group = Group(process.process_index, process.num_processes)
+    checkpoints = Checkpoints(home_of(out), plan.identity, group)
+    with open_home(checkpoints.home, out, process):
         if process.is_main_process:
-            _claim(checkpoints, force=force, restart=restart)
+            claim(checkpoints, force=force, restart=restart)
         process.wait_for_everyone()
+        check_shared(checkpoints.home)
         if not steps(checkpoints.home):
             (checkpoints.home / LOG).unlink(missing_ok=True)
         trained = _train(plan, checkpoints)
@@ -161,7 +176,7 @@ def _train(plan: Plan, checkpoints: Checkpoints) -> Trained:
     callbacks = Callbacks()
     if plan.process.is_main_process:  # one of several processes writes the log
         log = checkpoints.home / LOG
-        callbacks = Callbacks(partial(_append, log), partial(_rewind, log), plan.watch)
+        callbacks = Callbacks(partial(append, log), partial(rewind, log), plan.watch)
     student = Student(
         partial(load_student, run, settings, plan.dtypes.student.dtype),
         plan.dtypes.stored if one_dtype(run.folder) else None,
@@ -191,74 +206,6 @@ def _teacher(plan: Plan) -> Teacher:
         live(model, settings) if losses.TEACHER in needs else None,
         states(model, states_to_match(plan.run, plan.teacher)) if losses.STATES in needs else None,
     )
-
-
-def home_of(out: Path) -> Path:
-    """The folder of the checkpoints of an unfinished fine-tune to `out`."""
-    return out.with_name(f".{out.name}.moefy-finetune")
-
-
-def last_step(out: Path) -> int | None:
-    """The step from which an unfinished fine-tune to `out` would resume; None without one."""
-    return max(steps(home_of(Path(os.path.abspath(out)))), default=None)
-
-
-@contextlib.contextmanager
-def _open_home(home: Path, out: Path, process: PartialState) -> Iterator[None]:
-    """Lock the folder of the checkpoints; remove it at the end if no rerun can resume from it."""
-    if not process.is_main_process:
-        yield
-        return
-    with locked(home / LOCK, out):
-        final = False
-        try:
-            yield
-        except MoefyError as error:
-            final = error.code in FINAL and not (home / SAVED).exists()
-            raise
-        finally:
-            if final or not steps(home):
-                shutil.rmtree(home, ignore_errors=True)
-
-
-def _claim(checkpoints: Checkpoints, *, force: bool, restart: bool) -> None:
-    """Check that the checkpoints are of this fine-tune.
-
-    `force` removes those of another one instead, and `restart` removes all.
-
-    Raises:
-        MoefyError: code 7, when they are of another one.
-    """
-    home, lines = checkpoints.home, checkpoints.differences()
-    if lines and not (force or restart):
-        raise MoefyError(
-            f"{home} is of another fine-tune: {some(lines)}; give the command that began it, or "
-            "--force to start over",
-            code=7,
-        )
-    if lines or restart:
-        for file in home.iterdir():
-            if file.name != LOCK:
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
-
-
-def _append(log: Path, row: dict[str, Any]) -> None:
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def _rewind(log: Path, step: int) -> None:
-    """Remove the rows after `step`, but not those of the guard."""
-    rows = [row for row in _rows(log) if row["step"] <= step or "guard" in row]
-    publish.write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _rows(log: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a log, without a line that a kill or a crash has cut."""
-    text = log.read_text("utf-8", errors="replace") if log.exists() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
 
 
 def _summary(plan: Plan, trained: Trained) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from moefy.config.finetune import Settings
 from moefy.config.sources import sources
 from moefy.errors import MoefyError
 from moefy.finetune.inputs import Run
-from moefy.finetune.train import num_steps, tokens_per_step
+from moefy.finetune.train import num_steps, sequences_per_step
 from moefy.progress import Watch
 from moefy.text import packing
 from moefy.text.mix import mix, split
@@ -29,7 +29,7 @@ def read_text(
     """
     length, chosen = settings.sequence_length, sources(settings.data)
     shares = [source.share for source in chosen]
-    step = tokens_per_step(settings, world) // length
+    step = sequences_per_step(settings, world)
     num_rows = num_steps(settings, world) * step
     num_heldout = settings.validation_tokens // length
     amounts = []

@@ -97,8 +97,15 @@ def num_steps(settings: Settings, world: int) -> int:
 
 def tokens_per_step(settings: Settings, world: int) -> int:
     """Tokens of all processes that a step sees."""
-    rows = settings.batch_size * settings.gradient_accumulation_steps * world
-    return rows * settings.sequence_length
+    return sequences_per_step(settings, world) * settings.sequence_length
+
+
+def sequences_per_step(settings: Settings, world: int) -> int:
+    """Sequences of all processes that a step sees.
+
+    A step takes the same ones however they are dealt out to processes, batches and accumulation.
+    """
+    return settings.batch_size * settings.gradient_accumulation_steps * world
 
 
 def train(
@@ -136,11 +143,13 @@ def train(
             annealing = begin(student.start, model, num_steps)
             routing.gate = student.start.gate
         log = partial(_log, callbacks, arguments.max_steps)
+        step = sequences_per_step(settings, arguments.world_size)
+        num_rows = len(tokens.rows) // step * step  # whole steps only
         trainer = Finetuner(
             Setup(settings, routing, guard, teacher, checkpoints, log, annealing, validate),
             model=model,
             args=arguments,
-            train_dataset=Subset(sequences, tokens.rows),
+            train_dataset=Subset(sequences, tokens.rows[:num_rows]),
             eval_dataset=Subset(sequences, range(-tokens.num_heldout, 0)),
         )
         trainer.remove_callback(PrinterCallback)
@@ -247,8 +256,8 @@ def _arguments(settings: Settings, home: Path) -> TrainingArguments:
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
         logging_first_step=True,
-        # Trainer cannot save the optimizer of a model that is shared among processes.
-        save_strategy="no" if settings.fsdp else "steps",
+        save_strategy="steps",
+        save_only_model=True,  # `Checkpointed` adds what a resume needs
         save_steps=settings.save_every,
         eval_strategy="steps" if every else "no",
         eval_steps=every or None,

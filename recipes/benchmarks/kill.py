@@ -13,6 +13,9 @@ The command is run in this process first, which then has imported all that it ta
 attempt is forked from there: no kill is wasted on the seconds that imports take. A fine-tune takes
 
     --state '.out.moefy-finetune/checkpoint-*' -- finetune RUN --out OUT ...
+
+With `--processes 2` the command runs in two processes with the variables that `torchrun` sets. When
+the time has come one of them is killed, and half a second later at most the other.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # the others outlive no fork
 
+import importlib
 import json
 import random
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -49,14 +54,17 @@ def main(
     state: str = typer.Option(
         ".out.moefy-part/state/*", help="What a killed attempt may leave to go on from."
     ),
+    processes: int = 1,
 ) -> None:
     """Kill, resume, compare; print one line a chain and a summary."""
     place.mkdir(parents=True)
     dice = random.Random(seed)
-    if status := run(command, place / "out"):
+    if processes > 1:
+        importlib.import_module("moefy.finetune.run")
+    elif status := run(command, place / "out"):
         raise SystemExit(f"the command ended with {status}")
-    shutil.rmtree(place / "out")
-    status = attempt(command, place / "reference", None)
+    shutil.rmtree(place / "out", ignore_errors=True)
+    status = attempt(command, place / "reference", processes, None, dice)
     took = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     if status:
         raise SystemExit(f"the undisturbed command ended with {status}")
@@ -65,7 +73,9 @@ def main(
     done = chains = resumed = late = 0
     while done < kills:
         out, killed = place / "out", 0
-        while (status := attempt(command, out, dice.uniform(0, took))) == -signal.SIGKILL:
+        while (
+            status := attempt(command, out, processes, dice.uniform(0, took), dice)
+        ) == -signal.SIGKILL:
             killed += 1
             if out.exists():  # killed between the publication and its end
                 late += 1
@@ -102,21 +112,42 @@ def run(command: list[str], out: Path) -> int:
     return 99
 
 
-def attempt(command: list[str], out: Path, budget: float | None) -> int:
-    """Run the command in a process of its own, killed when it has spent its budget of processor
-    seconds; give how that ended."""
-    child = os.fork()
-    if not child:
-        os._exit(run(command, out))
-    if budget is None:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if spent(child) >= budget:
-            os.kill(child, signal.SIGKILL)
+def attempt(
+    command: list[str], out: Path, processes: int, budget: float | None, dice: random.Random
+) -> int:
+    """Run the command in processes of its own, killed when they have spent their budget of
+    processor seconds; give how that ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [fork(command, out, rank, processes, port) for rank in range(processes)]
+    left, codes = list(children), []
+    while left:
+        for child in list(left):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                left.remove(child)
+                codes.append(os.waitstatus_to_exitcode(status))
+        if left and len(left) == processes and budget is not None:
+            if sum(map(spent, left)) >= budget:
+                dice.shuffle(left)
+                os.kill(left[0], signal.SIGKILL)
+                time.sleep(dice.uniform(0, 0.5) * (processes > 1))
+                for child in left[1:]:
+                    os.kill(child, signal.SIGKILL)
         time.sleep(0.005)
+    return -signal.SIGKILL if -signal.SIGKILL in codes else max(codes)
+
+
+def fork(command: list[str], out: Path, rank: int, processes: int, port: int) -> int:
+    """Start the command in a process of its own, one of several as `torchrun` starts them."""
+    if child := os.fork():
+        return child
+    if processes > 1:
+        count = str(processes)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+        os.environ.update(WORLD_SIZE=count, LOCAL_WORLD_SIZE=count, MASTER_PORT=str(port))
+    os._exit(run(command, out))
 
 
 def spent(process: int) -> float:

@@ -18,9 +18,10 @@ from moefy.files.lock import locked
 from moefy.files.safetensors_header import read_entries
 from moefy.finetune import inputs, losses, teacher
 from moefy.finetune.checks import check_machine
+from moefy.finetune.home import home_of
 from moefy.finetune.optim import MasterAdamW, parts
 from moefy.finetune.router_hooks import Routing, activations, moe_layers
-from moefy.finetune.run import finetune, home_of
+from moefy.finetune.run import finetune
 from moefy.text.packing import Amount
 
 SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
@@ -123,7 +124,7 @@ def test_resumed_after_a_kill_ends_in_the_same_bytes(once, run, text, tmp_path, 
         tuned(run, tmp_path / "out", text, **{**again, "learning_rate": 1e-3})
     assert caught.value.code == 7
     # A file that is not whole any more: the one before is taken.
-    (home / "checkpoint-10" / "optimizer.pt").write_bytes(b"cut")
+    next((home / "checkpoint-10" / "tensors").glob("*.distcp")).write_bytes(b"cut")
     # Nor is the last line of the log.
     with (home / "finetune.jsonl").open("a") as log:
         log.write('{"step": 14, "lo')
