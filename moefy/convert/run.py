@@ -92,11 +92,11 @@ def _lead(
     state.claim({"calibration": tokens.sha256}, force=force)
     order = _dropped(session, tokens)
     session = dataclasses.replace(session, job=depth.settle(job, order))
-    loss_L = _sensitivities(session, tokens)
+    savings = _savings(session, tokens)
     asked = session.job.active
-    job = sensitivity.settle(session.job, loss_L) if loss_L else session.job
+    job = sensitivity.settle(session.job, savings) if savings else session.job
     session = dataclasses.replace(session, job=job)
-    session.attempt.group.broadcast_object((tokens, order, loss_L))
+    session.attempt.group.broadcast_object((tokens, order, savings))
     slots = write.slots(job)
     size = num_bytes(job.recipe.max_shard_size)
     writer = ShardWriter(part, slots, shard_bytes=size, resume=True)
@@ -125,8 +125,12 @@ def _lead(
     summary["machine"] = _machine(job, session.attempt.group)
     summary["memory"] = {"planned_bytes": plan.peak_bytes, "file_bytes": plan.file_bytes}
     summary["dropped"] = order
-    if loss_L:
-        summary["budget"] = {"active": asked, "kl_when_pruned_alone": loss_L}
+    if savings:
+        summary["budget"] = {
+            "active": asked,
+            "kl_when_all_are_pruned": savings.kl,
+            "kl_saved_if_dense": savings.saved_L,
+        }
     extra = {"ids": tokens.ids_BT.int()}
     if (end_TD := done.ends[checked["layers"] - 1]) is not None:
         extra[END] = end_TD
@@ -137,10 +141,10 @@ def _lead(
 
 def _help(job: Job, out: Path, plan: Plan, attempt: Attempt) -> dict[str, Any]:
     """Do what all processes do: convert the layers. Gives what the first one reports."""
-    tokens, order, loss_L = attempt.group.broadcast_object()
+    tokens, order, savings = attempt.group.broadcast_object()
     job = depth.settle(job, order)
-    if loss_L:
-        job = sensitivity.settle(job, loss_L)
+    if savings:
+        job = sensitivity.settle(job, savings)
     store = Store(place_of(Path(os.path.abspath(out))) if plan.file_bytes else None)
     session = Session(job, attempt, State(None), store, Clock({}), lambda *_: None)
     convert_layers(session, tokens, {}, None, _last(job, write.slots(job)))
@@ -223,15 +227,16 @@ def _dropped(session: Session, tokens: packing.Tokens) -> list[dict[str, Any]]:
     return order
 
 
-def _sensitivities(session: Session, tokens: packing.Tokens) -> list[float]:
+def _savings(session: Session, tokens: packing.Tokens) -> sensitivity.Savings | None:
     """What leaving each layer dense would save, where the recipe asks for that; it is kept."""
     if not session.job.weighs:
-        return []
+        return None
     with session.clock.stage("sensitivity"):
-        loss_L = session.state.load("sensitivities")
-        loss_L = loss_L or sensitivity.sensitivities(session.job, tokens, session.watch)
-        session.state.save("sensitivities", loss_L)
-    return loss_L
+        if record := session.state.load("savings"):
+            return sensitivity.Savings(**record)
+        savings = sensitivity.savings(session.job, tokens, session.watch)
+        session.state.save("savings", dataclasses.asdict(savings))
+    return savings
 
 
 def _gradients(session: Session, tokens: packing.Tokens) -> dict[int, Tensor]:

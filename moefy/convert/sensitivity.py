@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 
 import torch
@@ -15,37 +17,48 @@ from moefy.convert.choose import most_dense, named_engines
 from moefy.convert.ffn import Method, convert_block
 from moefy.convert.partition import static
 from moefy.convert.prepare import Job, prepare
-from moefy.convert.profile import Inputs
+from moefy.convert.profile import CHUNK, Inputs
 from moefy.errors import MoefyError
 from moefy.models.choice import SLACK, expected_loss, layer_sizes, relative_time
 from moefy.models.shape import pruned
 from moefy.progress import Watch
 from moefy.text.packing import Tokens
+from moefy.types import FFN
 
-PIECES = (32, 32, 12)
-"""Tokens of a piece of a sequence, pieces to fit on, and held-out ones on which the sensitivities
-are measured. SmolLM2-135M takes 45 s of a core. With 4 held-out pieces it takes 21 s, and what is
-measured of a layer varies by a third with the text."""
-
-GROWTH = 2.0
-"""Loss is taken to grow with this power of the share of neurons left out. With the bits of choice
-of the shapes, that foretells nine conversions of SmolLM2-135M at 0.5, with none to four dense
-layers, up to 8 % (recipes/results/shapes.md)."""
+PIECES = (32, 96, 12)
+"""Tokens of a piece of a sequence, pieces to fit on, and held-out ones that measure. It takes 60 s
+of a core with SmolLM2-135M, a conversion of 16,384 tokens 240 s."""
 
 
-def settle(job: Job, loss_L: list[float]) -> Job:
+GROWTH = 1.5
+"""Loss is taken to grow with this power of the share of neurons left out (recipes/results/shapes.md)."""
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What dense layers are worth, in nats of KL divergence from the dense model."""
+
+    kl: float  # with all layers pruned
+    saved_L: list[float]  # by each layer if it alone stays dense
+
+    def without(self, dense: Iterable[int]) -> float:
+        """What is left when these layers stay dense, if their savings add up."""
+        return max(self.kl - sum(self.saved_L[layer] for layer in dense), 0.0)
+
+
+def settle(job: Job, savings: Savings) -> Job:
     """Replace `layers = "auto"` by the layers to convert, and `active` by what they then have left.
 
     `active` counts all layers: those that stay dense take theirs from the others. That set stays
     dense which promises the least loss with the shape that the others then get; of as many layers,
-    the most sensitive ones that the class can leave dense. Where engines are named, a set is out
-    that takes 5 % more time than converting all layers. `loss_L` is what `sensitivities` gives.
+    those that save most and that the class can leave dense. Where engines are named, a set is out
+    that takes 5 % more time than converting all layers.
     """
     most = SLACK * _time(job)
     # The recipe's fraction is of all layers of the model; none is active in those that are dropped.
     share = job.num_layers / job.source.num_layers
     promised: list[tuple[float, Job]] = []
-    for sets in dense_sets(loss_L, job.active):
+    for sets in dense_sets(savings.saved_L, job.active):
         for dense in sets:
             recipe = dataclasses.replace(
                 job.recipe,
@@ -60,8 +73,8 @@ def settle(job: Job, loss_L: list[float]) -> Job:
                     raise
                 continue
             if not dense or _time(settled) <= most:
-                rest = sum(loss for layer, loss in enumerate(loss_L) if layer not in dense)
-                promised.append((rest * expected_loss(settled.shape, GROWTH), settled))
+                loss = savings.without(dense) * expected_loss(settled.shape, GROWTH)
+                promised.append((loss, settled))
             break
     return min(promised, key=itemgetter(0))[1]
 
@@ -76,62 +89,75 @@ def _time(job: Job) -> float:
     return (job.num_layers - len(job.layers) + converted) / job.num_layers
 
 
-def dense_sets(loss_L: list[float], active: float) -> list[list[frozenset[int]]]:
-    """Sets of layers that may stay dense, by their number from none on; of each number the most
-    sensitive ones first.
+def dense_sets(saved_L: list[float], active: float) -> list[list[frozenset[int]]]:
+    """Sets of layers that may stay dense, by their number from none on; of each number those first
+    that save most.
 
     Behind them the first layers beside the last ones: some classes hold dense layers at the ends
     alone.
     """
-    count = len(loss_L)
+    count = len(saved_L)
 
-    def most_sensitive(dense: frozenset[int]) -> tuple[float, list[int]]:
-        return -sum(loss_L[layer] for layer in dense), sorted(dense)
+    def order(dense: frozenset[int]) -> tuple[float, list[int]]:
+        return -sum(saved_L[layer] for layer in dense), sorted(dense)
 
-    order = sorted(range(count), key=lambda layer: -loss_L[layer])
+    best = sorted(range(count), key=lambda layer: -saved_L[layer])
     by_number = []
     for number in range(most_dense(count, active) + 1):
         ends = {
             frozenset((*range(first), *range(count - number + first, count)))
             for first in range(number + 1)
         }
-        by_number.append([frozenset(order[:number]), *sorted(ends, key=most_sensitive)])
+        by_number.append([frozenset(best[:number]), *sorted(ends, key=order)])
     return by_number
 
 
-def sensitivities(job: Job, tokens: Tokens, watch: Watch) -> list[float]:
-    """KL divergence, in nats per token, to the dense model when one layer alone is pruned.
+def savings(job: Job, tokens: Tokens, watch: Watch) -> Savings:
+    """What each layer saves if it alone stays dense and all others are pruned.
 
-    Pruned statically to the active fraction, with refit. Every layer opens a branch of the held-out
-    states, in which it is pruned and nothing else is; all branches go through the later layers
-    together, so that one layer at a time is in memory. Of the whole walk the branches cost about
-    L / 2 times as much as their tokens in a forward pass.
+    They are pruned statically to the active fraction, with the job's refit: a later layer makes
+    good what earlier ones lose, so that the first layers save less than their own loss, and the
+    last one more. From every layer on, a branch of the held-out states goes past its dense FFN and
+    through the pruned layers behind it. All go through a layer together, so that one at a time is
+    in memory. The branches cost about L / 2 times as much as their tokens in a forward pass.
     """
     fitted, probes = pieces(tokens, *PIECES)
-    num_fit, length = fitted.shape
+    num_tokens, num_probed = fitted.numel() + probes.numel(), probes.numel()
+    method = Method(static.split, None, refit=True, error_propagation=job.method.error_propagation)
     ids_BT = torch.cat([fitted, probes])
-    num_tokens, num_probed = ids_BT.numel(), probes.numel()
-    method, shape = Method(static.split, None, refit=True), pruned(job.shape)
-    states_BTD = forward.embed(job.checkpoint, job.family, ids_BT, job.device)
+    # Those of the dense model, those of the pruned one, and behind them the branches.
+    states_BTD = forward.embed(job.checkpoint, job.family, ids_BT, job.device).repeat(2, 1, 1)
+    pruned_T = slice(num_tokens, 2 * num_tokens)
     for layer in range(job.num_layers):
         watch("sensitivity of the layers", layer, job.num_layers)
         ffn = forward.read_ffn(job.checkpoint, job.family, layer, job.device)
         x_TD, join, leave = forward.tap(job.checkpoint, job.family, layer, states_BTD)
         flat_TD = states_BTD.view(x_TD.shape)
-        inputs = Inputs(x_TD[:num_tokens], num_probed, flat_TD[:num_tokens], join)
-        block = convert_block(ffn, inputs, shape, method, dtype=torch.float32, seed=0)
-        y_TD = block.y_TD[num_tokens - num_probed :]
-        branch_TD = flat_TD[num_tokens - num_probed : num_tokens] + (join(y_TD) if join else y_TD)
-        for start in range(0, len(x_TD), 2048):
-            part = slice(start, start + 2048)
-            y_TD = ffn.activations(x_TD[part]) @ ffn.down_DF.T
-            flat_TD[part] += join(y_TD) if join else y_TD
+        branch_TD = flat_TD[pruned_T][-num_probed:].clone()
+        _run(ffn, x_TD[pruned_T][-num_probed:], branch_TD, join)
+        _run(ffn, x_TD[:num_tokens], flat_TD[:num_tokens], join)
+        inputs = Inputs(
+            x_TD[pruned_T], num_probed, flat_TD[pruned_T], join, dense_TD=flat_TD[:num_tokens]
+        )
+        block = convert_block(ffn, inputs, pruned(job.shape), method, dtype=torch.float32, seed=0)
+        narrow = block.routed.ffn.some(block.routed.partition.shared_S)
+        _run(narrow, x_TD[num_tokens:], flat_TD[num_tokens:], join)
         flat_TD.copy_(leave(flat_TD))
-        branch_TD = leave(branch_TD)
-        states_BTD = torch.cat([states_BTD, branch_TD.view(-1, length, branch_TD.shape[1])])
-    ends = states_BTD[num_fit:].split(len(probes))
+        states_BTD = torch.cat([states_BTD, leave(branch_TD).view(*probes.shape, -1)])
     logits = forward.ending(job.checkpoint, job.family)
-    return [divergence(logits, ends[0], branch_BTD) for branch_BTD in ends[1:]]
+    dense_BTD, all_BTD, branches_BTD = states_BTD.tensor_split([len(ids_BT), 2 * len(ids_BT)])
+    loss = partial(divergence, logits, dense_BTD[len(fitted) :])
+    kl = loss(all_BTD[len(fitted) :])
+    return Savings(kl, [kl - loss(branch_BTD) for branch_BTD in branches_BTD.split(len(probes))])
+
+
+def _run(
+    ffn: FFN, x_TD: Tensor, states_TD: Tensor, join: Callable[[Tensor], Tensor] | None
+) -> None:
+    """Add to the states what an FFN computes from its inputs."""
+    for x_CD, state_CD in zip(x_TD.split(CHUNK), states_TD.split(CHUNK), strict=True):
+        y_CD = ffn.activations(x_CD) @ ffn.down_DF.T
+        state_CD += join(y_CD) if join else y_CD
 
 
 def pieces(tokens: Tokens, length: int, num_fitted: int, num_probes: int) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,11 @@ def job_of(model: Path, text: Path, **recipe: Any) -> Job:
     return prepare(build(None, {"model": str(model), **few, **recipe}, []))
 
 
+def worth(*saved_L: float) -> sensitivity.Savings:
+    """Savings that sum up to the whole loss."""
+    return sensitivity.Savings(sum(saved_L), list(saved_L))
+
+
 def silent(*_: object) -> None:
     pass
 
@@ -55,7 +60,9 @@ OPT_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
 
 
 @pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("opt", {}), ("opt", OPT_350M)])
-def test_sensitivities_are_what_the_stock_model_loses(family, changes, own_pico, text, monkeypatch):
+def test_savings_are_what_the_stock_model_gains_by_one_dense_ffn(
+    family, changes, own_pico, text, monkeypatch
+):
     loud = make_loud(own_pico(family, num_hidden_layers=LAYERS, **changes), family)
     job = job_of(loud, text, target="moefy")
     tokens = calibration_tokens(job, silent)
@@ -67,22 +74,35 @@ def test_sensitivities_are_what_the_stock_model_loses(family, changes, own_pico,
 
     convert_block = sensitivity.convert_block
     monkeypatch.setattr(sensitivity, "convert_block", noted)
-    found = sensitivity.sensitivities(job, tokens, silent)
-    assert len(found) == len(blocks) == LAYERS
-    assert found.index(max(found)) == LOUD
+    found = sensitivity.savings(job, tokens, silent)
+    assert len(found.saved_L) == len(blocks) == LAYERS
+    assert found.saved_L.index(max(found.saved_L)) == LOUD
     _, probes = sensitivity.pieces(tokens, *sensitivity.PIECES)
     dense = AutoModelForCausalLM.from_pretrained(loud).eval()
-    with torch.inference_mode():
-        wanted_BTV = dense(probes).logits.log_softmax(-1)
+
+    @torch.inference_mode()
+    def loss(whole: int | None) -> float:
+        """The stock model's, all FFNs pruned but one."""
+        model = AutoModelForCausalLM.from_pretrained(loud).eval()
         for layer, block in enumerate(blocks):
-            pruned = AutoModelForCausalLM.from_pretrained(loud).eval()
-            down_DF = pruned.get_parameter(down_of(family, layer))
-            down_DF.zero_()
             kept = block.routed.partition.shared_S
             assert 0 < len(kept) < 96
-            down_DF[:, kept] = block.routed.ffn.down_DF[:, kept]
-            loss_BTV = wanted_BTV.exp() * (wanted_BTV - pruned(probes).logits.log_softmax(-1))
-            assert found[layer] == pytest.approx(float(loss_BTV.sum(-1).mean()), rel=1e-3, abs=1e-7)
+            if layer != whole:
+                down_DF = model.get_parameter(down_of(family, layer))
+                down_DF.zero_()
+                down_DF[:, kept] = block.routed.ffn.down_DF[:, kept]
+        wanted_BTV = dense(probes).logits.log_softmax(-1)
+        loss_BTV = wanted_BTV.exp() * (wanted_BTV - model(probes).logits.log_softmax(-1))
+        return float(loss_BTV.sum(-1).mean())
+
+    assert found.kl == pytest.approx(loss(None), rel=1e-3, abs=1e-7)
+    for layer, saved in enumerate(found.saved_L):
+        assert saved == pytest.approx(found.kl - loss(layer), rel=1e-2, abs=1e-3 * found.kl)
+
+
+def test_savings_that_exceed_the_loss_leave_nothing():
+    assert sensitivity.Savings(1.0, [0.5, 0.25, 0.5]).without([1]) == 0.75
+    assert sensitivity.Savings(1.0, [0.5, 0.25, 0.5]).without([0, 1, 2]) == 0
 
 
 def test_pieces_are_apart_from_each_other_and_spread_over_the_sequences(loud, text):
@@ -112,7 +132,7 @@ def test_auto_leaves_the_loud_layer_dense_and_shrinks_the_others(loud, text, tmp
         == (summary["layers_left_dense"])
     )
     told = json.loads((tmp_path / "out" / "moefy" / "conversion.json").read_text())["budget"]
-    assert told["active"] == 0.5 and len(told["kl_when_pruned_alone"]) == LAYERS
+    assert told["active"] == 0.5 and len(told["kl_saved_if_dense"]) == LAYERS
 
 
 def test_the_recipe_that_is_kept_names_the_layers_and_gives_the_same_bytes(loud, text, tmp_path):
@@ -140,7 +160,8 @@ def test_a_class_that_can_leave_no_layer_dense_converts_all(loud, text):
 
 
 def test_a_class_with_dense_layers_in_front_gets_them_there(loud, text):
-    first, middle = [9.0, 0.2, 0.1, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 9.0, 0.1, 0.1]
+    first = worth(9.0, 0.2, 0.1, 0.1, 0.1, 0.1)
+    middle = worth(0.1, 0.1, 0.1, 9.0, 0.1, 0.1)
     job = job_of(loud, text, target="glm4_moe")
     assert job.weighs
     assert sensitivity.settle(job, first).recipe.layers == "1:6"
@@ -150,13 +171,13 @@ def test_a_class_with_dense_layers_in_front_gets_them_there(loud, text):
 
 
 def test_dense_layers_that_cost_time_are_left_out_where_engines_are_named(loud, text, monkeypatch):
-    loss_L = [9.0, 0.1, 0.1, 0.1, 0.1, 0.1]
+    saved = worth(9.0, 0.1, 0.1, 0.1, 0.1, 0.1)
     named = {"target": "glm4_moe", "engines": "llama.cpp"}
     monkeypatch.setattr(sensitivity, "SLACK", 1.2)  # (1 + 5 x .5) / 6 is 1.17 times .5
     for time, layers in ((0.5, "1:6"), (0.2, "0:6")):
         monkeypatch.setattr(sensitivity, "relative_time", lambda *_, time=time: time)
-        assert sensitivity.settle(job_of(loud, text, **named), loss_L).recipe.layers == layers
-    assert sensitivity.settle(job_of(loud, text, target="glm4_moe"), loss_L).recipe.layers == "1:6"
+        assert sensitivity.settle(job_of(loud, text, **named), saved).recipe.layers == layers
+    assert sensitivity.settle(job_of(loud, text, target="glm4_moe"), saved).recipe.layers == "1:6"
 
 
 def test_a_model_without_a_next_token_loss_converts_all(own_pico, text):
@@ -183,22 +204,22 @@ def test_auto_is_the_default_and_a_colon_converts_all(loud, text):
 
 def test_layers_of_equal_sensitivity_are_not_worth_a_dense_one(loud, text):
     job = job_of(loud, text)
-    assert sensitivity.settle(job, [1.0] * LAYERS).layers == list(range(LAYERS))
-    assert sensitivity.settle(job, [9.0, *[1.0] * 5]).layers == [1, 2, 3, 4, 5]
+    assert sensitivity.settle(job, worth(*[1.0] * LAYERS)).layers == list(range(LAYERS))
+    assert sensitivity.settle(job, worth(9.0, *[1.0] * 5)).layers == [1, 2, 3, 4, 5]
 
 
 def test_a_dense_layer_is_not_worth_it_where_the_others_get_a_poorer_choice(
     loud, text, monkeypatch
 ):
     job = job_of(loud, text)
-    loss_L = [2.0, *[1.0] * 5]
-    assert sensitivity.settle(job, loss_L).layers == [1, 2, 3, 4, 5]
+    saved = worth(2.0, *[1.0] * 5)
+    assert sensitivity.settle(job, saved).layers == [1, 2, 3, 4, 5]
 
     def poorer(shape, power):
         return (1 - shape.active_fraction) ** power * (1.2 if shape != job.shape else 1)
 
     monkeypatch.setattr(sensitivity, "expected_loss", poorer)
-    assert sensitivity.settle(job, loss_L).layers == list(range(LAYERS))
+    assert sensitivity.settle(job, saved).layers == list(range(LAYERS))
 
 
 def test_sets_of_dense_layers_come_by_their_number_and_the_most_sensitive_first():
@@ -227,18 +248,18 @@ def test_an_unknown_word_is_still_refused(loud, text):
 
 
 def test_auto_keeps_to_the_experts_that_were_asked_for(loud, text):
-    loss_L = [1.0, 0.1, 0.1, 0.1, 0.1, 0.1]
-    asked = sensitivity.settle(job_of(loud, text, experts=4), loss_L)
+    saved = worth(1.0, 0.1, 0.1, 0.1, 0.1, 0.1)
+    asked = sensitivity.settle(job_of(loud, text, experts=4), saved)
     assert asked.shape.num_experts == 4 and asked.layers == [1, 2, 3, 4, 5]
-    overlapping = sensitivity.settle(job_of(loud, text, overlap=2.0), loss_L)
+    overlapping = sensitivity.settle(job_of(loud, text, overlap=2.0), saved)
     assert overlapping.shape.overlaps and overlapping.shape.num_experts <= 8
 
 
 def test_a_router_for_evaluation_is_admitted_behind_auto_too(loud, text):
     job = job_of(loud, text)
     recipe = build(None, {**dataclasses.asdict(job.recipe), "router": "oracle"}, [])
-    loss_L = [9.0 if layer == LOUD else 1.0 for layer in range(LAYERS)]
-    settled = sensitivity.settle(prepare(recipe, control=True), loss_L)
+    saved = worth(*(9.0 if layer == LOUD else 1.0 for layer in range(LAYERS)))
+    settled = sensitivity.settle(prepare(recipe, control=True), saved)
     assert LOUD not in settled.layers and settled.recipe.router == "oracle"
     with pytest.raises(MoefyError, match="or an evaluation"):
         prepare(recipe)
