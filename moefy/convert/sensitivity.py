@@ -31,7 +31,7 @@ of a core with SmolLM2-135M, a conversion of 16,384 tokens 240 s."""
 
 
 GROWTH = 1.5
-"""Loss is taken to grow with this power of the share of neurons left out (recipes/results/shapes.md)."""
+"""Loss is taken to grow with this power of the share of neurons that do not run."""
 
 
 @dataclass(frozen=True)

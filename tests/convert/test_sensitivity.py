@@ -203,7 +203,7 @@ def test_auto_is_the_default_and_a_colon_converts_all(loud, text):
 
 
 def test_layers_of_equal_sensitivity_are_not_worth_a_dense_one(loud, text):
-    job = job_of(loud, text)
+    job = job_of(loud, text, experts=4)
     assert sensitivity.settle(job, worth(*[1.0] * LAYERS)).layers == list(range(LAYERS))
     assert sensitivity.settle(job, worth(9.0, *[1.0] * 5)).layers == [1, 2, 3, 4, 5]
 
@@ -211,7 +211,7 @@ def test_layers_of_equal_sensitivity_are_not_worth_a_dense_one(loud, text):
 def test_a_dense_layer_is_not_worth_it_where_the_others_get_a_poorer_choice(
     loud, text, monkeypatch
 ):
-    job = job_of(loud, text)
+    job = job_of(loud, text, experts=4)
     saved = worth(2.0, *[1.0] * 5)
     assert sensitivity.settle(job, saved).layers == [1, 2, 3, 4, 5]
 
