@@ -65,6 +65,7 @@ ROWS = {
     "files": ["resume", "shards", "publish", "buffers lock safetensors_header", "__init__"],
     "finetune": [
         "run",
+        "refit_after",
         "checks home text write unrefitted",
         "inputs",
         "train",

@@ -132,6 +132,11 @@ class Settings:
         "load have ended.",
         most=1,
     )
+    refit_after: bool = key(
+        False,
+        "Refit `down_proj` once more after the training, in closed form; kept if the validation "
+        "loss falls.",
+    )
     lora_rank: int = key(16, "Rank of the LoRA matrices.", least=1, most=2**16)
     gradient_checkpointing: bool = option(False, "Less memory for more time.")
     seed: int = option(0, "Random seed.", most=2**32 - 1)

@@ -37,6 +37,12 @@ def check_machine(settings: Settings) -> None:
         name = packages[0]
         raise MoefyError(f"--log-to {name} needs a package: pip install {name}", code=5)
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.refit_after and world > 1:
+        raise MoefyError(
+            f"refit_after with {world} processes is not supported; expected one, or "
+            "refit_after=false",
+            code=4,
+        )
     if settings.fsdp not in (0, world):
         running = "there is 1 process" if world == 1 else f"there are {world} processes"
         raise MoefyError(
@@ -79,6 +85,13 @@ def check_run(run: Run, settings: Settings) -> None:
         raise MoefyError(
             "--anneal: experts that overlap are more than the dense model when all are on; "
             "expected 0, or a run without --overlap",
+            code=4,
+        )
+    dense = families.load(run.summary["family"])
+    if settings.refit_after and (dense.join or dense.behind or dense.biased or not experts):
+        raise MoefyError(
+            f"refit_after: {run.summary['family']} has a norm behind its FFN or biases in it, or "
+            "the run no experts; expected refit_after=false",
             code=4,
         )
     if settings.expert_parallel and experts % settings.expert_parallel:

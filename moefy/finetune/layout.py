@@ -54,6 +54,17 @@ class Layout:
         gate_FD, up_FD = rows
         return gate_FD if self.gated else up_FD.new_empty(len(up_FD), 0), up_FD
 
+    def read_down(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The columns of `down_proj` as they were before the class's scales, float32 (D, F)."""
+        one, numbered = self._numbered(1.0), self._numbered(1.0, by_neuron=True)
+        places, columns = [], []
+        for name in self.downs:
+            scale_N1 = one[name].flatten()[:, None]
+            places.append((numbered[name].flatten() / scale_N1[:, 0]).round())
+            own_ND = tensors[name].float().movedim(-1, -2).reshape(len(scale_N1), -1)
+            columns.append(own_ND / scale_N1)
+        return torch.cat(columns)[torch.cat(places).argsort()].T
+
     @cached_property
     def downs(self) -> list[str]:
         """The names of the tensors of `down_proj`."""
@@ -66,10 +77,16 @@ class Layout:
         written = self._numbered(1.0, shared=0.0)
         return 1 / max(float(written[name].max()) for name in self.downs)
 
-    def _numbered(self, down: float, shared: float | None = None) -> Tensors:
-        """Up rows are 1 to F, those of gate the same below zero; hidden states have one number."""
+    def _numbered(
+        self, down: float, *, shared: float | None = None, by_neuron: bool = False
+    ) -> Tensors:
+        """Up rows are 1 to F, those of gate the same below zero; hidden states have one number.
+
+        `down_proj` is `down`, times the number of the neuron if `by_neuron`; of the shared neurons
+        it is `shared`, if that is given.
+        """
         number_F1 = torch.arange(1, self.shape.num_stored + 1)[:, None].float()
-        down_1F = torch.full_like(number_F1.T, down)
+        down_1F = down * (number_F1.T if by_neuron else torch.ones_like(number_F1.T))
         if shared is not None:
             down_1F[:, : self.shape.num_shared] = shared
         gate_F1 = -number_F1 if self.gated else None

@@ -25,9 +25,10 @@ from moefy.distributed import Group
 from moefy.errors import MoefyError
 from moefy.files import publish
 from moefy.files.publish import check_free, file_digests, publishing, write_json
-from moefy.finetune import losses
+from moefy.finetune import losses, refit_after
 from moefy.finetune.checkpoints import Checkpoints, steps
 from moefy.finetune.checks import check_machine, check_run
+from moefy.finetune.heldout import measure
 from moefy.finetune.home import (
     LOG,
     SAVED,
@@ -52,11 +53,13 @@ from moefy.finetune.inputs import (
     teacher_folder,
     write_text,
 )
+from moefy.finetune.router_hooks import Routing
 from moefy.finetune.teacher import Teacher, cache_name, cached, live, states
 from moefy.finetune.text import read_text
 from moefy.finetune.train import Callbacks, Student, Trained, device, sequences_per_step, train
-from moefy.finetune.unrefitted import start_of
+from moefy.finetune.unrefitted import dense_folder, start_of
 from moefy.finetune.write import check_checkpoint, save, write_checkpoint
+from moefy.models.load import model_of, plain_config
 from moefy.progress import Watch
 from moefy.report import model_card
 from moefy.text.packing import Tokens
@@ -145,9 +148,12 @@ def finetune(
         check_shared(checkpoints.home)
         if not steps(checkpoints.home):
             (checkpoints.home / LOG).unlink(missing_ok=True)
-        trained = _train(plan, checkpoints)
+        teacher = _teacher(plan)
+        trained = _train(plan, checkpoints, teacher)
         save(trained.model, checkpoints.home / SAVED)
         process.wait_for_everyone()
+        if settings.refit_after:
+            trained = _refit(plan, trained, teacher, checkpoints.home / SAVED)
         summary = _summary(plan, trained)
         if process.is_main_process:
             with publishing(out, force=force) as part:
@@ -171,7 +177,7 @@ def _plan(folder: Path, settings: Settings, process: PartialState, watch: Watch)
     return Plan(run, settings, dtypes, teacher, digests, tokens, process, watch)
 
 
-def _train(plan: Plan, checkpoints: Checkpoints) -> Trained:
+def _train(plan: Plan, checkpoints: Checkpoints, teacher: Teacher) -> Trained:
     run, settings = plan.run, plan.settings
     callbacks = Callbacks()
     if plan.process.is_main_process:  # one of several processes writes the log
@@ -182,8 +188,43 @@ def _train(plan: Plan, checkpoints: Checkpoints) -> Trained:
         plan.dtypes.stored if one_dtype(run.folder) else None,
         start_of(run) if settings.anneal else None,
     )
-    return train(
-        student, plan.tokens, settings, checkpoints, teacher=_teacher(plan), callbacks=callbacks
+    return train(student, plan.tokens, settings, checkpoints, teacher=teacher, callbacks=callbacks)
+
+
+def _refit(plan: Plan, trained: Trained, teacher: Teacher, saved: Path) -> Trained:
+    """The trained model with `down_proj` refitted once more, if that lowers its validation loss.
+
+    `saved` holds its weights, and those of the refit behind it.
+    """
+    run, settings, tokens = plan.run, plan.settings, plan.tokens
+    plan.watch("refit", 0, 1)
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(len(tokens.rows), generator=generator)
+    rows_N = torch.tensor(tokens.rows)[order[: refit_after.TOKENS // settings.sequence_length]]
+    dense = load_teacher(dense_folder(run), settings, plan.dtypes.teacher.dtype)
+    state = refit_after.state(
+        trained.model, run, saved, dense, tokens.ids_BT[rows_N], plan.dtypes.stored
+    )
+    del dense
+    config = plain_config(run.folder)
+    model = model_of(run.folder, config, state, task="ForCausalLM", dtype=trained.model.dtype)
+    model = model.to(trained.model.device)
+    figures, layers = measure(model, Routing(model, settings), tokens, teacher, settings)
+    by, before = "kl" if "kl" in figures else "loss", trained.validation["after"]
+    record = {"by": by, "before": before[by], "after": figures[by]}
+    record |= {
+        "kept": figures[by] < before[by],
+        "tokens": rows_N.numel() * settings.sequence_length,
+    }
+    if not record["kept"]:
+        return dataclasses.replace(trained, refit=record)
+    save(model, saved)
+    return dataclasses.replace(
+        trained,
+        model=model,
+        validation={**trained.validation, "after": figures},
+        routing={**trained.routing, "after": layers},
+        refit=record,
     )
 
 

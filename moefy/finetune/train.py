@@ -68,6 +68,8 @@ class Trained:
     guard: list[dict[str, Any]]
     selected: dict[str, Any] | None = None
     """The step whose weights these are, by which figure, and its value there and at the end."""
+    refit: dict[str, Any] | None = None
+    """By which figure the refit after the training was judged, and whether it was kept."""
 
 
 @dataclass(frozen=True)

@@ -35,16 +35,24 @@ def layout_of(run: Run) -> Layout:
     return Layout(targets.load(summary["target"], family), Shape(**sizes), family.gated)
 
 
+def dense_folder(run: Run) -> Path:
+    """The folder of the model that was converted, whoever the teacher is.
+
+    Raises:
+        MoefyError: code 3, where it is gone or another one.
+    """
+    return runs.dense_model(run.folder, run.summary, run.recipe, None, "the key model").folder
+
+
 def start_of(run: Run) -> Start:
     """Where an annealed training of the run begins.
 
     Raises:
         MoefyError: code 3, where the dense model is gone or another one.
     """
-    dense = runs.dense_model(run.folder, run.summary, run.recipe, None, "the recipe's model")
     layout = layout_of(run)
     k = layout.shape.experts_per_token
-    before = partial(unrefitted, run, dense.folder)
+    before = partial(unrefitted, run, dense_folder(run))
     return Start(before, layout.shape.num_experts, k, layout.gate)
 
 

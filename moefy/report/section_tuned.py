@@ -56,6 +56,13 @@ def selected_text(chosen: Mapping[str, Any]) -> str:
     return f"{text}, the last" if last else f"{text}; {chosen['last']:.3f} at the last step"
 
 
+def refit_text(refit: Mapping[str, Any]) -> str:
+    """What a refit after the training would change, and whether it was kept."""
+    name = {"kl": "KL", "loss": "loss"}[refit["by"]]
+    text = f"{name} {refit['before']:.3f} to {refit['after']:.3f} on the validation text"
+    return f"{text}, {'kept' if refit['kept'] else 'not kept'}"
+
+
 def _trained(label: str, summary: Mapping[str, Any]) -> list[Table]:
     """The data, the steps and the result of a fine-tune."""
     rows = [
@@ -72,6 +79,8 @@ def _trained(label: str, summary: Mapping[str, Any]) -> list[Table]:
             rows.append((f"held-out {key}", f"{before:.3f} to {after:.3f}"))
     if chosen := summary.get("selected"):
         rows.append(("weights", selected_text(chosen)))
+    if refit := summary.get("refit"):
+        rows.append(("refit after it", refit_text(refit)))
     rows += [
         (f"step {event.get('step')}", f"{event.get('reason')}: {event.get('action')}")
         for event in summary.get("guard") or []

@@ -17,7 +17,7 @@ from moefy.report.figures import short
 from moefy.report.format import shape_text
 from moefy.report.html import NO_PICTURES, can_draw
 from moefy.report.section_quality import meanings, seen_warnings
-from moefy.report.section_tuned import selected_text
+from moefy.report.section_tuned import refit_text, selected_text
 from moefy.report.sections import sections
 
 COLOURS = {"pays": "green", "does not pay": "bold red", "not measured": "yellow"}
@@ -159,6 +159,7 @@ def show_finetune(summary: Mapping[str, Any], out: Path) -> None:
         *(f"Note: {note}" for note in summary["train"]["notes"]),
         *(f"Note: {note}" for note in (summary.get("compute") or {}).get("notes", ())),
         *([f"Weights: {selected_text(chosen)}"] if (chosen := summary.get("selected")) else []),
+        *([f"Refit after it: {refit_text(refit)}"] if (refit := summary.get("refit")) else []),
         *(f"Guard, step {e['step']}: {e['reason']}; {e['action']}" for e in summary["guard"]),
         f"Model: {out}",
         f"Report: {out / 'moefy' / 'finetune.json'}",

@@ -60,6 +60,7 @@ def test_an_ffn_is_read_back_from_any_class(target):
     gate, up = layout.read(tensors)
     assert torch.equal(up, up_FD) and torch.equal(gate, gate_FD[:, : gate.shape[1]])
     assert gate.shape[1] == 6 * family.gated
+    assert torch.allclose(layout.read_down(tensors), down_FD.T, rtol=1e-6)
     downs = layout.write(ffn, torch.float32)
     assert set(downs) == {name for name in tensors if DOWN.search(name)}
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in downs.items())
