@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -30,20 +30,12 @@ PIECES = (32, 96, 12)
 of a core with SmolLM2-135M, a conversion of 16,384 tokens 240 s."""
 
 
-GROWTH = 1.5
-"""Loss is taken to grow with this power of the share of neurons that do not run."""
-
-
 @dataclass(frozen=True)
 class Savings:
     """What dense layers are worth, in nats of KL divergence from the dense model."""
 
     kl: float  # with all layers pruned
     saved_L: list[float]  # by each layer if it alone stays dense
-
-    def without(self, dense: Iterable[int]) -> float:
-        """What is left when these layers stay dense, if their savings add up."""
-        return max(self.kl - sum(self.saved_L[layer] for layer in dense), 0.0)
 
 
 def settle(job: Job, savings: Savings) -> Job:
@@ -73,7 +65,10 @@ def settle(job: Job, savings: Savings) -> Job:
                     raise
                 continue
             if not dense or _time(settled) <= most:
-                loss = savings.without(dense) * expected_loss(settled.shape, GROWTH)
+                # What a dense layer saves does not grow with the loss of the others: the savings of
+                # several are chosen from noisy ones, and do not quite add up.
+                loss = savings.kl * expected_loss(settled.shape) / expected_loss(job.shape)
+                loss -= sum(savings.saved_L[layer] for layer in dense)
                 promised.append((loss, settled))
             break
     return min(promised, key=itemgetter(0))[1]

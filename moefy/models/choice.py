@@ -99,10 +99,10 @@ def bits_of_choice(shape: Shape) -> float:
     return log2(comb(shape.num_experts, shape.experts_per_token))
 
 
-def expected_loss(shape: Shape, power: float = POWER) -> float:
+def expected_loss(shape: Shape) -> float:
     """Loss relative to other shapes of the same FFN; no unit."""
     bits = min(max(bits_of_choice(shape), 1.0), BITS)
-    return (1 - shape.active_fraction) ** power * (1 - PER_DOUBLING) ** log2(bits)
+    return (1 - shape.active_fraction) ** POWER * (1 - PER_DOUBLING) ** log2(bits)
 
 
 def relative_time(layer: Layer, shape: Shape, engines: Sequence[str]) -> float:
