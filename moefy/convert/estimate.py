@@ -10,11 +10,12 @@ import torch
 
 from moefy.checkpoint.cut import num_parameters
 from moefy.config.recipe import method_of
-from moefy.convert import depth, write
+from moefy.convert import depth, sensitivity, write
 from moefy.convert.memory import fit, state_bytes, writing
 from moefy.convert.prepare import SELF, Job
 from moefy.convert.profile import SAMPLE
 from moefy.files.shards import DTYPES
+from moefy.models.shape import pruned
 
 OVERHEAD = 1.05
 """Measured time of these operations within a layer over that of the same ones alone."""
@@ -84,17 +85,32 @@ def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
 
 def _seconds(job: Job) -> float:
     """Seconds for all layers up to the last that is converted, at this machine's speed."""
-    taken = {
-        stage: OVERHEAD * sum(count / SPEEDS[kind] for kind, count in counts.items())
-        for stage, counts in operations(job).items()
-    }
+    taken = _stages(job)
     layer = sum(taken.values()) + PER_ACTIVATION * job.recipe.tokens * job.shape.num_neurons
     layer += PER_INPUT * job.size("hidden_size") if job.method.fit is not None else 0
     num_dense = max(job.layers) + 1 - len(job.layers)
     # There and back through all weights, of which none needs a gradient.
     gradient = 4 * job.num_weights * job.recipe.tokens if job.method.gradient else 0
     whole = layer * len(job.layers) + (taken["attention"] + taken["dense"]) * num_dense + gradient
-    return whole / _speed(job.device)
+    return (whole + (_weighing(job) if job.weighs else 0)) / _speed(job.device)
+
+
+def _weighing(job: Job) -> float:
+    """Operations of `sensitivity.savings`: a static conversion on few tokens, and its branches."""
+    length, fitted, probes = sensitivity.PIECES
+    few = dataclasses.replace(job.recipe, tokens=length * (fitted + probes))
+    method = dataclasses.replace(job.method, fit=None, refine=None)
+    small = dataclasses.replace(job, recipe=few, method=method, shape=pruned(job.shape))
+    layer = sum(_stages(small).values()) + PER_ACTIVATION * few.tokens * job.shape.num_neurons
+    return job.num_layers * (layer + length * probes * job.num_weights)
+
+
+def _stages(job: Job) -> dict[str, float]:
+    """Operations of a layer by stage, counted as products that take as long."""
+    return {
+        stage: OVERHEAD * sum(count / SPEEDS[kind] for kind, count in counts.items())
+        for stage, counts in operations(job).items()
+    }
 
 
 def operations(job: Job) -> dict[str, dict[str, float]]:
