@@ -67,6 +67,7 @@ ROWS = {
         "run",
         "refit_after",
         "checks home text write unrefitted",
+        "answers",
         "inputs",
         "train",
         "lora heldout",
@@ -108,7 +109,7 @@ ROWS = {
         "packing windows",
         "documents",
         "chat",
-        "rows stratify tokenizer",
+        "rows stratify tokenizer tokens",
         "__init__",
     ],
 }

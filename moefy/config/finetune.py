@@ -36,7 +36,19 @@ class Settings:
         "model writes. May be repeated, with shares: `prose.txt:0.7`.",
         unset="self",
     )
+    answers: str | None = option(
+        None,
+        "File of prompts that the teacher answers once, to train on its answers, beside --data or "
+        "alone. May have a share, too.",
+    )
+    answer_tokens: int = key(
+        256, "Tokens of such an answer at most; longer ones are left out.", least=1
+    )
+    answer_temperature: float = key(0.0, "Temperature of such answers; 0 for the likeliest tokens.")
     text_field: str = option("text", "Field of rows that holds the text.")
+    answers_only: bool = option(
+        False, "Learn what the assistant writes in conversations, and not the rest of them."
+    )
     tokens: int = option(1_000_000, "Tokens to train on, repeated ones included.")
     sequence_length: int = option(512, "Tokens per sequence.", least=8)
     batch_size: int = option(4, "Sequences per process and forward pass.", least=1)
@@ -203,6 +215,9 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
     if "data" in result:
         data = result["data"]
         result["data"] = absolute([data] if isinstance(data, str) else data)
+    if result.get("answers"):
+        (result["answers"],) = absolute([result["answers"]])
+        result.setdefault("data", ())
     return result
 
 
@@ -215,7 +230,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _check(settings: Settings) -> None:
     """Refuse settings that do not go together."""
-    sources(settings.data)
+    sources(settings.data, settings.answers)
     length = settings.sequence_length
     amounts = {"--tokens": settings.tokens, "validation_tokens": settings.validation_tokens}
     for flag, value in amounts.items():

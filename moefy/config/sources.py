@@ -17,38 +17,53 @@ class Source:
 
     place: str
     share: float
+    prompts: bool = False
+    """Whether it holds prompts, whose answers are the text."""
+
+    @property
+    def flag(self) -> str:
+        """The option that names it."""
+        return "--answers" if self.prompts else "--data"
 
 
-def sources(data: Sequence[str]) -> list[Source]:
-    """The sources that `data` names, with shares as given behind a colon, or equal ones.
+def sources(data: Sequence[str], answers: str | None = None) -> list[Source]:
+    """The sources that `data` names, and the prompts of `answers` behind them, with shares as given
+    behind a colon, or equal ones.
 
     Only the ratios of the shares count. What exists as a path is one, whatever its name ends in.
 
-    >>> sources(["a.txt:3", "b.txt:1"])
-    [Source(place='a.txt', share=0.75), Source(place='b.txt', share=0.25)]
-    >>> sources(["owner/set:train"])
-    [Source(place='owner/set:train', share=1.0)]
+    >>> [(source.place, source.share) for source in sources(["a.txt:3", "b.txt:1"])]
+    [('a.txt', 0.75), ('b.txt', 0.25)]
 
     Raises:
         MoefyError: code 2 for no source, a source that is there twice, a share that is not above
             0, and shares for some sources only.
     """
-    places, shares = zip(*map(_split, data), strict=True) if data else ((), ())
-    if not places or not all(places):
-        raise MoefyError("--data is empty; expected a file, a folder, a data set or `self`", code=2)
+    split = [_split(text) for text in [*data, *([] if answers is None else [answers])]]
+    if not split or not all(place for place, _ in split):
+        flag = "--answers" if answers == "" else "--data"
+        raise MoefyError(f"{flag} is empty; expected a file, a folder or a data set", code=2)
+    flags = ["--data"] * len(data) + ["--answers"]
+    places = [place for place, _ in split]
     if twice := [place for number, place in enumerate(places) if place in places[:number]]:
         raise MoefyError(f"--data names {twice[0]} twice; expected each source once", code=2)
-    if any(shares) and not all(shares):
-        without = places[shares.index("")]
-        raise MoefyError(
-            f"--data {without} has no share, and others have; expected shares for all sources, "
-            f"like {without}:0.5, or for none",
-            code=2,
-        )
-    numbers = [
-        _number(share, place) if share else 1.0 for place, share in zip(places, shares, strict=True)
+    numbers = []
+    for flag, (place, share) in zip(flags, split, strict=False):
+        if not share and any(other for _, other in split):
+            raise MoefyError(
+                f"{flag} {place} has no share, and others have; expected shares for all sources, "
+                f"like {place}:0.5, or for none",
+                code=2,
+            )
+        numbers.append(float(share or 1))
+        if not 0 < numbers[-1] < math.inf:
+            raise MoefyError(
+                f"{flag} {place}: its share is {share}; expected a number above 0, like 0.5", code=2
+            )
+    return [
+        Source(place, number / sum(numbers), prompts=flag == "--answers")
+        for flag, place, number in zip(flags, places, numbers, strict=False)
     ]
-    return [Source(p, n / sum(numbers)) for p, n in zip(places, numbers, strict=True)]
 
 
 def absolute(data: Sequence[str]) -> tuple[str, ...]:
@@ -71,12 +86,3 @@ def _split(text: str) -> tuple[str, str]:
     except ValueError:  # the split of a data set, or a part of a path
         return text, ""
     return place, share
-
-
-def _number(share: str, place: str) -> float:
-    number = float(share)
-    if not 0 < number < math.inf:
-        raise MoefyError(
-            f"--data {place}: its share is {share}; expected a number above 0, like 0.5", code=2
-        )
-    return number

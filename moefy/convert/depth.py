@@ -21,7 +21,7 @@ from moefy.convert.sensitivity import divergence, pieces, ranges
 from moefy.files.buffers import MEMORY, Store
 from moefy.models.families.family import Family
 from moefy.progress import Watch
-from moefy.text.packing import Tokens
+from moefy.text.tokens import Tokens
 
 PROBES = 8
 """Pieces of calibration text on which layers are chosen."""

@@ -19,7 +19,7 @@ from moefy.distributed import Group, Share
 from moefy.errors import MoefyError
 from moefy.files.buffers import Store
 from moefy.files.shards import ShardWriter
-from moefy.text.packing import Tokens
+from moefy.text.tokens import Tokens
 from moefy.timing import Clock
 
 

@@ -77,6 +77,8 @@ class Writer:
     entries: Collection[Entry]
     config: Mapping[str, Any]
     num_layers: int
+    length: int = DOCUMENT
+    """Tokens of a text."""
 
     def num_bytes(self, itemsize: int, batch_size: int) -> int:
         """Bytes of the files, the weights, the keys and values, and the chances of all ids."""
@@ -84,7 +86,7 @@ class Writer:
         head_dim = int(self.config.get("head_dim") or self.config["hidden_size"] // heads)
         groups = int(self.config.get("num_key_value_heads") or heads)
         token = 2 * self.num_layers * groups * head_dim * itemsize
-        document = DOCUMENT * token + 16 * int(self.config["vocab_size"])
+        document = self.length * token + 16 * int(self.config["vocab_size"])
         weights = sum(entry.num_bytes + itemsize * entry.num_elements for entry in self.entries)
         return weights + batch_size * document
 

@@ -22,7 +22,7 @@ from moefy.errors import MoefyError
 from moefy.models.choice import SLACK, expected_loss, layer_sizes, relative_time
 from moefy.models.shape import pruned
 from moefy.progress import Watch
-from moefy.text.packing import Tokens
+from moefy.text.tokens import Tokens
 from moefy.types import FFN
 
 PIECES = (32, 96, 12)

@@ -21,7 +21,7 @@ from moefy.evaluate.cache import VERSIONS, digest
 from moefy.evaluate.candidates import Candidate, load_model
 from moefy.models import routing
 from moefy.progress import Watch
-from moefy.text.packing import Tokens
+from moefy.text.tokens import Tokens
 from moefy.types import Shape
 
 MEANING = {

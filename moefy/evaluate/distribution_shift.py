@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.text.packing import Tokens
+from moefy.text.tokens import Tokens
 
 SHORT = 24
 """Tokens of a truncated prompt."""

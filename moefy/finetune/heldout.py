@@ -13,7 +13,7 @@ from moefy.finetune.losses import Routed
 from moefy.finetune.router_hooks import Layer, RouterStatistics, Routing, over_layers
 from moefy.finetune.teacher import Teacher
 from moefy.finetune.trainer import text_batch
-from moefy.text.packing import Tokens
+from moefy.text.tokens import Tokens
 
 CURVES = {"ce": "loss", "kl": "kl"}
 """The losses that are measured, and their names there."""
@@ -27,6 +27,7 @@ def measure(
     model.eval()
     curves = {CURVES[loss.name]: loss for loss in losses.active(settings) if loss.name in CURVES}
     sums = {(source, name): 0.0 for source in tokens.heldout for name in curves}
+    counts = dict.fromkeys(tokens.heldout, 0)
     statistics, size = RouterStatistics(settings.dead_below), settings.batch_size
     batches = [
         (source, torch.tensor(numbers[first : first + size]))
@@ -38,26 +39,26 @@ def measure(
         with torch.no_grad(), routing.recording() as layers:
             logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
         targets = teacher.targets(row_B, ids_BT) if teacher.targets else None
-        batch = text_batch(logits_BTV, ids_BT, targets, settings.temperature)
+        learned_BT = None if tokens.learned_BT is None else tokens.learned_BT[row_B]
+        batch = text_batch(logits_BTV, ids_BT, targets, settings.temperature, learned_BT)
+        counts[source] += len(batch.next_T)
         for name, loss in curves.items():
-            sums[source, name] += len(ids_BT) * float(loss.value(batch))
+            sums[source, name] += len(batch.next_T) * float(loss.value(batch))
         statistics.add([_routed(layer) for layer in layers], len(ids_BT))
         routing.clear()
     model.train(was_training)
     rows = statistics.layers()
-    return _means(sums, tokens, list(curves)) | over_layers(rows), rows
+    return _means(sums, counts, list(curves)) | over_layers(rows), rows
 
 
 def _means(
-    sums: Mapping[tuple[str, str], float], tokens: Tokens, names: list[str]
+    sums: Mapping[tuple[str, str], float], counts: Mapping[str, int], names: list[str]
 ) -> dict[str, float]:
-    """The mean losses over all sequences, and those of each source of a mix."""
-    result = {
-        name: sum(sums[source, name] for source in tokens.heldout) / tokens.num_heldout
-        for name in names
-    }
-    for (source, name), value in sums.items() if tokens.parts else ():
-        result[f"{name}, {source}"] = value / len(tokens.heldout[source])
+    """The mean losses over all tokens, and over those of each source where there are several."""
+    num_tokens = max(1, sum(counts.values()))
+    result = {name: sum(sums[source, name] for source in counts) / num_tokens for name in names}
+    if len(counts) > 1:
+        result |= {f"{n}, {source}": sums[source, n] / max(1, counts[source]) for source, n in sums}
     return result
 
 

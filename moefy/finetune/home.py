@@ -33,6 +33,11 @@ def home_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.moefy-finetune")
 
 
+def answers_of(out: Path) -> Path:
+    """The folder of the teacher's answers until a fine-tune to `out` is done, without a cache."""
+    return out.with_name(f".{out.name}.moefy-answers")
+
+
 def last_step(out: Path) -> int | None:
     """The step from which an unfinished fine-tune to `out` would resume; None without one."""
     return max(steps(home_of(Path(os.path.abspath(out)))), default=None)

@@ -27,9 +27,9 @@ from moefy.models import families
 from moefy.models.load import check_loaded, open_model, plain_config
 from moefy.runs import folder as runs
 from moefy.text import packing
-from moefy.text.packing import Tokens
-from moefy.text.self_text import sample
+from moefy.text.self_text import DOCUMENT, sample
 from moefy.text.tokenizer import load_tokenizer
+from moefy.text.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -229,13 +229,23 @@ def write_text(
     Raises:
         MoefyError: code 5 when not even one fits.
     """
-    config = plain_config(folder).get_text_config()
-    entries = read_entries(folder).values()
-    sizes = Writer(entries, config.to_dict(), config.num_hidden_layers)
-    room = available() - base_bytes(folder)
-    batch_size = sizes.batch_size(dtype.itemsize, room)
-    needed = sizes.num_bytes(dtype.itemsize, batch_size)
-    require(needed, "a model that writes its own training text", "give a --data FILE")
+    what = "a model that writes its own training text"
+    batch_size = batch_that_fits(folder, dtype, DOCUMENT, what, "give a --data FILE")
     model = load_teacher(folder, settings, dtype)
     tokenizer = load_tokenizer(folder)
     return sample(model, tokenizer, amount, batch_size=batch_size, progress=progress)
+
+
+def batch_that_fits(folder: Path, dtype: torch.dtype, length: int, what: str, instead: str) -> int:
+    """How many texts of `length` tokens the model in `folder` can write at a time in memory.
+
+    Raises:
+        MoefyError: code 5 when not even one fits; it says what takes that much, and what to do
+            `instead`.
+    """
+    config = plain_config(folder).get_text_config()
+    entries = read_entries(folder).values()
+    sizes = Writer(entries, config.to_dict(), config.num_hidden_layers, length)
+    batch_size = sizes.batch_size(dtype.itemsize, available() - base_bytes(folder))
+    require(sizes.num_bytes(dtype.itemsize, batch_size), what, instead)
+    return batch_size

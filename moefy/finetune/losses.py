@@ -1,7 +1,8 @@
 """What a fine-tune minimises: the table of losses, and the functions behind it.
 
-A new loss is an entry of `LOSSES`, and a field for its weight in `config.finetune.Settings`. Every
-loss is a mean over all tokens. `V` is the vocabulary, `P` the teacher's tokens that are kept.
+A new loss is an entry of `LOSSES`, and a field for its weight in `config.finetune.Settings`. Losses
+of the text are means over the tokens that are learned, those of routers over all. `V` is the
+vocabulary, `P` the teacher's tokens that are kept.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Batch:
     """All that a loss may look at."""
 
     logits_TV: Tensor
-    """Of all positions that have a next token, float32."""
+    """Of all positions that have a next token to learn, float32."""
     next_T: Tensor
     temperature: float = 1.0
     teacher_TP: tuple[Tensor, Tensor] | None = None
@@ -77,7 +78,7 @@ class Loss:
 def next_token(batch: Batch) -> Tensor:
     """Cross-entropy of the tokens that follow, nats."""
     own_T = batch.logits_TV.gather(1, batch.next_T[:, None])[:, 0]
-    return (batch.log_z_T - own_T).mean(0)
+    return _over_tokens(batch.log_z_T - own_T)
 
 
 def distillation(batch: Batch) -> Tensor:
@@ -98,7 +99,7 @@ def distillation(batch: Batch) -> Tensor:
     kl_T = torch.where(used_TP, p_TP * (log_p_TP - log_q_TP), 0).sum(-1)
     rest_T = (1 - p_TP.sum(-1)).clamp(0)
     other_T = (1 - torch.where(used_TP, log_q_TP, -torch.inf).exp().sum(-1)).clamp(TINY)
-    return scale**2 * (kl_T + rest_T.xlogy(rest_T) - rest_T * other_T.log()).mean(0)
+    return scale**2 * _over_tokens(kl_T + rest_T.xlogy(rest_T) - rest_T * other_T.log())
 
 
 def hidden_match(batch: Batch) -> Tensor:
@@ -158,6 +159,11 @@ def router_z(layer: Routed) -> Tensor:
 def load(index_TK: Tensor, num_experts: int) -> Tensor:
     """How often each expert was chosen, float32 (E,); negative indices are no choice."""
     return index_TK[index_TK >= 0].bincount(minlength=num_experts)[:num_experts].float()
+
+
+def _over_tokens(value_T: Tensor) -> Tensor:
+    """The mean; 0 for a batch in which nothing is to be learned."""
+    return value_T.sum(0) / max(1, len(value_T))
 
 
 def _mean(loss: Callable[[Routed], Tensor]) -> Callable[[Batch], Tensor]:

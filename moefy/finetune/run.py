@@ -26,6 +26,7 @@ from moefy.errors import MoefyError
 from moefy.files import publish
 from moefy.files.publish import check_free, file_digests, publishing, write_json
 from moefy.finetune import losses, refit_after
+from moefy.finetune.answers import Answerer, Answers
 from moefy.finetune.checkpoints import Checkpoints, steps
 from moefy.finetune.checks import check_machine, check_run
 from moefy.finetune.heldout import measure
@@ -33,6 +34,7 @@ from moefy.finetune.home import (
     LOG,
     SAVED,
     SEQUENCES,
+    answers_of,
     append,
     check_shared,
     check_step,
@@ -62,10 +64,10 @@ from moefy.finetune.write import check_checkpoint, save, write_checkpoint
 from moefy.models.load import model_of, plain_config
 from moefy.progress import Watch
 from moefy.report import model_card
-from moefy.text.packing import Tokens
+from moefy.text.tokens import Tokens
 
 NOT_OF_A_RUN = (
-    "log_every", "log_to", "save_every", "teacher_cache", "device", "data", "teacher",
+    "log_every", "log_to", "save_every", "teacher_cache", "device", "data", "answers", "teacher",
     "guard_restarts",
 )  # fmt: skip
 """Settings that do not change the weights, or that a digest stands for."""
@@ -138,7 +140,8 @@ def finetune(
         raise MoefyError(f"OUT {out} is the run itself; give another name", code=2)
     if not (force or restart):
         check_step(home_of(out), settings, process.num_processes)
-    plan = _plan(run, settings, process, watch if process.is_main_process else lambda *_: None)
+    watch = watch if process.is_main_process else lambda *_: None
+    plan = _plan(run, out, settings, process, watch)
     group = Group(process.process_index, process.num_processes)
     checkpoints = Checkpoints(home_of(out), plan.identity, group)
     with open_home(checkpoints.home, out, process):
@@ -159,20 +162,30 @@ def finetune(
             with publishing(out, force=force) as part:
                 _write(plan, trained, checkpoints.home, summary, part)
             shutil.rmtree(checkpoints.home, ignore_errors=True)
+            shutil.rmtree(answers_of(out), ignore_errors=True)
         process.wait_for_everyone()
     return summary
 
 
-def _plan(folder: Path, settings: Settings, process: PartialState, watch: Watch) -> Plan:
+def _plan(folder: Path, out: Path, settings: Settings, process: PartialState, watch: Watch) -> Plan:
     """Open the inputs of a fine-tune, but no weights to train."""
     run = open_run(folder)
     check_run(run, settings)
     distils = bool(losses.needs(settings) & {losses.TEACHER, losses.STATES})
-    opens = distils or "self" in {source.place for source in sources(settings.data)}
+    own = [s for s in sources(settings.data, settings.answers) if s.prompts or s.place == "self"]
+    opens = distils or bool(own)
     teacher, digests = teacher_folder(run, settings) if opens else (folder, {})
     dtypes = compute_dtypes(run, teacher if opens else None, settings)
     write = partial(write_text, teacher, settings, dtypes.teacher.dtype)
-    tokens = read_text(run, settings, process.num_processes, write, watch)
+    place = Path(settings.teacher_cache).expanduser() if settings.teacher_cache else answers_of(out)
+    progress = partial(watch, "teacher's answers")
+    answerer = Answerer(teacher, digests, settings, dtypes.teacher.dtype, place, progress)
+
+    def answer(prompts: Path) -> Answers:
+        with process.main_process_first():
+            return answerer.answers(prompts)
+
+    tokens = read_text(run, settings, process.num_processes, write, watch, answer)
     digests = digests if distils else {}
     return Plan(run, settings, dtypes, teacher, digests, tokens, process, watch)
 

@@ -28,7 +28,7 @@ from moefy.finetune.router_hooks import Routing
 from moefy.finetune.teacher import Teacher
 from moefy.finetune.trainer import Finetuner, Setup, rows
 from moefy.progress import Watch
-from moefy.text.packing import Tokens
+from moefy.text.tokens import Tokens
 
 STRONGER = 4.0
 """Factor on the balance weight after a collapse. After a loss that rises, rates are halved."""
@@ -129,7 +129,7 @@ def train(
     """
     restarts: list[dict[str, Any]] = []
     before: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
-    until, sequences = math.inf, rows(tokens.ids_BT)
+    until, sequences = math.inf, rows(tokens.ids_BT, tokens.learned_BT)
     while True:
         model, routing = _opened(student.load, settings)
         validate = partial(measure, model, routing, tokens, teacher, settings)
@@ -138,19 +138,19 @@ def train(
             before = validate()
             check_start(before[0]["loss"])
         guard = CollapseGuard(settings, [layer["dead"] for layer in before[1]])
-        arguments = _arguments(settings, checkpoints.home)
+        options = arguments(settings, checkpoints.home)
         annealing = None
         if student.start:
-            num_steps = round(settings.anneal * arguments.max_steps)
+            num_steps = round(settings.anneal * options.max_steps)
             annealing = begin(student.start, model, num_steps)
             routing.gate = student.start.gate
-        log = partial(_log, callbacks, arguments.max_steps)
-        step = sequences_per_step(settings, arguments.world_size)
+        log = partial(_log, callbacks, options.max_steps)
+        step = sequences_per_step(settings, options.world_size)
         num_rows = len(tokens.rows) // step * step  # whole steps only
         trainer = Finetuner(
             Setup(settings, routing, guard, teacher, checkpoints, log, annealing, validate),
             model=model,
-            args=arguments,
+            args=options,
             train_dataset=Subset(sequences, tokens.rows[:num_rows]),
             eval_dataset=Subset(sequences, range(-tokens.num_heldout, 0)),
         )
@@ -235,7 +235,7 @@ def _log(callbacks: Callbacks, num_steps: int, row: dict[str, Any]) -> None:
         callbacks.progress(f"train: {figures}", row["step"], num_steps)
 
 
-def _arguments(settings: Settings, home: Path) -> TrainingArguments:
+def arguments(settings: Settings, home: Path) -> TrainingArguments:
     """The settings as Trainer's arguments."""
     if settings.log_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(home.parent / f"{home.name}-logs"))

@@ -26,9 +26,11 @@ from moefy.finetune.teacher import Teacher
 from moefy.models.targets.target import ROUTER_SCALE
 
 
-def rows(ids_BT: Tensor) -> StackDataset:
-    """Packed sequences, each with its number."""
+def rows(ids_BT: Tensor, learned_BT: Tensor | None = None) -> StackDataset:
+    """Packed sequences, each with its number, and which of its tokens are learned."""
     columns: dict[str, Any] = {"input_ids": ids_BT, "row": torch.arange(len(ids_BT))}
+    if learned_BT is not None:
+        columns["learned"] = learned_BT
     return StackDataset(**columns)
 
 
@@ -153,6 +155,7 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
             ids_BT,
             teacher.targets(inputs["row"], ids_BT) if teacher.targets else None,
             self.settings.temperature,
+            inputs.get("learned"),
             layers=[self._routed(layer) for layer in layers],
             **states,
         )
@@ -290,11 +293,17 @@ def text_batch(
     ids_BT: Tensor,
     targets_BTP: tuple[Tensor, Tensor] | None,
     temperature: float,
+    learned_BT: Tensor | None = None,
     **more: Any,
 ) -> Batch:
-    """What the losses look at, over all positions that have a next token."""
-    logits_TV = logits_BTV[:, :-1].flatten(0, 1).float()
+    """What the losses look at, over all positions that have a next token, and one to learn."""
+
+    def of(rows_BT: Tensor) -> Tensor:
+        rows_T = rows_BT.flatten(0, 1)
+        return rows_T if learned_BT is None else rows_T[learned_BT[:, 1:].flatten()]
+
     if targets_BTP is not None:
         ids_BTP, log_p_BTP = targets_BTP
-        targets_BTP = ids_BTP[:, :-1].flatten(0, 1), log_p_BTP[:, :-1].flatten(0, 1)
-    return Batch(logits_TV, ids_BT[:, 1:].flatten(), temperature, targets_BTP, **more)
+        targets_BTP = of(ids_BTP[:, :-1]), of(log_p_BTP[:, :-1])
+    logits_TV = of(logits_BTV[:, :-1]).float()
+    return Batch(logits_TV, of(ids_BT[:, 1:]), temperature, targets_BTP, **more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -26,6 +27,9 @@ TODAY = TODAY.format(
     "".join(f".replace('%{c}', '{DAY.strftime('%' + c)}')" for c in "aAbBdHjmMpSyY")
 )
 """Goes before a template that prints the date, so the same rows give the same text on any day."""
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""In a template: what follows is the assistant's."""
 
 EXPECTED = "expected turns such as {'role': 'user', 'content': '...'}, or with `from` and `value`"
 
@@ -59,6 +63,92 @@ def written(
     """
     if not turns:
         return ""
+    text = _rendered(tokenizer, turns, where, reply=reply)
+    start, stop = _inner(tokenizer, text, reply=reply)
+    return text[start:stop]
+
+
+def answered(
+    tokenizer: Any, turns: Sequence[Mapping[str, Any]], where: str
+) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """A conversation as `written` gives it, and the spans of its characters that the assistant
+    writes, the token that ends its turn included.
+
+    They are what the template marks with `{% generation %}`. Without such marks they are what each
+    of the assistant's turns adds to the text before it, which ends where a reply would begin.
+
+    Raises:
+        MoefyError: code 3 as `written`, and where the spans cannot be found.
+    """
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise _lost(where, "no turn is the assistant's")
+    text = _rendered(tokenizer, turns, where)
+    if GENERATION.search(tokenizer.get_chat_template()):
+        spans = _marked(tokenizer, turns, where)
+    else:
+        spans = _differences(tokenizer, turns, where, text)
+    start, stop = _inner(tokenizer, text)
+    inner = [(max(first, start) - start, min(last, stop) - start) for first, last in spans]
+    spans = tuple((first, last) for first, last in inner if first < last)
+    if not spans:
+        raise _lost(where, "the chat template marks no text as the assistant's")
+    return text[start:stop], spans
+
+
+def _marked(
+    tokenizer: Any, turns: Sequence[Mapping[str, Any]], where: str
+) -> list[tuple[int, int]]:
+    """What the template marks as generated, token by token."""
+    out = _rendered(
+        tokenizer,
+        turns,
+        where,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+    )
+    pairs = zip(out["offset_mapping"], out["assistant_masks"], strict=True)
+    return [tuple(span) for span, marked in pairs if marked]
+
+
+def _differences(
+    tokenizer: Any, turns: Sequence[Mapping[str, Any]], where: str, text: str
+) -> list[tuple[int, int]]:
+    """What each turn of the assistant adds to `text`, which is all turns as they are rendered."""
+    spans = []
+    for number, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        before = _rendered(tokenizer, turns[:number], where)
+        opened = _rendered(tokenizer, turns[:number], where, reply=True)
+        after = _rendered(tokenizer, turns[: number + 1], where)
+        if not (text.startswith(after) and after.startswith(opened)):
+            raise _lost(where, "the chat template writes a turn otherwise once others follow")
+        span = after[len(opened) :].lstrip()
+        # A template that knows no opening of a reply: its header would count as the answer.
+        if opened == before and not span.startswith(turn["content"].strip()):
+            raise _lost(where, "the chat template does not say where a reply begins")
+        spans.append((len(opened), len(after)))
+    return spans
+
+
+def _lost(where: str, reason: str) -> MoefyError:
+    return MoefyError(
+        f"{where}: which tokens are answers cannot be told ({reason}); expected a template with "
+        "{% generation %}, or whose turns only add text; leave out the row or --answers-only"
+    )
+
+
+def _rendered(
+    tokenizer: Any,
+    turns: Sequence[Mapping[str, Any]],
+    where: str,
+    *,
+    reply: bool = False,
+    **more: Any,
+) -> Any:
+    """The turns as the template writes them; `more` are further options of the tokenizer."""
     if not getattr(tokenizer, "chat_template", None):
         raise MoefyError(
             f"{where}: a conversation, and the model's tokenizer has no chat template to write it "
@@ -67,23 +157,27 @@ def written(
         )
     try:
         template = tokenizer.get_chat_template()
-        text = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             list(turns),
             chat_template=TODAY * ("strftime_now" in template) + template,
             add_generation_prompt=reply,
-            tokenize=False,
+            **{"tokenize": False, **more},
         )
     except Exception as error:  # a template is a program, and may fail in any way
         raise MoefyError(
             f"{where}: the model's chat template refuses the conversation ({first_line(error)}); "
             "expected roles and turns that it knows; change or leave out the row"
         ) from None
+
+
+def _inner(tokenizer: Any, text: str, *, reply: bool = False) -> tuple[int, int]:
+    """Where a rendered text starts and stops without the tokens that packing adds."""
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    if bos and text.startswith(bos) and first_ids(tokenizer) == [tokenizer.bos_token_id]:
-        text = text.removeprefix(bos)
+    adds = bos and text.startswith(bos) and first_ids(tokenizer) == [tokenizer.bos_token_id]
+    stop = len(text)
     if not reply and eos and text.rstrip().endswith(eos):
-        text = text.rstrip().removesuffix(eos)
-    return text
+        stop = len(text.rstrip()) - len(eos)
+    return len(bos) if adds else 0, stop
 
 
 def _turn(turn: Any, where: str) -> dict[str, Any]:

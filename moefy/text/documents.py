@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,7 +33,21 @@ seconds."""
 BOM = "\ufeff"
 
 
+class Document(NamedTuple):
+    """A text, and the spans of its characters to learn from; None for all of it."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...] | None = None
+
+
 def documents(source: str, *, text_field: str = TEXT, tokenizer: Any = None) -> Iterator[str]:
+    """Yield the texts of `read`."""
+    return (document.text for document in read(source, text_field=text_field, tokenizer=tokenizer))
+
+
+def read(
+    source: str, *, text_field: str = TEXT, tokenizer: Any = None, answers_only: bool = False
+) -> Iterator[Document]:
     """Yield the documents of `source`, none of them blank, in the order in which they are stored.
 
     `source` is one of
@@ -46,21 +61,24 @@ def documents(source: str, *, text_field: str = TEXT, tokenizer: Any = None) -> 
     - a data set of the hub, streamed: `name`, `name:split` or `name:configuration:split`, where
       the split is `train` if not given. Needs the `datasets` package.
 
+    With `answers_only` a conversation tells what the assistant writes in it (`chat.answered`).
+
     Raises:
         MoefyError: code 3 for a source that is missing, empty, neither UTF-8 text nor rows, and for
             rows without text.
     """
+    reader = RowReader(text_field, tokenizer, answers_only)
     path = locate(source)
     if path is None:
-        texts = (_row_text(row, text_field, source, tokenizer) for row in _streamed(source))
+        found = (reader.document(row, source) for row in _streamed(source))
     else:
-        texts = chain.from_iterable(_stored(file, text_field, tokenizer) for file in _files(path))
+        found = chain.from_iterable(_stored(file, reader) for file in _files(path))
     num_read = num_texts = 0
-    for text in texts:
+    for document in found:
         num_read += 1
-        if text.strip():
+        if document.text.strip():
             num_texts += 1
-            yield text
+            yield document
     if not num_texts:
         raise MoefyError(
             f"{source}: {num_read} documents or rows and no text in them; expected UTF-8 text "
@@ -100,23 +118,26 @@ def shuffled(
     *,
     text_field: str = TEXT,
     tokenizer: Any = None,
-) -> tuple[list[str], list[str]]:
+    answers_only: bool = False,
+) -> tuple[list[Document], list[str]]:
     """The distinct documents of `source` in random order, and notes.
 
     Of a stream it reads only as much as `num_tokens` need.
     """
     stream = locate(source) is None
     most = STREAM_CHARACTERS_PER_TOKEN * num_tokens if stream else MOST_CHARACTERS
-    texts: dict[str, None] = {}  # a set that keeps the order
+    texts: dict[Document, None] = {}  # a set that keeps the order
     notes = []
     num_read = num_characters = 0
-    for text in documents(source, text_field=text_field, tokenizer=tokenizer):
+    for document in read(
+        source, text_field=text_field, tokenizer=tokenizer, answers_only=answers_only
+    ):
         if num_characters >= most:
             notes.append(f"only the first {num_characters:,} characters were read")
             break
-        texts[text] = None
+        texts[document] = None
         num_read += 1
-        num_characters += len(text)
+        num_characters += len(document.text)
     if len(texts) < num_read:
         notes.append(
             f"{num_read - len(texts):,} of {num_read:,} documents are duplicates, not used"
@@ -127,15 +148,16 @@ def shuffled(
     return [distinct[index] for index in order], notes
 
 
-def stratified(texts: list[str], num_tokens: int, *, share: int) -> list[str]:
-    """`texts` in an order in which each kind has about its share of any beginning.
+def stratified(found: list[Document], num_tokens: int, *, share: int) -> list[Document]:
+    """`found` in an order in which each kind has about its share of any beginning.
 
     A document counts up to `share` tokens. Texts far beyond the first `num_tokens` stay in place.
     """
+    texts = [document.text for document in found]
     most = 4 * share  # characters, of which a token has about four
     enough = min(KIND_CHARACTERS_PER_TOKEN * num_tokens, KIND_CHARACTERS)
     num = sum(end <= enough for end in accumulate(min(len(text), most) for text in texts))
-    return [texts[index] for index in spread(texts[:num], most)] + texts[num:]
+    return [found[index] for index in spread(texts[:num], most)] + found[num:]
 
 
 def id_rows(source: str, field: str) -> Iterator[array[int]]:
@@ -186,14 +208,14 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if suffix(file) in SUFFIXES and file.is_file())
 
 
-def _stored(path: Path, text_field: str, tokenizer: Any) -> Iterator[str]:
+def _stored(path: Path, reader: RowReader) -> Iterator[Document]:
     """Yield the documents of one file, blank ones included."""
     stored = rows(path)
     if stored is None:
-        yield from _separated(lines(path))
+        yield from map(Document, _separated(lines(path)))
     else:
         for where, row in stored:
-            yield _row_text(row, text_field, where, tokenizer)
+            yield reader.document(row, where)
 
 
 def _separated(lines: Iterator[str]) -> Iterator[str]:
@@ -220,22 +242,37 @@ def _value(row: dict[str, Any], field: str, where: str) -> Any:
     return row[field]
 
 
-def _row_text(row: dict[str, Any], text_field: str, where: str, tokenizer: Any) -> str:
-    """The text of a row, its turns written as one; null is an empty text."""
-    text = row.get(text_field)
-    if text is None and text_field == TEXT:
-        text = chat.conversation(row)
-    text = _value(row, text_field, where) if text is None else text
-    if isinstance(text, list) and all(isinstance(turn, dict) for turn in text):
-        text = chat.written(tokenizer, chat.turns(text, where), where)
-    text = "" if text is None else text
-    if not isinstance(text, str):
-        raise MoefyError(
-            f"{where}: field {text_field!r} holds {type(text).__name__}; expected a string or the "
-            "turns of a conversation; name another: --text-field"
-        )
-    # JSON can spell half of a surrogate pair, which is not a character and has no UTF-8.
-    return text.removeprefix(BOM).encode("utf-8", "replace").decode("utf-8")
+@dataclass(frozen=True)
+class RowReader:
+    """How rows become documents."""
+
+    text_field: str
+    tokenizer: Any
+    answers_only: bool
+
+    def document(self, row: dict[str, Any], where: str) -> Document:
+        """A row's document, its turns written as one text; null is an empty text."""
+        text = row.get(self.text_field)
+        if text is None and self.text_field == TEXT:
+            text = chat.conversation(row)
+        text = _value(row, self.text_field, where) if text is None else text
+        answers = None
+        if isinstance(text, list) and all(isinstance(turn, dict) for turn in text):
+            turns = chat.turns(text, where)
+            if self.answers_only and turns:
+                text, answers = chat.answered(self.tokenizer, turns, where)
+            else:
+                text = chat.written(self.tokenizer, turns, where)
+        elif isinstance(text, str):
+            text = text.removeprefix(BOM)
+        text = "" if text is None else text
+        if not isinstance(text, str):
+            raise MoefyError(
+                f"{where}: field {self.text_field!r} holds {type(text).__name__}; expected a "
+                "string or the turns of a conversation; name another: --text-field"
+            )
+        # JSON can spell half of a surrogate pair, which is not a character and has no UTF-8.
+        return Document(text.encode("utf-8", "replace").decode("utf-8"), answers)
 
 
 def _streamed(source: str) -> Iterator[dict[str, Any]]:

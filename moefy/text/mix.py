@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from moefy.text.packing import Part, Tokens, digest
+from moefy.text.tokens import Part, Tokens, digest
 
 
 def mix(sources: Sequence[Tokens], shares: Sequence[float], num_rows: int) -> Tokens:
@@ -31,11 +32,8 @@ def mix(sources: Sequence[Tokens], shares: Sequence[float], num_rows: int) -> To
         notes += [f"{name}: {note}" for note in tokens.notes]
         if epochs > 1:
             notes.append(f"{name}: its {fit:,} sequences are repeated {epochs:.1f} times")
-    pairs = list(zip(sources, fits, strict=True))
-    ids_BT = torch.cat(
-        [tokens.ids_BT[:fit] for tokens, fit in pairs]
-        + [tokens.ids_BT[fit:] for tokens, fit in pairs]
-    )
+    ids_BT = _joined([tokens.ids_BT for tokens in sources], fits)
+    learned_BT = _joined([tokens.learned for tokens in sources], fits)
     return Tokens(
         ids_BT,
         num_heldout=len(ids_BT) - start,
@@ -45,7 +43,14 @@ def mix(sources: Sequence[Tokens], shares: Sequence[float], num_rows: int) -> To
         notes=tuple(notes),
         parts=tuple(parts),
         fit_N=torch.cat(rows),
+        learned_BT=None if learned_BT.all() else learned_BT,
     )
+
+
+def _joined(sources: Sequence[Tensor], fits: Sequence[int]) -> Tensor:
+    """All rows to train on, then all that are held out."""
+    pairs = list(zip(sources, fits, strict=True))
+    return torch.cat([rows[:fit] for rows, fit in pairs] + [rows[fit:] for rows, fit in pairs])
 
 
 def split(total: int, shares: Sequence[float]) -> list[int]:

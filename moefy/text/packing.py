@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
-from moefy.text.documents import MOST_IDS, TEXT, id_rows, shuffled, stratified
+from moefy.text.documents import MOST_IDS, TEXT, Document, id_rows, shuffled, stratified
 from moefy.text.tokenizer import encode, first_ids, require_rows
+from moefy.text.tokens import Tokens, digest
 
 LEAST_SEQUENCES = 8  # one held out and seven to fit on: fits on fewer mean nothing
 IDS = "input_ids"  # the field of rows that are tokenised already
@@ -32,78 +32,6 @@ class Amount:
     heldout: float = 1 / 8
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one source gives to a mix."""
-
-    name: str
-    source: str
-    share: float
-    documents: int
-    sequences: int
-    """Different ones to train on."""
-    epochs: float
-    """How often each of them is trained on."""
-    heldout_sequences: int
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """Packed sequences of token ids, the last `num_heldout` of them for validation.
-
-    `ids_BT` is int64, num_sequences x length; `sha256` is the digest of its bytes; `num_documents`
-    counts the documents that its tokens come from; `notes` are one-line warnings. `compute_dtype`
-    names the dtype that the model computed in where it wrote them itself. A mix has `parts`, whose
-    held-out sequences follow one another, and trains on the rows `fit_N`, in which sequences of a
-    short source are repeated.
-    """
-
-    ids_BT: Tensor
-    num_heldout: int
-    source: str
-    sha256: str
-    num_documents: int
-    notes: tuple[str, ...]
-    compute_dtype: str | None = None
-    parts: tuple[Part, ...] = ()
-    fit_N: Tensor | None = None
-
-    @property
-    def rows(self) -> list[int]:
-        """The sequences to train on, by their numbers."""
-        if self.fit_N is not None:
-            return self.fit_N.tolist()
-        return list(range(len(self.ids_BT) - self.num_heldout))
-
-    @property
-    def heldout(self) -> dict[str, range]:
-        """The held-out sequences of each source, by their numbers, under its name."""
-        counts = {part.name: part.heldout_sequences for part in self.parts}
-        result, start = {}, len(self.ids_BT) - self.num_heldout
-        for source, count in (counts or {self.source: self.num_heldout}).items():
-            result[source] = range(start, start + count)
-            start += count
-        return result
-
-    @property
-    def trained(self) -> str:
-        """The digest of all that decides what is trained on."""
-        return self.sha256 if self.fit_N is None else digest(self.ids_BT, self.fit_N)
-
-    def figures(self) -> dict[str, Any]:
-        """What the written summaries say of the text."""
-        return {
-            "source": self.source,
-            "sha256": self.sha256,
-            "documents": self.num_documents,
-            "sequences": len(self.ids_BT),
-            "heldout_sequences": self.num_heldout,
-            "sequence_length": self.ids_BT.shape[1],
-            "notes": list(self.notes),
-            **({"parts": [vars(part) for part in self.parts]} if self.parts else {}),
-        }
-
-
 def load(
     tokenizer: Any,
     source: str,
@@ -112,6 +40,7 @@ def load(
     text_field: str = TEXT,
     vocab_size: int | None = None,
     stratify: bool = False,
+    answers_only: bool = False,
 ) -> Tokens:
     """Pack the documents of `source` into sequences of tokens.
 
@@ -122,17 +51,31 @@ def load(
     gives more than 4 * `length` tokens unless the others have run out. The held-out sequences, at
     least one, come last. They start with a document of their own if the text has enough documents.
     A short text gives fewer sequences and a note. `vocab_size` is the number of the model's
-    embeddings, if the ids are to be checked against it.
+    embeddings, if the ids are to be checked against it. With `answers_only` what a conversation's
+    assistant does not write is marked as not learned, by the rule of `return_assistant_tokens_mask`
+    in transformers: a token counts that has a part in an answer.
 
     Raises:
         MoefyError: code 2 for a request of fewer than 8 sequences; code 3 for a text that gives
-            fewer, for a bad source, and for a tokenizer with ids beyond `vocab_size`.
+            fewer, for a bad source, and for a tokenizer with ids beyond `vocab_size`; code 4 for
+            answers and a tokenizer that does not tell the place of a token.
     """
+    if answers_only and not tokenizer.is_fast:
+        raise MoefyError(
+            f"--answers-only: {type(tokenizer).__name__} does not tell which characters a token "
+            "stands for; expected a fast tokenizer; leave out --answers-only",
+            code=4,
+        )
     share, bos = 4 * amount.length, first_ids(tokenizer)
     # More than is used, so that the held-out part can skip to the start of a document.
     enough = count_sequences(amount) * (amount.length - len(bos)) + share
     texts, notes = shuffled(
-        source, amount.num_tokens, amount.seed, text_field=text_field, tokenizer=tokenizer
+        source,
+        amount.num_tokens,
+        amount.seed,
+        text_field=text_field,
+        tokenizer=tokenizer,
+        answers_only=answers_only,
     )
     if stratify:
         texts = stratified(texts, amount.num_tokens, share=share)
@@ -206,10 +149,19 @@ def _packed(
     notes = notes + [few] * (usable < num_sequences)
     num_heldout = count_heldout(usable, amount.heldout)
     ids_BN, num_documents, shared = pack(parts, room, usable - num_heldout, num_heldout)
-    require_rows(ids_BN, vocab_size)
     ids_BT = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(usable, -1), ids_BN], 1)
-    notes += shared
-    return Tokens(ids_BT, num_heldout, source, digest(ids_BT), num_documents, tuple(notes))
+    learned_BT = ids_BT >= 0
+    ids_BT = torch.where(learned_BT, ids_BT, ~ids_BT)
+    require_rows(ids_BT, vocab_size)
+    return Tokens(
+        ids_BT,
+        num_heldout,
+        source,
+        digest(ids_BT),
+        num_documents,
+        notes=tuple(notes + shared),
+        learned_BT=None if learned_BT.all() else learned_BT,
+    )
 
 
 def count_heldout(num_sequences: int, heldout: float) -> int:
@@ -217,10 +169,11 @@ def count_heldout(num_sequences: int, heldout: float) -> int:
     return min(max(1, round(heldout * num_sequences)), num_sequences - 1)
 
 
-def _gather(tokenizer: Any, texts: list[str], *, share: int, enough: int) -> list[list[int]]:
+def _gather(tokenizer: Any, texts: list[Document], *, share: int, enough: int) -> list[list[int]]:
     """Take `share` tokens of every document in turn until there are `enough`.
 
-    Gives the ids of each document, in the order of `texts`, end-of-text token included.
+    Gives the ids of each document, in the order of `texts`, end-of-text token included. Where an id
+    is not to be learned its complement stands, ~id, which is negative.
     """
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
     end = [token for token in ends if token is not None][:1]
@@ -237,12 +190,12 @@ def _gather(tokenizer: Any, texts: list[str], *, share: int, enough: int) -> lis
             num_taken += len(ids)
             if num_taken >= enough:
                 break
-    return [ids + end for ids in taken.values()]
+    return [ids + [token if ids[-1] >= 0 else ~token for token in end] for ids in taken.values()]
 
 
-def _shares(tokenizer: Any, text: str, share: int) -> Iterator[list[int]]:
+def _shares(tokenizer: Any, document: Document, share: int) -> Iterator[list[int]]:
     """Yield the ids of a document, `share` at a time, tokenising no further than was asked for."""
-    ids: list[int] = []
+    text, ids = document.text, []
     at = 0
     while at < len(text):
         end = at + 4 * share
@@ -250,13 +203,28 @@ def _shares(tokenizer: Any, text: str, share: int) -> Iterator[list[int]]:
             # Cut before a space or line end: most tokenizers join these to the word that follows.
             spaces = (text.rfind(" ", at + 1, end), text.rfind("\n", at + 1, end))
             end = max(spaces) if max(spaces) > 0 else end
-        ids += encode(tokenizer, text[at:end])
+        ids += _encoded(tokenizer, document, at, end)
         at = end
         while len(ids) >= share:
             yield ids[:share]
             ids = ids[share:]
     if ids:
         yield ids
+
+
+def _encoded(tokenizer: Any, document: Document, at: int, end: int) -> list[int]:
+    """The ids of a piece of a document, the complements of those that are not to be learned."""
+    text, answers = document.text[at:end], document.answers
+    if answers is None:
+        return encode(tokenizer, text)
+    out = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    learned = torch.zeros(len(text), dtype=torch.bool)
+    for first, last in answers:
+        learned[max(0, first - at) : max(0, last - at)] = True
+    return [
+        token if learned[first:last].any() else ~token
+        for token, (first, last) in zip(out["input_ids"], out["offset_mapping"], strict=True)
+    ]
 
 
 def pack(
@@ -276,11 +244,3 @@ def pack(
     ids_BN = torch.cat([stream[:cut], stream[begin:end]]).view(-1, room)
     shared = "held-out and other sequences share a document: the text has few documents"
     return ids_BN, int((starts < end).sum()), [] if begin in starts.tolist() else [shared]
-
-
-def digest(*numbers: Tensor) -> str:
-    """The SHA-256 of ids, and of other numbers, as little-endian 64-bit integers."""
-    result = hashlib.sha256()
-    for tensor in numbers:
-        result.update(tensor.numpy().astype("<i8").tobytes())
-    return result.hexdigest()

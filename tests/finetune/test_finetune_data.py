@@ -1,17 +1,21 @@
 """The text of a fine-tune: mixes of sources with shares."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from moefy.config.finetune import Settings, build
 from moefy.config.sources import sources
 from moefy.errors import MoefyError
+from moefy.finetune import losses
 from moefy.finetune.inputs import open_run
 from moefy.finetune.run import finetune
 from moefy.finetune.text import read_text
+from moefy.finetune.trainer import text_batch
 from moefy.text.tokenizer import load_tokenizer
 
 SMALL = {"tokens": 4096, "sequence_length": 64, "validation_tokens": 1024, "batch_size": 4}
@@ -180,3 +184,59 @@ def test_the_command_takes_several(moefy, run, files, tmp_path):
     report = json.loads((tmp_path / "out" / "moefy" / "finetune.json").read_text())
     assert report["train"]["source"] == "a.txt (50%), b.txt (50%)"
     assert torch.tensor([part["share"] for part in report["train"]["parts"]]).sum() == 1
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}" + (
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def chats(run, tmp_path):
+    """A run whose tokenizer has a chat template, and conversations."""
+    own = Path(shutil.copytree(run, tmp_path / "run"))
+    (own / "chat_template.jinja").write_text(CHAT)
+    file = tmp_path / "chats.jsonl"
+    rows = [
+        {"messages": [{"role": r, "content": f"{r[0]}{n} " * 9} for r in ("user", "assistant")]}
+        for n in range(80)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return own, file
+
+
+def test_the_loss_is_that_of_the_answers_alone(chats, tmp_path):
+    run, file = chats
+    asked = settings(file, answers_only=True, tokens=1024, ce=1.0)
+    tokens = read_text(open_run(run), asked, 1, lambda *_: None, lambda *_: None)
+    assert 0.2 < tokens.learned.float().mean() < 0.8
+    result = finetune(run, tmp_path / "out", asked)
+    model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)
+    total = count = 0
+    for row in tokens.heldout[tokens.source]:
+        ids_T, learned_T = tokens.ids_BT[row], tokens.learned[row]
+        labels_T = ids_T.where(learned_T, -100)
+        num = int((labels_T[1:] >= 0).sum())
+        total += num * float(model(ids_T[None], labels=labels_T[None]).loss.detach())
+        count += num
+    assert result["validation"]["before"]["loss"] == pytest.approx(total / count, rel=1e-4)
+    other = finetune(run, tmp_path / "other", settings(file, tokens=1024, ce=1.0))
+    assert other["validation"]["before"]["loss"] != pytest.approx(total / count, rel=1e-2)
+
+
+def test_what_is_not_learned_has_no_gradient():
+    logits_BTV = torch.randn(2, 5, 7, requires_grad=True)
+    ids_BT, learned_BT = torch.randint(7, (2, 5)), torch.rand(2, 5) > 0.5
+    targets = torch.randint(7, (2, 5, 3)), torch.rand(2, 5, 3).log_softmax(-1)
+    batch = text_batch(logits_BTV, ids_BT, targets, 1.0, learned_BT)
+    (losses.next_token(batch) + losses.distillation(batch)).backward()
+    moved_BT = logits_BTV.grad.abs().sum(-1) > 0
+    assert torch.equal(moved_BT[:, :-1], learned_BT[:, 1:]) and not moved_BT[:, -1].any()
+    none = text_batch(logits_BTV, ids_BT, targets, 1.0, torch.zeros(2, 5, dtype=torch.bool))
+    assert losses.next_token(none) == 0 and losses.distillation(none) == 0
+
+
+def test_answers_of_a_text_without_conversations_are_refused(run, files):
+    with pytest.raises(MoefyError, match="--answers-only, and .*a.txt has no conversation") as e:
+        tokens_of(run, files / "a.txt", answers_only=True)
+    assert e.value.code == 3

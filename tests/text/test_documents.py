@@ -694,6 +694,7 @@ def test_every_command_reads_conversations_alike(chat_model, converted, tmp_path
     from moefy.convert.prepare import prepare
     from moefy.evaluate.prepare import prepare as prepare_report
     from moefy.finetune import inputs
+    from moefy.finetune.text import read_text
     from moefy.runs import folder as runs
 
     files = written_files(tmp_path)
@@ -706,8 +707,8 @@ def test_every_command_reads_conversations_alike(chat_model, converted, tmp_path
 
     shape = {"sequence_length": 32, "batch_size": 1, "tokens": 640, "validation_tokens": 64}
     read = [
-        inputs.read_text(
-            inputs.open_run(run), Settings(data=str(file), **shape), 1, None, lambda *_: None
+        read_text(
+            inputs.open_run(run), Settings(data=(str(file),), **shape), 1, None, lambda *_: None
         ).ids_BT.tolist()
         for file in files
     ]
@@ -759,12 +760,13 @@ def test_every_command_names_the_field_of_rows(
 def test_finetune_takes_rows_of_ids(converted, pico, tmp_path):
     from moefy.config.finetune import Settings
     from moefy.finetune import inputs
+    from moefy.finetune.text import read_text
 
     run = converted(pico("llama"))
     held = [{"input_ids": [(7 * row + 3 * n) % 128 for n in range(80)]} for row in range(20)]
     file = str(stored(tmp_path, "array.json", held))
     shape = {"sequence_length": 32, "batch_size": 1, "tokens": 640, "validation_tokens": 64}
-    asked = Settings(data=file, text_field="input_ids", **shape)
-    tokens = inputs.read_text(inputs.open_run(run), asked, 1, None, lambda *_: None)
+    asked = Settings(data=(str(file),), text_field="input_ids", **shape)
+    tokens = read_text(inputs.open_run(run), asked, 1, None, lambda *_: None)
     expected = packing.load_ids(file, packing.Amount(704, 32, heldout=64 / 704))
     assert tokens.ids_BT.tolist() == expected.ids_BT.tolist()

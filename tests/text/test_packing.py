@@ -10,6 +10,7 @@ from words import BOS, EOS, WORDS, assert_refused, split_amount, word_tokenizer,
 
 from moefy.errors import MoefyError
 from moefy.text import documents, packing
+from moefy.text.documents import Document
 from moefy.text.windows import overlap, text_windows
 
 SIZES = {"num_tokens": 400, "length": 100}
@@ -233,7 +234,7 @@ def test_a_long_document_does_not_dominate(save):
 def test_a_document_read_in_parts_is_the_document():
     numbers = [n * 7 % WORDS for n in range(5000)]
     for share in (8, 16, 64, 10000):
-        parts = list(packing._shares(word_tokenizer(), words(*numbers), share))
+        parts = list(packing._shares(word_tokenizer(), Document(words(*numbers)), share))
         assert [token - 3 for ids in parts for token in ids] == numbers
         assert all(len(ids) == share for ids in parts[:-1])
 
@@ -343,7 +344,7 @@ def test_stratified_text_has_the_shares_of_the_whole(save):
         order, _ = documents.shuffled(source, 256, seed)
         if stratify:
             order = documents.stratified(order, 256, share=64)
-        first = order[:24]
+        first = [document.text for document in order[:24]]
         return sum(len(t) for t in first if " " not in t) / sum(map(len, first))
 
     assert all(abs(share(seed, stratify=True) - whole) < 0.05 for seed in range(6))
@@ -358,7 +359,8 @@ def test_of_long_documents_only_what_counts_decides_how_many_are_looked_at():
         [words(*range(n, 900)) for n in range(80)],
     )
     texts = [text * 64 for text in prose + digits]  # three of these are more than is looked at
-    order = documents.stratified(texts, 2048, share=256)
+    found = documents.stratified([Document(text) for text in texts], 2048, share=256)
+    order = [document.text for document in found]
     assert sum(" " not in text for text in order[:20]) in (3, 4, 5)
     assert sum(" " not in text for text in texts[:20]) == 0
 
@@ -367,7 +369,8 @@ def test_texts_behind_what_gives_enough_stay_there():
     texts = [str(3**n) if n % 5 else words(*range(n, 300)) for n in range(100, 300)]
     ends = [sum(len(text) for text in texts[: n + 1]) for n in range(len(texts))]
     num = sum(end <= documents.KIND_CHARACTERS_PER_TOKEN * 64 for end in ends)
-    order = documents.stratified(texts, 64, share=10**6)
+    found = documents.stratified([Document(text) for text in texts], 64, share=10**6)
+    order = [document.text for document in found]
     assert 2 * 16 <= num < len(texts)
     assert order[num:] == texts[num:] and order[:num] != texts[:num]
     assert sorted(order) == sorted(texts)
