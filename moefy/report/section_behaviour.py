@@ -42,7 +42,7 @@ def behaviour(report: Mapping[str, Any], main: str | None) -> Section:
     lead = [
         "Each model answers by greedy decoding without penalties. In brackets are 95 % intervals, "
         "Wilson's for shares and Newcombe's for differences, paired by prompt.",
-        " ".join(f"{FIGURES[name].capitalize()}: {text}." for name, text in _meaning(part)),
+        " ".join(f"“{FIGURES[name]}” means: {text}." for name, text in _meaning(part)),
     ]
     if not part.get("chat"):
         lead.append(
@@ -93,14 +93,15 @@ def _by_kind(name: str, answers: Sequence[Mapping[str, Any]], labels: Sequence[s
 
 
 def _chosen(answers: Sequence[Mapping[str, Any]], main: str | None) -> list[Mapping[str, Any]]:
-    """The first answers that behave in another way than dense, and then some that do not."""
+    """The first answers that behave in another way than dense, and some of the rest, spread out."""
 
     def differs(row: Mapping[str, Any]) -> bool:
         own, dense = row["written"].get(main), row["written"]["dense"]
         return own is not None and any(own.get(name) != dense.get(name) for name in FIGURES)
 
     other = [row for row in answers if differs(row)]
-    return other[:1] + [row for row in answers if not differs(row)][:ALIKE]
+    alike = [row for row in answers if not differs(row)]
+    return other[:1] + alike[:: -(-len(alike) // ALIKE) or 1]
 
 
 def _voices(row: Mapping[str, Any]) -> Voices:

@@ -119,7 +119,10 @@ def test_a_changed_row_is_seen_in_every_container(tmp_path, name):
 @containers
 def test_prompts_are_the_same_in_every_container(tmp_path, name):
     asked = [{"prompt": f"w{n}", "answer": None if n % 2 else "w1"} for n in range(9)]
-    expected = [{**row, "chat": False} for row in asked]
+    more = {"chat": False, "json": False}
+    expected = [
+        {**row, **more, "turns": [{"role": "user", "content": row["prompt"]}]} for row in asked
+    ]
     assert prompted(stored(tmp_path, name, asked)) == expected
 
 
@@ -621,9 +624,11 @@ def test_prompts_of_conversations(tmp_path, form):
     tokenizer = chat_tokenizer()
     file = stored(tmp_path, "array.json", [FORMS[form](talk(1)), FORMS[form](talk(3)[:1])])
     asked = [" user : " + words(*[n] * 6) + "<eos>\n assistant : " for n in (1, 3)]
+    turns = [[{"role": "user", "content": words(*[n] * 6)}] for n in (1, 3)]
+    more = {"chat": True, "json": False}
     assert prompted(file, tokenizer) == [
-        {"prompt": asked[0], "answer": words(*[2] * 6), "chat": True},
-        {"prompt": asked[1], "answer": None, "chat": True},
+        {"prompt": asked[0], "answer": words(*[2] * 6), "turns": turns[0], **more},
+        {"prompt": asked[1], "answer": None, "turns": turns[1], **more},
     ]
     assert tokenizer(asked[0])["input_ids"][:2].count(BOS) == 1
 
