@@ -17,6 +17,7 @@ from typing import Any
 
 from moefy.config import finetune, recipe, report
 from moefy.config.options import Note, renamed
+from moefy.config.presets import OPEN
 from moefy.config.recipe import Recipe
 from moefy.config.toml import read_toml
 from moefy.errors import MoefyError
@@ -146,7 +147,8 @@ def _finetuned(run: Path, out: Path, settings: finetune.Settings) -> bool:
     if (tuning := runs.read_tuning(out)) is None:
         return False
     idle = NOT_OF_WEIGHTS + (NOT_OF_SELF if settings.data == ("self",) else ())
-    asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in idle}
+    # What a preset has chosen need not be chosen alike again.
+    asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in idle and v != OPEN}
     # A setting that an older moefy lacked has its default: that is what it did.
     before = renamed(finetune.Settings, tuning["settings"])
     before = dataclasses.asdict(finetune.Settings()) | before

@@ -35,7 +35,13 @@ ROWS = {
         "reload resolve tensor_names tensors",
         "__init__",
     ],
-    "config": ["finetune recipe report", "sources", "methods options toml", "course", "__init__"],
+    "config": [
+        "finetune recipe report",
+        "sources",
+        "methods options presets toml",
+        "course",
+        "__init__",
+    ],
     "convert": [
         "run",
         "calibration estimate layers",
@@ -65,9 +71,9 @@ ROWS = {
     "files": ["resume", "shards", "publish", "buffers lock safetensors_header", "__init__"],
     "finetune": [
         "run",
-        "refit_after",
-        "checks home text write unrefitted",
-        "answers",
+        "prepare refit_after",
+        "checks estimate home text write unrefitted",
+        "answers probe",
         "inputs",
         "train",
         "lora heldout",

@@ -12,6 +12,7 @@ from moefy.cli.shared import FORCE, JSON, QUIET, RESTART, SETTINGS, note, quiet_
 from moefy.cli.signals import interrupted
 from moefy.config.finetune import Settings, build
 from moefy.config.options import option
+from moefy.config.presets import OPEN
 from moefy.distributed import together
 from moefy.errors import MoefyError, is_out_of_memory
 
@@ -25,6 +26,7 @@ class Finetune:
     steps: int | None = option(None, "Steps to train, instead of --tokens.", least=1)
     recipe: Path | None = option(None, "TOML file with a table [finetune].")
     settings: tuple[str, ...] = option((), SETTINGS)
+    plan: bool = option(False, "Only say what would be done, from a few steps of the first layers.")
     force: bool = option(False, FORCE)
     restart: bool = option(False, RESTART)
     resume: bool = option(False, "", hidden=True)
@@ -44,12 +46,15 @@ def finetune(options: Options, asked: Finetune) -> None:
     if asked.steps is not None:
         settings = _of_steps(settings, asked.steps)
     quiet_libraries()
+    out = asked.out or asked.run.with_name(f"{asked.run.resolve().name}-finetuned")
+    if asked.plan:
+        _show_plan(asked, out, settings)
+        return
     from moefy.finetune.home import last_step
     from moefy.finetune.run import finetune as train
     from moefy.progress import watching
     from moefy.report import terminal
 
-    out = asked.out or asked.run.with_name(f"{asked.run.resolve().name}-finetuned")
     first = os.environ.get("RANK", "0") == "0"  # one of several processes prints
     quiet, restart = asked.quiet or not first, asked.restart
     try:
@@ -71,8 +76,25 @@ def finetune(options: Options, asked: Finetune) -> None:
     show(summary, lambda _: terminal.show_finetune(summary, out), asked.as_json and first, quiet)
 
 
+def _show_plan(asked: Finetune, out: Path, settings: Settings) -> None:
+    """Print what a fine-tune will take; refuse what does not fit."""
+    from moefy.finetune.estimate import check
+    from moefy.finetune.prepare import plan
+    from moefy.report import terminal
+
+    result = plan(asked.run, out, settings)
+    show(result, terminal.show_finetune_plan, asked.as_json, quiet=False)
+    check(result)
+
+
 def _of_steps(settings: Settings, steps: int) -> Settings:
     """The settings with the tokens that so many steps take, of all processes together."""
+    if OPEN in (settings.batch_size, settings.gradient_accumulation_steps):
+        raise MoefyError(
+            f"--steps with --preset {settings.preset}, which chooses the tokens of a step; give "
+            "--tokens, or no preset",
+            code=2,
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rows = settings.batch_size * settings.gradient_accumulation_steps * world
     return dataclasses.replace(settings, tokens=steps * rows * settings.sequence_length)

@@ -18,6 +18,7 @@ from moefy.config.options import (
     option,
     parse_setting,
 )
+from moefy.config.presets import CHOSEN, OPEN, PRESETS
 from moefy.config.sources import absolute, sources
 from moefy.config.toml import read_toml
 from moefy.errors import MoefyError
@@ -30,6 +31,14 @@ TABLE = "finetune"
 class Settings:
     """What decides the weights of a fine-tune, but for versions and the number of processes."""
 
+    preset: str = option(
+        "",
+        "How long it may take: `fast` ten minutes, `good` an hour, `best` ten hours. It chooses "
+        "tokens, batches and learning rates by the speed of the machine and the width of the "
+        "model, where they are not given.",
+        choices=("", *PRESETS),
+        unset="none",
+    )
     data: tuple[str, ...] = option(
         ("self",),
         "File or folder of text, rows or chats; data set id; or `self` for text that the dense "
@@ -65,13 +74,13 @@ class Settings:
     train: str = option(
         "all", "What is trained.", choices=("all", "router+experts", "experts", "router", "lora")
     )
-    learning_rate: float = option(2e-4, "Learning rate of the experts, the shared one included.")
+    learning_rate: float = option(4e-4, "Learning rate of the experts, the shared one included.")
     router_learning_rate: float = option(
         1e-3, "Learning rate of the routers, in units of their unscaled rows."
     )
-    rest_learning_rate: float = option(1e-4, "Learning rate of everything else.")
+    rest_learning_rate: float = option(2e-4, "Learning rate of everything else.")
     warmup_ratio: float = key(
-        0.05, "Share of the steps over which the learning rates rise.", most=1, old="warmup"
+        0.1, "Share of the steps over which the learning rates rise.", most=1, old="warmup"
     )
     schedule: str = key(
         "cosine", "Course of the learning rates.", choices=("cosine", "linear", "constant")
@@ -92,7 +101,7 @@ class Settings:
         most=1,
     )
     top_tokens: int = key(128, "Tokens of the teacher's that are kept at most.", least=1)
-    ce: Weight = option(0.0, "Weight of the cross-entropy of the text itself.", course=True)
+    ce: Weight = option(1.0, "Weight of the cross-entropy of the text itself.", course=True)
     hidden: Weight = key(
         0.0,
         "Weight of the match of the states behind every layer; the teacher runs beside the "
@@ -204,6 +213,8 @@ def build(
     values: dict[str, Any] = {}
     for layer in (table, given, *(dict([parse_setting(setting)]) for setting in settings)):
         values |= check(Settings, layer, note, f"[{TABLE}]")
+    if values.get("preset"):
+        values = dict.fromkeys(CHOSEN, OPEN) | values
     result = Settings(**complete(values))
     _check(result)
     return result
@@ -234,7 +245,7 @@ def _check(settings: Settings) -> None:
     length = settings.sequence_length
     amounts = {"--tokens": settings.tokens, "validation_tokens": settings.validation_tokens}
     for flag, value in amounts.items():
-        if value < length:
+        if OPEN != value < length:
             raise MoefyError(
                 f"{flag} is {value}; expected at least {length}, which is one sequence", code=2
             )

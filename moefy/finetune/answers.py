@@ -42,7 +42,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Answerer:
-    """A dense model that answers prompts, and where its answers are kept."""
+    """A dense model that answers prompts, and where its answers go."""
 
     teacher: Path
     digests: dict[str, str]
@@ -65,19 +65,19 @@ class Answerer:
         tokenizer = load_tokenizer(self.teacher)
         prompts = read_prompts(file)
         texts = [chat.written(tokenizer, turns, where, reply=True) for where, turns in prompts]
-        kept = self.folder / f"answers-{self._digest(texts)}.jsonl"
-        if not kept.exists():
-            with locked(kept.with_suffix(".lock"), kept):
-                self._write(kept, tokenizer, texts, [turns for _, turns in prompts])
-            kept.with_suffix(".lock").unlink(missing_ok=True)
-        missing = len(prompts) - len(kept.read_text("utf-8").splitlines())
+        output = self.folder / f"answers-{self._digest(texts)}.jsonl"
+        if not output.exists():
+            with locked(output.with_suffix(".lock"), output):
+                self._write(output, tokenizer, texts, [turns for _, turns in prompts])
+            output.with_suffix(".lock").unlink(missing_ok=True)
+        missing = len(prompts) - len(output.read_text("utf-8").splitlines())
         if missing == len(prompts):
             raise MoefyError(
                 f"{file}: no answer of the teacher ends within {self.settings.answer_tokens} "
                 "tokens; expected a model that was trained on conversations; raise answer_tokens"
             )
         note = f"{missing:,} of {len(prompts):,} answers are empty or do not end, not used"
-        return Answers(kept, (note,) if missing else ())
+        return Answers(output, (note,) if missing else ())
 
     def _digest(self, texts: Sequence[str]) -> str:
         settings = self.settings
@@ -87,12 +87,12 @@ class Answerer:
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
 
     def _write(
-        self, kept: Path, tokenizer: Any, texts: Sequence[str], prompts: Sequence[Turns]
+        self, output: Path, tokenizer: Any, texts: Sequence[str], prompts: Sequence[Turns]
     ) -> None:
-        """Answer part by part into a file beside `kept`, which is renamed at the end."""
+        """Answer part by part into a file beside `output`, which is renamed at the end."""
         ids = [first_ids(tokenizer) + encode(tokenizer, text) for text in texts]
         batch_size = self._batch_size(max(map(len, ids)))
-        draft, model = kept.with_suffix(".part"), None
+        draft, model = output.with_suffix(".part"), None
         # Behind the last line end is what a kill has cut.
         lines = draft.read_text("utf-8").split("\n")[:-1] if draft.exists() else []
         done = len(lines) // PART * PART
@@ -116,7 +116,7 @@ class Answerer:
         self.progress(len(ids), len(ids))
         talks = map(json.loads, draft.read_text("utf-8").splitlines())
         ended = [turns for turns in talks if turns[-1]["content"].strip()]
-        with replacing(kept) as whole:
+        with replacing(output) as whole:
             rows = "".join(json.dumps({"messages": turns}) + "\n" for turns in ended)
             whole.write_text(rows, "utf-8")
         draft.unlink()

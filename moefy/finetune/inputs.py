@@ -24,7 +24,7 @@ from moefy.finetune import losses
 from moefy.finetune.router_hooks import moe_layers
 from moefy.finetune.train import device
 from moefy.models import families
-from moefy.models.load import check_loaded, open_model, plain_config
+from moefy.models.load import check_loaded, open_model, plain_config, runnable
 from moefy.runs import folder as runs
 from moefy.text import packing
 from moefy.text.self_text import DOCUMENT, sample
@@ -156,7 +156,7 @@ def load_student(run: Run, settings: Settings, dtype: torch.dtype) -> Any:
             "experts go without balance; use the transformers that the run was made with",
             code=6,
         )
-    return model
+    return runnable(model)
 
 
 def teacher_folder(run: Run, settings: Settings) -> tuple[Path, dict[str, str]]:

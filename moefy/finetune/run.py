@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import platform
 import shutil
@@ -19,7 +20,6 @@ from accelerate import PartialState
 
 from moefy import __version__
 from moefy.config.finetune import TABLE, Settings
-from moefy.config.sources import sources
 from moefy.config.toml import render_table
 from moefy.distributed import Group
 from moefy.errors import MoefyError
@@ -28,7 +28,7 @@ from moefy.files.publish import check_free, file_digests, publishing, write_json
 from moefy.finetune import losses, refit_after
 from moefy.finetune.answers import Answerer, Answers
 from moefy.finetune.checkpoints import Checkpoints, steps
-from moefy.finetune.checks import check_machine, check_run
+from moefy.finetune.checks import check_machine
 from moefy.finetune.heldout import measure
 from moefy.finetune.home import (
     LOG,
@@ -46,15 +46,13 @@ from moefy.finetune.home import (
 from moefy.finetune.inputs import (
     ComputeDtypes,
     Run,
-    compute_dtypes,
     load_student,
     load_teacher,
     one_dtype,
-    open_run,
     states_to_match,
-    teacher_folder,
     write_text,
 )
+from moefy.finetune.prepare import CHOICES, Opened, keep, open_inputs, settle
 from moefy.finetune.router_hooks import Routing
 from moefy.finetune.teacher import Teacher, cache_name, cached, live, states
 from moefy.finetune.text import read_text
@@ -138,21 +136,28 @@ def finetune(
     out = check_free(out, force=force)
     if out == run.resolve():
         raise MoefyError(f"OUT {out} is the run itself; give another name", code=2)
-    if not (force or restart):
-        check_step(home_of(out), settings, process.num_processes)
     watch = watch if process.is_main_process else lambda *_: None
-    plan = _plan(run, out, settings, process, watch)
+    choices = home_of(out) / CHOICES
+    if restart and process.is_main_process:
+        choices.unlink(missing_ok=True)
+    opened = settle(open_inputs(run, settings), out, choices, process, watch)
+    if not (force or restart):
+        check_step(home_of(out), opened.settings, process.num_processes)
+    plan = _plan(opened, out, process, watch)
     group = Group(process.process_index, process.num_processes)
     checkpoints = Checkpoints(home_of(out), plan.identity, group)
     with open_home(checkpoints.home, out, process):
         if process.is_main_process:
             claim(checkpoints, force=force, restart=restart)
+            if settings != plan.settings:
+                keep(choices, settings, plan.settings)
         process.wait_for_everyone()
         check_shared(checkpoints.home)
         if not steps(checkpoints.home):
             (checkpoints.home / LOG).unlink(missing_ok=True)
         teacher = _teacher(plan)
         trained = _train(plan, checkpoints, teacher)
+        gc.collect()  # the trainer and its callbacks hold each other, and the optimizer's moments
         save(trained.model, checkpoints.home / SAVED)
         process.wait_for_everyone()
         if settings.refit_after:
@@ -167,26 +172,21 @@ def finetune(
     return summary
 
 
-def _plan(folder: Path, out: Path, settings: Settings, process: PartialState, watch: Watch) -> Plan:
-    """Open the inputs of a fine-tune, but no weights to train."""
-    run = open_run(folder)
-    check_run(run, settings)
-    distils = bool(losses.needs(settings) & {losses.TEACHER, losses.STATES})
-    own = [s for s in sources(settings.data, settings.answers) if s.prompts or s.place == "self"]
-    opens = distils or bool(own)
-    teacher, digests = teacher_folder(run, settings) if opens else (folder, {})
-    dtypes = compute_dtypes(run, teacher if opens else None, settings)
+def _plan(opened: Opened, out: Path, process: PartialState, watch: Watch) -> Plan:
+    """Read the text of a fine-tune, but no weights to train."""
+    run, settings, dtypes = opened.run, opened.settings, opened.dtypes
+    teacher = opened.teacher or run.folder
     write = partial(write_text, teacher, settings, dtypes.teacher.dtype)
     place = Path(settings.teacher_cache).expanduser() if settings.teacher_cache else answers_of(out)
     progress = partial(watch, "teacher's answers")
-    answerer = Answerer(teacher, digests, settings, dtypes.teacher.dtype, place, progress)
+    answerer = Answerer(teacher, opened.digests, settings, dtypes.teacher.dtype, place, progress)
 
     def answer(prompts: Path) -> Answers:
         with process.main_process_first():
             return answerer.answers(prompts)
 
     tokens = read_text(run, settings, process.num_processes, write, watch, answer)
-    digests = digests if distils else {}
+    digests = opened.digests if opened.distils else {}
     return Plan(run, settings, dtypes, teacher, digests, tokens, process, watch)
 
 

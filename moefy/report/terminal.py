@@ -128,9 +128,37 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         ("peak memory, about", f"{plan['memory_bytes'] / 1e9:.1f} GB ({plan['memory_stage']})"),
         ("time, about", f"{plan['seconds'] / 60:.1f} min"),
     ]
-    rows += [("note", note) for note in plan["notes"]]
+    _show_rows(rows, plan["notes"])
+
+
+def show_finetune_plan(plan: Mapping[str, Any]) -> None:
+    """Print the tokens, the time, the memory and the disk of a fine-tune that has not run."""
+    settings, gigabytes = plan["settings"], "{:.1f} GB".format
+    rates = (f"{settings[f'{part}learning_rate']:.1e}" for part in ("", "router_", "rest_"))
+    rows = [
+        ("run", plan["run"]),
+        ("text", ", ".join(plan["text"])),
+        ("trained", f"{plan['train']}, {plan['parameters_trained'] / 1e6:,.1f} M parameters"),
+        ("losses", f"KL {settings['kl']}, cross-entropy {settings['ce']}"),
+        ("learning rates", "{} experts, {} routers, {} rest".format(*rates)),
+        ("tokens", f"{plan['tokens']:,} in {plan['steps']:,} steps of {plan['tokens_per_step']:,}"),
+        ("disk", gigabytes(plan["disk_bytes"] / 1e9)),
+        ("disk while it runs", f"{plan['state_bytes'] / 1e9:.1f} GB more, to resume after a stop"),
+        (
+            "peak memory, about",
+            f"{gigabytes(plan['memory_bytes'] / 1e9)} ({plan['memory_stage']})",
+        ),
+    ]
+    if plan["gpu_memory_bytes"]:
+        rows.append(("of the GPU, about", gigabytes(plan["gpu_memory_bytes"] / 1e9)))
+    speed = f"{plan['tokens_per_second']:,.0f} tokens/s"
+    rows.append(("time, about", f"{plan['seconds'] / 60:,.1f} min, {speed}"))
+    _show_rows(rows, plan["notes"])
+
+
+def _show_rows(rows: Sequence[tuple[str, str]], notes: Sequence[str]) -> None:
     table = Table(box=None, show_header=False)
-    for name, value in rows:
+    for name, value in [*rows, *(("note", note) for note in notes)]:
         table.add_row(Text(name), Text(value))
     Console(soft_wrap=True).print(table)
 

@@ -70,11 +70,11 @@ def read(
     reader = RowReader(text_field, tokenizer, answers_only)
     path = locate(source)
     if path is None:
-        found = (reader.document(row, source) for row in _streamed(source))
+        stored = (reader.document(row, source) for row in _streamed(source))
     else:
-        found = chain.from_iterable(_stored(file, reader) for file in _files(path))
+        stored = chain.from_iterable(_stored(file, reader) for file in _files(path))
     num_read = num_texts = 0
-    for document in found:
+    for document in stored:
         num_read += 1
         if document.text.strip():
             num_texts += 1
@@ -148,16 +148,16 @@ def shuffled(
     return [distinct[index] for index in order], notes
 
 
-def stratified(found: list[Document], num_tokens: int, *, share: int) -> list[Document]:
-    """`found` in an order in which each kind has about its share of any beginning.
+def stratified(items: list[Document], num_tokens: int, *, share: int) -> list[Document]:
+    """`items` in an order in which each kind has about its share of any beginning.
 
     A document counts up to `share` tokens. Texts far beyond the first `num_tokens` stay in place.
     """
-    texts = [document.text for document in found]
+    texts = [document.text for document in items]
     most = 4 * share  # characters, of which a token has about four
     enough = min(KIND_CHARACTERS_PER_TOKEN * num_tokens, KIND_CHARACTERS)
     num = sum(end <= enough for end in accumulate(min(len(text), most) for text in texts))
-    return [found[index] for index in spread(texts[:num], most)] + found[num:]
+    return [items[index] for index in spread(texts[:num], most)] + items[num:]
 
 
 def id_rows(source: str, field: str) -> Iterator[array[int]]:

@@ -37,8 +37,8 @@ from moefy.text.tokenizer import load_tokenizer
 from moefy.text.windows import text_windows
 
 CHANGES: dict[str, dict[str, Any]] = {
-    "ours": {},
-    "static": {},
+    "ours": {"ce": 0.0},
+    "static": {"ce": 0.0},
     "cross-entropy": {"kl": 0.0, "ce": 1.0},
     "both": {"kl": 1.0, "ce": 1.0},
     "static-both": {"kl": 1.0, "ce": 1.0},

@@ -24,7 +24,13 @@ from moefy.finetune.router_hooks import Routing, activations, moe_layers
 from moefy.finetune.run import finetune
 from moefy.text.packing import Amount
 
-SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
+SMALL = {
+    "ce": 0.0,
+    "tokens": 2048,
+    "sequence_length": 64,
+    "validation_tokens": 512,
+    "batch_size": 4,
+}
 FAST = {"learning_rate": 3e-3, "rest_learning_rate": 3e-3, "router_learning_rate": 1e-2}
 
 

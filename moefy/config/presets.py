@@ -1,0 +1,58 @@
+"""Presets of a fine-tune: how long it may take, and what follows from that and from the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+PRESETS: Mapping[str, float] = {"fast": 10 * 60, "good": 3600, "best": 10 * 3600}
+"""Seconds that each may take: minutes, an hour, a night."""
+
+OPEN = -1
+"""Stands for what a preset has still to choose, once model and machine are known."""
+
+CHOSEN = (
+    "tokens", "batch_size", "gradient_accumulation_steps",
+    "learning_rate", "router_learning_rate", "rest_learning_rate",
+)  # fmt: skip
+"""Settings that a preset chooses where they are not given."""
+
+BASE_WIDTH = 1024
+"""Hidden size up to which the learning rates are the measured ones. They are of SmolLM2-135M, whose
+size is 576 (recipes/results/finetune.md); in wider models they fall as 1 / size.
+
+Source: Yang et al., 2022, arXiv:2203.03466, for Adam; here the embeddings' rate falls as well.
+"""
+
+STEPS, LEAST_STEP, MOST_STEP = 250, 1024, 16384
+"""Steps to aim at, and tokens of a step. Measured: 176 steps of 1,024 tokens on a CPU, where steps
+of 512 ended alike, and 500 of 16,384 on a GPU (recipes/results/finetune.md)."""
+
+
+def rate_scale(width: int) -> float:
+    """The factor on the learning rates of a model of this hidden size.
+
+    >>> rate_scale(576), rate_scale(4096)
+    (1.0, 0.25)
+    """
+    return min(1.0, BASE_WIDTH / width)
+
+
+def step_tokens(tokens: float) -> int:
+    """Tokens of a step, a power of two, where so many are trained on.
+
+    >>> step_tokens(50_000), step_tokens(1_000_000), step_tokens(1e9)
+    (1024, 4096, 16384)
+    """
+    aim = 2 ** round(math.log2(max(1.0, tokens / STEPS)))
+    return min(MOST_STEP, max(LEAST_STEP, aim))
+
+
+def round_tokens(tokens: float) -> int:
+    """The largest of 1, 2, 5, 10, 20 ... tokens that is not above this.
+
+    >>> round_tokens(49_000), round_tokens(200_000), round_tokens(999_999)
+    (20000, 200000, 500000)
+    """
+    unit = 10 ** math.floor(math.log10(max(1.0, tokens)))
+    return max(unit * count for count in (1, 2, 5) if unit * count <= max(1.0, tokens))

@@ -1,0 +1,226 @@
+"""What a fine-tune is said to take, and what a preset chooses, before it starts."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moefy.config.finetune import Settings, build
+from moefy.config.presets import CHOSEN, OPEN
+from moefy.finetune import estimate, prepare, probe
+from moefy.finetune.estimate import Inputs
+from moefy.finetune.inputs import load_student
+from moefy.finetune.optim import MasterAdamW, groups, state_tensors
+from moefy.finetune.prepare import open_inputs
+from moefy.finetune.probe import Cost, Probe
+from moefy.finetune.run import finetune, home_of
+
+SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def run(pico, converted):
+    return converted(pico("llama", num_hidden_layers=6), layers=":")
+
+
+def settings(text, **more):
+    return build(None, {**SMALL, "data": [str(text)], **more}, [])
+
+
+def measured(run, text, **more):
+    """A probe of a few layers, and the same of all."""
+    start = open_inputs(run, settings(text, **more))
+    arguments = start.run, start.teacher, start.settings, start.dtypes
+    whole = probe._student(start.run, start.settings, start.dtypes, 6, lambda: 0.0)
+    return probe.probe(*arguments), whole
+
+
+@pytest.mark.parametrize("train", ["all", "router", "lora"])
+def test_what_four_layers_hold_tells_what_all_hold(run, text, train):
+    few, whole = measured(run, text, train=train)
+    assert few.student.num_trained == whole.num_trained
+    assert few.student.saved_bytes == pytest.approx(whole.saved_bytes, rel=0.02)
+    assert few.student.compute_seconds > 0 and few.teacher.compute_seconds > 0
+
+
+def test_saved_bytes_are_those_of_what_autograd_keeps():
+    """A product keeps both factors, a view shares its memory, and weights do not count."""
+    model = torch.nn.Linear(8, 8, bias=False)
+    watch = probe.Stopwatch(model, lambda: 0.0)
+    x = torch.rand(5, 8)
+    with torch.autograd.graph.saved_tensors_hooks(watch.saved, lambda tensor: tensor):
+        y = model(x)
+        assert watch.num_bytes == x.numel() * 4
+        (y * y.view(-1).view(5, 8)).sum()
+    assert watch.num_bytes == (x.numel() + y.numel()) * 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_optimizer_is_counted(run, text, dtype):
+    start = open_inputs(run, settings(text, compute_dtype=dtype, train="router"))
+    model = load_student(start.run, start.settings, start.dtypes.student.dtype)
+    parameters = groups(model, "router", dict.fromkeys(("router", "experts", "rest"), 1e-3))
+    whole = dtype == "float32"
+    optimizer = (torch.optim.AdamW if whole else MasterAdamW)(parameters)
+    for weight in [p for p in model.parameters() if p.requires_grad]:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    tensors = [t for t in state_tensors(optimizer, model).values() if t.ndim]
+    held = sum(t.numel() * t.element_size() for t in tensors)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    cost = Cost(num_trained=count)
+    inputs = Inputs(start.run, None, start.settings, start.dtypes, Probe(cost, 0, Cost()))
+    assert estimate._training(inputs)[0] == weights + held
+
+
+def planned(run, text, cost=None, **more):
+    """The inputs of an estimate for a machine of a given speed."""
+    start = open_inputs(run, settings(text, **more))
+    cost = cost or Cost(1e-3, 0.1, 10_000.0, 10_000)
+    measured = Probe(cost, 2000.0, Cost(cost.compute_seconds / 10))
+    return Inputs(start.run, start.teacher, start.settings, start.dtypes, measured)
+
+
+def test_each_way_to_lower_the_memory_lowers_it(run, text, tmp_path):
+    def memory(cost=None, **more):
+        inputs = planned(run, text, cost, **more)
+        return sum(estimate._training(inputs))
+
+    most = memory()
+    assert memory(batch_size=1) < most
+    assert memory(gradient_checkpointing=True) < most
+    assert memory(teacher_cache=str(tmp_path)) < most
+    assert memory(Cost(1e-3, 0.1, 10_000.0, 100), train="lora") < most
+
+
+def test_time_counts_the_teacher_the_update_and_the_measurements(run, text, tmp_path):
+    inputs = planned(run, text, tokens=4096, validation_tokens=512, batch_size=4)
+    plan = estimate.estimate(inputs, tmp_path / "out")
+    assert plan["steps"] == 16 and plan["tokens"] == 4096
+    training = 4096 * (1e-3 + 1e-4) + 16 * 0.1
+    assert plan["seconds"] == pytest.approx(training + 6 * 512 * (1e-3 / 3 + 1e-4), abs=0.1)
+    recomputed = planned(run, text, tokens=4096, gradient_checkpointing=True)
+    assert estimate.estimate(recomputed, tmp_path / "out")["seconds"] > plan["seconds"] * 1.1
+
+
+def test_what_does_not_fit_is_refused_by_name(run, text, tmp_path, monkeypatch, moefy):
+    more = ["--sequence-length", 64, "--tokens", 2048, "--set", "validation_tokens=512"]
+    line = ("finetune", run, "--out", tmp_path / "out", "--data", text, "--plan", *more)
+    done = moefy(*line)
+    assert done.code == 0 and "peak memory, about" in done.out and "tokens/s" in done.out
+    done = moefy(*line, "--json")
+    plan = json.loads(done.out)
+    assert done.code == 0 and plan["refusal"] == "" and plan["tokens"] == 2048
+    monkeypatch.setattr(estimate, "available", lambda: 10**6)
+    done = moefy(*line, "--json")
+    assert done.code == 5 and json.loads(done.out)["refusal"]
+    assert "GB of memory, there are 0.0 GB" in done.err and done.err.count("\n") == 1
+    monkeypatch.setattr(estimate, "available", lambda: 10**15)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda place: usage)
+    done = moefy(*line)
+    assert done.code == 5 and "GB of disk" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_to_lower_is_what_is_not_lowered_yet(run, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "available", lambda: 650_000_000)
+    heavy = Cost(1e-3, 0.1, 1e6, 10_000)
+
+    def refusal(**more):
+        return estimate.estimate(planned(run, text, heavy, **more), tmp_path / "out")["refusal"]
+
+    asked = refusal()
+    ways = ("--train lora", "--teacher-cache DIR", "--gradient-checkpointing", "--batch-size")
+    assert all(way in asked for way in ways)
+    less = {"train": "lora", "teacher_cache": str(tmp_path), "batch_size": 1}
+    assert not any(way in refusal(**less) for way in (ways[0], ways[1], ways[3]))
+
+
+# Presets
+
+
+def chosen(run, text, preset="good", cost=None, **more):
+    given = {k: v for k, v in SMALL.items() if k in ("sequence_length", "validation_tokens")}
+    asked = build(None, {**given, "data": [str(text)], "preset": preset, **more}, [])
+    inputs = dataclasses.replace(planned(run, text, cost), settings=asked)
+    return estimate.settled(inputs)
+
+
+def test_a_preset_takes_its_time_on_any_machine(run, text, tmp_path):
+    for preset, seconds in (("fast", 600), ("good", 3600), ("best", 36000)):
+        for speed in (1e-2, 1e-4, 1e-6):
+            cost = Cost(speed, 10 * speed, 10.0, 10_000)
+            asked = chosen(run, text, preset, cost)
+            inputs = dataclasses.replace(planned(run, text, cost), settings=asked)
+            assert seconds / 4 < estimate.estimate(inputs, tmp_path)["seconds"] <= seconds * 1.01
+            digits = str(asked.tokens).rstrip("0")
+            assert digits in "125"
+
+
+def test_what_is_given_wins_over_the_preset(run, text):
+    free = chosen(run, text)
+    assert OPEN not in [getattr(free, name) for name in CHOSEN]
+    given = {"tokens": 12345, "batch_size": 3, "learning_rate": 1e-5, "ce": 0.0}
+    asked = chosen(run, text, **given)
+    assert {name: getattr(asked, name) for name in given} == given
+    assert asked.rest_learning_rate == free.rest_learning_rate == Settings().rest_learning_rate
+    assert asked.gradient_accumulation_steps > 1  # steps stay as large as the preset wants them
+
+
+def test_wide_models_learn_slower(run, text, monkeypatch):
+    monkeypatch.setattr(estimate, "rate_scale", lambda width: {32: 0.25}[width])
+    asked = chosen(run, text, learning_rate=1e-5)
+    assert asked.learning_rate == 1e-5
+    assert asked.rest_learning_rate == Settings().rest_learning_rate / 4
+    assert asked.router_learning_rate == Settings().router_learning_rate / 4
+
+
+def test_batches_are_halved_until_they_fit(run, text, monkeypatch):
+    heavy = Cost(1e-3, 0.1, 1e6, 10_000)
+    wide = chosen(run, text, cost=heavy)
+    monkeypatch.setattr(estimate, "available", lambda: 800_000_000)
+    narrow = chosen(run, text, cost=heavy)
+    assert (wide.batch_size, narrow.batch_size) == (4, 2)
+    rows = {one.batch_size * one.gradient_accumulation_steps for one in (wide, narrow)}
+    assert len(rows) == 1
+
+
+def test_a_preset_is_written_out_and_kept_when_it_is_stopped(run, text, tmp_path, monkeypatch):
+    from moefy.finetune.trainer import Finetuner
+
+    monkeypatch.setattr("moefy.finetune.estimate.PRESETS", {"fast": 1300.0})
+    monkeypatch.setattr(
+        prepare, "probe", lambda *_: Probe(Cost(0.4, 0.1, 10.0, 100), 1.0, Cost(0.01))
+    )
+    given = {k: v for k, v in SMALL.items() if k in ("sequence_length", "validation_tokens")}
+    asked = build(None, {**given, "data": [str(text)], "preset": "fast", "save_every": 1}, [])
+    step_done = Finetuner.step_done
+
+    def killed(self):
+        step_done(self)
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as planted:
+        planted.setattr(Finetuner, "step_done", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(run, tmp_path / "out", asked)
+    assert (home_of(tmp_path / "out") / "preset.json").is_file()
+    # The machine seems ten times as fast now; what was begun is what goes on.
+    monkeypatch.setattr(prepare, "probe", lambda *_: pytest.fail("measured again"))
+    summary = finetune(run, tmp_path / "out", asked)
+    assert summary["settings"]["tokens"] == 2000
+    recipe = build(tmp_path / "out" / "moefy" / "recipe.toml", {}, [])
+    assert recipe.preset == "fast" and OPEN not in dataclasses.asdict(recipe).values()
+    assert dataclasses.asdict(recipe) == {**summary["settings"], "data": recipe.data}
+
+
+def test_the_defaults_are_the_best_recipe_that_was_measured():
+    best = build(Path(__file__).parents[2] / "recipes" / "finetune-smollm2-135m.toml", {}, [])
+    names = ("kl", "ce", "learning_rate", "rest_learning_rate", "router_learning_rate")
+    for name in (*names, "warmup_ratio", "schedule"):
+        assert getattr(Settings(), name) == getattr(best, name)
