@@ -126,11 +126,11 @@ def append(log: Path, row: dict[str, Any]) -> None:
 
 def rewind(log: Path, step: int) -> None:
     """Remove the rows after `step`, but not those of the guard."""
-    rows = [row for row in _rows(log) if row["step"] <= step or "guard" in row]
+    rows = [row for row in read_log(log) if row["step"] <= step or "guard" in row]
     write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _rows(log: Path) -> Iterator[dict[str, Any]]:
+def read_log(log: Path) -> Iterator[dict[str, Any]]:
     """The rows of a log, without a line that a kill or a crash has cut."""
     text = log.read_text("utf-8", errors="replace") if log.exists() else ""
     for line in text.splitlines():

@@ -41,6 +41,7 @@ from moefy.finetune.home import (
     claim,
     home_of,
     open_home,
+    read_log,
     rewind,
 )
 from moefy.finetune.inputs import (
@@ -192,16 +193,24 @@ def _plan(opened: Opened, out: Path, process: PartialState, watch: Watch) -> Pla
 
 def _train(plan: Plan, checkpoints: Checkpoints, teacher: Teacher) -> Trained:
     run, settings = plan.run, plan.settings
-    callbacks = Callbacks()
+    callbacks, log = Callbacks(), checkpoints.home / LOG
     if plan.process.is_main_process:  # one of several processes writes the log
-        log = checkpoints.home / LOG
         callbacks = Callbacks(partial(append, log), partial(rewind, log), plan.watch)
+    restarts = [row["guard"] for row in read_log(log) if "guard" in row]
     student = Student(
         partial(load_student, run, settings, plan.dtypes.student.dtype),
         plan.dtypes.stored if one_dtype(run.folder) else None,
         start_of(run) if settings.anneal else None,
     )
-    return train(student, plan.tokens, settings, checkpoints, teacher=teacher, callbacks=callbacks)
+    return train(
+        student,
+        plan.tokens,
+        settings,
+        checkpoints,
+        teacher=teacher,
+        callbacks=callbacks,
+        restarts=checkpoints.group.broadcast_object(restarts),
+    )
 
 
 def _refit(plan: Plan, trained: Trained, teacher: Teacher, saved: Path) -> Trained:

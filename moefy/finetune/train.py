@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from moefy.errors import MoefyError
 from moefy.finetune import losses
 from moefy.finetune.anneal import Start, begin
 from moefy.finetune.checkpoints import Checkpoints
-from moefy.finetune.collapse_guard import CollapseGuard, Failure, check_start
+from moefy.finetune.collapse_guard import CollapseGuard, check_start
 from moefy.finetune.heldout import measure
 from moefy.finetune.lora import adapted
 from moefy.finetune.optim import round_weights
@@ -118,16 +118,20 @@ def train(
     *,
     teacher: Teacher = Teacher(),  # noqa: B008 - frozen
     callbacks: Callbacks = Callbacks(),  # noqa: B008 - frozen
+    restarts: Sequence[dict[str, Any]] = (),
 ) -> Trained:
     """Train a model, from the last checkpoint if there is one.
 
     Where the guard stops the training, it restarts from the last good checkpoint, at most
-    `guard_restarts` times, with stronger balancing or lower rates.
+    `guard_restarts` times, with stronger balancing or lower rates. `restarts` are the rows of those
+    that it made before this training was stopped: they hold on.
 
     Raises:
         MoefyError: code 6 when it goes wrong again after the last time.
     """
-    restarts: list[dict[str, Any]] = []
+    restarts = list(restarts)
+    for row in restarts:
+        settings, _ = _stronger(row["reason"], settings)
     before: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
     until, sequences = math.inf, rows(tokens.ids_BT, tokens.learned_BT)
     while True:
@@ -167,7 +171,7 @@ def train(
                 "restarts; nothing was written; lower the learning rates or raise --balance-weight",
                 code=6,
             )
-        settings, change = _stronger(guard.failure, settings)
+        settings, change = _stronger(guard.failure.reason, settings)
         until = min(until, guard.failure.last_good_step)
         if trainer.is_world_process_zero():
             checkpoints.drop_after(until)
@@ -211,9 +215,9 @@ def _opened(load: Callable[[], Any], settings: Settings) -> tuple[Any, Routing]:
     return model, Routing(model, settings)
 
 
-def _stronger(failure: Failure, settings: Settings) -> tuple[Settings, str]:
+def _stronger(reason: str, settings: Settings) -> tuple[Settings, str]:
     """The settings after a restart, and what has changed in words."""
-    if "loss" in failure.reason:
+    if "loss" in reason:
         lower = {
             name: getattr(settings, name) / 2
             for name in ("learning_rate", "router_learning_rate", "rest_learning_rate")

@@ -42,8 +42,8 @@ import typer
 from moefy.environment import processor
 
 MEASURED = {"seconds", "stage_seconds", "peak_resident_bytes", "peak_bytes", "tokens_per_second"}
-MEASURED |= {"created", "memory"}
-"""Keys of JSON objects that no two runs share."""
+MEASURED |= {"created", "memory", "moefy/finetune.jsonl"}
+"""Keys of JSON objects that no two runs share; the last is of the digest of a log."""
 
 
 def main(

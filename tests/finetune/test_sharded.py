@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 
 import pytest
@@ -43,8 +44,8 @@ def rows(folder):
     return [json.loads(row) for row in (folder / "moefy/finetune.jsonl").read_text().splitlines()]
 
 
-def losses(folder):
-    return [row["loss"] for row in rows(folder) if "loss" in row]
+def column(folder, name):
+    return [row[name] for row in rows(folder) if name in row]
 
 
 def killed(monkeypatch, step, rank, then=lambda: os.kill(os.getpid(), signal.SIGKILL)):
@@ -81,23 +82,60 @@ def test_killed_processes_go_on_as_many_or_fewer(run, text, tmp_path, monkeypatc
     moved = max(float((old[name] - start[name]).abs().max()) for name in old)
     apart = max(float((old[name] - other[name]).abs().max()) for name in old)
     assert apart < 0.02 * moved
-    assert losses(fewer) == pytest.approx(losses(whole), rel=1e-4) and len(losses(whole)) == 8
+    expected = column(whole, "loss")
+    assert column(fewer, "loss") == pytest.approx(expected, rel=1e-4) and len(expected) == 8
 
 
-def test_what_one_process_sees_sends_all_back(run, text, tmp_path, monkeypatch):
-    """And the lower rates are those of the steps that follow, not those of the checkpoint."""
+def diverging(monkeypatch, rank):
+    """Have one process see a loss that is no number behind step 6, once."""
     step_done, planted = Finetuner.step_done, []
 
     def done(self):
         if self.state.global_step == 6 and not planted:
             planted.append(6)
-            self.sums["loss"] = float("nan") if self.args.process_index else self.sums["loss"]
+            if self.args.process_index == rank:
+                self.sums["loss"] = float("nan")
         step_done(self)
 
     monkeypatch.setattr(Finetuner, "step_done", done)
+
+
+def test_what_one_process_sees_sends_all_back(run, text, tmp_path, monkeypatch):
+    """And the lower rates are those of the steps that follow, not those of the checkpoint."""
+    diverging(monkeypatch, rank=1)
     out, settings = tmp_path / "out", {"fsdp": 2, "schedule": "constant", "warmup_ratio": 0.0}
     assert exit_codes(2, lambda: tuned(run, out, text, **settings)) == [0, 0]
-    (guard,) = (row["guard"] for row in rows(out) if "guard" in row)
+    (guard,) = column(out, "guard")
     assert guard["action"] == "back to checkpoint-4, learning rates halved"
-    rates = [row["lr"] for row in rows(out) if "lr" in row]
+    rates = column(out, "lr")
     assert len(rates) == 8 and rates[4] == rates[7] == rates[0] / 2
+
+
+def test_lower_rates_outlive_a_stop(run, text, tmp_path, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    for out in ("whole", "stopped"):
+        with monkeypatch.context() as planted:
+            diverging(planted, rank=0)
+            if out == "stopped":
+                killed(planted, step=7, rank=0, then=stop)
+                with pytest.raises(KeyboardInterrupt):
+                    tuned(run, tmp_path / out, text)
+            else:
+                tuned(run, tmp_path / out, text)
+    tuned(run, tmp_path / "stopped", text)
+    new, old = weights(tmp_path / "stopped"), weights(tmp_path / "whole")
+    assert all(torch.equal(new[name], old[name]) for name in old)
+    assert column(tmp_path / "stopped", "lr") == column(tmp_path / "whole", "lr")
+
+
+def test_a_full_disk_is_one_line(run, text, tmp_path):
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(MoefyError, match="tensors failed: .*too large; .* make room") as caught:
+            tuned(run, tmp_path / "out", text)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.code == 5 and not list(tmp_path.iterdir())
