@@ -193,6 +193,13 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
         """The sum over all processes."""
         return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value
 
+    def _mean(self, figures: dict[str, float]) -> dict[str, float]:
+        """The means over all processes, which thus have the same figures."""
+        if self.args.world_size == 1:
+            return figures
+        values = self._sum(torch.tensor(list(figures.values()), device=self.args.device))
+        return dict(zip(figures, (values / self.args.world_size).tolist(), strict=True))
+
     def _start_step(self) -> None:
         self.sums: dict[str, float] = {}
         self.num_batches = 0
@@ -209,10 +216,7 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
 
     def _row(self) -> dict[str, Any]:
         """The figures of a step."""
-        means = {name: value / self.num_batches for name, value in self.sums.items()}
-        if self.args.world_size > 1:
-            values = self._sum(torch.tensor(list(means.values()), device=self.args.device))
-            means = dict(zip(means, (values / self.args.world_size).tolist(), strict=True))
+        means = self._mean({name: value / self.num_batches for name, value in self.sums.items()})
         began, first = self.began
         seconds, step = time.perf_counter() - began, self.state.global_step
         tokens = self.settings.sequence_length * self.get_total_train_batch_size(self.args)
@@ -245,7 +249,7 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
 
     def evaluate(self, *args: Any, **rest: Any) -> dict[str, float]:
         """Measure on the validation text."""
-        figures, _ = self.setup.measure()
+        figures = self._mean(self.setup.measure()[0])  # or they would choose different steps
         self.setup.log({"step": self.state.global_step, "validation": figures})
         metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.log(metrics)
