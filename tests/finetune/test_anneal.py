@@ -23,7 +23,7 @@ from moefy.models.targets.target import Split
 from moefy.types import FFN, Shape
 
 SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
-RATES = {"learning_rate": 3e-4, "rest_learning_rate": 3e-4, "router_learning_rate": 1e-3}
+RATES = {"ce": 0.0, "learning_rate": 3e-4, "rest_learning_rate": 3e-4, "router_learning_rate": 1e-3}
 STILL = {"learning_rate": 0.0, "rest_learning_rate": 0.0, "router_learning_rate": 0.0}
 DOWN = re.compile(r"(down_proj|w2|output_linear)(\.weight)?$")
 PAIRS = [("llama", "qwen2_moe"), ("mistral", "mixtral"), ("gpt2", "moefy")]
