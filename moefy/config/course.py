@@ -57,7 +57,7 @@ def normal(weight: Weight, name: str) -> Weight:
         (_, first), *others = parts(weight)
     except ValueError:
         raise MoefyError(
-            f"{name} is {weight!r}; expected a number from 0, or several, each but the first with "
+            f"{name} is {weight}; expected a number from 0, or several, each but the first with "
             "the share of the training at which it begins: 1,0@0.7",
             code=2,
         ) from None

@@ -120,8 +120,8 @@ def test_the_same_as_one_process(pico, text, tmp_path, kind):
 def test_what_sums_nothing_is_far_from_it(pico, text, tmp_path):
     """The negative control: the half of the tokens that one of two processes has, and no other."""
     model = pico("llama", num_hidden_layers=3)
-    alone(model, tmp_path / "one", text)
-    alone(model, tmp_path / "half", text, tokens=32 * SEQUENCES)
+    alone(model, tmp_path / "one", text, layers=":")
+    alone(model, tmp_path / "half", text, layers=":", tokens=32 * SEQUENCES)
     assert apart(tmp_path / "one", tmp_path / "half") > 1e-2
 
 

@@ -403,7 +403,7 @@ CASES += [
             "--log-to x": ("--log-to is 'x'; expected one of tensorboard",),
             "--device gpu": ("--device is 'gpu'; expected auto, cpu",),
             "--learning-rate nan": ("--learning-rate is nan; expected at least 0",),
-            "--kl inf": ("--kl is 'inf'", "a number from 0"),
+            "--kl inf": ("--kl is inf", "a number from 0"),
             "--set lora_rank=0": ("lora_rank is 0; expected at least 1",),
             "--set capacity_factor=1e29": ("capacity_factor is 1e+29", "at most 1e+06"),
             "--seed 4294967296": ("--seed is 4,294,967,296",),
