@@ -20,7 +20,7 @@ from moefy.errors import MoefyError
 from moefy.files.safetensors_header import read_entries
 from moefy.finetune import losses
 from moefy.finetune.checkpoints import NUM_KEPT
-from moefy.finetune.inputs import ComputeDtypes, Run
+from moefy.finetune.inputs import ComputeDtypes, Run, num_weights
 from moefy.finetune.probe import Probe
 from moefy.finetune.train import MEASUREMENTS, device, num_steps, tokens_per_step
 from moefy.models.load import plain_config
@@ -57,7 +57,7 @@ class Inputs:
     @property
     def distils(self) -> bool:
         """Whether a loss needs the teacher."""
-        return bool(losses.needs(self.settings) & {losses.TEACHER, losses.STATES})
+        return losses.distils(self.settings)
 
     @property
     def live(self) -> bool:
@@ -193,14 +193,14 @@ def memory(inputs: Inputs) -> dict[str, int]:
     """The most resident bytes of every stage; on a GPU without what lies there."""
     settings = inputs.settings
     base = base_bytes(inputs.run.folder)
-    weights = _num_weights(inputs.run.folder)
+    weights = num_weights(inputs.run.folder)
     stages = {"write": base + 4 * weights + min(REOPENED, 4 * weights)}
     if inputs.place.type == "cuda":
         return stages
     held, training, update = _training(inputs)
     stages["train"] = base + held + training + update
     if inputs.teacher:
-        own = _num_weights(inputs.teacher) * inputs.dtypes.teacher.dtype.itemsize
+        own = num_weights(inputs.teacher) * inputs.dtypes.teacher.dtype.itemsize
         stages["teacher"] = base + own + _asking(inputs)
     if settings.teacher_cache and inputs.teacher:
         tokens = settings.tokens + settings.validation_tokens
@@ -232,11 +232,11 @@ def _training(inputs: Inputs) -> tuple[int, int, int]:
     size = inputs.dtypes.student.dtype.itemsize
     trained, tokens = int(student.num_trained), settings.batch_size * settings.sequence_length
     parts = max(1, settings.fsdp)
-    held = _num_weights(run.folder) * size // parts
+    held = num_weights(run.folder) * size // parts
     # Two moments, and copies in float32 of weights that are not.
     held += trained * (8 if size == 4 else 12) // parts
     if inputs.teacher and inputs.live:
-        held += _num_weights(inputs.teacher) * inputs.dtypes.teacher.dtype.itemsize
+        held += num_weights(inputs.teacher) * inputs.dtypes.teacher.dtype.itemsize
     saved = student.saved_bytes
     if settings.gradient_checkpointing:
         config = plain_config(run.folder).get_text_config()
@@ -256,10 +256,6 @@ def _asking(inputs: Inputs) -> int:
     """Bytes of the teacher's logits: as computed, in float32, and divided by the temperature."""
     tokens = inputs.settings.batch_size * inputs.settings.sequence_length
     return tokens * inputs.run.vocab_size * (inputs.dtypes.teacher.dtype.itemsize + 8)
-
-
-def _num_weights(folder: Path) -> int:
-    return sum(entry.num_elements for entry in read_entries(folder).values())
 
 
 def _refusal(inputs: Inputs, plan: Mapping[str, Any], out: Path) -> str:

@@ -111,8 +111,8 @@ def compute_dtypes(run: Run, teacher: Path | None, settings: Settings) -> Comput
     place = device(settings)
     trained = settings.train not in ("router", "lora")
     # In float32: a weight, and for a trained one its gradient and two moments.
-    needed = _num_weights(run.folder) * (16 if trained else 4)
-    needed += _num_weights(teacher) * 4 if teacher else 0
+    needed = num_weights(run.folder) * (16 if trained else 4)
+    needed += num_weights(teacher) * 4 if teacher else 0
     copies = 1 if settings.fsdp else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     room = available() // copies
     if place.type == "cuda":
@@ -126,7 +126,8 @@ def compute_dtypes(run: Run, teacher: Path | None, settings: Settings) -> Comput
     return ComputeDtypes(student, choose(stored_dtype(teacher)) if teacher else student, stored)
 
 
-def _num_weights(folder: Path) -> int:
+def num_weights(folder: Path) -> int:
+    """Number of weights in the files of a folder."""
     return sum(entry.num_elements for entry in read_entries(folder).values())
 
 

@@ -198,3 +198,8 @@ def active(settings: Any, *, routers: bool = True) -> list[Loss]:
 def needs(settings: Any) -> set[str]:
     """What the active losses need."""
     return {need for loss in active(settings) for need in loss.needs}
+
+
+def distils(settings: Any) -> bool:
+    """Whether an active loss needs the teacher."""
+    return bool(needs(settings) & {TEACHER, STATES})

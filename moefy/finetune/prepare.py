@@ -44,7 +44,7 @@ class Opened:
     @property
     def distils(self) -> bool:
         """Whether a loss needs the teacher."""
-        return bool(losses.needs(self.settings) & {losses.TEACHER, losses.STATES})
+        return losses.distils(self.settings)
 
 
 def open_inputs(folder: Path, settings: Settings) -> Opened:
