@@ -83,6 +83,7 @@ ROWS = {
         "router_hooks",
         "router_noise",
         "anneal collapse_guard layout losses teacher",
+        "log_probabilities",
         "__init__",
     ],
     "models": [

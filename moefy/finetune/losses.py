@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.finetune.log_probabilities import log_probabilities
+
 TEACHER, STATES = "the teacher's tokens", "hidden states of student and teacher"
 ROUTERS, MEAN, ENERGY = "routers", "mean probabilities of all processes", "experts' energies"
 """What a loss may need beside the text. The trainer computes nothing that no loss needs."""
@@ -42,8 +44,10 @@ class Routed:
 class Batch:
     """All that a loss may look at."""
 
-    logits_TV: Tensor
-    """Of all positions that have a next token to learn, float32."""
+    logits_NV: Tensor
+    """As the model gives them. The backward pass overwrites them."""
+    row_T: Tensor
+    """The row of each position that has a next token to learn."""
     next_T: Tensor
     temperature: float = 1.0
     teacher_TP: tuple[Tensor, Tensor] | None = None
@@ -54,9 +58,11 @@ class Batch:
     layers: Sequence[Routed] = ()
 
     @functools.cached_property
-    def log_z_T(self) -> Tensor:
-        """The logsumexp of the logits."""
-        return self.logits_TV.logsumexp(-1)
+    def log_p(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the next tokens, and at `temperature` of the teacher's."""
+        next_T = self.next_T
+        ids_TP = self.teacher_TP[0] if self.teacher_TP else next_T.new_empty(len(next_T), 0)
+        return log_probabilities(self.logits_NV, self.row_T, next_T, ids_TP, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,7 @@ class Loss:
 
 def next_token(batch: Batch) -> Tensor:
     """Cross-entropy of the tokens that follow, nats."""
-    own_T = batch.logits_TV.gather(1, batch.next_T[:, None])[:, 0]
-    return _over_tokens(batch.log_z_T - own_T)
+    return _over_tokens(-batch.log_p[0])
 
 
 def distillation(batch: Batch) -> Tensor:
@@ -90,16 +95,12 @@ def distillation(batch: Batch) -> Tensor:
     Source: Hinton et al., 2015, arXiv:1503.02531, for the temperature.
     """
     assert batch.teacher_TP is not None
-    ids_TP, log_p_TP = batch.teacher_TP
-    scale, log_z_T = batch.temperature, batch.log_z_T
-    if scale != 1:
-        log_z_T = (batch.logits_TV / scale).logsumexp(-1)
-    log_q_TP = batch.logits_TV.gather(1, ids_TP) / scale - log_z_T[:, None]
+    log_p_TP, log_q_TP = batch.teacher_TP[1], batch.log_p[1]
     p_TP, used_TP = log_p_TP.exp(), log_p_TP.isfinite()
     kl_T = torch.where(used_TP, p_TP * (log_p_TP - log_q_TP), 0).sum(-1)
     rest_T = (1 - p_TP.sum(-1)).clamp(0)
     other_T = (1 - torch.where(used_TP, log_q_TP, -torch.inf).exp().sum(-1)).clamp(TINY)
-    return scale**2 * _over_tokens(kl_T + rest_T.xlogy(rest_T) - rest_T * other_T.log())
+    return batch.temperature**2 * _over_tokens(kl_T + rest_T.xlogy(rest_T) - rest_T * other_T.log())
 
 
 def hidden_match(batch: Batch) -> Tensor:

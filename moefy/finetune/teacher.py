@@ -21,6 +21,7 @@ from torch import Tensor
 from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
 from moefy.files.publish import replacing
+from moefy.finetune.log_probabilities import chunk
 
 Targets = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From rows (B,) and their ids (B, T) to the teacher's tokens: ids and log-probabilities, each
@@ -38,11 +39,17 @@ class Teacher:
 
 def likeliest(logits_TV: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Ids and log-probabilities of the tokens to keep, (T, P); minus infinity behind `top_p`."""
-    log_z_T1 = (logits_TV.float() / settings.temperature).logsumexp(-1, keepdim=True)
-    top = logits_TV.float().topk(min(settings.top_tokens, logits_TV.shape[-1]), dim=-1)
-    log_p_TP = top.values / settings.temperature - log_z_T1
-    before_TP = log_p_TP.exp().cumsum(-1) - log_p_TP.exp()
-    return top.indices, log_p_TP.masked_fill(before_TP >= settings.top_p, -torch.inf)
+    parts = [_likeliest(part_CV.float(), settings) for part_CV in logits_TV.split(chunk(logits_TV))]
+    ids, log_p = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return ids, log_p
+
+
+def _likeliest(logits_CV: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    log_z_C1 = (logits_CV / settings.temperature).logsumexp(-1, keepdim=True)
+    top = logits_CV.topk(min(settings.top_tokens, logits_CV.shape[-1]), dim=-1)
+    log_p_CP = top.values / settings.temperature - log_z_C1
+    before_CP = log_p_CP.exp().cumsum(-1) - log_p_CP.exp()
+    return top.indices, log_p_CP.masked_fill(before_CP >= settings.top_p, -torch.inf)
 
 
 def live(model: Any, settings: Settings) -> Targets:

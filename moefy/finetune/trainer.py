@@ -301,13 +301,14 @@ def text_batch(
     **more: Any,
 ) -> Batch:
     """What the losses look at, over all positions that have a next token, and one to learn."""
+    next_BT = ids_BT.roll(-1, 1)
+    learned_BT = torch.ones_like(ids_BT, dtype=torch.bool) if learned_BT is None else learned_BT
+    learned_BT = learned_BT.roll(-1, 1).to(ids_BT.device)
+    learned_BT[:, -1] = False
+    row_T = learned_BT.flatten().nonzero()[:, 0]
 
     def of(rows_BT: Tensor) -> Tensor:
-        rows_T = rows_BT.flatten(0, 1)
-        return rows_T if learned_BT is None else rows_T[learned_BT[:, 1:].flatten()]
+        return rows_BT.flatten(0, 1)[row_T]
 
-    if targets_BTP is not None:
-        ids_BTP, log_p_BTP = targets_BTP
-        targets_BTP = of(ids_BTP[:, :-1]), of(log_p_BTP[:, :-1])
-    logits_TV = of(logits_BTV[:, :-1]).float()
-    return Batch(logits_TV, of(ids_BT[:, 1:]), temperature, targets_BTP, **more)
+    targets_TP = (of(targets_BTP[0]), of(targets_BTP[1])) if targets_BTP else None
+    return Batch(logits_BTV.flatten(0, 1), row_T, of(next_BT), temperature, targets_TP, **more)

@@ -343,7 +343,7 @@ def test_balancing_that_has_no_say_is_refused(run, text, tmp_path, monkeypatch):
         planted.setattr(losses, "LOSSES", others)
         refused("first step is missing")
     with monkeypatch.context() as planted:
-        zero = losses.Loss(*losses.AUX, lambda b: 0 * b.logits_TV.sum(), (losses.ROUTERS,))
+        zero = losses.Loss(*losses.AUX, lambda b: 0 * b.log_p[0].exp().sum(), (losses.ROUTERS,))
         planted.setattr(losses, "LOSSES", (*others, zero))
         refused("first step is 0")
     with monkeypatch.context() as planted:
