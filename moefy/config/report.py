@@ -53,6 +53,9 @@ class Settings:
     rivals: bool = option(
         False, "The dense model quantised or with layers dropped, and the run quantised."
     )
+    quantized: tuple[str, ...] = option(
+        (), "The run in llama.cpp's types, e.g. `q8_0,q4_K_M`, against itself.", separator=","
+    )
     tasks: tuple[str, ...] = option((), "Tasks of lm-eval, e.g. `piqa,arc_easy`.", separator=",")
     include_path: Path | None = option(None, "Folder of task files of your own, for --tasks.")
     limit: int | None = option(None, "Samples per task at most.", least=1)
@@ -67,6 +70,12 @@ class Settings:
     )
     robustness: bool | None = option(
         None, "Scores on random tokens, cut-off prompts and long contexts.", unset="unless --quick"
+    )
+    lost_experts: tuple[str, ...] = option(
+        (),
+        "Loss without an expert, each taken out alone: `all`, or LAYER.EXPERT, e.g. `3.0,3.5`. All "
+        "take about as long as 300 readings of 512 tokens.",
+        separator=",",
     )
     speed: bool = option(True, "Tokens per second.")
     llama_cpp: bool | None = option(

@@ -16,6 +16,8 @@ experts, so it pays when these take fewer bytes than dense.
 Behaviour: it loops or breaks JSON more often than dense, or stops less often, when the interval of
 the difference excludes 0 (95 %, paired by prompt). A model without a chat template need not stop.
 
+Lost experts: a run depends on those without which it loses more than 0.1 nats per token.
+
 Rivals: by the rule of `frontier`, on the mean KL over the texts. At batch 1 bytes read per token
 decide, for prefill and large batches operations do. It pays where the run is a best point, as it is
 or in another type, and a rival that costs as little was measured, so that there was a choice.
@@ -29,7 +31,7 @@ from typing import Any
 
 from scipy import stats
 
-from moefy.evaluate import behaviour, frontier
+from moefy.evaluate import behaviour, critical_experts, frontier
 from moefy.report.format import band, flattered, large
 
 CLEAR = 0.05
@@ -58,6 +60,10 @@ def advice(report: Mapping[str, Any], label: str) -> list[Advice]:
         *(
             _advice(PAYS_NOT, sentence, **because)
             for sentence, because in behaviour.worse(report.get("behaviour", {}), label)
+        ),
+        *(
+            _advice(PAYS_NOT if critical else PAYS, sentence, worst=worst)
+            for sentence, critical, worst in critical_experts.advice(report, label)
         ),
         *_routing(report.get("routing", {}).get(label, {}).get("layers", [])),
     ]

@@ -16,7 +16,7 @@ BY_TEXT = ("dnll", "kl", "perplexity", "bits_per_byte", "top1_agreement")
 
 OVERALL = (
     "load_cv", "entropy", "dead", "drift", "prefill_ratio", "decode_ratio", "flagged",
-    "benchmark_drop", "not_run",
+    "benchmark_drop", "lost_expert", "not_run",
 )  # fmt: skip
 """The worst value over all layers, texts, engines or tasks; or how many there are."""
 
@@ -152,6 +152,8 @@ def overall_metrics(report: Mapping[str, Any], label: str) -> dict[str, float]:
         if shares:
             result[name] = worst(row["share"] for row in shares)
             result[name + OVER_DENSE] = worst(row["difference"] for row in shares)
+    if (lost := report.get("lost_experts")) and lost["label"] == label:
+        result["lost_expert"] = lost["worst"]
     scored = [rows[label] for rows in report.get("benchmarks", {}).values() if label in rows]
     if scored and not any("not_run" in row for row in scored):
         result["benchmark_drop"] = max((_drop(row) for row in scored), default=0.0)

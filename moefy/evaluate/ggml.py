@@ -65,12 +65,16 @@ class Matrix:
     """How many there are."""
 
 
-def matrices(model: Any) -> list[Matrix]:
-    """What llama.cpp quantises: not norms, biases, routers, and tables of positions."""
-    routers = [p for block in routing.moe_blocks(model) for p in block.router.parameters()]
+def matrices(model: Any, *, routers: bool = False) -> list[Matrix]:
+    """What llama.cpp quantises: not norms, biases, routers, and tables of positions.
+
+    With `routers`, these as well: what a careless program would do.
+    """
+    blocks = () if routers else routing.moe_blocks(model)
+    left_out = [p for block in blocks for p in block.router.parameters()]
     vocabulary, head = model.get_input_embeddings(), model.get_output_embeddings()
     head = vocabulary if head is None or head.weight is vocabulary.weight else head
-    seen, num_layers = {*map(id, routers)}, model.config.get_text_config().num_hidden_layers
+    seen, num_layers = {*map(id, left_out)}, model.config.get_text_config().num_hidden_layers
     result, num_values = [], 0
     for module_name, module in model.named_modules():
         for own_name, parameter in module.named_parameters(recurse=False):
@@ -91,13 +95,15 @@ def matrices(model: Any) -> list[Matrix]:
     return [Matrix(**{**vars(m), "of": counts.get(m.role, num_layers)}) for m in result]
 
 
-def types(model: Any, kind: str) -> list[tuple[Matrix, str]]:
+def types(model: Any, kind: str, *, routers: bool = False) -> list[tuple[Matrix, str]]:
     """Each matrix of a model and the type that it has in a file of the type `kind`."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     group = heads // (getattr(config, "num_key_value_heads", None) or heads)
     experts = max((block.num_experts for block in routing.moe_blocks(model)), default=0)
-    return [(matrix, _type(matrix, kind, group, experts)) for matrix in matrices(model)]
+    return [
+        (matrix, _type(matrix, kind, group, experts)) for matrix in matrices(model, routers=routers)
+    ]
 
 
 def _type(matrix: Matrix, kind: str, group: int, experts: int) -> str:
@@ -148,10 +154,10 @@ def counted(model: Any, kind: str) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def quantise(model: Any, kind: str) -> Any:
+def quantise(model: Any, kind: str, *, routers: bool = False) -> Any:
     """The model with the values that it has in a file of the type `kind`, changed in place."""
     rounding = library()
-    for matrix, name in types(model, kind):
+    for matrix, name in types(model, kind, routers=routers):
         matrix.values.copy_(rounded(matrix.values, name, rounding))
     return model
 

@@ -62,14 +62,28 @@ def compare(
     All models take a window before the next one, so the dense logits are computed once. With
     `keep`, only the last `keep` tokens of each window are scored; the others are context.
     """
-    sums: dict[str, list[tuple[int, float, float, int]]] = {name: [] for name in ("dense", *models)}
+    both = compare_with({"dense": dense}, models, windows, keep=keep, watch=watch)
+    return {name: score for (name, _), score in both.items()}
+
+
+def compare_with(
+    references: Mapping[str, Any],
+    models: Mapping[str, Any],
+    windows: list[Tensor],
+    *,
+    keep: int | None = None,
+    watch: Callable[[int, int], None] = lambda *_: None,
+) -> dict[tuple[str, str], Score]:
+    """The score of each model, and of each reference, against each reference, by both names."""
+    rows: dict[tuple[str, str], list[tuple[int, float, float, int]]] = {}
     for done, ids_T in enumerate(windows, 1):
-        reference_TV = log_probabilities(dense, ids_T, keep)
-        sums["dense"].append(_sums(reference_TV, reference_TV, ids_T))
-        for name, model in models.items():
-            sums[name].append(_sums(log_probabilities(model, ids_T, keep), reference_TV, ids_T))
+        given = {n: log_probabilities(model, ids_T, keep) for n, model in references.items()}
+        for name in (*references, *models):
+            own_TV = given[name] if name in given else log_probabilities(models[name], ids_T, keep)
+            for other, other_TV in given.items():
+                rows.setdefault((name, other), []).append(_sums(own_TV, other_TV, ids_T))
         watch(done, len(windows))
-    return {name: Score(*zip(*rows, strict=True)) for name, rows in sums.items()}
+    return {pair: Score(*zip(*some, strict=True)) for pair, some in rows.items()}
 
 
 def log_probabilities(model: Any, ids_T: Tensor, keep: int | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from moefy.config.recipe import Recipe
 from moefy.config.report import Settings
 from moefy.errors import MoefyError
-from moefy.evaluate import rivals
+from moefy.evaluate import lost_experts, rivals
 from moefy.evaluate.cache import VERSIONS, Cache
 from moefy.evaluate.candidates import Candidate, check_tokenizer, dense_candidate, run_candidates
 from moefy.evaluate.controls import (
@@ -42,6 +42,7 @@ def prepare(
             tokenizers that differ, and texts that are too short, 5 for models that do not fit.
     """
     rivals.check(settings)
+    lost_experts.named(settings.lost_experts, summary)
     against = [name for name in settings.against if name not in rivals.named(settings)]
     folders = [Path(name) for name in against if _is_folder(name)]
     recipe = read_recipe(run)

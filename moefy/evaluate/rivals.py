@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from moefy.checkpoint.cut import num_parameters, open_cut, without
+from moefy.config.options import nearest
 from moefy.config.recipe import Recipe
 from moefy.config.report import Settings
 from moefy.convert.depth import drops, probes
 from moefy.convert.prepare import read_source
+from moefy.errors import MoefyError
 from moefy.evaluate import ggml, tables
 from moefy.evaluate.cache import VERSIONS, digest
 from moefy.evaluate.candidates import Candidate
@@ -46,10 +48,24 @@ def check(settings: Settings) -> None:
     """Refuse rivals that this machine cannot make.
 
     Raises:
-        MoefyError: code 5, if a package is missing.
+        MoefyError: code 2 for an unknown type, 5 if a package is missing.
     """
-    if settings.rivals or set(named(settings)) & {*ggml.TYPES}:
+    quantised = quantised_types(settings.quantized)
+    if settings.rivals or quantised or set(named(settings)) & {*ggml.TYPES}:
         ggml.library()
+
+
+def quantised_types(asked: Sequence[str]) -> list[str]:
+    """The types that `--quantized` names, however they are spelt.
+
+    Raises:
+        MoefyError: code 2 for an unknown one.
+    """
+    known = {kind.lower(): kind for kind in ggml.TYPES}
+    if unknown := [name for name in asked if name.lower() not in known]:
+        expected = nearest(unknown[0], [*ggml.TYPES])
+        raise MoefyError(f"--quantized {unknown[0]} is no type; {expected}", code=2)
+    return [*dict.fromkeys(known[name.lower()] for name in asked)]
 
 
 def rivals(session: Session, report: dict[str, Any], settings: Settings) -> None:
@@ -86,7 +102,7 @@ def _candidates(
     asked = [kind for kind in ggml.TYPES if kind in names]
     own = [kind for kind in ggml.TYPES if kind in asked or (settings.rivals and kind in OWN)]
     # To count bytes takes gguf, which fewer layers do not need.
-    of_dense, of_run = (_packed_sizes(session, c) if own else {} for c in (dense, main))
+    of_dense, of_run = (packed_sizes(session, c) if own else {} for c in (dense, main))
     if settings.rivals:
         reads = [models[main.label]["bytes_read"], *(of_run[kind]["bytes_read"] for kind in OWN)]
         ladder = {kind: row["bytes_read"] for kind, row in of_dense.items()}
@@ -114,7 +130,7 @@ def around(ladder: Mapping[str, int], reads: Sequence[int]) -> set[str]:
     return chosen
 
 
-def _packed_sizes(session: Session, base: Candidate) -> dict[str, dict[str, Any]]:
+def packed_sizes(session: Session, base: Candidate) -> dict[str, dict[str, Any]]:
     """Sizes of a model in each type."""
 
     def measure(model: Any) -> dict[str, Any]:

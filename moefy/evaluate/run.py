@@ -12,7 +12,16 @@ from moefy.compute_dtype import name_of
 from moefy.config.report import Settings
 from moefy.environment import processor
 from moefy.errors import MoefyError
-from moefy.evaluate import advice, benchmarks, fail_if, frontier, measure, rivals
+from moefy.evaluate import (
+    advice,
+    benchmarks,
+    fail_if,
+    frontier,
+    lost_experts,
+    measure,
+    quantized,
+    rivals,
+)
 from moefy.evaluate.candidates import finetuning
 from moefy.evaluate.prepare import prepare
 from moefy.evaluate.session import Session
@@ -95,6 +104,8 @@ def _empty(session: Session, settings: Settings) -> dict[str, Any]:
         "prompts": [],
         "generation": [],
         "behaviour": {},
+        "lost_experts": {},
+        "quantized": {},
         "routing": {},
         "speed": {},
         "finetune": {label: tuning for label, tuning in tunings.items() if tuning is not None},
@@ -121,6 +132,9 @@ def _measure(session: Session, report: dict[str, Any], settings: Settings, manag
     if settings.rivals or rivals.named(settings):
         with session.part("rivals"):
             rivals.rivals(session, report, settings)
+    if settings.quantized:
+        with session.part("quantized"):
+            report["quantized"] = quantized.quantized(session, settings)
     report["frontier"] = frontier.points(report["texts"], report["models"], session.main)
     if settings.wants(settings.robustness):
         with session.part("robustness"):
@@ -133,6 +147,9 @@ def _measure(session: Session, report: dict[str, Any], settings: Settings, manag
     if settings.wants(settings.behaviour, ("full",)):
         with session.part("behaviour"):
             report["behaviour"] = measure.behaviours(session, report["models"], settings)
+    if settings.lost_experts:
+        with session.part("lost experts"):
+            report["lost_experts"] = lost_experts.lost_experts(session, settings)
     for task in settings.tasks:
         with session.part(f"benchmark {task}"):
             report["benchmarks"][task] = measure.benchmark(session, task, manager, settings.limit)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moefy.models.targets import OWN
-from moefy.report import section_behaviour, section_frontier
+from moefy.report import section_behaviour, section_frontier, section_lost, section_quantized
 from moefy.report.citations import sources
 from moefy.report.format import (
     active_share,
@@ -110,6 +110,8 @@ def _measured(report: Mapping[str, Any], label: str) -> list[str]:
     tables += [_benchmarks(report["benchmarks"], label)]
     tables += _behaviour(report["behaviour"], label)
     tables += [(section_frontier.HEADER, section_frontier.table(report))]
+    tables += [(section_quantized.HEADER, section_quantized.rows(report))]
+    tables += [(section_lost.HEADER, section_lost.rows(report)[:5])]
     tables += [_speed(engine, speed["rows"], label) for engine, speed in report["speed"].items()]
     return [*map(verdict, verdicts(report)), *(table(*one) for one in tables if one[1])]
 

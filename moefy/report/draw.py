@@ -20,7 +20,7 @@ FORMAT = 2
 LISTS = ("prompts", "generation", "frontier", "advice", "not_run", "notes")
 TABLES = (
     "runs", "models", "texts", "seen_in_calibration", "robustness", "benchmarks", "behaviour",
-    "routing", "speed", "finetune", "rivals",
+    "lost_experts", "quantized", "routing", "speed", "finetune", "rivals",
 )  # fmt: skip
 """Parts that may be absent from a report."""
 

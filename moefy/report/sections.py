@@ -13,7 +13,9 @@ from moefy.report import (
     section_cost,
     section_experts,
     section_frontier,
+    section_lost,
     section_quality,
+    section_quantized,
     section_tuned,
 )
 from moefy.report.chart import looks
@@ -72,6 +74,7 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
     parts = [
         section_quality.quality(report, shown),
         section_frontier.frontier(report, shown),
+        section_quantized.quantized(report),
         section_cost.speed(report, shown),
         section_cost.size(report, shown),
         section_quality.benchmarks(report, shown),
@@ -80,6 +83,7 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
         section_quality.prompts(report),
         section_quality.robustness(report, shown),
         section_experts.routing(report, shown),
+        section_lost.lost_experts(report),
         section_experts.layers(report),
         section_tuned.finetune(report),
         conversion(report),

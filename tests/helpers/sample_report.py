@@ -115,6 +115,8 @@ def full(num_layers: int = 4, num_experts: int = 8) -> dict[str, Any]:
             }
         ],
         "behaviour": _behaviour(),
+        "lost_experts": _lost(num_layers, num_experts),
+        "quantized": _quantized(),
         "routing": {label: _routing(num_layers, num_experts, i) for i, label in enumerate(ROUTED)},
         "speed": {"transformers": _speed(0.8), "llama.cpp": _speed(1.3)},
         "finetune": {"moe, fine-tuned": _finetune()},
@@ -157,7 +159,7 @@ def empty() -> dict[str, Any]:
     """A report that holds nothing but its run."""
     lists = ("prompts", "generation", "frontier", "advice", "not_run", "notes")
     tables = ("runs", "models", "texts", "seen_in_calibration", "robustness", "benchmarks")
-    tables += ("behaviour", "routing", "speed", "finetune")
+    tables += ("behaviour", "lost_experts", "quantized", "routing", "speed", "finetune")
     head = {"moefy": "0.1.0", "format": 2, "created": "2026-11-26T19:00:00+00:00"}
     found = {**head, "run": summary(), **{key: [] for key in lists}}
     return {**found, **{key: {} for key in tables}}
@@ -275,6 +277,38 @@ def _behaviour() -> dict[str, Any]:
     one = {"tokens": 192, "figures": figures, "answers": answers}
     sets = {"own prompts": one, HOSTILE: {**one, "answers": []}}
     return {"chat": False, "meaning": {"loops": "the answer ends in a loop"}, "sets": sets}
+
+
+def _quantized() -> dict[str, Any]:
+    """As it is, and in a type with its routers in 32 bits and in that type."""
+
+    def score(text: str, kl: float) -> dict[str, Any]:
+        return {"text": text, "dnll": kl, "kl_dense": kl + 0.4, "kl_run": kl, "top1_run": 0.9}
+
+    rows = []
+    for number, (kind, routers) in enumerate(
+        (("", False), ("q8_0", False), ("q8_0", True), ("q4_K_M", False), ("q4_K_M", True))
+    ):
+        texts = [score(text, 0.02 * number) for text in TEXTS]
+        rows.append({"type": kind, "routers": routers, "weight_bytes": 10**8, "texts": texts})
+    return {"label": "moe, fine-tuned", "tokens": 4092, "rows": rows}
+
+
+def _lost(num_layers: int, num_experts: int) -> dict[str, Any]:
+    """Expert 3 of layer 1 is critical."""
+    rows = [
+        {
+            "layer": layer,
+            "expert": expert,
+            "dnll": 0.15 if (layer, expert) == (1, 3) else 0.01 * math.sin(layer + expert),
+            "standard_error": 0.01,
+        }
+        for layer in range(num_layers)
+        for expert in range(num_experts)
+    ]
+    mean = sum(row["dnll"] for row in rows) / len(rows)
+    head = {"label": "moe, fine-tuned", "tokens": 508, "windows": 4, "nll": 3.0}
+    return head | {"mean": mean, "worst": 0.15, "experts": rows}
 
 
 def _routing(num_layers: int, num_experts: int, shift: int) -> dict[str, Any]:

@@ -192,7 +192,8 @@ def test_every_part_is_there(report, page):
     names = {section.name for section in sections(report)}
     assert names == {
         "quality", "frontier", "speed", "size", "benchmarks", "generation", "behaviour",
-        "prompts", "robustness", "routing", "layers", "finetune", "conversion",
+        "prompts", "robustness", "routing", "layers", "finetune", "conversion", "lost",
+        "quantized",
     }  # fmt: skip
     assert names <= {attributes.get("id") for attributes in page.all("section")}
     pictures = [one for section in sections(report) for one in section.pictures]
