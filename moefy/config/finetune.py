@@ -54,6 +54,12 @@ class Settings:
         256, "Tokens of such an answer at most; longer ones are left out.", least=1
     )
     answer_temperature: float = key(0.0, "Temperature of such answers; 0 for the likeliest tokens.")
+    last_stage: float = option(
+        0.0,
+        "Share of the steps, at the end, that learn the teacher's answers to prompts of moefy's "
+        "own, and nothing else.",
+        most=0.5,
+    )
     text_field: str = option("text", "Field of rows that holds the text.")
     answers_only: bool = option(
         False, "Learn what the assistant writes in conversations, and not the rest of them."

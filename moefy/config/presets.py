@@ -13,7 +13,7 @@ OPEN = -1
 
 CHOSEN = (
     "tokens", "batch_size", "gradient_accumulation_steps",
-    "learning_rate", "router_learning_rate", "rest_learning_rate",
+    "learning_rate", "router_learning_rate", "rest_learning_rate", "last_stage",
 )  # fmt: skip
 """Settings that a preset chooses where they are not given."""
 
@@ -27,6 +27,20 @@ Source: Yang et al., 2022, arXiv:2203.03466, for Adam; here the embeddings' rate
 STEPS, LEAST_STEP, MOST_STEP = 250, 1024, 16384
 """Steps to aim at, and tokens of a step. Measured: 176 steps of 1,024 tokens on a CPU, where steps
 of 512 ended alike, and 500 of 16,384 on a GPU (recipes/results/finetune.md)."""
+
+
+LAST_SHARE, LAST_TOKENS = 0.1, 50_000
+"""Of the last stage: its share of the tokens, and how many at most. The package's prompts and their
+answers are about 28,000. Not measured."""
+
+
+def last_share(tokens: float) -> float:
+    """The share of the last stage where so many tokens are trained on.
+
+    >>> last_share(50_000), last_share(1_000_000)
+    (0.1, 0.05)
+    """
+    return min(LAST_SHARE, LAST_TOKENS / max(1.0, tokens))
 
 
 def rate_scale(width: int) -> float:

@@ -37,6 +37,7 @@ class Answers:
     """A file of conversations, and what is missing in it."""
 
     file: Path
+    count: int
     notes: tuple[str, ...]
 
 
@@ -52,32 +53,29 @@ class Answerer:
     folder: Path
     progress: Callable[[int, int], None] = lambda *_: None
 
-    def answers(self, file: Path) -> Answers:
-        """The answers to the prompts of `file`, from an earlier run where there are any.
+    def answers(self, file: Path, num: int | None = None) -> Answers:
+        """The answers to the prompts of `file`, or to its first `num`, from an earlier run where
+        there are any.
 
         Their file is whole or not there. Its name is a digest of all that they depend on. Answers
         that do not end within `answer_tokens` are left out: they would teach to go on for ever.
 
         Raises:
-            MoefyError: code 3 for a file that holds no prompts, for prompts that are too long, and
-                where no answer ends; 5 where memory does not hold the model.
+            MoefyError: code 3 for a file that holds no prompts, and for prompts that are too long;
+                5 where memory does not hold the model.
         """
         tokenizer = load_tokenizer(self.teacher)
-        prompts = read_prompts(file)
+        prompts = read_prompts(file)[:num]
         texts = [chat.written(tokenizer, turns, where, reply=True) for where, turns in prompts]
         output = self.folder / f"answers-{self._digest(texts)}.jsonl"
         if not output.exists():
             with locked(output.with_suffix(".lock"), output):
                 self._write(output, tokenizer, texts, [turns for _, turns in prompts])
             output.with_suffix(".lock").unlink(missing_ok=True)
-        missing = len(prompts) - len(output.read_text("utf-8").splitlines())
-        if missing == len(prompts):
-            raise MoefyError(
-                f"{file}: no answer of the teacher ends within {self.settings.answer_tokens} "
-                "tokens; expected a model that was trained on conversations; raise answer_tokens"
-            )
+        count = len(output.read_text("utf-8").splitlines())
+        missing = len(prompts) - count
         note = f"{missing:,} of {len(prompts):,} answers are empty or do not end, not used"
-        return Answers(output, (note,) if missing else ())
+        return Answers(output, count, (note,) if missing else ())
 
     def _digest(self, texts: Sequence[str]) -> str:
         settings = self.settings

@@ -13,6 +13,8 @@ from moefy.files.safetensors_header import read_entries
 from moefy.finetune import losses
 from moefy.finetune.inputs import Run
 from moefy.models import families
+from moefy.text import chat
+from moefy.text.tokenizer import load_tokenizer
 
 LOGGERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 """Values of `log_to`, and the packages of which each needs one."""
@@ -60,6 +62,12 @@ def check_machine(settings: Settings) -> None:
             ) from None
 
 
+def may_answer(run: Run, settings: Settings) -> bool:
+    """Whether there may be a last stage: one is asked for, or left to a preset, and the model has
+    a chat template that tells which tokens are answers."""
+    return settings.last_stage != 0 and chat.tells_answers(load_tokenizer(run.folder))
+
+
 def check_run(run: Run, settings: Settings) -> None:
     """Check the settings against the run.
 
@@ -99,6 +107,12 @@ def check_run(run: Run, settings: Settings) -> None:
             f"expert_parallel is {settings.expert_parallel}, and there are {experts} experts; "
             "expected a number that divides them",
             code=2,
+        )
+    if settings.last_stage > 0 and not may_answer(run, settings):
+        raise MoefyError(
+            "--last-stage: the model has no chat template, or it does not tell which tokens are "
+            "answers; expected 0",
+            code=4,
         )
     family = families.load(run.summary["family"])
     table = run.prefix + (family.positions or "")

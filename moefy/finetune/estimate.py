@@ -6,23 +6,32 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moefy.config.finetune import Settings
-from moefy.config.presets import CHOSEN, OPEN, PRESETS, rate_scale, round_tokens, step_tokens
+from moefy.config.presets import (
+    CHOSEN,
+    OPEN,
+    PRESETS,
+    last_share,
+    rate_scale,
+    round_tokens,
+    step_tokens,
+)
 from moefy.config.sources import sources
-from moefy.convert.memory import available, base_bytes
+from moefy.convert.memory import available
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import read_entries
-from moefy.finetune import losses
 from moefy.finetune.checkpoints import NUM_KEPT
-from moefy.finetune.inputs import ComputeDtypes, Run, num_weights
-from moefy.finetune.probe import Probe
-from moefy.finetune.train import MEASUREMENTS, device, num_steps, tokens_per_step
+from moefy.finetune.last_stage import ANSWER, SOURCE, num_prompts
+from moefy.finetune.memory import KEPT, Inputs, gpu_bytes, gpu_room, memory
+from moefy.finetune.train import (
+    MEASUREMENTS,
+    num_last_steps,
+    num_steps,
+    tokens_per_step,
+)
 from moefy.models.load import plain_config
 
 DECODING = 2.0
@@ -33,41 +42,8 @@ RECOMPUTED = 1.25
 """Time of a step with gradient checkpointing over that of one without. Measured: 1.24 without the
 teacher's share (recipes/results/memory-and-time.md)."""
 
-KEPT = 400
-"""Bytes of a token in the cache of the teacher's predictions."""
-
-REOPENED = 3 * 10**9
-"""Most bytes of weights that are opened again to compare."""
-
 BATCH = {"cpu": 4, "cuda": 32}
 """Sequences of a forward pass at most, where a preset chooses."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What an estimate reads."""
-
-    run: Run
-    teacher: Path | None
-    settings: Settings
-    dtypes: ComputeDtypes
-    probe: Probe
-    world: int = 1
-
-    @property
-    def distils(self) -> bool:
-        """Whether a loss needs the teacher."""
-        return losses.distils(self.settings)
-
-    @property
-    def live(self) -> bool:
-        """Whether the teacher runs beside the student."""
-        return self.distils and not self.settings.teacher_cache
-
-    @property
-    def place(self) -> torch.device:
-        """Where it trains."""
-        return device(self.settings)
 
 
 def settled(inputs: Inputs) -> Settings:
@@ -104,11 +80,11 @@ def settled(inputs: Inputs) -> Settings:
 
 def _fits(inputs: Inputs, settings: Settings) -> bool:
     tried = dataclasses.replace(inputs, settings=settings)
-    return max(memory(tried).values()) <= available() and _gpu_bytes(tried) <= _gpu_room(tried)
+    return max(memory(tried).values()) <= available() and gpu_bytes(tried) <= gpu_room(tried)
 
 
 def _batched(inputs: Inputs, tokens: int) -> Settings:
-    """The settings with batches for so many tokens."""
+    """The settings with batches, and a last stage, for so many tokens."""
     settings = dataclasses.replace(inputs.settings, tokens=max(1, tokens))
     rows = max(1, step_tokens(tokens) // settings.sequence_length // inputs.world)
     times = settings.gradient_accumulation_steps
@@ -117,7 +93,12 @@ def _batched(inputs: Inputs, tokens: int) -> Settings:
         batch = max(1, min(BATCH[inputs.place.type], rows // max(1, times)))
     if times == OPEN:
         times = max(1, rows // batch)
-    return dataclasses.replace(settings, batch_size=batch, gradient_accumulation_steps=times)
+    last = settings.last_stage
+    if last == OPEN:
+        last = last_share(tokens) if inputs.answers else 0.0
+    return dataclasses.replace(
+        settings, batch_size=batch, gradient_accumulation_steps=times, last_stage=last
+    )
 
 
 def estimate(inputs: Inputs, out: Path) -> dict[str, Any]:
@@ -127,9 +108,10 @@ def estimate(inputs: Inputs, out: Path) -> dict[str, Any]:
     steps = num_steps(settings, inputs.world)
     tokens = steps * tokens_per_step(settings, inputs.world)
     fixed, per_token = _seconds(inputs)
+    last = num_last_steps(settings, inputs.world)
     stages = memory(inputs)
     stage = max(stages, key=stages.__getitem__)
-    gpu = _gpu_bytes(inputs)
+    gpu = gpu_bytes(inputs)
     trained = int(probe.student.num_trained)
     file_bytes = sum(entry.num_bytes for entry in read_entries(inputs.run.folder).values())
     checkpoint = trained * (inputs.dtypes.student.dtype.itemsize + 12)
@@ -138,7 +120,10 @@ def estimate(inputs: Inputs, out: Path) -> dict[str, Any]:
         until += KEPT * (tokens + settings.validation_tokens)
     plan = {
         "run": str(inputs.run.folder),
-        "text": [f"{s.place} ({s.share:.0%})" for s in sources(settings.data, settings.answers)],
+        "text": [
+            *(f"{s.place} ({s.share:.0%})" for s in sources(settings.data, settings.answers)),
+            *([f"{SOURCE} (the last {last / steps:.1%} of the steps)"] if last else []),
+        ],
         "settings": dataclasses.asdict(settings),
         "train": settings.train,
         "parameters_trained": trained,
@@ -186,76 +171,9 @@ def _seconds(inputs: Inputs) -> tuple[float, float]:
         per_token += asked / (inputs.world if inputs.live else 1)  # one process fills a cache
     own = [source for source in sources(settings.data, settings.answers) if source.place == "self"]
     per_token += DECODING * asked * sum(source.share for source in own)
+    last = num_last_steps(settings, inputs.world) * tokens_per_step(settings, inputs.world)
+    fixed += DECODING * asked * num_prompts(last) * ANSWER
     return fixed, per_token
-
-
-def memory(inputs: Inputs) -> dict[str, int]:
-    """The most resident bytes of every stage; on a GPU without what lies there."""
-    settings = inputs.settings
-    base = base_bytes(inputs.run.folder)
-    weights = num_weights(inputs.run.folder)
-    stages = {"write": base + 4 * weights + min(REOPENED, 4 * weights)}
-    if inputs.place.type == "cuda":
-        return stages
-    held, training, update = _training(inputs)
-    stages["train"] = base + held + training + update
-    if inputs.teacher:
-        own = num_weights(inputs.teacher) * inputs.dtypes.teacher.dtype.itemsize
-        stages["teacher"] = base + own + _asking(inputs)
-    if settings.teacher_cache and inputs.teacher:
-        tokens = settings.tokens + settings.validation_tokens
-        stages["teacher"] += 3 * KEPT * tokens  # its rows, then joined, then written
-    return stages
-
-
-def _gpu_bytes(inputs: Inputs) -> int:
-    """Bytes of the GPU's memory, where it trains there."""
-    held, training, update = _training(inputs)
-    if inputs.place.type != "cuda":
-        return 0
-    gradients = int(inputs.probe.student.num_trained) * inputs.dtypes.student.dtype.itemsize
-    return held + max(training, gradients + update)
-
-
-def _gpu_room(inputs: Inputs) -> int:
-    if inputs.place.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(inputs.place).total_memory
-
-
-def _training(inputs: Inputs) -> tuple[int, int, int]:
-    """Bytes that are held while training; more on the way there and back; more for an update.
-
-    The two are not held at once, but the allocator of a CPU keeps much of the first for itself.
-    """
-    settings, student, run = inputs.settings, inputs.probe.student, inputs.run
-    size = inputs.dtypes.student.dtype.itemsize
-    trained, tokens = int(student.num_trained), settings.batch_size * settings.sequence_length
-    parts = max(1, settings.fsdp)
-    held = num_weights(run.folder) * size // parts
-    # Two moments, and copies in float32 of weights that are not.
-    held += trained * (8 if size == 4 else 12) // parts
-    if inputs.teacher and inputs.live:
-        held += num_weights(inputs.teacher) * inputs.dtypes.teacher.dtype.itemsize
-    saved = student.saved_bytes
-    if settings.gradient_checkpointing:
-        config = plain_config(run.folder).get_text_config()
-        layers, layer = config.num_hidden_layers, inputs.probe.layer_bytes
-        saved += layer + layers * (config.hidden_size * size - layer)
-    # The gradients of the logits: in float32 that of the logarithm and of what is picked, then
-    # their sum as the model computes; or the teacher's logits, which come before them.
-    logits = run.vocab_size * (8 + size)
-    if inputs.live:
-        logits = max(logits, _asking(inputs) // tokens)
-    training = int(tokens * (saved + logits)) + trained * size // parts
-    update = trained * (0 if size == 4 else 4) // parts  # gradients in float32
-    return held, training, update
-
-
-def _asking(inputs: Inputs) -> int:
-    """Bytes of the teacher's logits: as computed, in float32, and divided by the temperature."""
-    tokens = inputs.settings.batch_size * inputs.settings.sequence_length
-    return tokens * inputs.run.vocab_size * (inputs.dtypes.teacher.dtype.itemsize + 8)
 
 
 def _refusal(inputs: Inputs, plan: Mapping[str, Any], out: Path) -> str:
@@ -270,7 +188,7 @@ def _refusal(inputs: Inputs, plan: Mapping[str, Any], out: Path) -> str:
         "a smaller --sequence-length",
     ]
     advice = "; expected less: " + ", ".join(filter(None, lower))
-    needed, room = plan["gpu_memory_bytes"], _gpu_room(inputs)
+    needed, room = plan["gpu_memory_bytes"], gpu_room(inputs)
     if needed > room:
         return f"{_takes(needed, 'memory of the GPU', room)}{advice}"
     room = available()

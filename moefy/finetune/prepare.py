@@ -17,7 +17,7 @@ from moefy.config.sources import sources
 from moefy.files.publish import write_json
 from moefy.finetune import losses
 from moefy.finetune.answers import read_prompts
-from moefy.finetune.checks import check_machine, check_run
+from moefy.finetune.checks import check_machine, check_run, may_answer
 from moefy.finetune.estimate import BATCH, Inputs, check, estimate, settled
 from moefy.finetune.inputs import ComputeDtypes, Run, compute_dtypes, open_run, teacher_folder
 from moefy.finetune.probe import probe
@@ -58,7 +58,7 @@ def open_inputs(folder: Path, settings: Settings) -> Opened:
     texts = sources(settings.data, settings.answers)
     own = [source for source in texts if source.prompts or source.place == "self"]
     start = Opened(run, settings, compute_dtypes(run, None, settings), None, {})
-    if not (start.distils or own):
+    if not (start.distils or own or may_answer(run, settings)):
         return start
     teacher, digests = teacher_folder(run, settings)
     return Opened(run, settings, compute_dtypes(run, teacher, settings), teacher, digests)
@@ -115,7 +115,15 @@ def _inputs(start: Opened, world: int) -> Inputs:
     if tried.batch_size == OPEN:
         tried = dataclasses.replace(tried, batch_size=BATCH[device(tried).type])
     measured = probe(start.run, start.teacher, tried, start.dtypes)
-    inputs = Inputs(start.run, start.teacher, start.settings, start.dtypes, measured, world)
+    inputs = Inputs(
+        start.run,
+        start.teacher,
+        start.settings,
+        start.dtypes,
+        measured,
+        world,
+        may_answer(start.run, start.settings),
+    )
     return dataclasses.replace(inputs, settings=settled(inputs))
 
 

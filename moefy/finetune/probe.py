@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PrinterCallback, TrainerCallback
 
 from moefy.config.finetune import Settings
+from moefy.finetune.anneal import Annealing, Start
 from moefy.finetune.checkpoints import Checkpoints
 from moefy.finetune.collapse_guard import CollapseGuard
 from moefy.finetune.inputs import ComputeDtypes, Run
@@ -135,7 +136,14 @@ def _student(
         known = Teacher(
             lambda row_B, ids_BT: (targets[0].to(ids_BT.device), targets[1].to(ids_BT.device))
         )
-        setup = Setup(quick, Routing(model, quick), guard, known, Checkpoints(Path(folder)))
+        setup = Setup(
+            quick,
+            Routing(model, quick),
+            guard,
+            known,
+            Checkpoints(Path(folder)),
+            annealing=_all_on(run) if settings.anneal else None,
+        )
         trainer = Finetuner(setup, model=model, args=options, train_dataset=rows(ids_BT))
         watch = Stopwatch(model, clock)
         trainer.remove_callback(PrinterCallback)
@@ -149,6 +157,13 @@ def _student(
         watch.num_bytes / tokens,
         sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
+
+
+def _all_on(run: Run) -> Annealing:
+    """All experts in the first step, whose bytes count, and then as many as the run has."""
+    shape = run.summary["shape"]
+    start = Start(lambda model: {}, shape["num_experts"], shape["experts_per_token"], 1.0)
+    return Annealing(start, 1)
 
 
 class Stopwatch(TrainerCallback):

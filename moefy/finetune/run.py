@@ -182,9 +182,9 @@ def _plan(opened: Opened, out: Path, process: PartialState, watch: Watch) -> Pla
     progress = partial(watch, "teacher's answers")
     answerer = Answerer(teacher, opened.digests, settings, dtypes.teacher.dtype, place, progress)
 
-    def answer(prompts: Path) -> Answers:
+    def answer(prompts: Path, count: int | None) -> Answers:
         with process.main_process_first():
-            return answerer.answers(prompts)
+            return answerer.answers(prompts, count)
 
     tokens = read_text(run, settings, process.num_processes, write, watch, answer)
     digests = opened.digests if opened.distils else {}

@@ -12,12 +12,17 @@ from moefy.config.sources import sources
 from moefy.errors import MoefyError
 from moefy.finetune.answers import Answers
 from moefy.finetune.inputs import Run
-from moefy.finetune.train import num_steps, sequences_per_step
+from moefy.finetune.last_stage import PROMPTS, SOURCE, num_prompts
+from moefy.finetune.train import num_last_steps, num_steps, sequences_per_step
 from moefy.progress import Watch
-from moefy.text import packing
+from moefy.text import chat, packing
 from moefy.text.mix import mix, split
-from moefy.text.tokenizer import load_tokenizer
+from moefy.text.rows import rows as stored
+from moefy.text.tokenizer import encode, load_tokenizer
 from moefy.text.tokens import Tokens
+
+Answer = Callable[[Path, int | None], Answers]
+"""Gives the answers to the prompts of a file, or to its first few."""
 
 
 def read_text(
@@ -26,24 +31,29 @@ def read_text(
     world: int,
     write: Callable[..., Tokens],
     watch: Watch,
-    answer: Callable[[Path], Answers] | None = None,
+    answer: Answer | None = None,
 ) -> Tokens:
     """The tokens to train and to measure on. `write` gives text that the dense model writes, if
-    the settings ask for that: see `self_text.sample` for its arguments. `answer` gives the answers
-    to the prompts of a file.
+    the settings ask for that: see `self_text.sample` for its arguments.
 
     Raises:
         MoefyError: code 2 for a share of fewer than 8 sequences; code 3 for a text that is too
             short, or a tokenizer that does not match.
     """
     length, chosen = settings.sequence_length, sources(settings.data, settings.answers)
-    shares = [source.share for source in chosen]
     step = sequences_per_step(settings, world)
     num_rows = num_steps(settings, world) * step
     num_heldout = settings.validation_tokens // length
+    num_last, last, notes = num_last_steps(settings, world) * step, None, ()
+    if num_last:
+        assert answer is not None
+        last, notes = _last(run, settings, num_last, num_heldout * num_last // num_rows, answer)
+        num_last = num_last if last else 0
+    last_share = num_last / num_rows
+    shares = [source.share * (1 - last_share) for source in chosen] + [last_share] * bool(last)
     amounts = []
     for source, rows, heldout in zip(
-        chosen, split(num_rows, shares), split(num_heldout, shares), strict=True
+        chosen, split(num_rows, shares), split(num_heldout, shares), strict=False
     ):
         total = rows + max(1, heldout)
         if len(chosen) > 1 and (not rows or total < packing.LEAST_SEQUENCES):
@@ -59,15 +69,19 @@ def read_text(
     for source, amount in zip(chosen, amounts, strict=True):
         if source.prompts:
             assert answer is not None
-            texts.append(_answered(run, answer(Path(source.place)), source.place, settings, amount))
+            answers = answer(Path(source.place), None)
+            texts.append(_answered(run, answers, source.place, settings, amount))
         else:
             texts.append(_read(run, source.place, settings, amount, write, watch))
-    tokens = mix(texts, shares, num_rows) if len(texts) > 1 else texts[0]
-    if settings.answers_only and tokens.learned_BT is None:
+    if settings.answers_only and all(text.learned_BT is None for text in texts):
+        names = ", ".join(text.source for text in texts)
         raise MoefyError(
-            f"--answers-only, and {tokens.source} has no conversation; expected rows with turns in "
+            f"--answers-only, and {names} has no conversation; expected rows with turns in "
             "'messages' or 'conversations'"
         )
+    texts += [last] if last else []
+    tokens = mix(texts, shares, num_rows) if len(texts) > 1 else texts[0]
+    tokens = dataclasses.replace(tokens, num_last=num_last, notes=(*tokens.notes, *notes))
     if len(tokens.rows) < step:
         raise MoefyError(
             f"{tokens.source}: {len(tokens.rows)} sequences of {length} tokens to train on, and a "
@@ -77,10 +91,44 @@ def read_text(
     return tokens
 
 
+def _last(
+    run: Run, settings: Settings, num_rows: int, num_heldout: int, answer: Answer
+) -> tuple[Tokens | None, tuple[str, ...]]:
+    """So many sequences of the last stage, or why a preset does without it.
+
+    Raises:
+        MoefyError: code 3 for a teacher that does not answer.
+    """
+    total = max(num_rows + max(1, num_heldout), packing.LEAST_SEQUENCES)
+    num_tokens, least = (n * settings.sequence_length for n in (total, packing.LEAST_SEQUENCES))
+    answers, tokenizer = answer(PROMPTS, num_prompts(num_tokens)), load_tokenizer(run.folder)
+    talks = [row["messages"] for _, row in stored(answers.file) or ()]
+    texts = [chat.written(tokenizer, turns, SOURCE) for turns in talks]
+    if (count := sum(len(encode(tokenizer, text)) for text in texts)) < least:
+        few = f"the teacher's answers to prompts have {count:,} tokens, and a last stage {least:,}"
+        if settings.preset:
+            return None, (*answers.notes, f"{few}: it was left out")
+        raise MoefyError(f"{few} at least; expected a model that answers; leave out --last-stage")
+    amount = packing.Amount(
+        num_tokens, settings.sequence_length, settings.seed, max(1, num_heldout) / total
+    )
+    answers_only = dataclasses.replace(settings, answers_only=True)
+    return _answered(run, answers, SOURCE, answers_only, amount), ()
+
+
 def _answered(
     run: Run, answers: Answers, place: str, settings: Settings, amount: packing.Amount
 ) -> Tokens:
-    """So much of the answers to the prompts of `place`."""
+    """So much of the answers to the prompts of `place`.
+
+    Raises:
+        MoefyError: code 3 where there are none.
+    """
+    if not answers.count:
+        raise MoefyError(
+            f"{place}: no answer of the teacher ends within {settings.answer_tokens} tokens; "
+            "expected a model that was trained on conversations; raise answer_tokens"
+        )
     tokens = packing.load(
         load_tokenizer(run.folder),
         str(answers.file),

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
-from moefy.finetune import losses
+from moefy.finetune import last_stage, losses
 from moefy.finetune.anneal import Start, begin
 from moefy.finetune.checkpoints import Checkpoints
 from moefy.finetune.collapse_guard import CollapseGuard, check_start
@@ -97,6 +97,12 @@ def num_steps(settings: Settings, world: int) -> int:
     return math.ceil(settings.tokens / tokens_per_step(settings, world))
 
 
+def num_last_steps(settings: Settings, world: int) -> int:
+    """The steps of these that are the last stage's: at least one, if there is one, and not all."""
+    steps = num_steps(settings, world)
+    return min(steps - 1, max(1, round(settings.last_stage * steps))) if settings.last_stage else 0
+
+
 def tokens_per_step(settings: Settings, world: int) -> int:
     """Tokens of all processes that a step sees."""
     return sequences_per_step(settings, world) * settings.sequence_length
@@ -150,12 +156,23 @@ def train(
             routing.gate = student.start.gate
         log = partial(_log, callbacks, options.max_steps)
         step = sequences_per_step(settings, options.world_size)
-        num_rows = len(tokens.rows) // step * step  # whole steps only
+        num_rows = step * options.max_steps
+        order = last_stage.order(tokens.rows, tokens.num_last, num_rows, settings.seed)
         trainer = Finetuner(
-            Setup(settings, routing, guard, teacher, checkpoints, log, annealing, validate),
+            Setup(
+                settings,
+                routing,
+                guard,
+                teacher,
+                checkpoints,
+                log,
+                annealing,
+                validate,
+                tokens.num_last // step,
+            ),
             model=model,
             args=options,
-            train_dataset=Subset(sequences, tokens.rows[:num_rows]),
+            train_dataset=Subset(sequences, order),
             eval_dataset=Subset(sequences, range(-tokens.num_heldout, 0)),
         )
         trainer.remove_callback(PrinterCallback)
@@ -258,7 +275,7 @@ def arguments(settings: Settings, home: Path) -> TrainingArguments:
         max_grad_norm=settings.max_grad_norm,
         **CHECKPOINTING if settings.gradient_checkpointing else {},
         seed=settings.seed,
-        data_seed=settings.seed,
+        train_sampling_strategy="sequential",
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
         logging_first_step=True,

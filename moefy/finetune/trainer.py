@@ -15,9 +15,10 @@ from transformers import Trainer, TrainerCallback
 from moefy.config import course
 from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
-from moefy.finetune import losses
+from moefy.finetune import last_stage, losses
 from moefy.finetune.anneal import Annealing
-from moefy.finetune.checkpoints import PREFIX, Checkpointed, Checkpoints
+from moefy.finetune.best import Best
+from moefy.finetune.checkpoints import Checkpointed, Checkpoints
 from moefy.finetune.collapse_guard import CollapseGuard
 from moefy.finetune.losses import Batch, Routed
 from moefy.finetune.optim import MasterAdamW, groups
@@ -48,9 +49,11 @@ class Setup:
     annealing: Annealing | None = None
     measure: Callable[[], tuple[dict[str, Any], Any]] = lambda: ({}, [])
     """Gives the figures on the validation text, and those of each layer."""
+    num_last_steps: int = 0
+    """Of the last stage."""
 
 
-class Finetuner(Checkpointed, Trainer, TrainerCallback):
+class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
     """A Trainer that distils, balances the experts and logs what they do, step by step."""
 
     def __init__(self, setup: Setup, **arguments: Any) -> None:
@@ -65,6 +68,7 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
         self.last: dict[str, Any] = {"seconds": 0.0, "tokens_per_second": 0.0}
         """The row of the last step; zeros where a resumed training has no step left."""
         super().__init__(**arguments)
+        self.first_of_last = self.args.max_steps - setup.num_last_steps
         self.loss_is_scaled_for_ga = False
         self.add_callback(self)
         self.add_callback(setup.guard)
@@ -80,7 +84,8 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
             loss.name: course.at(getattr(self.settings, loss.weight), self.routing.progress)
             for loss in self.losses
         }
-        if self._anneal(state.global_step) or weights != self.weights:
+        annealed, last = self._anneal(state.global_step), state.global_step == self.first_of_last
+        if annealed or last or weights != self.weights:
             self.weights = weights
             self.setup.guard.begin_phase()
 
@@ -117,6 +122,17 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
             optimizer = torch.optim.AdamW if whole else MasterAdamW
             self.optimizer = optimizer(parameters, fused=True, **options)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of the settings, and behind it that of the last stage."""
+        num_last = self.setup.num_last_steps
+        before = num_training_steps - num_last
+        result: Any = super().create_scheduler(before, optimizer)
+        if num_last:
+            result.lr_lambdas = [
+                last_stage.schedule(one, before, num_last) for one in result.lr_lambdas
+            ]
+        return result
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip, with the routers' gradients in units of the unscaled rows."""
@@ -254,42 +270,6 @@ class Finetuner(Checkpointed, Trainer, TrainerCallback):
         metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.log(metrics)
         return metrics
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Save the weights of the least validation loss so far, too."""
-        best = super()._determine_best_metric(metrics, trial)
-        if self.state.best_global_step == self.state.global_step:
-            self.control.should_save = True
-        return best
-
-    def take_best(self) -> dict[str, Any] | None:
-        """Take the weights of the step of least validation loss, and tell of the choice.
-
-        None where only the last step was measured, or none.
-
-        Raises:
-            MoefyError: code 7, when their checkpoint is damaged.
-        """
-        state, name = self.state, f"eval_{self.args.metric_for_best_model}"
-        measured = {row["step"]: row[name] for row in state.log_history if name in row}
-        best = state.best_global_step
-        if best is None or len(measured) < 2:
-            return None
-        if best != state.global_step:
-            folder = self.checkpoints.last(best)
-            if folder is None or folder.name != f"{PREFIX}{best}":
-                raise MoefyError(
-                    f"the checkpoint of step {best} in {self.checkpoints.home}, the best one, is "
-                    "damaged; --restart starts over",
-                    code=7,
-                )
-            self._load_from_checkpoint(str(folder))
-        return {
-            "step": best,
-            "by": self.args.metric_for_best_model,
-            "value": measured[best],
-            "last": measured[state.global_step],
-        }
 
 
 def text_batch(

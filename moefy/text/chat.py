@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -93,6 +94,14 @@ def answered(
     if not spans:
         raise _lost(where, "the chat template marks no text as the assistant's")
     return text[start:stop], spans
+
+
+def tells_answers(tokenizer: Any) -> bool:
+    """Whether there is a chat template, and it can be told which tokens are answers."""
+    talk = [{"role": role, "content": "Yes."} for role in ("user", "assistant") * 2]
+    with contextlib.suppress(MoefyError):
+        return tokenizer.is_fast and bool(answered(tokenizer, talk, "a conversation"))
+    return False
 
 
 def _marked(

@@ -32,7 +32,8 @@ class Tokens:
     counts the documents that its tokens come from; `notes` are one-line warnings. `compute_dtype`
     names the dtype that the model computed in where it wrote them itself. A mix has `parts`, whose
     held-out sequences follow one another, and trains on the rows `fit_N`, in which sequences of a
-    short source are repeated. `learned_BT` says which tokens are learned; None for all.
+    short source are repeated, and the last `num_last` of which come last. `learned_BT` says which
+    tokens are learned; None for all.
     """
 
     ids_BT: Tensor
@@ -45,6 +46,7 @@ class Tokens:
     parts: tuple[Part, ...] = ()
     fit_N: Tensor | None = None
     learned_BT: Tensor | None = None
+    num_last: int = 0
 
     @property
     def rows(self) -> list[int]:

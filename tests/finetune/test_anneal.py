@@ -7,6 +7,7 @@ import pytest
 import stock
 import torch
 from safetensors.torch import load_file
+from stopping import stopped_at
 
 from moefy.config.finetune import Settings, build
 from moefy.errors import MoefyError
@@ -16,7 +17,6 @@ from moefy.finetune.inputs import open_run
 from moefy.finetune.layout import Layout
 from moefy.finetune.router_hooks import Routing
 from moefy.finetune.run import finetune
-from moefy.finetune.trainer import Finetuner
 from moefy.models import families, targets
 from moefy.models.shape import no_shared
 from moefy.models.targets.target import Split
@@ -146,19 +146,9 @@ def test_the_experts_per_token_fall_while_it_learns(annealed, run):
 
 
 @pytest.mark.parametrize("step", [2, 6])
-def test_stopped_while_they_fall_it_ends_in_the_same_bytes(
-    annealed, run, text, tmp_path, monkeypatch, step
-):
-    done = Finetuner.step_done
-
-    def killed(self):
-        done(self)
-        if self.state.global_step == step:
-            raise KeyboardInterrupt
-
+def test_stopped_while_they_fall_it_ends_in_the_same_bytes(annealed, run, text, tmp_path, step):
     again = {"anneal": 0.5, "save_every": 1, **RATES}
-    with monkeypatch.context() as planted, pytest.raises(KeyboardInterrupt):
-        planted.setattr(Finetuner, "step_done", killed)
+    with stopped_at(step):
         tuned(run, tmp_path / "out", text, **again)
     tuned(run, tmp_path / "out", text, **again)
     new, old = weights(tmp_path / "out"), weights(annealed[1])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from stopping import stopped_at
 
 from moefy.config.finetune import build
 from moefy.errors import MoefyError
@@ -53,18 +54,8 @@ def test_the_best_step_is_written(whole, run, text, tmp_path):
 
 
 @pytest.mark.parametrize("step", [5, 8])
-def test_stopped_behind_the_best_step_it_ends_in_the_same_bytes(
-    whole, run, text, tmp_path, monkeypatch, step
-):
-    done = Finetuner.step_done
-
-    def killed(self):
-        done(self)
-        if self.state.global_step == step:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as planted, pytest.raises(KeyboardInterrupt):
-        planted.setattr(Finetuner, "step_done", killed)
+def test_stopped_behind_the_best_step_it_ends_in_the_same_bytes(whole, run, text, tmp_path, step):
+    with stopped_at(step):
         tuned(run, tmp_path / "out", text, **AWAY)
     left = {5: [2, 3, 4], 8: [4, 6, 7]}  # what was the best step at 3 was 2
     assert steps(home_of(tmp_path / "out")) == left[step]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stopping import stopped_at
 from transformers import AutoModelForCausalLM
 
 from moefy import compute_dtype
@@ -107,22 +108,11 @@ def test_only_what_is_asked_for_is_trained(run, text, tmp_path):
     assert changed == {n for n in new if n.endswith("mlp.gate.weight")}
 
 
-def test_resumed_after_a_kill_ends_in_the_same_bytes(once, run, text, tmp_path, monkeypatch):
-    from moefy.finetune.trainer import Finetuner
-
+def test_resumed_after_a_kill_ends_in_the_same_bytes(once, run, text, tmp_path):
     full, out = once
-    step_done = Finetuner.step_done
-
-    def killed(self):
-        step_done(self)
-        if self.state.global_step == 13:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Finetuner, "step_done", killed)
     again = {**FAST, "tokens": 8192, "save_every": 5, "measure_every": 0}
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at(13):
         tuned(run, tmp_path / "out", text, **again)
-    monkeypatch.undo()
     home = tmp_path / ".out.moefy-finetune"
     assert not (tmp_path / "out").exists()
     assert sorted(f.name for f in home.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-5"]
@@ -168,20 +158,9 @@ def test_a_resume_that_loses_the_experts_is_seen(once, run, text, tmp_path, monk
         return {name: t for name, t in trained(model).items() if ".experts." not in name}
 
     monkeypatch.setattr(checkpoints, "trained", without_experts)
-    from moefy.finetune.trainer import Finetuner
-
-    step_done = Finetuner.step_done
-
-    def killed(self):
-        step_done(self)
-        if self.state.global_step == 13:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Finetuner, "step_done", killed)
     again = {**FAST, "tokens": 8192, "save_every": 5, "measure_every": 0}
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at(13):
         tuned(run, tmp_path / "out", text, **again)
-    monkeypatch.setattr(Finetuner, "step_done", step_done)
     tuned(run, tmp_path / "out", text, **again)
     new, old = weights(tmp_path / "out"), weights(once[1])
     assert not all(torch.equal(new[name], old[name]) for name in old)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stopping import stopped_at
 from transformers import AutoModelForCausalLM
 
 from moefy.config.finetune import Settings, build
@@ -89,12 +90,7 @@ def test_a_mix_that_was_killed_ends_where_an_unbroken_one_does(run, files, tmp_p
 
     mix = settings(f"{files}/a.txt:2", f"{files}/few.txt:1", save_every=4)
     whole = finetune(run, tmp_path / "whole", mix)
-    step_done, batches = Finetuner.step_done, []
-
-    def killed(self):
-        step_done(self)
-        if self.state.global_step == 6:
-            raise KeyboardInterrupt
+    batches = []
 
     def seen(self, model, inputs, *rest, **more):
         batches.append(inputs["row"].tolist())
@@ -102,10 +98,8 @@ def test_a_mix_that_was_killed_ends_where_an_unbroken_one_does(run, files, tmp_p
 
     compute_loss = Finetuner.compute_loss
     monkeypatch.setattr(Finetuner, "compute_loss", seen)
-    with monkeypatch.context() as planted:
-        planted.setattr(Finetuner, "step_done", killed)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(run, tmp_path / "out", mix)
+    with stopped_at(6):
+        finetune(run, tmp_path / "out", mix)
     with pytest.raises(MoefyError, match="text") as caught:  # other shares are another fine-tune
         other = settings(f"{files}/a.txt:1", f"{files}/few.txt:1", save_every=4)
         finetune(run, tmp_path / "out", other)

@@ -1,21 +1,25 @@
 """What a fine-tune is said to take, and what a preset chooses, before it starts."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from stopping import stopped_at
 
 from moefy.config.finetune import Settings, build
 from moefy.config.presets import CHOSEN, OPEN
-from moefy.finetune import estimate, prepare, probe
-from moefy.finetune.estimate import Inputs
+from moefy.finetune import estimate, memory, prepare, probe, refit_after
+from moefy.finetune.anneal import begin
 from moefy.finetune.inputs import load_student
+from moefy.finetune.memory import Inputs
 from moefy.finetune.optim import MasterAdamW, groups, state_tensors
 from moefy.finetune.prepare import open_inputs
 from moefy.finetune.probe import Cost, Probe
 from moefy.finetune.run import finetune, home_of
+from moefy.finetune.unrefitted import start_of
 
 SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
 
@@ -30,9 +34,9 @@ def settings(text, **more):
 
 
 def measured(run, text, **more):
-    """A probe of a few layers, and the same of all."""
-    start = open_inputs(run, settings(text, **more))
-    arguments = start.run, start.teacher, start.settings, start.dtypes
+    """A probe of a few layers, and the same of all, by a clock that ticks when it is asked."""
+    start, clock = open_inputs(run, settings(text, **more)), itertools.count().__next__
+    arguments = start.run, start.teacher, start.settings, start.dtypes, clock
     whole = probe._student(start.run, start.settings, start.dtypes, 6, lambda: 0.0)
     return probe.probe(*arguments), whole
 
@@ -42,7 +46,8 @@ def test_what_four_layers_hold_tells_what_all_hold(run, text, train):
     few, whole = measured(run, text, train=train)
     assert few.student.num_trained == whole.num_trained
     assert few.student.saved_bytes == pytest.approx(whole.saved_bytes, rel=0.02)
-    assert few.student.compute_seconds > 0 and few.teacher.compute_seconds > 0
+    of_a_token = 1 / 64
+    assert few.student.compute_seconds == few.teacher.compute_seconds == of_a_token
 
 
 def test_saved_bytes_are_those_of_what_autograd_keeps():
@@ -73,7 +78,7 @@ def test_the_optimizer_is_counted(run, text, dtype):
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     cost = Cost(num_trained=count)
     inputs = Inputs(start.run, None, start.settings, start.dtypes, Probe(cost, 0, Cost()))
-    assert estimate._training(inputs)[0] == weights + held
+    assert memory.training(inputs)[0] == weights + held
 
 
 def planned(run, text, cost=None, **more):
@@ -85,15 +90,47 @@ def planned(run, text, cost=None, **more):
 
 
 def test_each_way_to_lower_the_memory_lowers_it(run, text, tmp_path):
-    def memory(cost=None, **more):
+    def needed(cost=None, **more):
         inputs = planned(run, text, cost, **more)
-        return sum(estimate._training(inputs))
+        return sum(memory.training(inputs))
 
-    most = memory()
-    assert memory(batch_size=1) < most
-    assert memory(gradient_checkpointing=True) < most
-    assert memory(teacher_cache=str(tmp_path)) < most
-    assert memory(Cost(1e-3, 0.1, 10_000.0, 100), train="lora") < most
+    most = needed()
+    assert needed(batch_size=1) < most
+    assert needed(gradient_checkpointing=True) < most
+    assert needed(teacher_cache=str(tmp_path)) < most
+    assert needed(Cost(1e-3, 0.1, 10_000.0, 100), train="lora") < most
+
+
+def test_an_annealed_training_holds_the_refit_and_all_experts(run, text):
+    asked = settings(text, anneal=0.5)
+    start = open_inputs(run, asked)
+    model = load_student(start.run, asked, start.dtypes.student.dtype)
+    refits = begin(start_of(start.run), model, 4).refits
+    held = sum(refit.numel() * refit.element_size() for _, refit in refits)
+    both = [memory.training(planned(run, text, anneal=share))[0] for share in (0.5, 0.0)]
+    assert both[0] - both[1] == held
+    arguments = start.run, start.settings, start.dtypes, 2, lambda: 0.0
+    shape = start.run.summary["shape"]
+    more = shape["num_experts"] - shape["experts_per_token"]
+    falling = probe._student(*arguments).saved_bytes
+    plain = dataclasses.replace(asked, anneal=0.0)
+    whole = falling - probe._student(start.run, plain, *arguments[2:]).saved_bytes
+    # Of each layer and expert that is on: at least what its neurons answer.
+    assert whole > 2 * more * shape["expert_width"] * 4
+
+
+def test_a_refit_after_the_training_is_a_stage_of_its_own(run, text, monkeypatch):
+    def stage(**more):
+        return memory.memory(planned(run, text, **more))["refit"]
+
+    base, tokens = stage(), 2048
+    assert stage(refit_after=True) > base
+    least = stage(refit_after=True, teacher_cache="/tmp")
+    assert least < stage(refit_after=True)  # no second dense model
+    monkeypatch.setattr(refit_after, "TOKENS", tokens // 2)
+    hidden, neurons = 32, json.loads((run / "moefy" / "conversion.json").read_text())["shape"]
+    held = 4 * tokens // 2 * (6 * hidden + 6 * hidden + 3 * neurons["num_neurons"])
+    assert least - stage(refit_after=True, teacher_cache="/tmp") == held
 
 
 def test_time_counts_the_teacher_the_update_and_the_measurements(run, text, tmp_path):
@@ -171,6 +208,26 @@ def test_what_is_given_wins_over_the_preset(run, text):
     assert asked.gradient_accumulation_steps > 1  # steps stay as large as the preset wants them
 
 
+def test_a_preset_ends_with_answers_where_the_model_gives_them(run, text, tmp_path):
+    cost = Cost(1e-3, 0.1, 10.0, 10_000)
+    base = planned(run, text, cost)
+    given = {**SMALL, "tokens": 1_000_000}
+    for answers, more, share in ((True, {}, 0.05), (False, {}, 0.0), (True, {"last_stage": 0}, 0)):
+        asked = build(None, {**given, "data": [str(text)], "preset": "good", **more}, [])
+        assert answers or asked.last_stage == OPEN
+        inputs = dataclasses.replace(base, settings=asked, answers=answers)
+        chosen = estimate.settled(inputs)
+        assert chosen.last_stage == share
+        plan = estimate.estimate(dataclasses.replace(inputs, settings=chosen), tmp_path / "out")
+        assert any("answers to prompts of moefy" in one for one in plan["text"]) == bool(share)
+    # Writing the answers takes time.
+    plain = planned(run, text, cost, tokens=200_000)
+    last = dataclasses.replace(plain.settings, last_stage=0.5)
+    plans = (plain, dataclasses.replace(plain, settings=last))
+    less, more = (estimate.estimate(one, tmp_path / "out")["seconds"] for one in plans)
+    assert more - less == pytest.approx(280 * 58 * 2 * 1e-4, abs=0.15)
+
+
 def test_wide_models_learn_slower(run, text, monkeypatch):
     monkeypatch.setattr(estimate, "rate_scale", lambda width: {32: 0.25}[width])
     asked = chosen(run, text, learning_rate=1e-5)
@@ -190,25 +247,14 @@ def test_batches_are_halved_until_they_fit(run, text, monkeypatch):
 
 
 def test_a_preset_is_written_out_and_kept_when_it_is_stopped(run, text, tmp_path, monkeypatch):
-    from moefy.finetune.trainer import Finetuner
-
     monkeypatch.setattr("moefy.finetune.estimate.PRESETS", {"fast": 1300.0})
     monkeypatch.setattr(
         prepare, "probe", lambda *_: Probe(Cost(0.4, 0.1, 10.0, 100), 1.0, Cost(0.01))
     )
     given = {k: v for k, v in SMALL.items() if k in ("sequence_length", "validation_tokens")}
     asked = build(None, {**given, "data": [str(text)], "preset": "fast", "save_every": 1}, [])
-    step_done = Finetuner.step_done
-
-    def killed(self):
-        step_done(self)
-        if self.state.global_step == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as planted:
-        planted.setattr(Finetuner, "step_done", killed)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(run, tmp_path / "out", asked)
+    with stopped_at(2):
+        finetune(run, tmp_path / "out", asked)
     assert (home_of(tmp_path / "out") / "preset.json").is_file()
     # The machine seems ten times as fast now; what was begun is what goes on.
     monkeypatch.setattr(prepare, "probe", lambda *_: pytest.fail("measured again"))

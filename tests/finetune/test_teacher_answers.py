@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from stopping import stopped_at
 from transformers import AutoModelForCausalLM
 
 from moefy.config.finetune import build
 from moefy.errors import MoefyError
-from moefy.finetune import answers
+from moefy.evaluate.behaviour import own_prompts
+from moefy.finetune import answers, last_stage
 from moefy.finetune.run import answers_of, finetune
+from moefy.finetune.trainer import Finetuner
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}" + (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -24,7 +27,7 @@ SAMPLED = {"answer_tokens": 90, "answer_temperature": 1.0}
 def dense(pico, tmp_path_factory):
     """A model with a chat template, whose answers end: a random one seldom ends by itself."""
     folder = tmp_path_factory.mktemp("models") / "dense"
-    shutil.copytree(pico("llama"), folder)
+    shutil.copytree(pico("llama", max_position_embeddings=512), folder)
     (folder / "chat_template.jinja").write_text(CHAT)
     return folder
 
@@ -176,3 +179,85 @@ def test_the_end_of_a_turn_ends_an_answer(dense):
     tokenizer.chat_template = CHAT.replace("<|endoftext|>", "<|im_end|>\n")
     ends = answers._ends(tokenizer, [{"role": "user", "content": "x"}])
     assert ends == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+# The last stage
+
+LAST = {"answers": None, "tokens": 4096, "last_stage": 0.25, "answer_tokens": 60, "save_every": 13}
+
+
+def test_the_last_stage_asks_nothing_that_is_measured():
+    """Not the same prompts, nor five words of one in a row."""
+
+    def runs(turns):
+        words = [turn["content"].lower().split() for turn in turns]
+        return {tuple(one[n : n + 5]) for one in words for n in range(len(one) - 4)}
+
+    asked = [turns for _, turns in answers.read_prompts(last_stage.PROMPTS)]
+    assert len({str(turns) for turns in asked}) == len(asked) == last_stage.MOST
+    measured = [prompt["turns"] for prompt in own_prompts()]
+    assert not set.union(*map(runs, asked)) & set.union(*map(runs, measured))
+    assert set.union(*map(runs, asked)) & set.union(*map(runs, [*measured, asked[-1]]))
+
+
+def test_the_last_sequences_come_last():
+    rows = [*range(10), 90, 91, 92]
+    order = last_stage.order(rows, 3, 28, seed=0)
+    assert sorted(order[25:]) == [90, 91, 92]
+    assert sorted(order[:10]) == sorted(order[10:20]) == [*range(10)]  # epochs
+    assert len({*order[20:25]}) == 5 and order[:10] != order[10:20]
+    assert sorted(last_stage.order(rows, 0, 13, seed=0)) == rows
+    assert last_stage.order(rows, 3, 28, seed=1) != order
+
+
+def rates(out):
+    lines = (out / "moefy" / "finetune.jsonl").read_text().splitlines()
+    return [row["lr"] for row in map(json.loads, lines) if "lr" in row]
+
+
+def test_the_last_steps_learn_answers_alone(run, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(last_stage, "CONVERSATION", 20)  # the tiny model seldom ends
+    asked = settings(None, data=[str(text)], **LAST)
+    batches, compute = [], Finetuner.compute_loss
+
+    def seen(self, model, inputs, *rest, **more):
+        batches.append((self.state.global_step, bool(inputs["learned"].all())))
+        return compute(self, model, inputs, *rest, **more)
+
+    monkeypatch.setattr(Finetuner, "compute_loss", seen)
+    summary = finetune(run, tmp_path / "whole", asked)
+    assert batches == [(step, step < 12) for step in range(16)]
+    shares = {part["name"]: part["share"] for part in summary["train"]["parts"]}
+    assert shares == {"text.txt": 0.75, last_stage.SOURCE: 0.25}
+    assert summary["selected"] is None  # of the stage, only its last step was measured
+    whole = rates(tmp_path / "whole")
+    most = max(whole)
+    assert whole.index(most) < 4 and whole[10] < 0.05 * most
+    falling = [most * last_stage.RATE * (1 - n / 4) for n in range(4)]
+    assert whole[11:15] == pytest.approx(falling)  # a row has the rate of the next step
+    with stopped_at(14):
+        finetune(run, tmp_path / "out", asked)
+    batches.clear()
+    finetune(run, tmp_path / "out", asked)
+    assert batches == [(step, step < 12) for step in range(13, 16)]
+    one, other = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_model_that_does_not_answer_has_no_last_stage(
+    run, text, tmp_path, pico, converted, monkeypatch
+):
+    silent = {**LAST, "answer_temperature": 0.0, "answer_tokens": 8, "data": [str(text)]}
+    for folder, code, says in (
+        (run, 3, "answers to prompts have 0 tokens.*leave out --last-stage"),
+        (converted(pico("llama")), 4, "--last-stage: the model has no chat template"),
+    ):
+        with pytest.raises(MoefyError, match=says) as caught:
+            finetune(folder, tmp_path / "out", settings(None, **silent))
+        assert caught.value.code == code
+    # A preset does without it.
+    rates = {name: 1e-4 for name in ("learning_rate", "router_learning_rate", "rest_learning_rate")}
+    given = {**silent, "preset": "fast", "gradient_accumulation_steps": 1, **rates}
+    summary = finetune(run, tmp_path / "out", settings(None, **given))
+    assert any("it was left out" in note for note in summary["train"]["notes"])
+    assert summary["tokens"] == 4096 and "parts" not in summary["train"]
