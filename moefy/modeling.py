@@ -45,6 +45,7 @@ class MoefyConfig(PreTrainedConfig):
         num_experts_per_tok: int = 2,
         expert_width: int = 1,
         num_shared: int = 0,
+        norm_topk_prob: bool = False,
         **rest: Any,
     ) -> None:
         dense = dict(dense or {"model_type": "llama"})
@@ -56,6 +57,7 @@ class MoefyConfig(PreTrainedConfig):
         self.left_dense = list(left_dense or [])
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
         self.expert_width, self.num_shared = expert_width, num_shared
+        self.norm_topk_prob = norm_topk_prob
         super().__init__(**rest)
 
     def dense_config(self) -> PreTrainedConfig:
@@ -69,11 +71,14 @@ class MoefyConfig(PreTrainedConfig):
 
 
 class Router(nn.Module):
-    """Linear scores; the highest are chosen, and every chosen expert counts fully."""
+    """Linear scores; the highest are chosen, and every chosen expert counts fully.
+
+    With `norm_topk_prob` each counts by its softmax weight among those that are chosen.
+    """
 
     def __init__(self, config: MoefyConfig, hidden: int) -> None:
         super().__init__()
-        self.top_k = config.num_experts_per_tok
+        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden))
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +87,10 @@ class Router(nn.Module):
         share_TE = score_TE.softmax(-1)
         index_TK = score_TE.topk(self.top_k, dim=-1).indices
         share_TK = share_TE.gather(1, index_TK)
-        gate_TK = 1 + share_TK - share_TK.detach()  # one, with the gradient of the share
+        if self.norm_topk_prob:
+            gate_TK = share_TK / share_TK.sum(-1, keepdim=True)
+        else:
+            gate_TK = 1 + share_TK - share_TK.detach()  # one, with the gradient of the share
         return score_TE, gate_TK.to(x_TD.dtype), index_TK
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moefy.config import finetune, recipe, report
+from moefy.config.methods import COPIES
 from moefy.config.options import Note, renamed
 from moefy.config.presets import OPEN
 from moefy.config.recipe import Recipe
@@ -68,9 +69,12 @@ def declared(file: Path, note: Note = lambda line: None) -> Stages:
     table = tables.get(report.TABLE, {})
     if not isinstance(table, dict):
         raise MoefyError(f"recipe {file}: {report.TABLE} is {table!r}; expected a table", code=2)
+    made, tuned = recipe.build(file, {}, [], note), None
+    if finetune.TABLE in tables:
+        tuned = finetune.build(file, {}, [], note, copies=made.partition == COPIES)
     return Stages(
-        recipe.build(file, {}, [], note),
-        finetune.build(file, {}, [], note) if finetune.TABLE in tables else None,
+        made,
+        tuned,
         report.build(table, note),
     )
 

@@ -10,7 +10,7 @@ Nothing here imports torch until an FFN is computed: headers alone say what a mo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,8 @@ class Range:
 class Shape:
     """How one FFN of `num_neurons` is divided: F = S + E * N, of which S + K * N are active.
 
-    Where experts overlap, a neuron standing in several of them, S + E * N is more than F.
+    Where experts overlap, a neuron standing in several of them, S + E * N is more than F. Where the
+    experts are copies, F = S + `granularity` * N.
     """
 
     num_neurons: int
@@ -53,6 +54,9 @@ class Shape:
     num_experts: int
     expert_width: int
     experts_per_token: int
+    granularity: int = 0
+    """Experts that make up one copy of all neurons but the shared ones; 0 where the FFN is divided
+    among the experts."""
 
     @property
     def num_active(self) -> int:
@@ -73,6 +77,18 @@ class Shape:
     def overlaps(self) -> bool:
         """Whether neurons stand in several experts."""
         return self.num_stored > self.num_neurons
+
+    @property
+    def whole(self) -> Shape:
+        """The same with whole copies for experts, where these are slices of copies."""
+        slices = max(self.granularity, 1)
+        return replace(
+            self,
+            num_experts=self.num_experts // slices,
+            expert_width=self.expert_width * slices,
+            experts_per_token=self.experts_per_token // slices,
+            granularity=min(self.granularity, 1),
+        )
 
     def __str__(self) -> str:
         stored = f", {self.num_stored / self.num_neurons:.2f} x stored" if self.overlaps else ""

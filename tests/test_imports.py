@@ -50,6 +50,7 @@ ROWS = {
         "prepare",
         "choose",
         "source stages",
+        "copies",
         "ffn partition router",
         "load_balance cluster refit",
         "routed_ffn",

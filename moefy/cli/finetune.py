@@ -42,7 +42,10 @@ def finetune(options: Options, asked: Finetune) -> None:
     """
     if asked.resume:
         note("--resume is what happens without it now; --restart starts over")
-    settings = build(asked.recipe, options, [*asked.settings], note)
+    from moefy.runs.folder import holds_copies
+
+    copies = holds_copies(asked.run)
+    settings = build(asked.recipe, options, [*asked.settings], note, copies=copies)
     if asked.steps is not None:
         settings = _of_steps(settings, asked.steps)
     quiet_libraries()

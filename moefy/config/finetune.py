@@ -23,6 +23,10 @@ from moefy.config.sources import absolute, sources
 from moefy.config.toml import read_toml
 from moefy.errors import MoefyError
 
+COPIES: Mapping[str, Any] = {"kl": 0.0}
+"""Defaults for copies. Their teacher is where they start, and they are to leave it behind: arXiv
+2212.05055, 2410.07524 and 2502.19261 train by cross-entropy and balance, with no teacher."""
+
 TABLE = "finetune"
 """The table of a recipe that these are."""
 
@@ -95,8 +99,8 @@ class Settings:
     max_grad_norm: float = key(1.0, "Gradient norm at most.", old="clip")
     kl: Weight = option(
         1.0,
-        "Weight of the KL divergence from the teacher; this and the other weights of what is "
-        "learned may change: `1,0@0.7` is 1, and 0 from 70 % of the steps on.",
+        "Weight of the KL divergence from the teacher, 0 by default for copies; this and the other "
+        "weights of what is learned may change: `1,0@0.7` is 1, and 0 from 70 % of the steps on.",
         course=True,
     )
     temperature: float = key(1.0, "Temperature of that divergence.", least=1e-3, most=1e3)
@@ -206,17 +210,20 @@ def build(
     flags: Mapping[str, Any],
     settings: list[str],
     note: Note = lambda line: None,
+    *,
+    copies: bool = False,
 ) -> Settings:
     """Checked settings from a file's `[finetune]` table, flags that are not None, `key=value`.
 
-    A name of an earlier version is taken as well, and `note` gets a line about it.
+    A run whose experts are `copies` has the defaults of `COPIES`. A name of an earlier version is
+    taken as well, and `note` gets a line about it.
 
     Raises:
         MoefyError: code 2 for an unknown key, a value of the wrong type or out of range.
     """
     table = _read(file) if file else {}
     given = {key: value for key, value in flags.items() if value is not None}
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(COPIES) if copies else {}
     for layer in (table, given, *(dict([parse_setting(setting)]) for setting in settings)):
         values |= check(Settings, layer, note, f"[{TABLE}]")
     if values.get("preset"):

@@ -24,8 +24,13 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "partition_options": {"metric": "fluctuation"},
         "refit": False,
     },
+    # Sparse upcycling (arXiv 2212.05055): a start for training, in which the experts are copies.
+    "upcycle": {"partition": "copies", "router": "clusters", "refit": False, "active": 1.0},
 }
 """What each sets; the other keys of `PARTS` have the defaults of `Recipe`, which are ours."""
+
+COPIES = "copies"
+"""The partition whose experts are copies."""
 
 PARTS = ("partition", "partition_options", "router", "router_options", "refit", "drift")
 """The keys of a recipe that make up a method."""

@@ -112,6 +112,13 @@ class Recipe:
         "Share of the residual stream's loss in the layers below that a refit makes good.",
         most=1,
     )
+    granularity: int = option(
+        1, "Slices of each copy of the FFN, for --method upcycle; a power of two.", least=1, most=64
+    )
+    noise: float = option(
+        0.0, "Noise on the weights of copies, as a multiple of their standard deviation.", most=1
+    )
+    reinit: float = option(0.0, "Share of the neurons of each copy that are drawn anew.", most=1)
     target: str = option("auto", "Stock class to write, or `auto`.")
     engines: str = option(
         "",
@@ -208,7 +215,11 @@ def method_of(recipe: Mapping[str, Any]) -> str:
     """
     recipe = _settings("ours") | renamed(Recipe, recipe)
     differences = {
-        name: {key: recipe[key] for key, value in _settings(name).items() if recipe[key] != value}
+        name: {
+            key: recipe[key]
+            for key, value in _settings(name).items()
+            if recipe.get(key, value) != value
+        }
         for name in METHODS
     }
     name, rest = min(differences.items(), key=lambda item: ("partition" in item[1], len(item[1])))

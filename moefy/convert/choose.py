@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from moefy.checkpoint.model_config import model_config
 from moefy.checkpoint.tensors import Checkpoint
+from moefy.config.methods import COPIES
 from moefy.config.options import nearest
 from moefy.config.recipe import Recipe
 from moefy.convert.ffn import Method
 from moefy.errors import MoefyError
 from moefy.models import targets
 from moefy.models.choice import Choice, choose, layer_sizes
-from moefy.models.engines import ENGINES, Engine
+from moefy.models.engines import ENGINES, NO_SHAPE, Engine
 from moefy.models.families.family import Family
-from moefy.models.shape import solve
+from moefy.models.shape import copied, solve
 from moefy.models.targets.target import Dense, Target
 from moefy.types import Shape
+
+COPIED = dataclasses.replace(NO_SHAPE, granularity=1)
+"""The shape of copies, as far as checks of engines look at it before it is known."""
+
+USUAL_COPIES, USUAL_CHOSEN = 8, 2
+"""Copies, and those that a token goes to, where a recipe says neither: as in arXiv 2410.07524."""
 
 
 def describe(checkpoint: Checkpoint, family: Family, layers: list[int]) -> Dense:
@@ -52,12 +61,12 @@ def choose_target(recipe: Recipe, family: Family, dense: Dense) -> tuple[Target,
             f"{family.missing_feature}; ask for --target {own}, if that will do",
             code=4,
         )
-    engines = named_engines(recipe)
+    engines, copies = named_engines(recipe), recipe.partition == COPIES
     candidates = family.targets if recipe.target == "auto" else (recipe.target,)
     against: list[str] = []
     for name in candidates:
         target = targets.load(name, family)
-        if reason := _why_not(target, dense, engines):
+        if reason := _why_not(target, dense, engines, copies):
             against.append(f"{name}: {reason}")
         elif recipe.target != "auto":
             return target, "asked for"
@@ -86,13 +95,17 @@ def named_engines(recipe: Recipe) -> list[Engine]:
     return [known[name] for name in names]
 
 
-def _why_not(target: Target, dense: Dense, engines: list[Engine]) -> str | None:
-    """Why a class cannot hold a model, or which of the engines do not run it."""
-    name = target.model_type
+def _why_not(target: Target, dense: Dense, engines: list[Engine], copies: bool) -> str | None:
+    """Why a class cannot hold a model, or copies, or which of the engines do not run it."""
+    name, shape = target.model_type, COPIED if copies else NO_SHAPE
+    if copies and not target.copies:
+        return "its gates cannot be softmax weights that sum to one, as those of copies must"
     if missing := [engine.name for engine in engines if name not in engine.classes]:
         return target.why_unsupported(dense) or f"not in {', '.join(missing)}"
     issues = (
-        f"{engine.name} {issue}" for engine in engines for issue in engine.issues(name, dense)
+        f"{engine.name} {issue}"
+        for engine in engines
+        for issue in engine.issues(name, dense, shape)
     )
     return target.why_unsupported(dense) or "; ".join(issues) or None
 
@@ -111,6 +124,10 @@ def choose_shape(
     """
     family, routed = dense.family, method.fit is not None
     num_neurons = family.num_neurons(checkpoint.config)
+    if method.copies:
+        count, k = recipe.experts or USUAL_COPIES, recipe.top_k or USUAL_CHOSEN
+        slices, shared = recipe.granularity, recipe.shared_fraction
+        return copied(num_neurons, count, k, slices, shared, target.fits), None
     asked = (recipe.experts, recipe.top_k, recipe.shared_fraction)
     if routed and recipe.overlap == 1 and all(number is None for number in asked):
         engines = named_engines(recipe)

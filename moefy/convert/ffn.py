@@ -30,6 +30,9 @@ class Method:
     error_propagation: float = 0.0  # share of the residual stream's drift that the refit repairs
     gradient: bool = False  # whether `split` needs the gradient of the dense model's loss
     sample: int | None = SAMPLE  # fitting tokens whose neurons `split` holds at a time; None: all
+    copies: bool = False  # whether the experts are copies of the FFN
+    noise: float = 0.0  # on these, as a multiple of their weights' standard deviation
+    reinit: float = 0.0  # share of their neurons that are drawn anew
 
 
 @dataclass(frozen=True)

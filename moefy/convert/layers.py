@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moefy.convert import depth, forward, write
+from moefy.convert.copies import copy_block
 from moefy.convert.ffn import Block, convert_block
 from moefy.convert.prepare import Job
 from moefy.convert.profile import CHUNK, Inputs
@@ -204,7 +205,8 @@ def _pass(
             group=session.attempt.group,
         )
         seed = job.recipe.seed * 1_000_003 + layer
-        block = convert_block(ffn, inputs, job.shape, job.method, dtype=job.dtype, seed=seed)
+        convert = copy_block if job.method.copies else convert_block
+        block = convert(ffn, inputs, job.shape, job.method, dtype=job.dtype, seed=seed)
         for y_CD, flat_CD in zip(block.y_TD.split(CHUNK), flat_TD.split(CHUNK), strict=False):
             flat_CD[: len(y_CD)] += join(y_CD) if join else y_CD
             store.release()

@@ -41,6 +41,7 @@ ADVICE = {
     "refit": "--no-refit does without its matrix of all pairs of neurons",
     "reopen": "expected at least that for the model that is opened again",
     "gradients": "use another --partition",
+    "vary": "lower --experts",
     "calibration": "give a --calibration FILE",
 }
 """What to do where a stage takes too much."""
@@ -235,6 +236,11 @@ def _layer(job: Job) -> dict[str, int]:
     gains = min(GAINS, min(CHUNK, recipe.tokens) * experts * hidden)
     stored["route"] = ffn + matrix + max(solve, 16 * gains + 3 * chunk)
     stored["route"] += 24 * recipe.tokens * experts
+    if job.method.copies:
+        # They are as many tensors to write, and before that new weights, if they are varied.
+        times = 2.5 if job.method.noise or job.method.reinit else 0
+        copies = ffn * shape.num_stored // neurons
+        stored["vary"] = ffn + int(copies * (times + job.dtype.itemsize / 4))
     if recipe.refit:
         used = neurons if job.method.fit is not None else shape.num_active
         # The Gram matrix and its factor; what they are solved for, two solutions and the half of

@@ -174,6 +174,12 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
     else:
         notes += [str(choice)] if choice else []
         notes += serving_notes(target, dense, shape)
+    if method.copies:
+        times = (
+            f"a converted FFN computes {shape.active_fraction:.2f} times as much as the dense one"
+        )
+        stored = f"and holds {shape.num_stored / shape.num_neurons:.2f} times as much"
+        notes.append(f"{times} {stored}: copies are a start for training (moefy finetune)")
     job = Job(
         recipe,
         source,

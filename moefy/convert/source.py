@@ -67,7 +67,7 @@ def depth_of(recipe: Recipe, source: Source, method: Method) -> tuple[tuple[int,
     if reason:
         raise MoefyError(f"--drop-layers {recipe.drop_layers}: {reason}", code=2)
     left = num_layers - count
-    if left < max(recipe.active * num_layers, 1):
+    if left < max((not method.copies) * recipe.active * num_layers, 1):
         raise MoefyError(
             f"--drop-layers {recipe.drop_layers} leaves {max(left, 0)} of {num_layers} layers, too "
             f"few for --active {recipe.active:g}; lower one of them",

@@ -27,6 +27,8 @@ def stages(recipe: Recipe, *, control: bool = False) -> Method:
     partition = _module("partition", recipe.partition)
     router = _module("router", recipe.router)
     routed = getattr(partition, "ROUTED", True)
+    copies = getattr(partition, "COPIES", False)
+    _check_copies(recipe, partition if copies else None)
     if recipe.overlap > 1 and routed and not getattr(partition, "OVERLAPS", False):
         raise MoefyError(
             f"--overlap {recipe.overlap:g} with --partition {recipe.partition}, whose experts do "
@@ -61,7 +63,37 @@ def stages(recipe: Recipe, *, control: bool = False) -> Method:
         recipe.drift if recipe.refit else 0.0,
         gradient=getattr(partition, "GRADIENT", False),
         sample=None if whole else int(recipe.partition_options.get("sample", SAMPLE)),
+        copies=copies,
+        noise=recipe.noise,
+        reinit=recipe.reinit,
     )
+
+
+def _check_copies(recipe: Recipe, copies: Any) -> None:
+    """Refuse what does not go with `copies`, the module of that partition; or, without it, options
+    that only copies have."""
+    size, method = recipe.granularity, "--method upcycle"
+    if copies is None:
+        own = {"granularity": 1, "noise": 0.0, "reinit": 0.0}
+        named = [f"--{key}" for key, default in own.items() if getattr(recipe, key) != default]
+        problem = f"{', '.join(named)} without copies; expected {method}" if named else None
+    elif recipe.active != 1:
+        problem = f"--active {recipe.active:g}: a copy holds all neurons; drop it ({method})"
+    elif recipe.overlap > 1:
+        problem = f"--overlap {recipe.overlap:g}: copies overlap whole; drop it ({method})"
+    elif recipe.refit:
+        problem = f"--refit: copies lose nothing that a refit could make good; drop it ({method})"
+    elif recipe.router not in copies.ROUTERS:
+        known = " or ".join(copies.ROUTERS)
+        problem = (
+            f"--router {recipe.router} compares experts, and copies are alike; expected {known}"
+        )
+    elif size & (size - 1):
+        problem = f"--granularity is {size}; expected a power of two, by which weights stay exact"
+    else:
+        problem = None
+    if problem:
+        raise MoefyError(problem, code=2)
 
 
 def _module(package: str, name: str) -> Any:

@@ -83,7 +83,7 @@ def gaps(layers: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{len(thin)} of {total} experts got fewer calibration tokens than they have neurons, "
             f"in layer {number} {least} for {width}; give more --tokens, or other text"
         )
-    if silent := [layer for layer in layers if layer["silent_neurons"]]:
+    if silent := [layer for layer in layers if layer.get("silent_neurons")]:
         total = sum(layer["silent_neurons"] for layer in silent)
         notes.append(
             f"{total} neurons in {len(silent)} layers wrote nothing on any calibration token, "

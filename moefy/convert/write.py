@@ -60,7 +60,8 @@ def _block_slots(job: Job) -> dict[str, Slot]:
             torch.empty(shape.num_experts, shape.expert_width, dtype=torch.long),
         )
         router_ED = torch.empty(shape.num_experts, hidden)
-        split = Split(ffn, partition, router_ED, shape.experts_per_token, job.dtype)
+        k, slices = shape.experts_per_token, shape.granularity
+        split = Split(ffn, partition, router_ED, k, job.dtype, slices)
         tensors = job.target.tensors(split)
     return {name: Slot(CODES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
 
@@ -130,8 +131,8 @@ def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> list
         MoefyError: code 6, when a rescaled weight is not finite in that dtype.
     """
     prefix = job.target.prefix + job.family.layer.format(layer=layer)
-    routed, k = block.routed, job.shape.experts_per_token
-    split = Split(routed.ffn, routed.partition, routed.router.weight_ED, k, job.dtype)
+    routed, k, slices = block.routed, job.shape.experts_per_token, job.shape.granularity
+    split = Split(routed.ffn, routed.partition, routed.router.weight_ED, k, job.dtype, slices)
     names = []
     for tail, tensor in job.target.tensors(split).items():
         if not torch.isfinite(tensor).all():

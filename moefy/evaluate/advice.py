@@ -10,8 +10,9 @@ Rows with the same verdict share a sentence, by engine and phase. A measurement 
 0.8 of a core is called unreliable first.
 
 Quality: the run is compared with static pruning to as many active neurons. Routing pays on a text
-when its loss is surely lower there (95 %, paired by window). Memory: a MoE holds all of its
-experts, so it pays when these take fewer bytes than dense.
+when its loss is surely lower there (95 %, paired by window). Copies pay when it is surely below the
+dense model's. Memory: a MoE holds all of its experts, so it pays when these take fewer bytes than
+dense.
 
 Behaviour: it loops or breaks JSON more often than dense, or stops less often, when the interval of
 the difference excludes 0 (95 %, paired by prompt). A model without a chat template need not stop.
@@ -29,9 +30,8 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from scipy import stats
-
 from moefy.evaluate import behaviour, critical_experts, frontier
+from moefy.evaluate.metrics import needed_errors
 from moefy.report.format import band, flattered, large
 
 CLEAR = 0.05
@@ -177,6 +177,9 @@ def _quality(report: Mapping[str, Any], label: str) -> Iterator[Advice]:
         if label not in rows:
             continue
         own, static = rows[label], rows.get("static")
+        if (shape := report.get("run", {}).get("shape", {})).get("granularity"):
+            yield _copies(text, own, shape["active_fraction"])
+            continue
         cost = (
             f"On {text} it costs {own['dnll']:.3f} nats per token against dense (perplexity "
             f"{own['perplexity']:.2f} from {rows['dense']['perplexity']:.2f})"
@@ -199,6 +202,19 @@ def _quality(report: Mapping[str, Any], label: str) -> Iterator[Advice]:
         else:
             end = f"; {pruned}, NO MORE: a smaller dense model does as well, and needs no experts."
         yield _advice(PAYS if sure else PAYS_NOT, cost + end, **because)
+
+
+def _copies(text: str, own: Mapping[str, Any], times: float) -> Advice:
+    """Whether copies are surely better than the dense model that they were made of."""
+    dnll, error, needed = own["dnll"], own["dnll_standard_error"], needed_errors(own["windows"])
+    sure = error is not None and needed is not None and -dnll > needed * error
+    return _advice(
+        PAYS if sure else PAYS_NOT,
+        f"{'Better' if sure else 'NOT surely better'} than dense on {text}: {dnll:+.3f} nats per "
+        f"token, for {times:.2f} times the computation in an FFN; the control is the dense model "
+        "trained on the same text.",
+        **{"text": text, "dnll": dnll, "error": error},
+    )
 
 
 AXES = {
@@ -266,14 +282,6 @@ def _named(point: Mapping[str, Any], axis: str) -> str:
     """A point with its cost and loss: `q4_K_M (103.7 MB, KL 0.021, indistinguishable)`."""
     cost = " ".join(large(point[axis], AXES[axis][1]).split())
     return f"{point['label']} ({cost}, KL {point['kl']:.3f}, {band(point['kl'])})"
-
-
-def needed_errors(windows: int) -> float | None:
-    """The quantile of Student's t at 95 %: the standard errors that make a difference certain.
-
-    It is 12.7 with two windows and 2.0 with many.
-    """
-    return float(stats.t.ppf(0.975, windows - 1)) if windows > 1 else None
 
 
 def _memory(models: Mapping[str, Any], label: str) -> Iterator[Advice]:

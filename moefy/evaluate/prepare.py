@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moefy.config.methods import COPIES
 from moefy.config.recipe import Recipe
 from moefy.config.report import Settings
 from moefy.errors import MoefyError
@@ -49,6 +50,13 @@ def prepare(
     model = dense_model(run, summary, recipe, settings.dense, "--dense")
     # Controls are converted from that model on this machine, wherever the run was converted.
     recipe = dataclasses.replace(recipe, model=str(model.folder), revision=None, device="auto")
+    copies = recipe.partition == COPIES
+    if copies and (others := [name for name in against if not _is_folder(name)]):
+        raise MoefyError(
+            f"--against {others[0]!r}: the experts of {run} are copies, of which no method that "
+            "divides an FFN is a counterpart; expected other runs or rivals",
+            code=2,
+        )
     methods = {name: changed(recipe, name) for name in against if not _is_folder(name)}
     check_folder(model.folder)
     own, missing = run_candidates(run)
@@ -58,8 +66,10 @@ def prepare(
         check_tokenizer(tokenizer, candidate)
     prompts = read_prompts(settings.prompts, tokenizer) if settings.prompts else []
     notes = _other_weights(model, [*own, *others], given=settings.dense is not None)
-    recipes = _control_recipes(settings, recipe) | methods
+    recipes = methods if copies else _control_recipes(settings, recipe) | methods
     missing += missing_others
+    if copies and settings.controls:
+        missing.append("controls are of an FFN that is divided; the dense model is that of copies")
     converted = model.is_source(summary)
     if recipes and not converted:
         missing.append(_without_controls(run, model, asked=methods or settings.controls))
@@ -67,7 +77,7 @@ def prepare(
     dense = dense_candidate(model, converted=converted)
     candidates, tokens = [dense, *own, *others], calibration_tokens(run, summary)
     extra = control_candidates(recipe, recipes, dense, tokens, place, watch)
-    if settings.wants(settings.controls) and summary["shape"]["num_experts"]:
+    if settings.wants(settings.controls) and summary["shape"]["num_experts"] and not copies:
         extra.append(as_written(own[-1]))
     texts = _by_name(settings.text or own_texts(place))
     windows = {

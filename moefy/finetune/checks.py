@@ -87,6 +87,13 @@ def check_run(run: Run, settings: Settings) -> None:
     shape = run.summary["shape"]
     if settings.anneal and not experts:
         raise MoefyError("--anneal: a static run has no experts; expected 0", code=2)
+    for key in ("anneal", "refit_after", "router_ce") if run.copies else ():
+        if value := getattr(settings, key):
+            raise MoefyError(
+                f"{key} is {value}: the experts of {run.folder} are copies, which all compute the "
+                "same at first; expected a run that divides its FFNs, or no such setting",
+                code=2,
+            )
     if settings.anneal and (
         shape["num_shared"] + experts * shape["expert_width"] > shape["num_neurons"]
     ):

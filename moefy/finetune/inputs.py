@@ -55,6 +55,11 @@ class Run:
         return "dense." if self.summary["target"] == "moefy" else ""
 
     @property
+    def copies(self) -> bool:
+        """Whether its experts are copies of the dense FFN."""
+        return self.summary["shape"].get("granularity", 0) > 0
+
+    @property
     def vocab_size(self) -> int:
         """Number of embedding rows."""
         return int(self.config.get("dense", self.config)["vocab_size"])

@@ -40,10 +40,12 @@ def parts(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return result
 
 
-def groups(model: nn.Module, train: str, rates: dict[str, float]) -> list[dict[str, Any]]:
+def groups(
+    model: nn.Module, train: str, rates: dict[str, float], router_scale: float = ROUTER_SCALE
+) -> list[dict[str, Any]]:
     """Parameter groups for what is to be trained; freezes all else.
 
-    The router's rows are scaled by `ROUTER_SCALE`, and so is their rate.
+    The router's rows are scaled by `router_scale`, and so is their rate.
     """
     names = {"all": PARTS, "lora": ("router", "experts")}.get(train, train.split("+"))
     by_part = parts(model)
@@ -52,7 +54,7 @@ def groups(model: nn.Module, train: str, rates: dict[str, float]) -> list[dict[s
     model.requires_grad_(False)
     result = []
     for part in names:
-        scale = ROUTER_SCALE if part == "router" else 1.0
+        scale = router_scale if part == "router" else 1.0
         for parameter in by_part[part].values():
             parameter.requires_grad_(True)
         rate = {"lr": rates[part] * scale, "part": part}

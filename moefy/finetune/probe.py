@@ -138,7 +138,7 @@ def _student(
         )
         setup = Setup(
             quick,
-            Routing(model, quick),
+            Routing(model, quick, copies=run.copies),
             guard,
             known,
             Checkpoints(Path(folder)),

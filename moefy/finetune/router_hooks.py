@@ -4,7 +4,8 @@ In every stock MoE block a router returns (logits, gates, indices), and stacked 
 (tokens, indices, gates). moefy writes router rows small (`ROUTER_SCALE`), so that every gate is
 one. All logits here are those of the rows before that, whose softmax means something. In training
 the forward pass is the written one with constant gates, and the gradient is that of a soft choice.
-The saved model holds none of this.
+The saved model holds none of this. Where experts are copies, rows are written as they are: gates
+are softmax weights, and routers learn from these as the class itself does.
 """
 
 from __future__ import annotations
@@ -69,11 +70,18 @@ class Routing:
 
     `router_gradient` says from whose outputs a router learns: `all` experts (a token's gradient
     says what each one would have added, chosen or not), the `chosen` ones, or `none` but its own
-    losses.
+    losses. Of `copies` the chosen ones stand for all.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings = Settings()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings = Settings(),  # noqa: B008 - frozen
+        *,
+        copies: bool = False,
+    ) -> None:
         self.layers = moe_layers(model)
+        self.copies, self.scale = copies, 1.0 if copies else ROUTER_SCALE
         self.settings, self.soft = settings, settings.router_gradient
         self._energy = losses.ENERGY in losses.needs(settings)
         self.progress = 0.0
@@ -102,8 +110,10 @@ class Routing:
 
     def _routed(self, layer: Layer, router: nn.Module, args: Any, out: Any) -> Any:
         logits_TE, gate_TK, index_TK = out
-        z_TE = logits_TE.float() / ROUTER_SCALE
-        if router.training:
+        z_TE = logits_TE.float() / self.scale
+        if router.training and self.copies:
+            gate_TK, index_TK = self._weighted(z_TE, gate_TK, index_TK)
+        elif router.training:
             if k := self.experts_per_token:
                 index_TK = z_TE.topk(k, dim=-1).indices
                 gate_TK = torch.full_like(index_TK, self.gate, dtype=gate_TK.dtype)
@@ -124,9 +134,20 @@ class Routing:
             layer.index_TK = torch.where(gate_TK > 0, index_TK, -1)
         return logits_TE, gate_TK, index_TK
 
+    def _weighted(self, z_TE: Tensor, gate_TK: Tensor, index_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates of copies in training, and which copies: those of the class, but for noise."""
+        if is_noisy(self.settings, self.progress):
+            chosen = noisy_choices(self.settings, self.progress, z_TE.detach(), index_TK.shape[1])
+            index_TK = chosen.clamp(0)
+            share_TK = z_TE.softmax(-1).gather(1, index_TK) * (chosen >= 0)
+            share_TK = share_TK / share_TK.sum(-1, keepdim=True).clamp_min(1e-12)
+            gate_TK = share_TK.to(gate_TK.dtype)
+        return gate_TK.detach() if self.soft == "none" else gate_TK, index_TK
+
     def _computed(self, layer: Layer, experts: Any, args: Any, out: Tensor) -> Tensor:
         energy = self._recording and self._energy
-        soft = experts.training and self.soft == "all" and torch.is_grad_enabled()
+        soft = self.soft == "all" and not self.copies
+        soft = soft and experts.training and torch.is_grad_enabled()
         if not (soft or energy):
             return out
         x_TD, gate_TK = args[0].detach(), max(args[1:], key=torch.is_floating_point)
@@ -175,7 +196,9 @@ def activations(experts: Any, x_TD: Tensor) -> Tensor:
     return experts.act_fn(gate_TEN) * up_TEN
 
 
-def update_bias(layer: Layer, load_E: Tensor, rate: float) -> None:
+def update_bias(
+    layer: Layer, load_E: Tensor, rate: float, router_scale: float = ROUTER_SCALE
+) -> None:
     """Move the selection bias towards balance by `rate`, in units of the unscaled logits.
 
     The bias is added to sigmoids of small logits (slope 1/4) or, in one class, to their softmax
@@ -186,7 +209,7 @@ def update_bias(layer: Layer, load_E: Tensor, rate: float) -> None:
     bias_E = layer.bias_E
     if bias_E is not None:
         slope = 1 / len(bias_E) if hasattr(layer.router, "moe_statics") else 1 / 4
-        step_E = torch.sign(load_E.mean() - load_E) * rate * ROUTER_SCALE * slope
+        step_E = torch.sign(load_E.mean() - load_E) * rate * router_scale * slope
         bias_E.data += step_E.to(bias_E)
 
 

@@ -201,6 +201,7 @@ def _train(plan: Plan, checkpoints: Checkpoints, teacher: Teacher) -> Trained:
         partial(load_student, run, settings, plan.dtypes.student.dtype),
         plan.dtypes.stored if one_dtype(run.folder) else None,
         start_of(run) if settings.anneal else None,
+        run.copies,
     )
     return train(
         student,

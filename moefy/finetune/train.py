@@ -52,6 +52,8 @@ class Student:
     """The dtype of the weights on disk: they are rounded to it before they are measured."""
     start: Start | None = None
     """Where an annealed training begins; None for the model as it is."""
+    copies: bool = False
+    """Whether its experts are copies of an FFN."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def train(
     before: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
     until, sequences = math.inf, rows(tokens.ids_BT, tokens.learned_BT)
     while True:
-        model, routing = _opened(student.load, settings)
+        model, routing = _opened(student, settings)
         validate = partial(measure, model, routing, tokens, teacher, settings)
         if before is None:
             callbacks.progress("measure", 0, 1)
@@ -222,14 +224,14 @@ def train(
     )
 
 
-def _opened(load: Callable[[], Any], settings: Settings) -> tuple[Any, Routing]:
+def _opened(student: Student, settings: Settings) -> tuple[Any, Routing]:
     """A fresh model on its device, and the hooks on its routers."""
-    model = load()
+    model = student.load()
     if not settings.fsdp:  # then transformers has put each part where it belongs
         model = model.to(device(settings))
     if settings.train == "lora":
         model = adapted(model, settings.lora_rank)
-    return model, Routing(model, settings)
+    return model, Routing(model, settings, copies=student.copies)
 
 
 def _stronger(reason: str, settings: Settings) -> tuple[Settings, str]:

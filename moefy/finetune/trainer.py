@@ -24,7 +24,6 @@ from moefy.finetune.losses import Batch, Routed
 from moefy.finetune.optim import MasterAdamW, groups
 from moefy.finetune.router_hooks import Layer, RouterStatistics, Routing, over_layers, update_bias
 from moefy.finetune.teacher import Teacher
-from moefy.models.targets.target import ROUTER_SCALE
 
 
 def rows(ids_BT: Tensor, learned_BT: Tensor | None = None) -> StackDataset:
@@ -116,7 +115,7 @@ class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
                 "experts": s.learning_rate,
                 "rest": s.rest_learning_rate,
             }
-            parameters = groups(self.model, s.train, rates)
+            parameters = groups(self.model, s.train, rates, self.routing.scale)
             options = {"lr": s.learning_rate, "betas": (0.9, 0.95), "weight_decay": s.weight_decay}
             whole = all(p.dtype == torch.float32 for group in parameters for p in group["params"])
             optimizer = torch.optim.AdamW if whole else MasterAdamW
@@ -139,7 +138,7 @@ class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
         # Not by a hook on the rows: FSDP2 sets gradients past it.
         for layer in self.routing.layers:
             if layer.rows.grad is not None:
-                layer.rows.grad.mul_(ROUTER_SCALE)
+                layer.rows.grad.mul_(self.routing.scale)
         return super()._clip_grad_norm(model)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **more: Any) -> Any:
@@ -227,7 +226,7 @@ class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
         self.setup.guard.observe(self.state.global_step, self.last["loss"], loads)
         if self.settings.balance == "bias":
             for layer, load_E in zip(self.routing.layers, loads, strict=True):
-                update_bias(layer, load_E, self.settings.bias_rate)
+                update_bias(layer, load_E, self.settings.bias_rate, self.routing.scale)
         self._start_step()
 
     def _row(self) -> dict[str, Any]:

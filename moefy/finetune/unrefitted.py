@@ -31,7 +31,8 @@ def layout_of(run: Run) -> Layout:
     """Where the run's class keeps the neurons of its FFNs."""
     summary = run.summary
     family = families.load(summary["family"])
-    sizes = {f.name: summary["shape"][f.name] for f in dataclasses.fields(Shape)}
+    shape = summary["shape"]
+    sizes = {f.name: shape[f.name] for f in dataclasses.fields(Shape) if f.name in shape}
     return Layout(targets.load(summary["target"], family), Shape(**sizes), family.gated)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from moefy.checkpoint.validate import open_checkpoint
 from moefy.errors import MoefyError
-from moefy.files.safetensors_header import Entry
+from moefy.files.safetensors_header import Entry, read_json
 from moefy.inspect import MISREAD, SIZES, Config, Entries, head_dim, misread, number
 from moefy.inspect.config_defaults import as_dense
 from moefy.models import families, targets
@@ -26,6 +26,9 @@ ROUTED = re.compile(
 SHARED = re.compile(r"\.\d+\.(?:.*\.)?(?:shared|shared_experts?|shared_mlp)\.")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
+
+REPORT_BYTES = 10**8
+"""The longest report of a conversion that is read."""
 
 MOST_LAYERS = 10_000
 """A limit, for a configuration may hold any number."""
@@ -69,7 +72,7 @@ def describe(folder: Path, config: Config, entries: Entries) -> dict[str, Any]:
     result: dict[str, Any] = {
         "sizes": {**sizes, "ffn": experts.shape.num_neurons} if experts.shape else sizes,
         "parameters_active": total - experts.idle,
-        "experts": _facts(experts),
+        "experts": _facts(experts, _granularity(folder)),
         "problems": [*_refused(folder), *_contradictions(experts, config)],
         "serving": {},
     }
@@ -149,11 +152,24 @@ def serving(model_type: str, dense: Dense, shape: Shape) -> dict[str, dict[str, 
     return verdicts
 
 
-def _facts(experts: Experts) -> dict[str, Any]:
+def _granularity(folder: Path) -> int:
+    """Experts that make up a copy of the dense FFN, where moefy has written copies; else 0."""
+    try:
+        report = read_json(folder / "moefy" / "conversion.json", REPORT_BYTES)
+        return int(report["shape"].get("granularity", 0))
+    except (OSError, MoefyError, *MISREAD):
+        return 0
+
+
+def _facts(experts: Experts, granularity: int) -> dict[str, Any]:
     shape = experts.shape
+    if shape and granularity:
+        neurons = shape.num_shared + granularity * shape.expert_width
+        shape = dataclasses.replace(shape, num_neurons=neurons, granularity=granularity)
     return {
         "count": experts.count,
         "per_token": experts.per_token,
+        "copies": experts.count // granularity if experts.count and granularity else None,
         "width": shape and shape.expert_width,
         "shared_width": shape and shape.num_shared,
         "active_fraction": shape and round(shape.active_fraction, 4),

@@ -70,6 +70,8 @@ def _expert_facts(experts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if experts["width"]:
         counts += f", width {experts['width']:,}; shared {experts['shared_width']:,}"
         counts += f"; {experts['active_fraction']:.1%} of the FFN active"
+    if experts["copies"]:
+        counts += f"; {experts['copies']} copies of the dense FFN"
     dense = experts["dense_layers"]
     left = f", dense: {_ranges(dense)}" if dense else ""
     return [("experts", counts), ("", f"in {experts['layers']} layers{left}")]

@@ -89,6 +89,13 @@ def attention_biases(dense: Dense, shape: Shape) -> str | None:
     return "ignores the attention's biases in this class" if dense.biases else None
 
 
+def unnormalised(dense: Dense, shape: Shape) -> str | None:
+    """The engine never lets the gates of this class sum to one, as those of copies must."""
+    if shape.granularity:
+        return "computes as if norm_topk_prob were false, so that copies count too little"
+    return None
+
+
 def several_shared(dense: Dense, shape: Shape) -> str | None:
     """SGLang fuses one shared expert."""
     if shape.num_shared == shape.expert_width:

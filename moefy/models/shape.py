@@ -81,6 +81,51 @@ def solve(
     )
 
 
+def copied(
+    num_neurons: int,
+    experts: int,
+    experts_per_token: int,
+    granularity: int,
+    shared: float | None,
+    fits: Callable[[Shape], bool],
+) -> Shape:
+    """The shape of so many copies of an FFN in `granularity` slices each, of which so many run.
+
+    A class that must share neurons shares as few as leave experts of a width that kernels like, or
+    about the fraction `shared`; the copies then hold all others.
+
+    Raises:
+        MoefyError: code 2 for numbers that do not go together.
+    """
+    _check(num_neurons, 1.0, experts, experts_per_token, shared)
+    step, sizes = _step(num_neurons), (experts * granularity, experts_per_token * granularity)
+    shapes = [
+        Shape(
+            num_neurons, num_neurons - width * granularity, sizes[0], width, sizes[1], granularity
+        )
+        for width in range(step, num_neurons // granularity + 1, step)
+    ]
+    wanted = num_neurons * (shared or 0.0)
+    if fitting := [
+        shape
+        for shape in shapes
+        if fits(shape)
+        and (shared is None or abs(shape.num_shared - wanted) <= TOLERANCE * num_neurons)
+    ]:
+        return min(
+            fitting,
+            key=lambda s: (-min(alignment(s.expert_width), 32), abs(s.num_shared - wanted)),
+        )
+    near = sorted({shape.num_shared / num_neurons for shape in shapes if fits(shape)})
+    fractions = ", ".join(f"{fraction:.3g}" for fraction in near[:12]) or "none"
+    asked = "" if shared is None else f" and --shared-fraction {shared:g}"
+    raise MoefyError(
+        f"no copies of {num_neurons} FFN neurons have --granularity {granularity}{asked}; possible "
+        f"shared fractions: {fractions}; try another --granularity",
+        code=2,
+    )
+
+
 def any_shared(shape: Shape) -> bool:
     """A shared expert of any width."""
     return shape.num_shared > 0

@@ -56,6 +56,7 @@ def model_card(
         link=f"[`{name}`](https://huggingface.co/{name})" if run["hub_id"] else f"`{name}`",
         active=f"{active_share(run):.0%}",
         routed=run["shape"]["num_experts"],
+        copies=run["shape"].get("granularity", 0),
         shape=shape_text(run),
         own=run["target"] == OWN,
         engines=[name for name in run["engines"] if name != "transformers"],

@@ -88,6 +88,14 @@ def shape_text(run: Mapping[str, Any]) -> str:
     lacks = f"; without layers {', '.join(map(str, dropped))}" if dropped else ""
     if not shape["num_experts"]:
         return f"{shape['num_shared']} of {shape['num_neurons']} FFN neurons kept{lacks}"
+    if slices := shape.get("granularity", 0):  # an older moefy made no copies
+        beside = f", beside {shape['num_shared']} shared" * bool(shape["num_shared"])
+        return (
+            f"{shape['num_experts'] // slices} copies of {shape['expert_width'] * slices} FFN "
+            f"neurons{beside}" + f", in {slices} slices each" * (slices > 1) + ", "
+            f"{shape['experts_per_token'] // slices} per token: {shape['active_fraction']:.2f} "
+            f"times the dense FFN computed{lacks}"
+        )
     return (
         f"{shape['num_neurons']} neurons = {shape['num_shared']} shared + {shape['num_experts']} "
         f"experts x {shape['expert_width']}, {shape['experts_per_token']} experts per token: "

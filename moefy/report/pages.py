@@ -17,6 +17,7 @@ COLUMNS = {
     "energy_random": ("by lot", ".3f"),
     "energy_static": ("static", ".3f"),
     "router_oracle_agreement": ("agreement", ".2f"),
+    "error": ("error", ".3f"),
     "error_before_refit": ("error", ".3f"),
     "error_after_refit": ("refitted", ".3f"),
     "load_cv": ("load CV", ".2f"),

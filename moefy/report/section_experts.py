@@ -160,6 +160,7 @@ def _token(token: str) -> str:
 
 
 ERRORS = {
+    "error": ("copies", Look(SERIES["blue"], "o")),
     "error_before_refit": ("before the refit", Look(SERIES["grey"], "o")),
     "error_after_refit": ("after the refit", Look(SERIES["blue"], "o")),
 }

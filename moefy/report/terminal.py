@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,7 @@ def show_conversion(summary: Mapping[str, Any], out: Path) -> None:
     lines = [
         f"{summary['reopened']['class']}, {shape_text(summary)}",
         f"Method: {method_of(summary['recipe'])}",
-        f"FFN output error on held-out calibration text: {mean('error_before_refit')}, "
-        f"{mean('error_after_refit')} after the refit (mean over {len(layers)} layers)",
+        _errors(layers, mean),
     ]
     if "energy_router" in layers[0]:
         names = ("router", "oracle", "random", "static")
@@ -66,6 +65,15 @@ def show_conversion(summary: Mapping[str, Any], out: Path) -> None:
     memory = f"{summary['peak_resident_bytes'] / 1e9:.1f} GB"
     lines.append(f"{summary['seconds']['total']:.0f} s, peak memory {memory}")
     show_lines(*lines, f"Model: {out}", f"Report: {out / 'moefy' / 'conversion.md'}")
+
+
+def _errors(layers: Sequence[Mapping[str, Any]], mean: Callable[[str], str]) -> str:
+    """The errors of the layers in a line; of copies there is no refit."""
+    where, of = "FFN output error on held-out calibration text", f"mean over {len(layers)} layers"
+    if "error" in layers[0]:
+        return f"{where}: {mean('error')}; load CV of the copies: {mean('load_cv')} ({of})"
+    refitted = f"{mean('error_before_refit')}, {mean('error_after_refit')} after the refit"
+    return f"{where}: {refitted} ({of})"
 
 
 def show_export(result: Mapping[str, Any]) -> None:

@@ -100,7 +100,7 @@ def main(
     targets = teacher.live(dense, chosen) if chosen.kl else None
     with tempfile.TemporaryDirectory(dir=out.parent) as home:
         trained = train(
-            Student(load),
+            Student(load, copies=parent.copies),
             tokens,
             chosen,
             Checkpoints(Path(home)),

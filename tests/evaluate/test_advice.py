@@ -9,8 +9,9 @@ from scipy import stats
 
 from moefy.errors import MoefyError
 from moefy.evaluate import fail_if, prompts
-from moefy.evaluate.advice import advice, needed_errors
+from moefy.evaluate.advice import advice
 from moefy.evaluate.benchmarks import compared
+from moefy.evaluate.metrics import needed_errors
 from moefy.evaluate.sizes import ideals
 from moefy.evaluate.speed import measure
 from moefy.evaluate.timed_rounds import Grid, label_rows, stretches

@@ -65,7 +65,8 @@ from moefy.models.engines import known_engines
 PARTITIONS = sorted(
     file.stem.replace("_", "-")
     for file in Path(moefy.convert.partition.__file__).parent.glob("*.py")
-    if file.stem not in ("__init__", "static")  # static routes nothing: it is no MoE
+    # static routes nothing: it is no MoE; tests/models/test_upcycle.py has the copies
+    if file.stem not in ("__init__", "static", "copies")
 )
 FIRST = list({target: (family, target) for family, target in reversed(HELD)}.values())
 

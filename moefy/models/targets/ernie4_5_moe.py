@@ -46,7 +46,7 @@ def tensors(split: Split) -> Tensors:
     return {
         "mlp.gate.weight": split.scaled_ED,
         "mlp.moe_statics.e_score_correction_bias": split.unbiased_E[None],
-        **split.experts(split.rounded(1 / split.experts_per_token)),
+        **split.experts(split.gate(split.experts_per_token)),
         **split.shared("mlp.shared_experts."),
     }
 
@@ -58,5 +58,6 @@ TARGET = Target(
     shared_multiple,
     selection_bias=True,
     dense_layers="first and last",
+    copies=True,
     ties=True,
 )

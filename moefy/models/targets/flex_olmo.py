@@ -1,7 +1,8 @@
 """FlexOlmo: OLMo 2's norms, a softmax router over all experts, no shared expert.
 
 With `norm_topk_prob` false the gate of a chosen expert is 1 / E for a small router: `down_proj`
-times E makes it one, whatever the number of experts per token.
+times E makes it one, whatever the number of experts per token. Copies have it true, so that their
+gates sum to one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
         "intermediate_size": shape.expert_width,
         "num_experts": shape.num_experts,
         "num_experts_per_tok": shape.experts_per_token,
-        "norm_topk_prob": False,
+        "norm_topk_prob": shape.granularity > 0,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
     }
@@ -31,7 +32,7 @@ def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one."""
     return {
         "mlp.gate.weight": split.scaled_ED,
-        **split.experts(split.rounded(1 / split.num_experts)),
+        **split.experts(split.gate(split.num_experts)),
     }
 
 
@@ -42,4 +43,5 @@ TARGET = Target(
     elastic=True,
     attention_biases="qkvo",
     wide_heads=False,
+    copies=True,
 )

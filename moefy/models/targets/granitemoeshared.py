@@ -41,7 +41,7 @@ def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one at `experts_per_token`."""
     import torch
 
-    scale = 1 / split.rounded(1 / split.experts_per_token)
+    scale = 1 / split.gate(split.experts_per_token)
     experts = [split.part(neurons, scale) for neurons in split.partition.experts_EN]
     shared = split.part(split.partition.shared_S)
     block = "block_sparse_moe."
@@ -62,5 +62,6 @@ TARGET = Target(
     attention_biases="qkvo",
     wide_heads=False,
     biases=lambda dense: "qkvo" if dense.biases else "",
+    copies=True,
     ties=True,
 )

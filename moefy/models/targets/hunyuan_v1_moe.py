@@ -35,7 +35,7 @@ def tensors(split: Split) -> Tensors:
     float32, so its gates are not rounded."""
     return {
         "mlp.gate.wg.weight": split.scaled_ED,
-        **split.experts(1 / split.experts_per_token),
+        **split.experts(1 / (split.granularity or split.experts_per_token)),
         **split.shared("mlp.shared_mlp."),
     }
 
@@ -47,5 +47,6 @@ TARGET = Target(
     one_shared,
     attention_biases="qkvo",
     biases=lambda dense: "qkvo" if dense.biases else "",
+    copies=True,
     ties=True,
 )

@@ -29,7 +29,7 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
 
 def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one at `experts_per_token`."""
-    gate = split.rounded(1 / split.experts_per_token)
+    gate = split.gate(split.experts_per_token)
     prefix = "block_sparse_moe."
     return {
         prefix + "gate.weight": split.scaled_ED,
@@ -37,4 +37,11 @@ def tensors(split: Split) -> Tensors:
     }
 
 
-TARGET = Target("MixtralForCausalLM", configure, tensors, windows="all layers or none", ties=True)
+TARGET = Target(
+    "MixtralForCausalLM",
+    configure,
+    tensors,
+    windows="all layers or none",
+    copies=True,
+    ties=True,
+)

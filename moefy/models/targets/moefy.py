@@ -1,7 +1,8 @@
 """The dense class itself with experts in place of its FFNs: for what no stock class holds.
 
 Needs `moefy.modeling` to be imported, runs in transformers only. Gates are exactly one,
-whatever the number of experts per token, and every expert is a bare slice of the dense FFN.
+whatever the number of experts per token, and every expert is a bare slice of the dense FFN. Those
+of copies are softmax weights that sum to one.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def target(family: Family) -> Target:
             "num_experts_per_tok": shape.experts_per_token,
             "expert_width": shape.expert_width,
             "num_shared": shape.num_shared,
+            "norm_topk_prob": shape.granularity > 0,
             "tie_word_embeddings": dense.tied,
             **{key: dense.own.get(key) for key in (*TOKENS, *MORE.get(task, ()))},
         }
@@ -46,7 +48,8 @@ def target(family: Family) -> Target:
         import torch
 
         block = family.block + "."
-        experts = [split.part(neurons) for neurons in split.partition.experts_EN]
+        scale = float(split.granularity or 1)
+        experts = [split.part(neurons, scale) for neurons in split.partition.experts_EN]
         block_tensors = {
             block + "gate.weight": split.scaled_ED,
             block + "experts.up_proj": torch.stack([_above(part) for part in experts]),
@@ -72,6 +75,7 @@ def target(family: Family) -> Target:
         native=True,
         dense_layers="any",
         prefix="dense.",
+        copies=True,
         ties=True,
     )
 

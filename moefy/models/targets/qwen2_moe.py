@@ -2,7 +2,8 @@
 
 With `norm_topk_prob` false (the only value llama.cpp and MLX know) the gate of a chosen expert is
 its softmax probability, 1 / E for a small router: `down_proj` times E makes it one, whatever the
-number of experts per token. The shared expert's gate is sigmoid(0) = 1/2: `down_proj` times two.
+number of experts per token. Copies have it true: their gates sum to one. The shared expert's gate
+is sigmoid(0) = 1/2: `down_proj` times two.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def configure(dense: Dense, shape: Shape) -> dict[str, Any]:
         "num_experts_per_tok": shape.experts_per_token,
         "moe_intermediate_size": shape.expert_width,
         "shared_expert_intermediate_size": shape.num_shared,
-        "norm_topk_prob": False,
+        "norm_topk_prob": shape.granularity > 0,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
     }
@@ -41,7 +42,7 @@ def tensors(split: Split) -> Tensors:
     gate_1D = split.ffn.up_FD.new_full((1, split.ffn.hidden_size), SHARED_GATE, dtype=split.dtype)
     return {
         "mlp.gate.weight": split.scaled_ED,
-        **split.experts(split.rounded(1 / split.num_experts)),
+        **split.experts(split.gate(split.num_experts)),
         **split.shared("mlp.shared_expert.", 2.0),
         "mlp.shared_expert_gate.weight": gate_1D,
     }
@@ -57,4 +58,5 @@ TARGET = Target(
     windows="any",
     dense_layers="any",
     biases=lambda dense: "qkv",  # engines create them unconditionally
+    copies=True,
 )

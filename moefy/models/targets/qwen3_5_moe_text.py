@@ -41,12 +41,18 @@ def tensors(split: Split) -> Tensors:
     gate_1D = split.ffn.up_FD.new_zeros((1, split.ffn.hidden_size), dtype=split.dtype)
     return {
         "mlp.gate.weight": split.scaled_ED,
-        **split.experts(split.rounded(1 / split.experts_per_token)),
+        **split.experts(split.gate(split.experts_per_token)),
         **split.shared("mlp.shared_expert.", 2.0),
         "mlp.shared_expert_gate.weight": gate_1D,
     }
 
 
 TARGET = Target(
-    "Qwen3_5MoeForCausalLM", configure, tensors, any_shared, attention_biases="qkvo", ties=True
+    "Qwen3_5MoeForCausalLM",
+    configure,
+    tensors,
+    any_shared,
+    attention_biases="qkvo",
+    copies=True,
+    ties=True,
 )

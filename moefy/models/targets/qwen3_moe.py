@@ -34,7 +34,7 @@ def tensors(split: Split) -> Tensors:
     """The MoE block's tensors; every gate is one at `experts_per_token`."""
     return {
         "mlp.gate.weight": split.scaled_ED,
-        **split.experts(split.rounded(1 / split.experts_per_token)),
+        **split.experts(split.gate(split.experts_per_token)),
     }
 
 
@@ -46,4 +46,5 @@ TARGET = Target(
     windows="all layers or none",
     dense_layers="any",
     biases=lambda dense: "qkvo" if dense.biases else "",
+    copies=True,
 )

@@ -122,6 +122,8 @@ class Split:
     router_ED: Tensor
     experts_per_token: int
     dtype: torch.dtype
+    granularity: int = 0
+    """See `Shape`."""
 
     @property
     def num_experts(self) -> int:
@@ -130,8 +132,8 @@ class Split:
 
     @property
     def scaled_ED(self) -> Tensor:
-        """Router rows as they are written."""
-        return (self.router_ED * ROUTER_SCALE).to(self.dtype)
+        """Router rows as they are written: those that choose among copies set their gates, too."""
+        return (self.router_ED * (1.0 if self.granularity else ROUTER_SCALE)).to(self.dtype)
 
     @property
     def unbiased_E(self) -> Tensor:
@@ -154,6 +156,15 @@ class Split:
     def part(self, neurons: Tensor, scale: float = 1.0) -> FFN:
         """The FFN of some of the neurons as it is written, `down_proj` times `scale`."""
         return self.ffn.some(neurons, self.dtype, scale)
+
+    def gate(self, count: int) -> float:
+        """What the class multiplies a chosen expert's output by, if equal scores share one among
+        `count` experts, as `dtype` holds it.
+
+        Of copies the gates stay as they are. Those of the slices of one copy are alike, so each
+        slice gets one part in `granularity` of what the copy is to count.
+        """
+        return 1 / self.granularity if self.granularity else self.rounded(1 / count)
 
     def rounded(self, value: float) -> float:
         """`value` as `dtype` holds it: what a gate computed in that precision really is."""
@@ -195,6 +206,8 @@ class Target:
     """Whether everything but the FFNs is what the dense class has, in its own names."""
     prefix: str = ""
     """What stands before every tensor's name."""
+    copies: bool = False
+    """Whether the gates of the chosen experts can be softmax weights that sum to one."""
     ties: bool = False
     """Whether all engines load the class with the embedding as its head."""
     model_type: str = ""

@@ -1,0 +1,103 @@
+"""A fine-tune of copies: the class's own gates, cross-entropy, and every command behind it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from moefy.config.finetune import build
+from moefy.errors import MoefyError
+from moefy.finetune.checks import check_run
+from moefy.finetune.inputs import open_run
+from moefy.finetune.optim import groups
+from moefy.finetune.router_hooks import Routing
+from moefy.models.load import runnable
+
+STEPS = "sequence_length=64 validation_tokens=512 batch_size=4 learning_rate=3e-3".split()
+
+
+@pytest.fixture(scope="module")
+def run(pico, converted):
+    return converted(pico("llama"), method="upcycle", experts=4, top_k=2, layers="1:")
+
+
+@pytest.fixture(scope="module")
+def ids_BT():
+    return torch.randint(1, 128, (4, 32), generator=torch.Generator().manual_seed(3))
+
+
+def gradients(run, ids_BT, routing: bool) -> dict[str, torch.Tensor]:
+    """Of transformers' own cross-entropy, with our hooks on the model or without."""
+    model = runnable(AutoModelForCausalLM.from_pretrained(run)).train()
+    if routing:
+        Routing(model, build(None, {}, [], copies=True), copies=True)
+    model(ids_BT, labels=ids_BT).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_it_learns_by_the_gates_of_the_class_itself(run, ids_BT):
+    plain, hooked = (gradients(run, ids_BT, routing) for routing in (False, True))
+    assert float(plain["model.layers.1.mlp.gate.weight"].abs().max()) > 0
+    for name, gradient in plain.items():
+        torch.testing.assert_close(hooked[name], gradient)
+
+
+def test_router_rows_have_the_rate_that_is_given(run):
+    model = AutoModelForCausalLM.from_pretrained(run)
+    rates = {"router": 1e-3, "experts": 1e-4, "rest": 1e-5}
+    routing = Routing(model, copies=True)
+    found = {group["part"]: group["lr"] for group in groups(model, "all", rates, routing.scale)}
+    assert found == rates
+
+
+def test_noise_on_choices_leaves_gates_that_sum_to_one(run, ids_BT):
+    model = runnable(AutoModelForCausalLM.from_pretrained(run)).train()
+    routing = Routing(model, build(None, {"noise": 5.0}, [], copies=True), copies=True)
+    seen = []
+    routing.layers[0].router.register_forward_hook(lambda *args: seen.append(args[-1]))
+    model(ids_BT)
+    logits_TE, gate_TK, index_TK = seen[0]
+    torch.testing.assert_close(gate_TK.sum(-1), torch.ones(len(gate_TK)))
+    assert not torch.equal(index_TK, logits_TE.topk(2).indices)
+
+
+@pytest.mark.parametrize("setting", ["anneal", "refit_after", "router_ce"])
+def test_what_needs_a_divided_ffn_is_refused(setting, run):
+    value = True if setting == "refit_after" else 0.5
+    with pytest.raises(MoefyError, match=rf"^{setting} is .* are copies") as caught:
+        check_run(open_run(run), build(None, {setting: value}, [], copies=True))
+    assert caught.value.code == 2
+
+
+def test_every_command_takes_copies(run, text, moefy, tmp_path):
+    out = tmp_path / "tuned"
+    given = [part for setting in STEPS for part in ("--set", setting)]
+    done = moefy("finetune", run, "--out", out, "--data", text, "--tokens", 4096, *given)
+    assert done.code == 0, done.err
+    report = json.loads((out / "moefy" / "finetune.json").read_text())
+    assert (report["settings"]["kl"], report["settings"]["ce"]) == (0.0, 1.0)
+    before, after = (report["validation"][when]["loss"] for when in ("before", "after"))
+    assert after < before
+    rows = [
+        load_file(f / "model.safetensors")["model.layers.1.mlp.gate.weight"] for f in (run, out)
+    ]
+    assert not torch.equal(*rows)
+    for folder in (run, out):
+        done = moefy("verify", folder)
+        assert done.code == 0, done.out
+    done = moefy("inspect", run)
+    assert "4 copies of the dense FFN" in done.out
+    done = moefy("push", out, "me/it", "--dry-run")
+    assert done.code == 0, done.err
+    done = moefy(
+        *("report", out, "--text", text, "--tokens", 512, "--sequence-length", 64),
+        *("--quick", "--controls", "--no-speed"),
+    )
+    assert done.code == 0, done.err
+    assert "1.67 times the dense FFN computed" in done.out
+    assert "the dense model is that of copies" in done.out
+    done = moefy("export", "gguf", run, tmp_path / "out.gguf")
+    assert done.code == 4
+    assert "norm_topk_prob" in done.err
