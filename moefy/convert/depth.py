@@ -16,7 +16,7 @@ from moefy.checkpoint.tensors import Checkpoint
 from moefy.config.recipe import dropped_layers
 from moefy.convert import forward
 from moefy.convert.prepare import Job, prepare
-from moefy.convert.profile import CHUNK
+from moefy.convert.profile import CHUNK, add_outputs
 from moefy.convert.sensitivity import divergence, pieces, ranges
 from moefy.files.buffers import MEMORY, Store
 from moefy.models.families.family import Family
@@ -121,9 +121,8 @@ def advance(
     ffn = forward.read_ffn(checkpoint, family, layer, states_BTD.device)
     x_TD, join, leave = forward.tap(checkpoint, family, layer, states_BTD, store=store)
     flat_TD = states_BTD.view(x_TD.shape)
-    for x_CD, flat_CD in zip(x_TD.split(CHUNK), flat_TD.split(CHUNK), strict=True):
-        y_CD = ffn.activations(x_CD) @ ffn.down_DF.T
-        flat_CD += join(y_CD) if join else y_CD
+    add_outputs(ffn, x_TD, flat_TD, join, store)
+    for flat_CD in flat_TD.split(CHUNK):
         flat_CD.copy_(leave(flat_CD))
         store.release()
 

@@ -13,7 +13,7 @@ from moefy.convert import depth, forward, write
 from moefy.convert.copies import copy_block
 from moefy.convert.ffn import Block, convert_block
 from moefy.convert.prepare import Job
-from moefy.convert.profile import CHUNK, Inputs
+from moefy.convert.profile import CHUNK, Inputs, add_outputs
 from moefy.convert.session import Session
 from moefy.convert.summary import gaps
 from moefy.distributed import Group, Share
@@ -186,12 +186,7 @@ def _pass(
     dense = slice(num_tokens if layer in job.layers else 0, None)
     block = None
     with clock.stage("dense"):
-        for x_CD, flat_CD in zip(
-            x_TD[dense].split(CHUNK), flat_TD[dense].split(CHUNK), strict=True
-        ):
-            y_CD = ffn.activations(x_CD) @ ffn.down_DF.T
-            flat_CD += join(y_CD) if join else y_CD
-            store.release()
+        add_outputs(ffn, x_TD[dense], flat_TD[dense], join, store)
     if layer in job.layers:
         session.watch(f"layer {layer}: split and route", layer, job.num_layers)
         inputs = Inputs(

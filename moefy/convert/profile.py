@@ -30,6 +30,20 @@ class Inputs:
     group: Group = ALONE  # the processes that have the other tokens
 
 
+def add_outputs(
+    ffn: FFN,
+    x_TD: Tensor,
+    states_TD: Tensor,
+    join: Callable[[Tensor], Tensor] | None,
+    store: Store = MEMORY,
+) -> None:
+    """Add to the states, in place, what an FFN computes from its inputs."""
+    for x_CD, state_CD in zip(x_TD.split(CHUNK), states_TD.split(CHUNK), strict=True):
+        y_CD = ffn.activations(x_CD) @ ffn.down_DF.T
+        state_CD += join(y_CD) if join else y_CD
+        store.release()
+
+
 def chunks(
     ffn: FFN, profile: Profile, part: str = "fit"
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

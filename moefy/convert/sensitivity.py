@@ -17,13 +17,12 @@ from moefy.convert.choose import most_dense, named_engines
 from moefy.convert.ffn import Method, convert_block
 from moefy.convert.partition import static
 from moefy.convert.prepare import Job, prepare
-from moefy.convert.profile import CHUNK, Inputs
+from moefy.convert.profile import Inputs, add_outputs
 from moefy.errors import MoefyError
 from moefy.models.choice import SLACK, expected_loss, layer_sizes, relative_time
 from moefy.models.shape import pruned
 from moefy.progress import Watch
 from moefy.text.tokens import Tokens
-from moefy.types import FFN
 
 PIECES = (32, 96, 12)
 """Tokens of a piece of a sequence, pieces to fit on, and held-out ones that measure. It takes 60 s
@@ -129,14 +128,14 @@ def savings(job: Job, tokens: Tokens, watch: Watch) -> Savings:
         x_TD, join, leave = forward.tap(job.checkpoint, job.family, layer, states_BTD)
         flat_TD = states_BTD.view(x_TD.shape)
         branch_TD = flat_TD[pruned_T][-num_probed:].clone()
-        _run(ffn, x_TD[pruned_T][-num_probed:], branch_TD, join)
-        _run(ffn, x_TD[:num_tokens], flat_TD[:num_tokens], join)
+        add_outputs(ffn, x_TD[pruned_T][-num_probed:], branch_TD, join)
+        add_outputs(ffn, x_TD[:num_tokens], flat_TD[:num_tokens], join)
         inputs = Inputs(
             x_TD[pruned_T], num_probed, flat_TD[pruned_T], join, dense_TD=flat_TD[:num_tokens]
         )
         block = convert_block(ffn, inputs, pruned(job.shape), method, dtype=torch.float32, seed=0)
         narrow = block.routed.ffn.some(block.routed.partition.shared_S)
-        _run(narrow, x_TD[num_tokens:], flat_TD[num_tokens:], join)
+        add_outputs(narrow, x_TD[num_tokens:], flat_TD[num_tokens:], join)
         flat_TD.copy_(leave(flat_TD))
         states_BTD = torch.cat([states_BTD, leave(branch_TD).view(*probes.shape, -1)])
     logits = forward.ending(job.checkpoint, job.family)
@@ -144,15 +143,6 @@ def savings(job: Job, tokens: Tokens, watch: Watch) -> Savings:
     loss = partial(divergence, logits, dense_BTD[len(fitted) :])
     kl = loss(all_BTD[len(fitted) :])
     return Savings(kl, [kl - loss(branch_BTD) for branch_BTD in branches_BTD.split(len(probes))])
-
-
-def _run(
-    ffn: FFN, x_TD: Tensor, states_TD: Tensor, join: Callable[[Tensor], Tensor] | None
-) -> None:
-    """Add to the states what an FFN computes from its inputs."""
-    for x_CD, state_CD in zip(x_TD.split(CHUNK), states_TD.split(CHUNK), strict=True):
-        y_CD = ffn.activations(x_CD) @ ffn.down_DF.T
-        state_CD += join(y_CD) if join else y_CD
 
 
 def pieces(tokens: Tokens, length: int, num_fitted: int, num_probes: int) -> tuple[Tensor, Tensor]:
