@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -219,16 +220,66 @@ def test_steps_are_those_of_all_processes_together(monkeypatch):
         assert num_steps(_of_steps(settings, 7), world) == 7
 
 
+SCONTROL = "#!/bin/sh\necho localhost\n"
+SRUN = """#!/bin/sh
+# On this machine as often as the job has machines; each is one of them to torchrun.
+for node in $(seq "$SLURM_NNODES"); do "$@" & done
+for node in $(seq "$SLURM_NNODES"); do wait -n || exit; done
+""".replace("/bin/sh", "/bin/bash")
+
+
 @pytest.mark.slow
-def test_two_processes_take_as_many_steps_as_asked_for(pico, converted, text, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    two = command(converted(pico("llama")), tmp_path / "out", text, "--steps", "3", batch_size=2)
-    done = subprocess.run(
-        [*launch, *two], env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads((tmp_path / "out" / "moefy" / "finetune.json").read_text())
-    assert summary["steps"] == 3 and summary["tokens"] == 3 * 2 * 2 * 64
+def test_a_slurm_job_that_is_stopped_goes_on_in_fewer_processes(pico, converted, text, tmp_path):
+    """slurm.sbatch starts torchrun.sh on two "machines" of one process; then torchrun.sh alone."""
+    run, launch, stubs = converted(pico("llama")), ROOT / "recipes" / "launch", tmp_path / "stubs"
+    stubs.mkdir()
+    for name, script in (("scontrol", SCONTROL), ("srun", SRUN)):
+        (stubs / name).write_text(script)
+        (stubs / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {**environment(), "PATH": f"{stubs}:{os.environ['PATH']}", "PORT": port}
+    place |= {"PYTHON": sys.executable, "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
+    place |= {"SLURM_NNODES": "2", "SLURM_GPUS_PER_NODE": "1", "SLURM_JOB_NODELIST": "a[1-2]"}
+    small = {**SMALL, "batch_size": 2, "save_every": 2, "balance": "none", "tokens": 8192}
+    words = [f"--set={key}={value}" for key, value in small.items()]
+    words += ["--set=gradient_checkpointing=false", "--device", "cpu"]
+
+    def start(script, out, *more):
+        command = ["bash", launch / script, run, text, "--out", tmp_path / out, *words, *more]
+        return subprocess.Popen(
+            command,
+            env=place,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    whole = start("slurm.sbatch", "whole")
+    printed = whole.communicate(timeout=600)[0]
+    assert whole.returncode == 0, printed[-3000:]
+    assert printed.count("Report:") == 1
+    job, home = start("slurm.sbatch", "out"), tmp_path / ".out.moefy-finetune"
+    while job.poll() is None and not list(home.glob("checkpoint-*")):
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGTERM)  # as Slurm does; torchrun then ends its processes
+    job.communicate(timeout=600)
+    assert not (tmp_path / "out").exists() and list(home.glob("checkpoint-*"))
+    place |= {"GPUS": "1", "NODES": "1"}
+    alone = start("torchrun.sh", "out", "--gradient-accumulation-steps", "2")
+    printed = alone.communicate(timeout=600)[0]
+    assert alone.returncode == 0, printed[-3000:]
+    summaries = [
+        json.loads((tmp_path / out / "moefy" / "finetune.json").read_text())
+        for out in ("whole", "out")
+    ]
+    layouts = [one["settings"]["fsdp"] for one in summaries]
+    assert layouts == [2, 1] and {one["steps"] for one in summaries} == {32}
+    new, old, before = weights(tmp_path / "out"), weights(tmp_path / "whole"), weights(run)
+    moved = max(float((old[name] - before[name]).abs().max()) for name in old)
+    assert max(float((old[name] - new[name]).abs().max()) for name in old) < 1e-3 * moved
 
 
 @pytest.mark.slow
