@@ -24,6 +24,8 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
+from moefy.errors import MoefyError
+
 
 class MoefyConfig(PreTrainedConfig):
     """The dense configuration under `dense`, and how its FFNs are divided."""
@@ -46,6 +48,8 @@ class MoefyConfig(PreTrainedConfig):
         expert_width: int = 1,
         num_shared: int = 0,
         norm_topk_prob: bool = False,
+        num_shadow: int = 0,
+        lost_experts: list[list[int]] | None = None,
         **rest: Any,
     ) -> None:
         dense = dict(dense or {"model_type": "llama"})
@@ -58,6 +62,7 @@ class MoefyConfig(PreTrainedConfig):
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
         self.expert_width, self.num_shared = expert_width, num_shared
         self.norm_topk_prob = norm_topk_prob
+        self.num_shadow, self.lost_experts = num_shadow, list(lost_experts or [])
         super().__init__(**rest)
 
     def dense_config(self) -> PreTrainedConfig:
@@ -74,16 +79,21 @@ class Router(nn.Module):
     """Linear scores; the highest are chosen, and every chosen expert counts fully.
 
     With `norm_topk_prob` each counts by its softmax weight among those that are chosen.
+    An expert that is `lost` is chosen last, and then counts nothing.
     """
 
     def __init__(self, config: MoefyConfig, hidden: int) -> None:
         super().__init__()
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden))
+        self.lost: frozenset[int] = frozenset()
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, gates and indices of the chosen experts."""
         score_TE = nn.functional.linear(x_TD.float(), self.weight.float())
+        if self.lost:
+            lost = torch.tensor([*self.lost], device=score_TE.device)
+            score_TE = score_TE.index_fill(1, lost, -torch.inf)
         share_TE = score_TE.softmax(-1)
         index_TK = score_TE.topk(self.top_k, dim=-1).indices
         share_TK = share_TE.gather(1, index_TK)
@@ -91,11 +101,16 @@ class Router(nn.Module):
             gate_TK = share_TK / share_TK.sum(-1, keepdim=True)
         else:
             gate_TK = 1 + share_TK - share_TK.detach()  # one, with the gradient of the share
+        if self.lost:
+            gate_TK = gate_TK.masked_fill(score_TE.gather(1, index_TK) == -torch.inf, 0)
         return score_TE, gate_TK.to(x_TD.dtype), index_TK
 
 
 class Experts(nn.Module):
-    """The routed experts, stacked; with a gate, `up_proj` holds gate above up."""
+    """The routed experts, stacked; with a gate, `up_proj` holds gate above up.
+
+    The first neurons of each may be stored again as its shadow, which answers where it is `lost`.
+    """
 
     def __init__(self, config: MoefyConfig, hidden: int, act: Any) -> None:
         super().__init__()
@@ -104,11 +119,21 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(num, width * (1 + config.gated), hidden))
         self.up_bias = nn.Parameter(torch.empty(num, width)) if config.biased else None
         self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
+        self.lost: frozenset[int] = frozenset()
+        if shadow := config.num_shadow:
+            self.shadow_up_proj = nn.Parameter(
+                torch.empty(num, shadow * (1 + config.gated), hidden)
+            )
+            self.shadow_up_bias = nn.Parameter(torch.empty(num, shadow)) if config.biased else None
+            self.shadow_down_proj = nn.Parameter(torch.empty(num, hidden, shadow))
 
     def activations(self, expert: int, x_TD: Tensor) -> Tensor:
-        """The activations of one expert's neurons, (T, N)."""
-        bias = None if self.up_bias is None else self.up_bias[expert]
-        return _activations(nn.functional.linear(x_TD, self.up_proj[expert], bias), self)
+        """The activations of one expert's neurons, (T, N), or of those of its shadow."""
+        up, bias = self.up_proj, self.up_bias
+        if expert in self.lost:
+            up, bias = self.shadow_up_proj, self.shadow_up_bias
+        bias = None if bias is None else bias[expert]
+        return _activations(nn.functional.linear(x_TD, up[expert], bias), self)
 
     def forward(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """The chosen experts' outputs, times their gates, summed."""
@@ -117,7 +142,8 @@ class Experts(nn.Module):
             token, place = (index_TK == expert).nonzero(as_tuple=True)
             if len(token):
                 h_TN = self.activations(expert, x_TD[token])
-                part_TD = nn.functional.linear(h_TN, self.down_proj[expert])
+                down = self.shadow_down_proj if expert in self.lost else self.down_proj
+                part_TD = nn.functional.linear(h_TN, down[expert])
                 y_TD.index_add_(0, token, part_TD * gate_TK[token, place, None])
         return y_TD
 
@@ -140,12 +166,14 @@ class Shared(nn.Module):
 class MoeBlock(nn.Module):
     """Replaces a dense FFN."""
 
-    def __init__(self, config: MoefyConfig, dense: PreTrainedConfig) -> None:
+    def __init__(self, config: MoefyConfig, dense: PreTrainedConfig, layer: int) -> None:
         super().__init__()
         hidden = dense.hidden_size
         act = ACT2FN[getattr(dense, config.activation, "silu")]
         self.gate = Router(config, hidden)
         self.experts = Experts(config, hidden, act)
+        lost = frozenset(expert for number, expert in config.lost_experts if number == layer)
+        (self.experts if config.num_shadow else self.gate).lost = lost
         self.shared = Shared(config, hidden, act) if config.num_shared else None
         self.down_bias = config.down_bias
         if self.down_bias:  # it stays where the dense class has it
@@ -190,12 +218,13 @@ class MoefyModel(PreTrainedModel):
         # Without a head, too, tensors are named as in the classes that have one.
         bare = self.opens is AutoModel and config.layer.startswith(name + ".")
         self.dense: Any = nn.ModuleDict({name: model}) if bare else model
-        for layer in range(dense.num_hidden_layers):
-            if layer not in config.left_dense:
-                home = self.dense.get_submodule(config.layer.format(layer=layer).rstrip("."))
-                home.set_submodule(config.block, MoeBlock(config, dense))
-                for name in config.emptied:
-                    home.set_submodule(name, nn.Identity())
+        moe = [n for n in range(dense.num_hidden_layers) if n not in config.left_dense]
+        _check_lost(config, moe)
+        for layer in moe:
+            home = self.dense.get_submodule(config.layer.format(layer=layer).rstrip("."))
+            home.set_submodule(config.block, MoeBlock(config, dense, layer))
+            for name in config.emptied:
+                home.set_submodule(name, nn.Identity())
         tied = model._tied_weights_keys if dense.tie_word_embeddings and not bare else None
         self._tied_weights_keys = {f"dense.{a}": f"dense.{b}" for a, b in (tied or {}).items()}
         self.post_init()
@@ -254,6 +283,23 @@ class MoefyForSequenceClassification(MoefyModel):
     """The same for classifiers."""
 
     opens = AutoModelForSequenceClassification
+
+
+def _check_lost(config: MoefyConfig, layers: list[int]) -> None:
+    """Refuse a lost expert that is not there.
+
+    Raises:
+        MoefyError: code 4.
+    """
+    there = [[layer, expert] for layer in layers for expert in range(config.num_experts)]
+    for lost in config.lost_experts:
+        if lost not in there:
+            raise MoefyError(
+                f"lost_experts in config.json names {lost}, which is not there; expected pairs "
+                f"[layer, expert] of the layers {layers} and the experts 0 to "
+                f"{config.num_experts - 1}",
+                code=4,
+            )
 
 
 def _activations(up: Tensor, module: Any) -> Tensor:

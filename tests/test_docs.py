@@ -22,6 +22,8 @@ OTHER_PROGRAMS = {
     "--no-deps": "pip",
     "--nproc-per-node": "torchrun",
     "--override-kv": "llama.cpp",
+    **dict.fromkeys(("--cpu-moe", "--n-cpu-moe", "--no-mmap"), "llama.cpp"),
+    **dict.fromkeys(("--cpu-offload-gb", "--cpu-offload-params"), "vLLM"),
     "--disable-shared-experts-fusion": "SGLang",
 }
 

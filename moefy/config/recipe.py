@@ -120,6 +120,7 @@ class Recipe:
     )
     reinit: float = option(0.0, "Share of the neurons of each copy that are drawn anew.", most=1)
     target: str = option("auto", "Stock class to write, or `auto`.")
+    shadow: float = option(0.0, "Memory for backups of experts, as a fraction of theirs.", most=1)
     engines: str = option(
         "",
         "Engines that must run the result, e.g. `llama.cpp,vllm`; the shape of the experts is "

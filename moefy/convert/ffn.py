@@ -29,6 +29,7 @@ class Method:
     refine: Callable[..., Router] | None = None  # fits the router again to what a refit has left
     error_propagation: float = 0.0  # share of the residual stream's drift that the refit repairs
     gradient: bool = False  # whether `split` needs the gradient of the dense model's loss
+    ranked: bool = False  # whether an expert's neurons stand by their energy, the greatest first
     sample: int | None = SAMPLE  # fitting tokens whose neurons `split` holds at a time; None: all
     copies: bool = False  # whether the experts are copies of the FFN
     noise: float = 0.0  # on these, as a multiple of their weights' standard deviation
@@ -64,6 +65,12 @@ def convert_block(
     num_silent = int((profile.energy_F == 0).sum())
     with clock.stage("split"):
         partition = group.broadcast(method.split(ffn, profile, shape, generator=generator))
+    if method.ranked:
+        order_EN = profile.energy_F[partition.experts_EN].argsort(
+            dim=1, descending=True, stable=True
+        )
+        experts_EN = partition.experts_EN.gather(1, order_EN)
+        partition = group.broadcast(dataclasses.replace(partition, experts_EN=experts_EN))
     profile.release()
     # Where all experts run there is nothing to choose, and zero rows make every gate one.
     choice = 1.0 if shape.experts_per_token < shape.num_experts else 0.0

@@ -104,6 +104,11 @@ class Job:
         return self.stored_dtype
 
     @property
+    def num_shadow(self) -> int:
+        """Neurons of each expert that are stored again as its backup."""
+        return round(self.recipe.shadow * self.shape.expert_width)
+
+    @property
     def stored_dtype(self) -> torch.dtype:
         """The dtype of the FFNs that are converted: of several, the one that holds all values."""
         codes = sorted({self.checkpoint.entries[name].dtype for name in self.ffn_names})
@@ -150,6 +155,12 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
     target, reason = narrower(family), "the dense class itself, for it routes nothing"
     if method.fit is not None:
         target, reason = choose_target(recipe, family, dense)
+    if recipe.shadow and (method.fit is None or not target.native):
+        raise MoefyError(
+            f"--shadow {recipe.shadow:g} needs moefy's own class, and this would be written as "
+            f"{target.model_type or 'a dense class'}; expected --target moefy, or no --shadow",
+            code=2,
+        )
     _check_writes(recipe, method, family)
     shape, choice = choose_shape(recipe, method, checkpoint, dense, target, active)
     if family.beside:

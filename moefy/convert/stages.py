@@ -62,6 +62,7 @@ def stages(recipe: Recipe, *, control: bool = False) -> Method:
         refine,
         recipe.drift if recipe.refit else 0.0,
         gradient=getattr(partition, "GRADIENT", False),
+        ranked=recipe.shadow > 0,
         sample=None if whole else int(recipe.partition_options.get("sample", SAMPLE)),
         copies=copies,
         noise=recipe.noise,
@@ -83,6 +84,8 @@ def _check_copies(recipe: Recipe, copies: Any) -> None:
         problem = f"--overlap {recipe.overlap:g}: copies overlap whole; drop it ({method})"
     elif recipe.refit:
         problem = f"--refit: copies lose nothing that a refit could make good; drop it ({method})"
+    elif recipe.shadow:
+        problem = f"--shadow {recipe.shadow:g}: another copy answers for a lost one ({method})"
     elif recipe.router not in copies.ROUTERS:
         known = " or ".join(copies.ROUTERS)
         problem = (

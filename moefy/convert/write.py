@@ -61,7 +61,7 @@ def _block_slots(job: Job) -> dict[str, Slot]:
         )
         router_ED = torch.empty(shape.num_experts, hidden)
         k, slices = shape.experts_per_token, shape.granularity
-        split = Split(ffn, partition, router_ED, k, job.dtype, slices)
+        split = Split(ffn, partition, router_ED, k, job.dtype, slices, job.num_shadow)
         tensors = job.target.tensors(split)
     return {name: Slot(CODES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
 
@@ -132,7 +132,8 @@ def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> list
     """
     prefix = job.target.prefix + job.family.layer.format(layer=layer)
     routed, k, slices = block.routed, job.shape.experts_per_token, job.shape.granularity
-    split = Split(routed.ffn, routed.partition, routed.router.weight_ED, k, job.dtype, slices)
+    parts = routed.ffn, routed.partition, routed.router.weight_ED
+    split = Split(*parts, k, job.dtype, slices, job.num_shadow)
     names = []
     for tail, tensor in job.target.tensors(split).items():
         if not torch.isfinite(tensor).all():
@@ -150,6 +151,8 @@ def write_folder(job: Job, part: Path) -> None:
     if job.method.fit is None:
         dense = Dense(job.family, job.checkpoint.config)
     config = job.target.configuration(dense, job.shape)
+    if job.num_shadow:
+        config["num_shadow"] = job.num_shadow
     config["dtype"] = str(job.dtype).removeprefix("torch.")
     config["transformers_version"] = importlib.import_module("transformers").__version__
     folder = job.checkpoint.folder

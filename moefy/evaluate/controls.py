@@ -42,6 +42,7 @@ STATIC = {
     "partition_options": {},
     "target": "auto",
     "layers": ":",
+    "shadow": 0.0,
 } | dict.fromkeys(
     # Its shape follows from the run's; the options of the experts may not fit another class.
     ("experts", "top_k", "shared_fraction")

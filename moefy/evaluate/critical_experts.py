@@ -20,7 +20,8 @@ NAMED = 3
 def summary(
     experts: Sequence[tuple[int, int]], windows: Sequence[Tensor], rows: Sequence[Sequence[float]]
 ) -> dict[str, Any]:
-    """Figures of each expert from the losses of all windows, which begin with the whole model's."""
+    """Figures of each expert from the losses of all windows: the whole model's, those without each
+    expert, and perhaps those with its shadow."""
     tokens = tuple(len(ids_T) - 1 for ids_T in windows)
     whole, *lost = (Score(tokens, nll_W, (), ()) for nll_W in zip(*rows, strict=True))
     figures = [
@@ -30,14 +31,20 @@ def summary(
             "dnll": score.nll - whole.nll,
             "standard_error": standard_error(score, whole),
         }
-        for (layer, expert), score in zip(experts, lost, strict=True)
+        for (layer, expert), score in zip(experts, lost, strict=False)
     ]
+    for row, score in zip(figures, lost[len(experts) :], strict=False):
+        row |= {
+            "shadow_dnll": score.nll - whole.nll,
+            "shadow_standard_error": standard_error(score, whole),
+        }
+    kinds = ("", "shadow_") if len(lost) > len(experts) else ("",)
     return {
         "tokens": whole.num_tokens,
         "windows": len(windows),
         "nll": whole.nll,
-        "mean": fmean(row["dnll"] for row in figures),
-        "worst": max(row["dnll"] for row in figures),
+        **{f"{kind}mean": fmean(row[f"{kind}dnll"] for row in figures) for kind in kinds},
+        **{f"{kind}worst": max(row[f"{kind}dnll"] for row in figures) for kind in kinds},
         "experts": figures,
     }
 
@@ -52,10 +59,14 @@ def advice(
     worst = sorted(lost["experts"], key=lambda row: -row["dnll"])
     critical = sum(row["dnll"] > CRITICAL for row in worst)
     head = f"{critical} EXPERTS MUST NOT BE LOST" if critical else "Any one expert may be lost"
+    shadows = ""
+    if (mean := lost.get("shadow_mean")) is not None:
+        most = lost["shadow_worst"]
+        shadows = f" With its shadow in its place it loses {mean:.4f}, at most {most:.3f}."
     names = (f"{row['layer']}.{row['expert']} ({row['dnll']:.3f})" for row in worst[:NAMED])
     yield (
         f"{head}: without one of {len(worst):,} it loses {lost['mean']:.4f} nats per token on "
-        f"average, and most without layer.expert {', '.join(names)}.",
+        f"average, and most without layer.expert {', '.join(names)}.{shadows}",
         critical > 0,
         worst[:NAMED],
     )

@@ -40,6 +40,17 @@ def without(block: MoEBlock, expert: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def by_shadow(block: MoEBlock, expert: int) -> Iterator[None]:
+    """Have the shadow of one expert of moefy's own class answer while the `with` block runs."""
+    experts, lost = block.experts, block.experts.lost
+    experts.lost = lost | {expert}
+    try:
+        yield
+    finally:
+        experts.lost = lost
+
+
 class _Masked(TorchFunctionMode):
     """Sets one column to minus infinity in logits, and in scores where the best are chosen."""
 
@@ -63,10 +74,13 @@ class _Masked(TorchFunctionMode):
         return score_TE.index_fill(-1, self.expert.to(score_TE.device), -torch.inf)
 
 
-def losses(model: Any, ids_T: Tensor, experts: Sequence[Expert]) -> Iterator[float]:
+def losses(
+    model: Any, ids_T: Tensor, experts: Sequence[Expert], *, shadows: bool = False
+) -> Iterator[float]:
     """Negative log-likelihood of a text, nats: of the whole model, then without each expert alone.
 
-    The layers below that of a lost expert are not computed again.
+    With `shadows`, then with the shadow of each in its place. The layers below that of a lost
+    expert are not computed again.
     """
     blocks = {block.layer: block for block in moe_blocks(model)}
     states: list[Any] = []
@@ -75,9 +89,10 @@ def losses(model: Any, ids_T: Tensor, experts: Sequence[Expert]) -> Iterator[flo
             hook = layer.register_forward_hook(lambda _module, _args, out: states.append(out))
             stack.callback(hook.remove)
         yield _loss(model, ids_T)
-    for layer, expert in experts:
-        with _replayed(model, states[:layer]), without(blocks[layer], expert):
-            yield _loss(model, ids_T)
+    for lose in (without, by_shadow)[: 1 + shadows]:
+        for layer, expert in experts:
+            with _replayed(model, states[:layer]), lose(blocks[layer], expert):
+                yield _loss(model, ids_T)
 
 
 def _loss(model: Any, ids_T: Tensor) -> float:

@@ -69,7 +69,9 @@ def lost_experts(session: Session, settings: Settings) -> dict[str, Any]:
         return (time.perf_counter() - start) / done
 
     each = session.cached("lost-expert-seconds", main, seconds, window=len(windows[0]))
-    total = len(experts) * len(windows)
+    shadows = session.summary["recipe"].get("shadow", 0) > 0
+    count = len(experts) * (1 + shadows)
+    total = count * len(windows)
     minutes = max(1, round(each * total / 60))
     stage = f"{len(experts):,} lost experts, about {minutes} min in all"
     rows = []
@@ -77,8 +79,8 @@ def lost_experts(session: Session, settings: Settings) -> dict[str, Any]:
 
         def measure(model: Any, ids_T: Tensor = ids_T, past: int = number) -> list[float]:
             result = []
-            for loss in losses(model, ids_T, experts):
-                session.watch(stage, past * len(experts) + len(result), total)
+            for loss in losses(model, ids_T, experts, shadows=shadows):
+                session.watch(stage, past * count + len(result), total)
                 result.append(loss)
             return result
 

@@ -18,8 +18,8 @@ PARTS = ("router", "experts", "rest")
 def parts(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters of each part, by name.
 
-    The shared expert's gate and a selection bias are in no part. The gate must stay at one, and the
-    balancing moves the bias.
+    The shared expert's gate, a selection bias and shadows are in no part. The gate must stay at
+    one, the balancing moves the bias, and shadows are copies.
     """
     blocks = moe_layers(model)
     rows = {id(layer.rows) for layer in blocks}
@@ -27,7 +27,7 @@ def parts(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         id(parameter)
         for layer in blocks
         for name, parameter in layer.block.named_parameters()
-        if name.startswith("shared_expert_gate") or name.endswith(BIASES)
+        if name.startswith(("shared_expert_gate", "experts.shadow_")) or name.endswith(BIASES)
     }
     inside = {id(p) for layer in blocks for p in layer.block.parameters()}
     result: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PARTS}

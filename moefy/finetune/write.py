@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from moefy.checkpoint.reload import reopen
 from moefy.checkpoint.validate import companion_files
 from moefy.errors import MoefyError
-from moefy.files.safetensors_header import CONFIG, read_entries, some
+from moefy.files.safetensors_header import CONFIG, Entry, read_entries, some
 from moefy.files.shards import DTYPES, ShardWriter, Slot, read
 from moefy.finetune.inputs import Run
 from moefy.models.load import states_of
@@ -22,6 +23,9 @@ OF_RUN = (
     "moefy/calibration.safetensors",
 )  # fmt: skip
 """Files of a run that are copied: the records of the conversion."""
+
+SHADOW = "shadow_"
+"""Begins the names of tensors that hold some of the experts' neurons again."""
 
 
 def save(model: Any, place: Path) -> None:
@@ -44,7 +48,7 @@ def write_checkpoint(place: Path, run: Run, part: Path) -> None:
         raise MoefyError(f"the trained model has lost {some(missing)}", code=6)
     writer = ShardWriter(part, {name: Slot(e.dtype, e.shape) for name, e in entries.items()})
     for name, entry in entries.items():
-        trained = read(name, saved[name]).reshape(entry.shape)
+        trained = _trained(name, entries, saved).reshape(entry.shape)
         if torch.equal(trained, read(name, entry).to(trained.dtype)):
             writer.copy(name, entry)  # a tensor that training left alone keeps its bytes
             continue
@@ -58,6 +62,19 @@ def write_checkpoint(place: Path, run: Run, part: Path) -> None:
     for file in [*companion_files(folder), CONFIG, *records]:
         (part / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / file, part / file)
+
+
+def _trained(name: str, entries: Mapping[str, Entry], saved: Mapping[str, Entry]) -> Tensor:
+    """A saved tensor; of a shadow, the first neurons of what its experts have become."""
+    home, _, last = name.rpartition(".")
+    if not last.startswith(SHADOW):
+        return read(name, saved[name])
+    whole = f"{home}.{last.removeprefix(SHADOW)}"
+    width, kept = (entries[f"{home}.{prefix}down_proj"].shape[-1] for prefix in ("", SHADOW))
+    tensor = read(whole, saved[whole])
+    if last.endswith("down_proj"):
+        return tensor[..., :kept]
+    return tensor.unflatten(1, (-1, width))[:, :, :kept].flatten(1, 2)
 
 
 def check_checkpoint(model: Any, run: Run, part: Path, ids_T: Tensor) -> dict[str, Any]:

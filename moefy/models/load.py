@@ -67,6 +67,8 @@ def open_model(
             output_loading_info=True,
             **more,
         )
+    except MoefyError:
+        raise
     except Exception as error:  # transformers raises anything for a damaged configuration
         if isinstance(error, MemoryError) or "out of memory" in str(error):
             raise

@@ -11,14 +11,15 @@ from moefy.report.document import Picture, Section, Table
 from moefy.report.format import computed_in, fixed, uncertain
 from moefy.report.heatmaps import heat
 
-HEADER = ("lost expert", "dNLL without it")
+HEADER = ("lost expert", "dNLL without it", "with its shadow")
 SHOWN = 10
 """Experts in the table, the most critical first."""
 
 LEAD = (
     "A device or a file may fail, and an expert with it. Here each one is taken out alone: its "
     "logit is minus infinity, so its tokens go to the next best expert. dNLL is the loss without "
-    "it minus the loss with all experts, in nats per token.",
+    "it minus the loss with all experts, in nats per token. A shadow (`convert --shadow`) holds "
+    "the expert's strongest neurons again, and answers in its place.",
 )
 
 
@@ -28,8 +29,9 @@ def lost_experts(report: Mapping[str, Any]) -> Section:
     if not lost:
         return Section("lost", "What if an expert is lost?")
     count = len(lost["experts"])
+    means = (fixed(lost.get(key), 4) for key in ("mean", "shadow_mean"))
     summary = (
-        (f"{lost['label']}: mean of {count:,} lost experts", fixed(lost["mean"], 4)),
+        (f"{lost['label']}: mean of {count:,} lost experts", *means),
         *rows(report)[:SHOWN],
     )
     caption = (
@@ -47,6 +49,7 @@ def rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
         (
             f"layer {row['layer']}, expert {row['expert']}",
             uncertain(row["dnll"], row["standard_error"], 4),
+            uncertain(row.get("shadow_dnll"), row.get("shadow_standard_error"), 4),
         )
         for row in sorted(experts, key=lambda row: -row["dnll"])
     ]

@@ -20,6 +20,7 @@ from moefy.convert.stages import options_of, stages
 from moefy.errors import MoefyError
 
 EVERYTHING = Recipe(
+    shadow=0.15,
     model="owner/name",
     revision="main",
     active=0.3125,

@@ -18,6 +18,7 @@ from moefy.evaluate.advice import advice
 from moefy.evaluate.expert_masks import losses
 from moefy.evaluate.fail_if import overall_metrics
 from moefy.evaluate.run import evaluate
+from moefy.models.load import open_model
 from moefy.models.routing import moe_blocks
 from moefy.report.sections import sections
 
@@ -91,7 +92,9 @@ def test_without_a_next_expert_nothing_is_nan(pico, converted):
 
 @pytest.fixture
 def run(pico, converted, tmp_path) -> Path:
-    return Path(shutil.copytree(converted(pico("llama")), tmp_path / "runs" / "run"))
+    """A run with shadows, to write into."""
+    folder = converted(pico("llama"), target="moefy", layers=":", shadow=0.25)
+    return Path(shutil.copytree(folder, tmp_path / "runs" / "run"))
 
 
 def settings(text: Path, *experts: str) -> Settings:
@@ -103,11 +106,11 @@ def test_a_report_goes_on_where_it_stopped(run, text, monkeypatch):
     monkeypatch.setattr("moefy.evaluate.run.redraw", lambda run: None)  # matplotlib takes long
     real, windows, stages = part.losses, [], []
 
-    def dies(model, ids_T, experts):
+    def dies(model, ids_T, experts, **more):
         windows.append(ids_T)
         if len(windows) == 3:  # the first one is for the time that it takes
             raise KeyboardInterrupt
-        return real(model, ids_T, experts)
+        return real(model, ids_T, experts, **more)
 
     monkeypatch.setattr(part, "losses", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -118,12 +121,14 @@ def test_a_report_goes_on_where_it_stopped(run, text, monkeypatch):
     monkeypatch.setattr(part, "losses", None)
     assert evaluate(run, settings(text, "all"))["lost_experts"] == report["lost_experts"]
     found = report["lost_experts"]
-    model = opened(run)
+    model = open_model(run)[0]
     names = [(row["layer"], row["expert"]) for row in found["experts"]]
     assert names == [(block.layer, expert) for block in moe_blocks(model) for expert in range(4)]
     assert found["tokens"] == sum(len(ids_T) - 1 for ids_T in (windows[1], *windows[3:]))
     assert found["worst"] == max(row["dnll"] for row in found["experts"])
-    assert any("Any one expert" in one["sentence"] for one in report["advice"])
+    assert 0 < abs(found["shadow_mean"]) and found["shadow_mean"] != found["mean"]
+    (said,) = (one["sentence"] for one in report["advice"] if "Any one expert" in one["sentence"])
+    assert "With its shadow" in said
 
 
 @pytest.mark.parametrize("name", ["0.4", "7.0", "worst"])
@@ -142,7 +147,7 @@ def test_a_run_without_experts(pico, converted, text):
 def test_pages_and_advice_name_the_most_critical():
     report = sample_report.full()
     section = next(one for one in sections(report) if one.name == "lost")
-    assert section.tables[0].rows[1] == ("layer 1, expert 3", "0.1500 ± 0.0100")
+    assert section.tables[0].rows[1] == ("layer 1, expert 3", "0.1500 ± 0.0100", "")
     assert "expert 3 of layer 1" in section.pictures[0].alt
     label = report["lost_experts"]["label"]
     report["texts"] = {}

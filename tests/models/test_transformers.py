@@ -7,11 +7,13 @@ import tomllib
 import warnings
 from importlib.metadata import requires, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from safetensors.torch import load_file, save_file
 from stock import auto_class
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -83,3 +85,24 @@ def test_models_are_opened_with_arguments_that_are_there(pico):
     assert model.dtype == torch.bfloat16 and not any(info.values())
     assert not set(given) - {"dtype"} & set(model.config.to_dict())
     assert "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def test_experts_stay_on_disk_by_the_lines_of_the_guide(pico, converted, tmp_path):
+    folder = converted(pico("llama"))
+    page = Path(__file__).parents[2] / "recipes" / "guide" / "less-memory.md"
+    (lines,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = lines.replace("out/", str(folder)).replace("offload/", str(tmp_path))
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    model = names["model"].eval()
+    away = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    assert away == {name for name, _ in model.named_parameters() if ".experts." in name} != set()
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids_BT = torch.arange(1, 33)[None]
+    with torch.inference_mode():
+        expected = whole(ids_BT).logits
+        assert torch.equal(model(ids_BT).logits, expected)
+        # The negative control: they are read from there.
+        for file in tmp_path.glob("*.safetensors"):
+            save_file({name: 0 * t for name, t in load_file(file).items()}, file)
+        assert not torch.allclose(model(ids_BT).logits, expected)

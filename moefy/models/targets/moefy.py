@@ -47,17 +47,19 @@ def target(family: Family) -> Target:
     def tensors(split: Split) -> Tensors:
         import torch
 
-        block = family.block + "."
+        block, experts_EN = family.block + ".", split.partition.experts_EN
         scale = float(split.granularity or 1)
-        experts = [split.part(neurons, scale) for neurons in split.partition.experts_EN]
-        block_tensors = {
-            block + "gate.weight": split.scaled_ED,
-            block + "experts.up_proj": torch.stack([_above(part) for part in experts]),
-            block + "experts.down_proj": torch.stack([part.down_DF for part in experts]),
-        }
-        biases = [part.bias_F for part in experts if part.bias_F is not None]
-        if biases:
-            block_tensors[block + "experts.up_bias"] = torch.stack(biases)
+        block_tensors = {block + "gate.weight": split.scaled_ED}
+        kinds = {"experts.": experts_EN, "experts.shadow_": experts_EN[:, : split.num_shadow]}
+        for prefix, neurons_EN in kinds.items() if split.num_shadow else [*kinds.items()][:1]:
+            experts = [split.part(neurons, scale) for neurons in neurons_EN]
+            block_tensors |= {
+                block + prefix + "up_proj": torch.stack([_above(part) for part in experts]),
+                block + prefix + "down_proj": torch.stack([part.down_DF for part in experts]),
+            }
+            biases = [part.bias_F for part in experts if part.bias_F is not None]
+            if biases:
+                block_tensors[block + prefix + "up_bias"] = torch.stack(biases)
         if len(split.partition.shared_S):
             shared = split.part(split.partition.shared_S)
             block_tensors[block + "shared.up_proj.weight"] = _above(shared)

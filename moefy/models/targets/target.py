@@ -124,6 +124,8 @@ class Split:
     dtype: torch.dtype
     granularity: int = 0
     """See `Shape`."""
+    num_shadow: int = 0
+    """Neurons of each expert, its first ones, that are written again as its backup."""
 
     @property
     def num_experts(self) -> int:
