@@ -191,6 +191,10 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
         )
         stored = f"and holds {shape.num_stored / shape.num_neurons:.2f} times as much"
         notes.append(f"{times} {stored}: copies are a start for training (moefy finetune)")
+        if shape.experts_per_token == 1:
+            notes.append(
+                "the gate of a single copy is always one, so that routers learn balance alone"
+            )
     job = Job(
         recipe,
         source,

@@ -43,5 +43,6 @@ def _expresses(target: Target) -> dict[str, Any]:
         "dense_layers": target.dense_layers,
         "selection_bias": target.selection_bias,
         "elastic": target.elastic,
+        "copies": target.copies,
         "engines": known_engines(target.model_type),
     }

@@ -159,12 +159,11 @@ def show_catalogue(known: Mapping[str, Any]) -> None:
             name,
             target["shared"],
             target["dense_layers"],
-            "yes" if target["selection_bias"] else "no",
-            "yes" if target["elastic"] else "no",
+            *("yes" if target[key] else "no" for key in ("selection_bias", "elastic", "copies")),
             ", ".join(name for name in target["engines"] if name != "transformers") or "none",
         )
         for name, target in known["targets"].items()
     ]
-    header = "class, shared expert, dense layers, selection bias, elastic, other engines"
+    header = "class, shared expert, dense layers, selection bias, elastic, copies, other engines"
     show_table(header.split(", "), rows)
     Console().print("Every class runs in transformers.")

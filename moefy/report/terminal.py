@@ -126,8 +126,9 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         ("parameters, total", f"{plan['parameters_total'] / 1e6:,.1f} M"),
         (
             "parameters, active",
-            f"{plan['parameters_active'] / 1e6:,.1f} M; "
-            f"{plan['parameters_floor'] / 1e6:,.1f} M whatever is --active",
+            f"{plan['parameters_active'] / 1e6:,.1f} M"
+            + f"; {plan['parameters_floor'] / 1e6:,.1f} M whatever is --active"
+            * (not plan["shape"]["granularity"]),
         ),
         ("GFLOPs per token, dense", f"{plan['flops_per_token_dense'] / 1e9:.3f}"),
         ("GFLOPs per token", f"{plan['flops_per_token'] / 1e9:.3f}"),

@@ -3,9 +3,16 @@
     python recipes/benchmarks/recovery.py RUN --data TEXT --text FILE --text FILE --out FILE \
         --set tokens=N
 
-RUN is trained as `moefy finetune` trains it, and scored before, behind the last step, and at
+RUN is trained as `moefy finetune` trains it. It is scored before, behind the last step, and at
 halves, quarters and so on of the tokens. Every score is a line of FILE. What lies between is of one
 schedule that has not ended yet: a training of only so many tokens may end lower.
+
+With `--dense` the dense model that RUN was made of is trained instead, and compared with itself as
+it was. It is the control of copies (recipes/guide/upcycling.md): at equal tokens, at equal
+computation (N times the ratio of GFLOPs in `moefy convert --plan`), and at equal time (N times the
+ratio of both `tokens_per_second`). These are of training alone with
+
+    --halvings 0 --set measure_every=0
 """
 
 from __future__ import annotations
@@ -18,6 +25,7 @@ from typing import Any
 
 import records
 import typer
+from transformers import AutoModelForCausalLM
 
 from moefy.config.finetune import build
 from moefy.environment import processor
@@ -40,16 +48,18 @@ from moefy.text.windows import text_windows
 
 def main(
     run: Path,
-    data_source: str = typer.Option(..., "--data"),
+    data_source: list[str] = typer.Option(..., "--data"),
     text: list[Path] = typer.Option(...),
     out: Path = typer.Option(...),
     settings: list[str] = typer.Option([], "--set"),
     halvings: int = 8,
     eval_tokens: int = 20480,
+    control: bool = typer.Option(False, "--dense", help="Train the dense model of RUN instead."),
 ) -> None:
     """Train, score along the way, and print the curve."""
     parent = open_run(run)
-    chosen = build(None, {"data": data_source}, settings)
+    copies = parent.copies and not control
+    chosen = build(None, {"data": data_source}, settings, copies=copies or control)
     folder, _ = teacher_folder(parent, chosen)
     computed = compute_dtypes(parent, folder, chosen)
     dense = load_teacher(folder, chosen, computed.teacher.dtype)
@@ -68,19 +78,23 @@ def main(
 
     def load() -> Any:
         nonlocal student
-        student = load_student(parent, chosen, computed.student.dtype)
+        dtype = computed.student.dtype
+        if control:
+            student = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        else:
+            student = load_student(parent, chosen, dtype)
         return student
 
-    def score(step: int, rate: float | None) -> None:
+    def score(step: int, seen: dict[str, Any]) -> None:
         was_training = student.training
         student.eval()
         results = {n: compare(dense, {"student": student}, w) for n, w in windows.items()}
         student.train(was_training)
         row = {
-            "run": run.name,
-            "active": parent.summary["shape"]["active_fraction"],
+            "run": f"dense model of {run.name}" if control else run.name,
+            "active": 1.0 if control else parent.summary["shape"]["active_fraction"],
             "tokens": step * tokens_per_step(chosen, 1),
-            "tokens_per_second": rate,
+            **{key: seen.get(key) for key in ("tokens_per_second", "seconds", "load_cv", "dead")},
             "dtype": computed.student.name,
             "processor": processor(),
             "dnll": {n: f["student"].nll - f["dense"].nll for n, f in results.items()},
@@ -93,14 +107,14 @@ def main(
 
     def seen(row: dict[str, Any]) -> None:
         if "loss" in row and row["step"] in points:
-            score(row["step"], row["tokens_per_second"])
+            score(row["step"], row)
 
     load().to(device(chosen))
-    score(0, None)
+    score(0, {})
     targets = teacher.live(dense, chosen) if chosen.kl else None
     with tempfile.TemporaryDirectory(dir=out.parent) as home:
         trained = train(
-            Student(load, copies=parent.copies),
+            Student(load, copies=copies),
             tokens,
             chosen,
             Checkpoints(Path(home)),
@@ -109,7 +123,7 @@ def main(
         )
     summary = {"settings": vars(chosen), "validation": trained.validation, "guard": trained.guard}
     summary |= {"tokens": trained.tokens, "seconds": trained.seconds, "routing": trained.routing}
-    out.with_suffix(".json").write_text(json.dumps(summary))
+    out.with_suffix(".control.json" if control else ".json").write_text(json.dumps(summary))
     print(f"{trained.tokens_per_second:.0f} tokens/s with the scores, guard: {trained.guard}")
 
 
