@@ -142,6 +142,7 @@ ONLY_IN = {
     "text.tokenizer convert.forward finetune evaluate runs.gguf_converter cli",
     "accelerate": "finetune",
     "peft": "finetune",
+    "torchao": "finetune",
 }
 SLOW_TO_IMPORT = {"torch", "transformers"}
 

@@ -97,6 +97,11 @@ class Settings:
     )
     weight_decay: float = key(0.0, "Weight decay.")
     max_grad_norm: float = key(1.0, "Gradient norm at most.", old="clip")
+    optimizer: str = option(
+        "adamw",
+        "Optimizer: `adamw`, or `adamw-8bit`, whose moments take a quarter of the memory.",
+        choices=("adamw", "adamw-8bit"),
+    )
     kl: Weight = option(
         1.0,
         "Weight of the KL divergence from the teacher, 0 by default for copies; this and the other "
@@ -282,6 +287,8 @@ def _check(settings: Settings) -> None:
         )
     if settings.anneal and settings.fsdp:
         raise MoefyError("--anneal with fsdp is not supported; drop one", code=4)
+    if settings.fsdp and settings.optimizer != "adamw":
+        raise MoefyError(f"fsdp with --optimizer {settings.optimizer} is not supported", code=4)
     if settings.fsdp and settings.train == "lora":
         raise MoefyError("fsdp with --train lora is not supported; drop one", code=4)
     if not settings.expert_parallel:

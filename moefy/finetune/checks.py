@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 from moefy.config.finetune import Settings
@@ -12,6 +13,8 @@ from moefy.errors import MoefyError
 from moefy.files.safetensors_header import read_entries
 from moefy.finetune import losses
 from moefy.finetune.inputs import Run
+from moefy.finetune.memory import eight_bits
+from moefy.finetune.train import device
 from moefy.models import families
 from moefy.text import chat
 from moefy.text.tokenizer import load_tokenizer
@@ -38,6 +41,17 @@ def check_machine(settings: Settings) -> None:
     if packages and not any(map(importlib.util.find_spec, packages)):
         name = packages[0]
         raise MoefyError(f"--log-to {name} needs a package: pip install {name}", code=5)
+    if settings.optimizer == "adamw-8bit":
+        if not eight_bits():
+            raise MoefyError(
+                "--optimizer adamw-8bit needs a package: pip install 'moefy[8bit]'", code=5
+            )
+        if device(settings).type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise MoefyError(
+                "--optimizer adamw-8bit is compiled for this CPU, and there is no g++; install it, "
+                "or name another compiler by CXX",
+                code=5,
+            )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.refit_after and world > 1:
         raise MoefyError(

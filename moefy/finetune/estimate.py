@@ -25,7 +25,15 @@ from moefy.errors import MoefyError
 from moefy.files.safetensors_header import read_entries
 from moefy.finetune.checkpoints import NUM_KEPT
 from moefy.finetune.last_stage import ANSWER, SOURCE, num_prompts
-from moefy.finetune.memory import KEPT, Inputs, gpu_bytes, gpu_room, memory
+from moefy.finetune.memory import (
+    KEPT,
+    Inputs,
+    eight_bits,
+    gpu_bytes,
+    gpu_room,
+    memory,
+    state_bytes,
+)
 from moefy.finetune.train import (
     MEASUREMENTS,
     num_last_steps,
@@ -114,7 +122,7 @@ def estimate(inputs: Inputs, out: Path) -> dict[str, Any]:
     gpu = gpu_bytes(inputs)
     trained = int(probe.student.num_trained)
     file_bytes = sum(entry.num_bytes for entry in read_entries(inputs.run.folder).values())
-    checkpoint = trained * (inputs.dtypes.student.dtype.itemsize + 12)
+    checkpoint = trained * (inputs.dtypes.student.dtype.itemsize + state_bytes(inputs))
     until = file_bytes + (NUM_KEPT + 2) * checkpoint  # the best one, and one that is being written
     if settings.teacher_cache:
         until += KEPT * (tokens + settings.validation_tokens)
@@ -181,6 +189,8 @@ def _refusal(inputs: Inputs, plan: Mapping[str, Any], out: Path) -> str:
     settings = inputs.settings
     lower = [
         "--train lora" * (settings.train not in ("lora", "router")),
+        "--optimizer adamw-8bit"
+        * (settings.optimizer == "adamw" and not settings.fsdp and eight_bits()),
         "--teacher-cache DIR" * inputs.live,
         "--gradient-checkpointing" * (not settings.gradient_checkpointing),
         "a smaller --batch-size with more --gradient-accumulation-steps"

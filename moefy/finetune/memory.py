@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,8 +99,7 @@ def training(inputs: Inputs) -> tuple[int, int, int]:
     trained, tokens = int(student.num_trained), settings.batch_size * settings.sequence_length
     parts = max(1, settings.fsdp)
     held = num_weights(run.folder) * size // parts
-    # Two moments, and copies in float32 of weights that are not.
-    held += trained * (8 if size == 4 else 12) // parts
+    held += trained * state_bytes(inputs) // parts
     held += _teacher(inputs) if inputs.live else 0
     if settings.anneal:  # what is blended in, in float32
         held += 4 * len(run.summary["layers"]) * run.summary["shape"]["num_neurons"] * _hidden(run)
@@ -116,6 +116,17 @@ def training(inputs: Inputs) -> tuple[int, int, int]:
     way_back = int(tokens * (saved + logits)) + trained * size // parts
     update = trained * (0 if size == 4 else 4) // parts  # gradients in float32
     return held, way_back, update
+
+
+def state_bytes(inputs: Inputs) -> int:
+    """Of a weight: two moments, and a copy in float32 of one that is not."""
+    moments = 8 if inputs.settings.optimizer == "adamw" else 2
+    return moments + (0 if inputs.dtypes.student.dtype.itemsize == 4 else 4)
+
+
+def eight_bits() -> bool:
+    """Whether the package of the 8-bit optimizer is here."""
+    return importlib.util.find_spec("torchao") is not None
 
 
 def _refit(inputs: Inputs) -> tuple[int, int]:

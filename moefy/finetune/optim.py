@@ -70,8 +70,8 @@ def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     return list(by_mesh.values())
 
 
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW on float32 copies of low-precision weights; the weights are the copies, rounded.
+class _OnCopies:
+    """An AdamW on float32 copies of low-precision weights; the weights are the copies, rounded.
 
     In bfloat16 itself most steps would be lost: it has 8 bits, and a step is often smaller than the
     last of them. The copies are part of `state_tensors`.
@@ -89,24 +89,45 @@ class MasterAdamW(torch.optim.AdamW):
             for group, copied in zip(params, copies, strict=True)
             for pair in zip(group["params"], copied["params"], strict=True)
         ]
-        super().__init__(copies, **options)
+        super().__init__(copies, **options)  # pyright: ignore[reportCallIssue]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Any = None) -> None:
         """Step the copies, then round them into the weights."""
         for weight, copy in self.pairs:
             copy.grad = None if weight.grad is None else weight.grad.to(copy.dtype)
-        super().step(closure)
+        super().step(closure)  # pyright: ignore[reportAttributeAccessIssue]
         for weight, copy in self.pairs:
             copy.grad = None
             weight.copy_(copy)
+
+
+class MasterAdamW(_OnCopies, torch.optim.AdamW):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """AdamW on float32 copies of weights in bfloat16 or float16."""
+
+
+def adamw(parameters: list[dict[str, Any]], name: str, **options: Any) -> torch.optim.Optimizer:
+    """The AdamW of that name: `adamw`, or `adamw-8bit` with moments in 8 bits.
+
+    Weights that are not float32 get copies in float32 either way.
+
+    Source: Dettmers et al., 2022, arXiv:2110.02861, as torchao has it: tensors of fewer than 4,096
+    weights keep their moments in float32.
+    """
+    whole = all(p.dtype == torch.float32 for group in parameters for p in group["params"])
+    if name == "adamw":
+        return (torch.optim.AdamW if whole else MasterAdamW)(parameters, fused=True, **options)
+    from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+
+    on_copies = type("MasterAdamW8bit", (_OnCopies, AdamW8bit), {})
+    return (AdamW8bit if whole else on_copies)(parameters, **options)
 
 
 def _copy(weight: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(weight.detach().to(torch.float32, copy=True))
 
 
-def state_tensors(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, Tensor]:
+def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimizer's tensors, named by the weights: its state, and the float32 copies.
 
     They do not depend on its groups, which differ with the number of processes. Before the first
@@ -119,14 +140,27 @@ def state_tensors(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, T
         copy = copies.get(id(weight), weight)
         if id(copy) not in steered:
             continue
-        state = optimizer.state[copy]
-        if not state:
-            state["step"] = torch.zeros((), device=copy.device)
-            state |= {key: torch.zeros_like(copy.detach()) for key in ("exp_avg", "exp_avg_sq")}
-        result |= {f"{key}.{name}": tensor for key, tensor in state.items()}
+        for key, tensor in _state(optimizer, copy).items():
+            if hasattr(tensor, "codes"):  # of 8 bits; what they stand for is a constant
+                result[f"{key}.codes.{name}"] = tensor.codes
+                result[f"{key}.scale.{name}"] = tensor.scale
+            else:
+                result[f"{key}.{name}"] = tensor
         if copy is not weight:
             result[f"copy.{name}"] = copy.detach()
     return result
+
+
+def _state(optimizer: torch.optim.Optimizer, copy: Tensor) -> dict[str, Any]:
+    """What the optimizer holds of a weight; zeros before the first step, as it makes them then."""
+    state = optimizer.state[copy]
+    if state:
+        return state
+    eight_bits = getattr(optimizer, "_new_buffer", None)
+    state["step"] = torch.zeros((), device=None if eight_bits else copy.device)
+    for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        state[key] = eight_bits(copy, signed) if eight_bits else torch.zeros_like(copy.detach())
+    return state
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from moefy.finetune.best import Best
 from moefy.finetune.checkpoints import Checkpointed, Checkpoints
 from moefy.finetune.collapse_guard import CollapseGuard
 from moefy.finetune.losses import Batch, Routed
-from moefy.finetune.optim import MasterAdamW, groups
+from moefy.finetune.optim import adamw, groups
 from moefy.finetune.router_hooks import Layer, RouterStatistics, Routing, over_layers, update_bias
 from moefy.finetune.teacher import Teacher
 
@@ -98,7 +98,7 @@ class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
         if not (share := annealing.added(step)):
             return False
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # unwrapped
-        pairs = optimizer.pairs if isinstance(optimizer, MasterAdamW) else ()
+        pairs = getattr(optimizer, "pairs", ())
         annealing.add(share, {id(weight): copy for weight, copy in pairs})
         return True
 
@@ -117,9 +117,7 @@ class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
             }
             parameters = groups(self.model, s.train, rates, self.routing.scale)
             options = {"lr": s.learning_rate, "betas": (0.9, 0.95), "weight_decay": s.weight_decay}
-            whole = all(p.dtype == torch.float32 for group in parameters for p in group["params"])
-            optimizer = torch.optim.AdamW if whole else MasterAdamW
-            self.optimizer = optimizer(parameters, fused=True, **options)
+            self.optimizer = adamw(parameters, s.optimizer, **options)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -15,7 +15,7 @@ from moefy.finetune import estimate, memory, prepare, probe, refit_after
 from moefy.finetune.anneal import begin
 from moefy.finetune.inputs import load_student
 from moefy.finetune.memory import Inputs
-from moefy.finetune.optim import MasterAdamW, groups, state_tensors
+from moefy.finetune.optim import adamw, groups, state_tensors
 from moefy.finetune.prepare import open_inputs
 from moefy.finetune.probe import Cost, Probe
 from moefy.finetune.run import finetune, home_of
@@ -67,8 +67,7 @@ def test_the_optimizer_is_counted(run, text, dtype):
     start = open_inputs(run, settings(text, compute_dtype=dtype, train="router"))
     model = load_student(start.run, start.settings, start.dtypes.student.dtype)
     parameters = groups(model, "router", dict.fromkeys(("router", "experts", "rest"), 1e-3))
-    whole = dtype == "float32"
-    optimizer = (torch.optim.AdamW if whole else MasterAdamW)(parameters)
+    optimizer = adamw(parameters, "adamw")
     for weight in [p for p in model.parameters() if p.requires_grad]:
         weight.grad = torch.ones_like(weight)
     optimizer.step()
