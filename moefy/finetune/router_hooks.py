@@ -219,7 +219,7 @@ class RouterStatistics:
     def __init__(self, dead_below: float) -> None:
         self.dead_below = dead_below
         self.loads: list[Tensor] = []
-        self._entropies: list[float] = []
+        self._entropies: list[Any] = []
         self._weight = 0.0
 
     def add(self, layers: Sequence[Routed], weight: float = 1.0) -> None:
@@ -232,7 +232,7 @@ class RouterStatistics:
             self.loads[number] += layer.load_E
             log_p_TE = layer.logits_TE.detach().log_softmax(-1)
             entropy = -(log_p_TE.exp() * log_p_TE).sum(-1).mean()
-            self._entropies[number] += weight * float(entropy)
+            self._entropies[number] += weight * entropy.double()
 
     def layers(self) -> list[dict[str, Any]]:
         """A row per layer, as `routing.balance` gives it, but with the entropy of the router.
@@ -244,7 +244,7 @@ class RouterStatistics:
             {
                 "layer": number,
                 **balance(load_E / load_E.sum().clamp(1), self.dead_below),
-                "entropy": entropy / self._weight,
+                "entropy": float(entropy) / self._weight,
             }
             for number, (load_E, entropy) in enumerate(
                 zip(self.loads, self._entropies, strict=True)

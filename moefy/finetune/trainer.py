@@ -151,7 +151,8 @@ class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
         used = {name: weight for name, weight in self.weights.items() if weight}
         total = torch.stack([weight * values[name] for name, weight in used.items()]).sum()
         for name, value in {"loss": total, **values}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
+            # Not as a number yet: a GPU would be waited for.
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
         self.num_batches += 1
         self.statistics.add(batch.layers)
         self.routing.clear()
@@ -214,7 +215,7 @@ class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
         return dict(zip(figures, (values / self.args.world_size).tolist(), strict=True))
 
     def _start_step(self) -> None:
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Any] = {}
         self.num_batches = 0
         self.statistics = RouterStatistics(self.settings.dead_below)
 
@@ -229,7 +230,7 @@ class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
 
     def _row(self) -> dict[str, Any]:
         """The figures of a step."""
-        means = self._mean({name: value / self.num_batches for name, value in self.sums.items()})
+        means = self._mean({n: float(value) / self.num_batches for n, value in self.sums.items()})
         began, first = self.began
         seconds, step = time.perf_counter() - began, self.state.global_step
         tokens = self.settings.sequence_length * self.get_total_train_batch_size(self.args)
