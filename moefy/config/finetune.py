@@ -175,6 +175,7 @@ class Settings:
     )
     lora_rank: int = key(16, "Rank of the LoRA matrices.", least=1, most=2**16)
     gradient_checkpointing: bool = option(False, "Less memory for more time.")
+    compile: bool = option(False, "Compile the layers (`torch.compile`), once at the beginning.")
     seed: int = option(0, "Random seed.", most=2**32 - 1)
     compute_dtype: str = option(
         "auto",
@@ -287,6 +288,14 @@ def _check(settings: Settings) -> None:
         )
     if settings.anneal and settings.fsdp:
         raise MoefyError("--anneal with fsdp is not supported; drop one", code=4)
+    unlike = {
+        "fsdp": settings.fsdp,
+        "--anneal": settings.anneal,
+        "--gradient-checkpointing": settings.gradient_checkpointing,
+        "refit_after": settings.refit_after,
+    }
+    if settings.compile and (others := [name for name, given in unlike.items() if given]):
+        raise MoefyError(f"--compile with {others[0]} is not supported; drop one", code=4)
     if settings.fsdp and settings.optimizer != "adamw":
         raise MoefyError(f"fsdp with --optimizer {settings.optimizer} is not supported", code=4)
     if settings.fsdp and settings.train == "lora":

@@ -46,12 +46,15 @@ def check_machine(settings: Settings) -> None:
             raise MoefyError(
                 "--optimizer adamw-8bit needs a package: pip install 'moefy[8bit]'", code=5
             )
-        if device(settings).type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-            raise MoefyError(
-                "--optimizer adamw-8bit is compiled for this CPU, and there is no g++; install it, "
-                "or name another compiler by CXX",
-                code=5,
-            )
+    compiled = settings.compile or settings.optimizer == "adamw-8bit"
+    on_cpu = device(settings).type == "cpu"
+    if compiled and on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
+        what = "--compile" if settings.compile else "--optimizer adamw-8bit"
+        raise MoefyError(
+            f"{what} needs a C++ compiler for this CPU, and there is no g++; install it, or name "
+            "another by CXX",
+            code=5,
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.refit_after and world > 1:
         raise MoefyError(

@@ -119,6 +119,7 @@ def _student(
         measure_every=0,
         guard_restarts=0,
         gradient_checkpointing=False,
+        compile=False,
         # A preset may not have chosen them yet, and no rate changes the time.
         learning_rate=0.0,
         router_learning_rate=0.0,

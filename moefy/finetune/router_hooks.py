@@ -150,7 +150,7 @@ class Routing:
         soft = soft and experts.training and torch.is_grad_enabled()
         if not (soft or energy):
             return out
-        x_TD, gate_TK = args[0].detach(), max(args[1:], key=torch.is_floating_point)
+        x_TD, gate_TK = args[0].detach(), next(t for t in args[1:] if t.is_floating_point())
         with torch.no_grad():
             h_TEN = activations(experts, x_TD)
             if energy:

@@ -11,7 +11,8 @@ from moefy.finetune import losses
 
 def is_noisy(settings: Settings, progress: float) -> bool:
     """Whether anything changes a choice when that share of the training is done."""
-    early = progress < settings.explore_until and (settings.noise or settings.cold_expert_share)
+    # `progress` last: a compiled layer is compiled again when a number changes that it has read.
+    early = (settings.noise or settings.cold_expert_share) and progress < settings.explore_until
     return bool(early or settings.expert_dropout or settings.capacity_factor)
 
 

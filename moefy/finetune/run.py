@@ -301,7 +301,8 @@ def _write(plan: Plan, trained: Trained, home: Path, summary: dict[str, Any], pa
     plan.watch("write", 0, 1)
     write_checkpoint(saved, run, part)
     model = trained.model
-    if settings.fsdp:  # no process has all of the model, but the saved one is whole
+    # With FSDP no process has all of the model, but the saved one is whole; nor is it compiled.
+    if settings.fsdp or settings.compile:
         model = load_teacher(saved, settings, plan.dtypes.student.dtype)
     summary["reopened"] = check_checkpoint(model, run, part, plan.tokens.ids_BT[-1])
     folder = part / "moefy"

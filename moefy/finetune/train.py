@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 from transformers import PrinterCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
@@ -231,7 +232,12 @@ def _opened(student: Student, settings: Settings) -> tuple[Any, Routing]:
         model = model.to(device(settings))
     if settings.train == "lora":
         model = adapted(model, settings.lora_rank)
-    return model, Routing(model, settings, copies=student.copies)
+    routing = Routing(model, settings, copies=student.copies)
+    if settings.compile:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):  # all of transformers' layers are
+                module.compile()
+    return model, routing
 
 
 def _stronger(reason: str, settings: Settings) -> tuple[Settings, str]:
