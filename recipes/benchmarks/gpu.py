@@ -109,10 +109,10 @@ def trial(run: Run, dense: Any, settings: Settings, steps: int, compiled: bool) 
     record: dict[str, Any] = {"batch_size": size, "compiled": compiled}
     computed = compute_dtypes(run, None, settings)
     model = load_student(run, settings, computed.student.dtype).to(device(settings))
-    routing = Routing(model, settings)
+    routing = Routing(model, settings, copies=run.copies)
     if compiled:
         for layer in model.get_submodule(run.layer.partition(".{layer}")[0]):
-            layer.compile()
+            layer.compile()  # as `--compile` does
     ids_BT = torch.randint(run.vocab_size, (steps * size, length))
     watch = Watch(steps)
     if GPU:
@@ -206,9 +206,9 @@ def main(
             gc.collect()
             torch.cuda.empty_cache()
     del dense
-    plain = [t for t in tried if not t["compiled"] and "failed" not in t]
+    whole = [t for t in tried if "failed" not in t]
     most = max(1, step_tokens // chosen.sequence_length)
-    fitting = [t for t in plain if t["batch_size"] <= most] or plain
+    fitting = [t for t in whole if t["batch_size"] <= most] or whole
     best = max(fitting, key=lambda t: t["tokens_per_second"])
     print(f"\nOne step of batch {best['batch_size']}, milliseconds of the device:")
     print(
@@ -219,6 +219,7 @@ def main(
     size = best["batch_size"]
     accumulate = max(1, most // size)
     words = [f"tokens={tokens}", f"batch_size={size}", f"gradient_accumulation_steps={accumulate}"]
+    words += ["compile=true"] * best["compiled"]
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     curve = out / "curve.jsonl"
