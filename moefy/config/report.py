@@ -73,8 +73,8 @@ class Settings:
     )
     lost_experts: tuple[str, ...] = option(
         (),
-        "Loss without an expert, each taken out alone: `all`, or LAYER.EXPERT, e.g. `3.0,3.5`. All "
-        "take about as long as 300 readings of 512 tokens.",
+        "Loss without an expert, each taken out alone: `all`, or LAYER.EXPERT, e.g. `3.0,3.5`. "
+        "Each takes two thirds of a reading of 512 tokens.",
         separator=",",
     )
     speed: bool = option(True, "Tokens per second.")
