@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from pico import RECIPE
 from transformers import AutoModelForCausalLM
 
 from moefy.config.finetune import build
@@ -14,8 +14,6 @@ from moefy.finetune.inputs import open_run
 from moefy.finetune.optim import groups
 from moefy.finetune.router_hooks import Routing
 from moefy.models.load import runnable
-
-STEPS = "sequence_length=64 validation_tokens=512 batch_size=4 learning_rate=3e-3".split()
 
 
 @pytest.fixture(scope="module")
@@ -71,33 +69,30 @@ def test_what_needs_a_divided_ffn_is_refused(setting, run):
     assert caught.value.code == 2
 
 
-def test_every_command_takes_copies(run, text, moefy, tmp_path):
-    out = tmp_path / "tuned"
-    given = [part for setting in STEPS for part in ("--set", setting)]
-    done = moefy("finetune", run, "--out", out, "--data", text, "--tokens", 4096, *given)
-    assert done.code == 0, done.err
-    report = json.loads((out / "moefy" / "finetune.json").read_text())
-    assert (report["settings"]["kl"], report["settings"]["ce"]) == (0.0, 1.0)
-    before, after = (report["validation"][when]["loss"] for when in ("before", "after"))
-    assert after < before
-    rows = [
-        load_file(f / "model.safetensors")["model.layers.1.mlp.gate.weight"] for f in (run, out)
-    ]
-    assert not torch.equal(*rows)
-    for folder in (run, out):
-        done = moefy("verify", folder)
-        assert done.code == 0, done.out
-    done = moefy("inspect", run)
-    assert "4 copies of the dense FFN" in done.out
-    done = moefy("push", out, "me/it", "--dry-run")
-    assert done.code == 0, done.err
-    done = moefy(
-        *("report", out, "--text", text, "--tokens", 512, "--sequence-length", 64),
-        *("--quick", "--controls", "--no-speed"),
-    )
+def test_every_command_takes_copies(pico, text, moefy, tmp_path):
+    """By `moefy run`, which converts, fine-tunes by the defaults, and reports."""
+    recipe, out, tuned = (tmp_path / name for name in ("up.toml", "out", "out-finetuned"))
+    made = 'method = "upcycle"\nexperts = 4\nlayers = "1:"\n'
+    stages = RECIPE.replace("tokens = 512", "tokens = 4096").format(model=pico("llama"), text=text)
+    recipe.write_text(f"{made}{stages}controls = true\n")
+    done = moefy("run", recipe, out)
     assert done.code == 0, done.err
     assert "1.67 times the dense FFN computed" in done.out
     assert "the dense model is that of copies" in done.out
-    done = moefy("export", "gguf", run, tmp_path / "out.gguf")
+    assert done.out.count("done already") == 0
+    assert moefy("run", recipe, out).out.count("done already") == 3
+
+    report = json.loads((tuned / "moefy" / "finetune.json").read_text())
+    assert (report["settings"]["kl"], report["settings"]["ce"]) == (0.0, 1.0)
+    before, after = (report["validation"][when]["loss"] for when in ("before", "after"))
+    assert after < before
+    for folder in (out, tuned):
+        done = moefy("verify", folder)
+        assert done.code == 0, done.out
+    assert "4 copies of the dense FFN" in moefy("inspect", out).out
+    done = moefy("push", tuned, "me/it", "--dry-run")
+    assert done.code == 0, done.err
+    assert "copies of the dense FFN, trained since" in (tuned / "README.md").read_text()
+    done = moefy("export", "gguf", out, tmp_path / "out.gguf")
     assert done.code == 4
     assert "norm_topk_prob" in done.err

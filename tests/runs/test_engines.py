@@ -149,6 +149,8 @@ SAME = {
     "glm4_moe, wide heads": ("llama", {"head_dim": 16}, {"engines": "llama.cpp"}),
     "glm4_moe of qwen2": ("qwen2", {}, {"layers": "1:", "engines": "llama.cpp"}),
     "glm4_moe of qwen3, yarn": ("qwen3", {"rope_parameters": YARN}, {"target": "glm4_moe"}),
+    "copies": ("llama", {}, {"method": "upcycle", "engines": "llama.cpp", "noise": 0.1}),
+    "copies, granite": ("granite", {}, {"method": "upcycle", "granularity": 2}),
     "phi3": ("phi3", {}, {}),
     "smollm3": ("smollm3", {}, {}),
     "glm": ("glm", {}, {}),
