@@ -224,7 +224,16 @@ def main(
         torch.cuda.reset_peak_memory_stats()
     curve = out / "curve.jsonl"
     curve.unlink(missing_ok=True)
-    recovery.main(run, data, text, curve, [*settings, *words], 0, eval_tokens)
+    recovery.main(
+        run,
+        data_source=[data],
+        text=text,
+        out=curve,
+        settings=[*settings, *words],
+        halvings=0,
+        eval_tokens=eval_tokens,
+        control=False,
+    )
     before, *_, after = records.read(curve)
     keep("training", {"before": before, "after": after, "peak_bytes": peak_bytes()})
     print("\n" + table(before, after, tried, where))
