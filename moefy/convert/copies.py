@@ -79,8 +79,8 @@ def varied(
     expert's neurons is drawn anew: their rows of gate and up and their column of down are normal,
     with the mean and the deviation that these weights have in the dense FFN.
 
-    Source: Drop-Upcycling (arXiv 2502.19261) for `reinit`: it takes the statistics of the columns
-    that it draws, of which all experts' slices have the same; so does this, by those of the matrix.
+    Source: Drop-Upcycling (arXiv 2502.19261) for `reinit`. It draws with the mean and the deviation
+    of the weights that it replaces, we with those of the whole matrix.
     """
     shared, (num_experts, width) = len(partition.shared_S), partition.experts_EN.shape
     neurons = torch.cat([partition.shared_S, partition.experts_EN.reshape(-1)])
