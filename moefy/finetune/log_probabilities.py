@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 2**22
-"""Logits that are in float32 at a time. A processor's cache holds so few."""
+CHUNK = {"cpu": 2**22, "cuda": 2**26}
+"""Logits that are in float32 at a time: as few as a processor's cache holds, and on a GPU as many
+as keep it busy (not measured)."""
 
 
 def log_probabilities(
@@ -77,7 +78,7 @@ class _LogProbabilities(torch.autograd.Function):
 
 def chunk(logits_NV: Tensor) -> int:
     """Rows of the logits that are looked at together: `CHUNK` logits, or one row."""
-    return max(1, CHUNK // logits_NV.shape[-1])
+    return max(1, CHUNK.get(logits_NV.device.type, CHUNK["cuda"]) // logits_NV.shape[-1])
 
 
 def _parts(logits_NV: Tensor, num_rows: int) -> list[slice]:

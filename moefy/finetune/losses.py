@@ -159,7 +159,9 @@ def router_z(layer: Routed) -> Tensor:
 
 def load(index_TK: Tensor, num_experts: int) -> Tensor:
     """How often each expert was chosen, float32 (E,); negative indices are no choice."""
-    return index_TK[index_TK >= 0].bincount(minlength=num_experts)[:num_experts].float()
+    used_TK = (index_TK >= 0).float()  # no selection and no bincount: a GPU would be waited for
+    load_E = used_TK.new_zeros(num_experts)
+    return load_E.index_add_(0, index_TK.clamp(0).flatten(), used_TK.flatten())
 
 
 def _over_tokens(value_T: Tensor) -> Tensor:

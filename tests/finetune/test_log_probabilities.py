@@ -32,11 +32,11 @@ def gradient(function, logits_NV, *more):
     return one_T.detach(), some_TP.detach(), leaf_NV.grad
 
 
-@pytest.mark.parametrize("chunk", [1, 2 * V, module.CHUNK])
+@pytest.mark.parametrize("chunk", [1, 2 * V, module.CHUNK["cpu"]])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("num_ids", [P, 0])
 def test_values_and_gradient_are_those_of_autograd(monkeypatch, chunk, temperature, num_ids):
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setitem(module.CHUNK, "cpu", chunk)
     logits_NV, row_T, next_T, ids_TP = inputs()
     given = (logits_NV, row_T, next_T, ids_TP[:, :num_ids], temperature)
     pairs = zip(gradient(log_probabilities, *given), gradient(naive, *given), strict=True)
