@@ -154,8 +154,11 @@ def serving(model_type: str, dense: Dense, shape: Shape) -> dict[str, dict[str, 
 
 def _granularity(folder: Path) -> int:
     """Experts that make up a copy of the dense FFN, where moefy has written copies; else 0."""
+    place = folder / "moefy" / "conversion.json"
+    if not place.is_file():  # to open a named pipe would wait for ever
+        return 0
     try:
-        report = read_json(folder / "moefy" / "conversion.json", REPORT_BYTES)
+        report = read_json(place, REPORT_BYTES)
         return int(report["shape"].get("granularity", 0))
     except (OSError, MoefyError, *MISREAD):
         return 0
