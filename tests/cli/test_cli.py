@@ -264,7 +264,7 @@ def test_a_wrong_command(moefy):
 
 def test_every_default_is_told(moefy, monkeypatch):
     """Square brackets are markup to the help's printer, and would be lost."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "1000")
     said = moefy("convert", "--help").out
     for value in ("0.5", "alternating", "linear", "refit", "auto", "self", "as-stored", "16,384"):
         assert re.search(rf"[\[(](default: )?{value}[\])]", said), value
