@@ -53,8 +53,8 @@ ROWS = {
         "copies",
         "ffn partition router",
         "load_balance cluster refit",
-        "routed_ffn",
-        "assign forward gradients oracle profile ridge",
+        "routed_ffn assign_on_device",
+        "assign kmeans forward gradients oracle profile ridge",
         "__init__",
     ],
     "evaluate": [

@@ -35,7 +35,7 @@ def assign_balanced(value_FE: np.ndarray, width: int) -> np.ndarray:
     while (counts_E > width).any():
         # At these prices no move gains. Rounding must not make one seem to: a path would circle.
         priced_EE = np.maximum(cost_EE + price_E[:, None] - price_E, 0.0)
-        path, distance_E = _cheapest_path(priced_EE, counts_E > width, counts_E < width)
+        path, distance_E = cheapest_path(priced_EE, counts_E > width, counts_E < width)
         price_E += np.minimum(distance_E, distance_E[path[-1]])
         for source, sink in zip(path[:-1], path[1:], strict=True):
             rows = np.flatnonzero(column_F == source)
@@ -74,7 +74,7 @@ def _leave_costs(value_FE: np.ndarray, column_F: np.ndarray, source: int) -> np.
     return cost_E
 
 
-def _cheapest_path(
+def cheapest_path(
     cost_EE: np.ndarray, full_E: np.ndarray, free_E: np.ndarray
 ) -> tuple[list[int], np.ndarray]:
     """Columns along the cheapest path from any full to any free one, and the distance of each.

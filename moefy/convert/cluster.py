@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from moefy.convert.assign import assign_balanced
+from moefy.convert.assign_on_device import assign
+from moefy.convert.kmeans import kmeans
 from moefy.convert.profile import CHUNK
 from moefy.convert.routed_ffn import top_mask
 from moefy.errors import MoefyError
@@ -24,8 +24,8 @@ def ranked(score_F: Tensor, num_shared: int) -> tuple[Tensor, Tensor]:
 
 def gathered(shared_S: Tensor, rest_R: Tensor, expert_R: Tensor, num_experts: int) -> Partition:
     """The partition that shares `shared_S` and puts each of `rest_R` (rising) in its expert."""
-    experts = [rest_R[expert_R == expert] for expert in range(num_experts)]
-    return Partition(shared_S.sort().values, torch.stack(experts))
+    experts_EN = rest_R[expert_R.argsort(stable=True)].view(num_experts, -1)
+    return Partition(shared_S.sort().values, experts_EN)
 
 
 def balanced_kmeans(point_RQ: Tensor, centre_EQ: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
@@ -39,13 +39,12 @@ def balanced_kmeans(point_RQ: Tensor, centre_EQ: Tensor, rounds: int) -> tuple[T
     num_clusters = len(centre_EQ)
     cluster_R = torch.full(point_RQ.shape[:1], -1, device=point_RQ.device)
     for _ in range(max(1, rounds)):
-        value_RE = (point_RQ @ centre_EQ.T).cpu().numpy()
         before_R = cluster_R
-        cluster_R = torch.as_tensor(assign_balanced(value_RE, len(point_RQ) // num_clusters))
-        cluster_R = cluster_R.to(point_RQ.device)
+        cluster_R = assign(point_RQ @ centre_EQ.T, len(point_RQ) // num_clusters)
         if torch.equal(cluster_R, before_R):
             break
-        centre_EQ = torch.stack([point_RQ[cluster_R == e].mean(0) for e in range(num_clusters)])
+        order_R = cluster_R.argsort(stable=True)
+        centre_EQ = point_RQ[order_R].view(num_clusters, -1, point_RQ.shape[1]).mean(1)
     return cluster_R, centre_EQ
 
 
@@ -84,11 +83,5 @@ def token_centroids(profile: Profile, num_clusters: int, generator: torch.Genera
             code=2,
         )
     seed = generator.initial_seed() % 2**32
-    means = KMeans(
-        num_clusters,
-        n_init=10,  # pyright: ignore[reportArgumentType]
-        max_iter=100,
-        tol=1e-3,
-        random_state=seed,
-    ).fit(profile.x_TD[: profile.num_fit].cpu().numpy())
-    return torch.as_tensor(means.cluster_centers_, device=profile.x_TD.device)
+    x_TD = profile.x_TD[: profile.num_fit]
+    return kmeans(x_TD, num_clusters, seed, restarts=10, rounds=100, tolerance=1e-3)[0]

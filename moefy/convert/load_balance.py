@@ -33,26 +33,27 @@ def balance(
     one_D = ridge(gram_DD, x_TD.sum(0, keepdim=True).T.double(), 1e-3)[:, 0].float()
     unit_T1 = (x_TD @ one_D)[:, None]
     score_TE = x_TD @ weight_ED.T
+    mask_TE = top_mask(score_TE, k)
+    full = float((worth_TE * mask_TE).sum())
     bias_E, step = torch.zeros_like(score_TE[0]), float(score_TE.std())
-    best_E, least = bias_E, _cv(score_TE, k)
+    best_E, least = bias_E, _cv(mask_TE)
     for turn in range(STEPS):
         if least <= 0.5 * most_cv:
             break
-        load_E = top_mask(score_TE + unit_T1 * bias_E, k).mean(0)
-        bias_E = bias_E - step / (2 + turn) * (load_E * len(load_E) / k - 1)
-        if (load_cv := _cv(score_TE + unit_T1 * bias_E, k)) < least:
+        bias_E = bias_E - step / (2 + turn) * (mask_TE.mean(0) * len(bias_E) / k - 1)
+        mask_TE = top_mask(score_TE + unit_T1 * bias_E, k)
+        if (load_cv := _cv(mask_TE)) < least:
             best_E, least = bias_E, load_cv
-    full = float((worth_TE * top_mask(score_TE, k)).sum())
     curve = []
     for share in SHARES:
-        tried_TE = score_TE + unit_T1 * (share * best_E)
-        captured = float((worth_TE * top_mask(tried_TE, k)).sum()) / max(full, 1e-30)
-        curve.append({"share": share, "load_cv": _cv(tried_TE, k), "worth": captured})
+        mask_TE = top_mask(score_TE + unit_T1 * (share * best_E), k)
+        captured = float((worth_TE * mask_TE).sum()) / max(full, 1e-30)
+        curve.append({"share": share, "load_cv": _cv(mask_TE), "worth": captured})
     enough = next((point["share"] for point in curve if point["load_cv"] <= most_cv), SHARES[-1])
     return weight_ED + enough * best_E[:, None] * one_D, curve
 
 
-def _cv(score_TE: Tensor, k: int) -> float:
+def _cv(mask_TE: Tensor) -> float:
     """The load's coefficient of variation over the experts."""
-    load_E = top_mask(score_TE, k).sum(0)
+    load_E = mask_TE.sum(0)
     return float(load_E.std(correction=0) / load_E.mean())

@@ -1,12 +1,16 @@
-"""The balanced assignment is the optimum that scipy finds on the expanded square."""
+"""The balanced assignment is the optimum that scipy finds on the expanded square.
+
+What a GPU computes is tried on tensors of the CPU, against the same optimum.
+"""
 
 import signal
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import linear_sum_assignment
 
-from moefy.convert import assign
+from moefy.convert import assign, assign_on_device
 from moefy.convert.assign import assign_balanced
 
 KINDS = {
@@ -161,3 +165,51 @@ def test_one_column_takes_all_rows():
 def test_rows_of_another_number_than_columns_times_width_are_our_own_mistake():
     with pytest.raises(AssertionError):
         assign_balanced(np.zeros((5, 2)), 2)
+
+
+def on_device(value_FE: np.ndarray, width: int) -> np.ndarray:
+    return assign_on_device.assign_on_device(torch.as_tensor(value_FE), width).numpy()
+
+
+def allowed(value_FE: np.ndarray) -> float:
+    """A thousandth of what all rows could gain or lose."""
+    return 1e-3 * np.ptp(value_FE.astype(np.float64), axis=1).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_device_it_is_balanced_and_nearly_optimal(kind):
+    for seed in range(20):
+        dice = np.random.default_rng(seed)
+        columns, width = (int(n) for n in dice.integers(1, 8, 2))
+        value_FE = KINDS[kind](dice, (columns * width, columns))
+        column_F = on_device(value_FE, width)
+        assert_balanced(column_F, columns, width)
+        excess = loss(value_FE, column_F) - least_loss(value_FE, width)
+        assert excess <= allowed(value_FE), seed
+    assert np.array_equal(column_F, on_device(np.asfortranarray(value_FE), width))
+
+
+@pytest.mark.parametrize("kind", ["heavy tail", "duplicated rows", "one column best"])
+def test_on_a_device_many_rows_are_as_well_assigned_as_by_the_exact_one(kind):
+    value_FE = KINDS[kind](np.random.default_rng(0), (2048, 16))
+    exact, near = assign_balanced(value_FE, 128), on_device(value_FE, 128)
+    assert_balanced(near, 16, 128)
+    most = 1.001 * loss(value_FE, exact)
+    assert loss(value_FE, near) <= most < loss(value_FE, greedy(value_FE, 128))
+
+
+def test_on_a_device_equal_rows_need_more_than_prices(monkeypatch):
+    """Prices cannot divide equal rows among columns; moves of single rows would take too many."""
+    calls, path = [], assign_on_device.cheapest_path
+    monkeypatch.setattr(
+        assign_on_device, "cheapest_path", lambda *given: calls.append(1) or path(*given)
+    )
+    value_FE = np.tile(np.arange(8.0), (800, 1))
+    assert_balanced(on_device(value_FE, 100), 8, 100)
+    assert 0 < len(calls) < 50
+
+
+def test_on_a_cpu_the_exact_one_is_taken():
+    value_FE = KINDS["integer ties"](np.random.default_rng(1), (40, 5))
+    column_F = assign_on_device.assign(torch.as_tensor(value_FE), 8)
+    assert np.array_equal(column_F.numpy(), assign_balanced(value_FE, 8))

@@ -12,6 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from moefy.config.finetune import build
 from moefy.config.report import Settings
+from moefy.convert.assign import assign_balanced
+from moefy.convert.assign_on_device import assign, assign_on_device
+from moefy.convert.kmeans import kmeans
 from moefy.evaluate.run import evaluate
 from moefy.finetune.run import finetune
 
@@ -33,6 +36,28 @@ def test_a_conversion_is_as_good(recipe, pico, converted):
         found[device] = fmean(layer["error_before_refit"] for layer in told["layers"])
         AutoModelForCausalLM.from_pretrained(run)
     assert found["cuda"] == pytest.approx(found["cpu"], rel=0.1)
+
+
+def test_an_assignment_is_that_of_the_same_steps_on_the_cpu():
+    dice = torch.Generator().manual_seed(0)
+    for value_FE in (torch.randn(2048, 16, generator=dice).exp(), torch.ones(800, 8)):
+        width = value_FE.shape[0] // value_FE.shape[1]
+        column_F = assign(value_FE.cuda(), width)
+        assert column_F.is_cuda and torch.equal(column_F.cpu(), assign_on_device(value_FE, width))
+        exact_F = torch.as_tensor(assign_balanced(value_FE.numpy(), width))
+        sums = [value_FE.double().gather(1, c[:, None]).sum() for c in (column_F.cpu(), exact_F)]
+        assert sums[0] >= 0.999 * sums[1]
+
+
+def test_clusters_are_as_tight_and_the_same_again():
+    point_RQ = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    inertia = {}
+    for device in ("cpu", "cuda"):
+        where = point_RQ.to(device)
+        centre_EQ, cluster_R = kmeans(where, 16, 0, restarts=3)
+        inertia[device] = float((where - centre_EQ[cluster_R]).square().sum())
+    assert inertia["cuda"] == pytest.approx(inertia["cpu"], rel=0.01)
+    assert torch.equal(cluster_R, kmeans(where, 16, 0, restarts=3)[1])
 
 
 @pytest.mark.parametrize("cache", [False, True])

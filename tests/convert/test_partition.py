@@ -21,6 +21,9 @@ from planted import (
     seeded,
 )
 
+from moefy.convert.assign_on_device import assign_on_device
+from moefy.convert.kmeans import kmeans_on_device
+from moefy.convert.partition import alternating
 from moefy.convert.router import linear
 from moefy.types import FFN, Partition, Profile, Shape
 
@@ -173,6 +176,15 @@ def test_planted_groups_are_found(seed):
     assert (planted.group_F[found.shared_S.numpy()] < 0).mean() >= 0.85
     by_lot = SPLITS["shuffle"](planted.ffn, planted.profile, planted.shape, generator=seeded(seed))
     assert recovered(by_lot, planted) < 0.5
+
+
+def test_what_a_gpu_computes_finds_them_too(monkeypatch):
+    planted = plant()
+    monkeypatch.setattr(alternating, "assign", assign_on_device)
+    monkeypatch.setattr(alternating, "kmeans", lambda *of: kmeans_on_device(*of, 1, 300, 1e-4))
+    found = alternating.split(planted.ffn, planted.profile, planted.shape, generator=seeded(0))
+    assert_covers("alternating", found, planted.shape)
+    assert recovered(found, planted) >= 0.95
 
 
 @pytest.mark.parametrize("seed", range(3))

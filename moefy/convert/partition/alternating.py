@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
-from moefy.convert.assign import assign_balanced
+from moefy.convert.assign_on_device import assign
 from moefy.convert.cluster import gathered, ranked
+from moefy.convert.kmeans import kmeans
 from moefy.convert.profile import CHUNK, SAMPLE, activations
 from moefy.convert.ridge import scorer
 from moefy.convert.routed_ffn import membership, top_mask
@@ -57,17 +57,17 @@ def split(
         start = _reassign(energy_TF, _cluster_tokens(x_TD, shape, generator), shape)
     else:
         start = _cluster(energy_TF, profile.energy_F, shape, generator)
-    best, most = start, -1.0
-    partition, fit = start, scorer(x_TD)
+    partitions, captured, fit = [start], [], scorer(x_TD)
     for turn in range(rounds + routed_rounds + 1):
+        partition = partitions[-1]
         experts_TE = _expert_energy(energy_TF, partition)
         weight_ED = fit(experts_TE)
-        captured = _captured(held_energy_TF, held_x_TD @ weight_ED.T, partition, shape)
-        if captured > most:
-            best, most = partition, captured
-        score_TE = experts_TE if turn < rounds else x_TD @ weight_ED.T
-        partition = _reassign(energy_TF, top_mask(score_TE, shape.experts_per_token), shape)
-    return best
+        captured.append(_captured(held_energy_TF, held_x_TD @ weight_ED.T, partition, shape))
+        if turn < rounds + routed_rounds:
+            score_TE = experts_TE if turn < rounds else x_TD @ weight_ED.T
+            mask_TE = top_mask(score_TE, shape.experts_per_token)
+            partitions.append(_reassign(energy_TF, mask_TE, shape))
+    return partitions[int(torch.stack(captured).argmax())]
 
 
 def _sample(ffn: FFN, profile: Profile, most: int, part: str) -> tuple[Tensor, Tensor]:
@@ -96,12 +96,10 @@ def _cluster(
     profile_TR -= profile_TR.mean(0)
     profile_TR /= profile_TR.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
     directions_TQ = torch.randn(len(profile_TR), SKETCH, generator=generator).to(profile_TR.device)
-    point_RQ = (profile_TR.T @ directions_TQ).cpu().numpy()
+    point_RQ = profile_TR.T @ directions_TQ
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
-    centre_EQ = (
-        KMeans(shape.num_experts, n_init="auto", random_state=seed).fit(point_RQ).cluster_centers_
-    )
-    closeness_RE = point_RQ @ centre_EQ.T - 0.5 * (centre_EQ**2).sum(1)
+    centre_EQ, _ = kmeans(point_RQ, shape.num_experts, seed)
+    closeness_RE = point_RQ @ centre_EQ.T - 0.5 * centre_EQ.square().sum(1)
     return _partition(shared_S, rest, closeness_RE, shape)
 
 
@@ -115,8 +113,7 @@ def _cluster_tokens(x_TD: Tensor, shape: Shape, generator: torch.Generator) -> T
         )
     directions_DQ = torch.randn(x_TD.shape[1], SKETCH, generator=generator).to(x_TD.device)
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
-    clusters = KMeans(shape.num_experts, n_init="auto", random_state=seed)
-    cluster_T = torch.as_tensor(clusters.fit_predict((x_TD @ directions_DQ).cpu().numpy())).long()
+    _, cluster_T = kmeans(x_TD @ directions_DQ, shape.num_experts, seed)
     return torch.nn.functional.one_hot(cluster_T, shape.num_experts).to(x_TD)
 
 
@@ -130,20 +127,19 @@ def _reassign(energy_TF: Tensor, mask_TE: Tensor, shape: Shape) -> Partition:
         return Partition(shared_S, best_FE[: shape.expert_width].T.sort(1).values.contiguous())
     loss_F = energy_TF.sum(0) - delivered_FE.max(1).values
     shared_S, rest = ranked(loss_F, shape.num_shared)
-    return _partition(shared_S, rest, delivered_FE[rest].cpu().numpy(), shape)
+    return _partition(shared_S, rest, delivered_FE[rest], shape)
 
 
-def _partition(shared_S: Tensor, rest: Tensor, value_RE, shape: Shape) -> Partition:
-    expert_R = torch.as_tensor(assign_balanced(value_RE, shape.expert_width), device=rest.device)
-    return gathered(shared_S, rest, expert_R, shape.num_experts)
+def _partition(shared_S: Tensor, rest: Tensor, value_RE: Tensor, shape: Shape) -> Partition:
+    return gathered(shared_S, rest, assign(value_RE, shape.expert_width), shape.num_experts)
 
 
 def _expert_energy(energy_TF: Tensor, partition: Partition) -> Tensor:
     return energy_TF @ membership(partition, energy_TF.shape[1])
 
 
-def _captured(energy_TF: Tensor, score_TE: Tensor, partition: Partition, shape: Shape) -> float:
+def _captured(energy_TF: Tensor, score_TE: Tensor, partition: Partition, shape: Shape) -> Tensor:
     """Share of all output energy that the shared and the chosen experts deliver."""
     routed_TE = _expert_energy(energy_TF, partition) * top_mask(score_TE, shape.experts_per_token)
     delivered = routed_TE.sum() + energy_TF[:, partition.shared_S].sum()
-    return float(delivered / energy_TF.sum())
+    return delivered / energy_TF.sum()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from sklearn.cluster import kmeans_plusplus
 from torch.nn.functional import normalize
 
 from moefy.convert.cluster import balanced_kmeans, gathered, ranked
+from moefy.convert.kmeans import spread
 from moefy.types import FFN, Partition, Profile, Range, Shape
 
 
@@ -36,8 +36,7 @@ def split(
     runs = []
     for _ in range(restarts):
         seed = int(torch.randint(2**31 - 1, (), generator=generator))
-        _, chosen_E = kmeans_plusplus(point_RQ.cpu().numpy(), shape.num_experts, random_state=seed)
-        centre_EQ = point_RQ[torch.as_tensor(chosen_E, device=point_RQ.device)]
+        centre_EQ = point_RQ[spread(point_RQ, shape.num_experts, seed)]
         runs.append(balanced_kmeans(point_RQ, centre_EQ, rounds))
     # Clusters of one size are tightest where their means are longest.
     expert_R, _ = max(runs, key=lambda run: float(run[1].square().sum()))
