@@ -24,13 +24,17 @@ def versions() -> dict[str, str]:
 
 def machine(device: torch.device) -> dict[str, str | int]:
     """The properties of this machine that decide how sums are rounded."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "device": name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def processor() -> str:

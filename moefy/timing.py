@@ -39,6 +39,13 @@ class Clock:
         return table
 
 
+def now(device: torch.device) -> float:
+    """Seconds of a clock that waits for a GPU: calls return before their kernels are done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def _settle() -> None:
     """Wait until a GPU has finished its work: its seconds belong to this stage."""
     if torch.cuda.is_initialized():

@@ -87,6 +87,7 @@ class Settings:
         "machine lacks it.",
         choices=COMPUTE_DTYPES,
     )
+    device: str = option("auto", "Device of scores and speed: auto, cpu, cuda or cuda:N.")
     fail_if: tuple[str, ...] = option(
         (), "Condition that ends with exit code 1, e.g. `dnll>0.1`; may be repeated."
     )

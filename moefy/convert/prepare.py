@@ -117,10 +117,7 @@ class Job:
     @property
     def device(self) -> torch.device:
         """Where layers are computed."""
-        name = self.recipe.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(name)
+        return device_of(self.recipe.device)
 
 
 def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = None) -> Job:
@@ -241,6 +238,18 @@ def serving_notes(target: Target, dense: Dense, shape: Shape) -> list[str]:
     known = [engine for engine in ENGINES if target.model_type in engine.classes]
     slow = by_reason({engine.name: engine.warnings(dense, shape) for engine in known})
     return notes + [f"{engines}: {reason}" for reason, engines in slow.items()]
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `--device` names: `auto` is the GPU if there is one, else the processor.
+
+    Raises:
+        MoefyError: as `check_device`.
+    """
+    check_device(name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def check_device(name: str) -> None:

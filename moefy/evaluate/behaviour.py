@@ -97,8 +97,8 @@ def answers(
     mask_BT = torch.tensor([[0] * (length - len(one)) + [1] * len(one) for one in ids])
     with torch.inference_mode():
         written_BT = model.generate(
-            ids_BT,
-            attention_mask=mask_BT,
+            ids_BT.to(model.device),
+            attention_mask=mask_BT.to(model.device),
             max_new_tokens=new_tokens,
             do_sample=False,
             num_beams=1,

@@ -9,11 +9,10 @@ import torch
 
 from moefy.compute_dtype import ComputeDtype, compute_dtype, name_of, slowness
 from moefy.convert.memory import LIBRARIES, available
+from moefy.errors import MoefyError
 from moefy.evaluate.speed import HOPELESS
 from moefy.files.safetensors_header import read_entries
 from moefy.files.shards import stored_dtype
-
-CPU = torch.device("cpu")
 
 
 def num_bytes(folders: Sequence[Path], dtype: torch.dtype) -> int:
@@ -22,25 +21,39 @@ def num_bytes(folders: Sequence[Path], dtype: torch.dtype) -> int:
     return dtype.itemsize * values
 
 
-def room() -> int:
-    """Free bytes for models."""
+def room(device: torch.device) -> int:
+    """Free bytes for models on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     return max(0, available() - LIBRARIES)
 
 
-def one_dtype(asked: str, folders: Sequence[Path]) -> ComputeDtype:
+def one_dtype(asked: str, folders: Sequence[Path], device: torch.device) -> ComputeDtype:
     """The dtype for all models in `folders`, the first of which is dense and decides.
 
     A folder is listed once for each model of its size that is open at the same time.
 
     Raises:
-        MoefyError: code 2 or 5, as `compute_dtype`.
+        MoefyError: code 2 or 5, as `compute_dtype`, and 5 for models that do not fit on a GPU.
     """
-    takes = num_bytes(folders, torch.float32)
-    return compute_dtype(asked, stored_dtype(folders[0]), CPU, float32_bytes=takes, room=room())
+    free, takes = room(device), num_bytes(folders, torch.float32)
+    stored = stored_dtype(folders[0])
+    compute = compute_dtype(asked, stored, device, float32_bytes=takes, room=free)
+    if device.type != "cpu" and (needed := num_bytes(folders, compute.dtype)) > free:
+        raise MoefyError(
+            f"{len(folders)} models in {compute.name} take {needed / 1e9:.1f} GB, and the GPU has "
+            f"{free / 1e9:.1f} GB free; score them on the processor: --device cpu",
+            code=5,
+        )
+    return compute
 
 
 def dtypes_to_try(
-    asked: str, stored: torch.dtype, computed: torch.dtype, folders: Sequence[Path]
+    asked: str,
+    stored: torch.dtype,
+    computed: torch.dtype,
+    folders: Sequence[Path],
+    device: torch.device,
 ) -> tuple[list[torch.dtype], dict[str, str]]:
     """The dtypes in which speed is measured, and the reason for each one that is left out.
 
@@ -54,8 +67,8 @@ def dtypes_to_try(
     for dtype in dict.fromkeys((stored, torch.float32)):
         if dtype == computed:
             continue
-        times, needed = slowness(dtype, CPU), num_bytes(folders, dtype)
-        left = max(0, room() - num_bytes(folders, computed))
+        times, needed = slowness(dtype, device), num_bytes(folders, dtype)
+        left = max(0, room(device) - num_bytes(folders, computed))
         if times > HOPELESS:
             left_out[name_of(dtype)] = f"a product takes {times:.1f} times as long as in float32"
         elif needed > left:

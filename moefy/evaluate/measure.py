@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from moefy.compute_dtype import name_of
 from moefy.config.report import Settings
-from moefy.environment import processor
 from moefy.errors import MoefyError
 from moefy.evaluate import (
     behaviour,
     benchmarks,
     distribution_shift,
-    llama_cpp,
     prompts,
-    speed,
     tables,
 )
-from moefy.evaluate.cache import tensors_digest
 from moefy.evaluate.candidates import Candidate
-from moefy.evaluate.dtypes import dtypes_to_try
 from moefy.evaluate.scoring import TextResult
-from moefy.evaluate.session import Session
-from moefy.evaluate.sizes import ideals, peak_bytes, sizes
-from moefy.evaluate.timed_rounds import GRIDS
+from moefy.evaluate.session import LONGEST, Session
+from moefy.evaluate.sizes import peak_bytes, sizes
 from moefy.text.documents import beginning
-
-LONGEST = 8192
-"""Longest context, in tokens, of a model that names no limit."""
 
 OWN = "own prompts"
 """The name of the prompts that the package holds, in the part on behaviour."""
@@ -71,7 +59,7 @@ def peaks(session: Session) -> dict[str, int]:
             result[candidate.label] = session.cache.once(
                 "peak-memory",
                 {"model": candidate.digest},
-                lambda: peak_bytes(folder, session.compute.name, threads),
+                lambda: peak_bytes(folder, session.compute.name, session.device, threads),
             )
 
     session.watch("peak memory", 0, 1)
@@ -257,52 +245,3 @@ def benchmark(session: Session, task: str, manager: Any, limit: int | None) -> d
         if len(session.not_run) > before:
             rows[label] = {"not_run": session.not_run[-1]["reason"]}
     return rows
-
-
-def speeds(session: Session, report: dict[str, Any], settings: Settings) -> None:
-    """Tokens per second of every stage, in transformers and in llama.cpp, into `report`."""
-    grid, candidates = settings.grid or GRIDS[settings.effort], session.candidates
-    ids_T = torch.cat([ids_T for windows in session.windows.values() for ids_T in windows])
-    key = {
-        "models": {candidate.label: candidate.digest for candidate in candidates},
-        "text": tensors_digest([ids_T]),
-        "grid": [list(map(list, grid.work)), grid.rounds, grid.new_tokens],
-        "machine": [platform.machine(), processor(), torch.get_num_threads()],
-    }
-    folders = {c.label: c.folder for c in candidates if c.folder}
-    sizes = {label: report["models"][label] for label in session.labels}
-    common = {"ideal_ratio": ideals(sizes, grid.batches), "processor": processor()}
-
-    def measure(engine: str, key: Mapping[str, Any], function: Callable[..., Any]) -> None:
-        what = f"speed in {engine}"
-        with session.part(what):
-            report["speed"][engine] = common | session.cache.once(
-                what.replace(" ", "-"), key, lambda: function(watch=partial(session.watch, what))
-            )
-
-    dtypes, untried = dtypes_to_try(
-        settings.compute_dtype, session.stored, session.compute.dtype, [*folders.values()]
-    )
-    openers = {c.label: partial(session.model, c) for c in candidates}
-    measure(
-        "transformers",
-        key | {"dtypes": [name_of(dtype) for dtype in dtypes]},
-        partial(speed.measure, openers, ids_T, grid, dtypes=dtypes),
-    )
-    left_out = report["speed"].get("transformers", {}).get("left_out", {})
-    session.notes.extend(f"speed in {name} was not tried: {why}" for name, why in untried.items())
-    session.notes.extend(
-        f"speed of {label}: {name} was left out, because it cannot compute this model ({reason})"
-        for label, reasons in left_out.items()
-        for name, reason in reasons.items()
-    )
-    if not settings.wants(settings.llama_cpp):
-        return
-    if (missing := llama_cpp.available()) is None:
-        measure(
-            "llama.cpp",
-            key | {"xllamacpp": version("xllamacpp")},
-            partial(llama_cpp.measure, folders, session.place, ids_T, grid),
-        )
-    elif settings.llama_cpp:
-        session.not_run.append({"what": "speed in llama.cpp", "reason": missing})

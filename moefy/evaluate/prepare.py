@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moefy.compute_dtype import ComputeDtype
 from moefy.config.methods import COPIES
 from moefy.config.recipe import Recipe
 from moefy.config.report import Settings
+from moefy.convert.prepare import device_of
 from moefy.errors import MoefyError
 from moefy.evaluate import lost_experts, rivals
 from moefy.evaluate.cache import VERSIONS, Cache
@@ -40,8 +44,10 @@ def prepare(
 
     Raises:
         MoefyError: code 2 for methods that are impossible, 3 for runs that are not whole,
-            tokenizers that differ, and texts that are too short, 5 for models that do not fit.
+            tokenizers that differ, and texts that are too short, 5 for models that do not fit, and
+            for a device that is not there.
     """
+    device = device_of(settings.device)
     rivals.check(settings)
     lost_experts.named(settings.lost_experts, summary)
     against = [name for name in settings.against if name not in rivals.named(settings)]
@@ -49,7 +55,8 @@ def prepare(
     recipe = read_recipe(run)
     model = dense_model(run, summary, recipe, settings.dense, "--dense")
     # Controls are converted from that model on this machine, wherever the run was converted.
-    recipe = dataclasses.replace(recipe, model=str(model.folder), revision=None, device="auto")
+    here = {"model": str(model.folder), "revision": None, "device": settings.device}
+    recipe = dataclasses.replace(recipe, **here)
     copies = recipe.partition == COPIES
     if copies and (others := [name for name in against if not _is_folder(name)]):
         raise MoefyError(
@@ -94,7 +101,7 @@ def prepare(
     # is at most as large as the run.
     opened = [c.folder or run for c in (*candidates, *extra)]
     opened += [run] * (settings.rivals or bool(rivals.named(settings)))
-    compute = one_dtype(settings.compute_dtype, opened)
+    compute = one_dtype(settings.compute_dtype, opened, device)
     notes += [f"this report {compute.note}"] if compute.note else []
     return Session(
         summary=summary,
@@ -106,14 +113,20 @@ def prepare(
         windows=windows,
         prompts=prompts,
         tokens=tokens,
-        cache=Cache(run / "moefy" / "measured", {"dtype": compute.name, **VERSIONS}),
+        cache=Cache(run / "moefy" / "measured", common_key(compute, device)),
         stored=stored_dtype(model.folder),
         compute=compute,
+        device=device,
         place=place,
         watch=watch,
         not_run=[{"what": "a stage of the run", "reason": reason} for reason in missing],
         notes=notes,
     )
+
+
+def common_key(compute: ComputeDtype, device: torch.device) -> dict[str, str]:
+    """What every measurement of a report depends on: a GPU rounds otherwise than a processor."""
+    return {"dtype": compute.name, "device": device.type, **VERSIONS}
 
 
 def _other_runs(folders: Sequence[Path]) -> tuple[list[Candidate], list[str]]:

@@ -36,7 +36,7 @@ NOTICEABLE = 0.1
 
 def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
     """The text that a model writes after `prompt`, by greedy decoding."""
-    ids_1T = torch.tensor([tokenizer(prompt)["input_ids"]])
+    ids_1T = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
     with torch.inference_mode():
         out = model.generate(
             ids_1T,
@@ -105,11 +105,11 @@ def likelihood(
     glue = "" if chat or prompt[-1:].isspace() or answer[:1].isspace() else " "
     head = tokenizer(prompt)["input_ids"]
     tail = tokenizer(glue + answer, add_special_tokens=False)["input_ids"]
-    ids_1T = torch.tensor([head + tail])
+    ids_1T = torch.tensor([head + tail], device=model.device)
     with torch.inference_mode():
         logits_TV = model(ids_1T, use_cache=False, logits_to_keep=len(tail) + 1).logits[0, :-1]
     log_p_TV = logits_TV.float().log_softmax(-1)
-    return float(log_p_TV.gather(1, torch.tensor(tail)[:, None]).mean())
+    return float(log_p_TV.gather(1, ids_1T[0, len(head) :, None]).mean())
 
 
 def regressions(rows: Sequence[Mapping[str, Any]], main: str) -> list[dict[str, Any]]:

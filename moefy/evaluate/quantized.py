@@ -33,7 +33,8 @@ def quantized(session: Session, settings: Settings) -> dict[str, Any]:
     by_label = {candidate.label: candidate for candidate in session.candidates}
     dense, main = by_label["dense"], by_label[session.main]
     assert dense.folder is not None and main.folder is not None
-    needed, free = num_bytes([dense.folder, *[main.folder] * 3], torch.float32), room()
+    device = session.device
+    needed, free = num_bytes([dense.folder, *[main.folder] * 3], torch.float32), room(device)
     if needed > free:
         raise MoefyError(
             f"four models in float32 take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
@@ -45,12 +46,14 @@ def quantized(session: Session, settings: Settings) -> dict[str, Any]:
         windows = session.windows[text]
 
         def measure() -> list[Any]:
+            references = {DENSE: dense.open(torch.float32), RUN: main.open(torch.float32)}
+            models = {
+                TYPE: ggml.quantise(main.open(torch.float32), kind),
+                ROUTERS_TOO: ggml.quantise(main.open(torch.float32), kind, routers=True),
+            }
             found = compare_with(
-                {DENSE: dense.open(torch.float32), RUN: main.open(torch.float32)},
-                {
-                    TYPE: ggml.quantise(main.open(torch.float32), kind),
-                    ROUTERS_TOO: ggml.quantise(main.open(torch.float32), kind, routers=True),
-                },
+                {name: model.to(device) for name, model in references.items()},
+                {name: model.to(device) for name, model in models.items()},
                 windows,
                 watch=partial(session.watch, f"{kind} on {text}"),
             )

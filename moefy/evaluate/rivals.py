@@ -169,7 +169,7 @@ def _fewer_layers(session: Session, models: Mapping[str, Any], main: Candidate) 
 
     def order(_: Any) -> list[int]:
         chosen = []
-        for drop in drops(*parts, probes(session.tokens), torch.device("cpu"), session.watch):
+        for drop in drops(*parts, probes(session.tokens), session.device, session.watch):
             chosen.append(drop.layer)
             if num_parameters(source.checkpoint) - drop.parameters >= removed:
                 break

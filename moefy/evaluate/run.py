@@ -10,7 +10,7 @@ from typing import Any
 from moefy import __version__
 from moefy.compute_dtype import name_of
 from moefy.config.report import Settings
-from moefy.environment import processor
+from moefy.environment import device_name, processor
 from moefy.errors import MoefyError
 from moefy.evaluate import (
     advice,
@@ -23,6 +23,7 @@ from moefy.evaluate import (
     rivals,
 )
 from moefy.evaluate.candidates import finetuning
+from moefy.evaluate.engine_speeds import engine_speeds
 from moefy.evaluate.prepare import prepare
 from moefy.evaluate.session import Session
 from moefy.files.publish import write_json
@@ -43,15 +44,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure what `settings` ask for; write `report.json` and the pages drawn from it into `run`.
 
-    All models run on the CPU, in the dtype that `compute_dtype` chooses for the dense model; speed
-    is measured in other dtypes, too. Measurements of the same weights, text and settings are taken
-    from `run/moefy/measured`. A part that fails is listed under `not_run`, and the others go on.
+    All models run on one device, in the dtype that `compute_dtype` chooses for the dense model;
+    speed is measured in other dtypes, too. Measurements of the same weights, text and settings are
+    taken from `run/moefy/measured`. A part that fails is listed under `not_run`, and the others go
+    on.
 
     Raises:
         MoefyError: code 2 for wrong settings, code 3 when `run` or another one is no whole run, has
             another tokenizer than dense, or a text is too short, code 4 for a family without
-            next-token perplexity, code 5 when a program is missing, code 6 when a model computes no
-            finite likelihood. Without a scored text nothing else is measured.
+            next-token perplexity, code 5 when a program or a device is missing, code 6 when a model
+            computes no finite likelihood. Without a scored text nothing else is measured.
     """
     parsed = [fail_if.parse(text) for text in settings.fail_if]
     summary = open_run(run)
@@ -90,6 +92,7 @@ def _empty(session: Session, settings: Settings) -> dict[str, Any]:
             "stored": name_of(session.stored),
             "note": session.compute.note,
             "processor": processor(),
+            "device": device_name(session.device),
         },
         "run": session.summary,
         "runs": {c.label: c.summary for c in session.candidates if c.summary and c.label != main},
@@ -155,4 +158,4 @@ def _measure(session: Session, report: dict[str, Any], settings: Settings, manag
             report["benchmarks"][task] = measure.benchmark(session, task, manager, settings.limit)
     if settings.speed:
         with session.part("speed"):
-            measure.speeds(session, report, settings)
+            engine_speeds(session, report, settings)

@@ -137,7 +137,7 @@ def _sum(rows: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _counted(layer: int, index_TK: Tensor, ids_T: Tensor, num_experts: int) -> Choices:
-    index_TK = index_TK.long()
+    index_TK = index_TK.long().cpu()
     chosen_TE = torch.zeros(len(index_TK), num_experts).scatter_(1, index_TK, 1.0)
     of_token = {
         str(token): chosen_TE[ids_T == token].sum(0).int().tolist()

@@ -22,6 +22,9 @@ from moefy.evaluate.sizes import sizes
 from moefy.progress import Watch
 from moefy.text import packing
 
+LONGEST = 8192
+"""Longest context, in tokens, of a model that names no limit."""
+
 
 @dataclass(frozen=True)
 class Session:
@@ -47,6 +50,8 @@ class Session:
     """Dtype of the dense model's file."""
     compute: ComputeDtype
     """Dtype that all models compute in, so that only their weights differ."""
+    device: torch.device
+    """Where they compute."""
     place: Path
     """Folder for temporary files."""
     watch: Watch
@@ -87,13 +92,14 @@ class Session:
         former are measured at once: opening one again may take a conversion.
         """
         if candidate.folder is None:
-            model = candidate.open(dtype or self.compute.dtype)
+            model = candidate.open(dtype or self.compute.dtype).to(self.device)
             self.cache.once("sizes", {"model": candidate.digest}, lambda: sizes(model, self.stored))
             return model
         if dtype not in (None, self.compute.dtype):
-            return candidate.open(dtype)
+            return candidate.open(dtype).to(self.device)
         if candidate.label not in self.loaded:
-            self.loaded[candidate.label] = candidate.open(self.compute.dtype)
+            model = candidate.open(self.compute.dtype)
+            self.loaded[candidate.label] = model.to(self.device)
         return self.loaded[candidate.label]
 
     def cached(

@@ -48,7 +48,7 @@ def sizes(
         size = stored.itemsize if tensor.dtype == vocabulary.dtype else tensor.element_size()
         return tensor.numel() * size
 
-    ids_1T = torch.arange(PROBE)[None] % vocabulary.shape[0]
+    ids_1T = torch.arange(PROBE, device=model.device)[None] % vocabulary.shape[0]
     with torch.inference_mode(), routing.recorded(model) as seen:
         cache = model(ids_1T, use_cache=True, logits_to_keep=1).cache
     idle, idle_bytes, expected = 0, 0, {}
@@ -125,16 +125,17 @@ def _read_bytes(sizes: Mapping[str, Any], batch: int) -> float:
     return fixed - routed * (1 - chosen / count) ** batch
 
 
-def peak_bytes(folder: Path, dtype: str, threads: int = 1) -> int:
+def peak_bytes(folder: Path, dtype: str, device: torch.device, threads: int = 1) -> int:
     """Peak memory of loading a model in `dtype`, reading 512 tokens and writing 8.
 
-    Measured in a process of its own, less what Python and the libraries take before.
+    Measured in a process of its own, less what Python and the libraries take before; of a GPU, what
+    torch holds there.
 
     Raises:
         MoefyError: code 5, when that process fails.
     """
     process = subprocess.run(
-        [sys.executable, "-m", "moefy.evaluate.sizes", str(folder), dtype],
+        [sys.executable, "-m", "moefy.evaluate.sizes", str(folder), dtype, str(device)],
         capture_output=True,
         encoding="utf-8",
         env=os.environ
@@ -164,16 +165,20 @@ def _resident(name: str) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _main(folder: str, dtype: str) -> None:
+def _main(folder: str, dtype: str, device: str) -> None:
     before = _resident("VmRSS")
-    model = runnable(open_model(Path(folder), dtype=dtype)[0].eval())
-    ids_1T = torch.arange(PREFILL)[None] % model.get_input_embeddings().weight.shape[0]
+    model = runnable(open_model(Path(folder), dtype=dtype)[0].eval()).to(device)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids_1T = torch.arange(PREFILL, device=device)[None] % vocabulary
     with torch.inference_mode():
         out = model(ids_1T, use_cache=True, logits_to_keep=1)
         for _ in range(DECODE):
             token_11 = out.logits[:, -1:].argmax(-1)
             out = model(token_11, cache=out.cache, use_cache=True)
-    print(json.dumps({"peak": _resident("VmHWM") - before}))
+    peak = _resident("VmHWM") - before
+    if model.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(model.device)
+    print(json.dumps({"peak": peak}))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,14 @@ class Grid:
     rounds: int = 3
     """At most; slow pairs get fewer, see `speed.LONG`."""
     new_tokens: int = 8
+    trial: int = 64
+    """Tokens per sequence on which ways to compute are compared."""
+    most_tried: int = 512
+    """The same, in all sequences of a batch."""
+    graphs: int = 0
+    """The largest batch at which decoding by CUDA graphs is tried."""
+    warm: bool = False
+    """Whether every pair runs once before, and is left out where memory does not hold it."""
 
     @property
     def batches(self) -> list[int]:
@@ -46,7 +54,35 @@ GRIDS = {
         new_tokens=16,
     ),
 }
-"""By the effort of a report."""
+"""On a processor, by the effort of a report."""
+
+GPU_WORK = {
+    "quick": ((1, 512),),
+    "usual": ((1, 512), (1, 4096), (8, 512), (32, 512), (128, 512), (256, 512)),
+    "full": (
+        *((1, 512), (1, 4096), (8, 512), (8, 4096), (32, 512), (32, 4096)),
+        *((128, 512), (256, 512), (256, 4096)),
+    ),
+}
+"""Pairs of a batch size and a context length on a GPU, which a short prompt leaves idle."""
+
+
+def grid_for(effort: str, kind: str, longest: int) -> Grid:
+    """What speed is measured on for a kind of device, with models that take `longest` tokens."""
+    if kind == "cpu":
+        return GRIDS[effort]
+    full = effort == "full"
+    new_tokens = 32 if full else 16
+    fitting = ((batch, min(context, longest - new_tokens)) for batch, context in GPU_WORK[effort])
+    return Grid(
+        tuple(dict.fromkeys(fitting)),
+        rounds=5 if full else 3,
+        new_tokens=new_tokens,
+        trial=512,
+        most_tried=2**17,
+        graphs=0 if effort == "quick" else 32,
+        warm=True,
+    )
 
 
 def stretches(ids_T: Tensor, batch: int, length: int, turn: int) -> Tensor:

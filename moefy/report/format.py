@@ -119,9 +119,11 @@ def model_name(run: Mapping[str, Any]) -> str:
 
 
 def computed_in(report: Mapping[str, Any]) -> str:
-    """The dtype of the scores of a report as `, in float32`; empty if it is unknown."""
-    dtype = report.get("compute", {}).get("dtype")
-    return f", in {dtype}" if dtype else ""
+    """The dtype of the scores of a report, and the GPU, as `, in float32`; empty if unknown."""
+    compute = report.get("compute", {})
+    dtype, device = compute.get("dtype"), compute.get("device", "cpu")
+    where = f" on {device}" if device != "cpu" else ""
+    return f", in {dtype}{where}" if dtype else ""
 
 
 BANDS = (

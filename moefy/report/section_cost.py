@@ -78,6 +78,7 @@ def _speed_table(engine: str, measured: Mapping[str, Any]) -> Table:
     words = [*dict.fromkeys([ways] if isinstance(ways, str) else map(str, ways.values()))]
     words.append(f"{measured['threads']} threads" if measured["threads"] > 1 else "1 thread")
     words += [measured["processor"]] if measured.get("processor") else []
+    words += [device] if (device := measured.get("device", "cpu")) != "cpu" else []
     dtype = measured["dtype"]  # of each model, where rows lack theirs
     by_label = dtype if isinstance(dtype, dict) else {}
     rows = tuple(

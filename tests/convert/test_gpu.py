@@ -16,6 +16,7 @@ from moefy.convert.assign import assign_balanced
 from moefy.convert.assign_on_device import assign, assign_on_device
 from moefy.convert.kmeans import kmeans
 from moefy.evaluate.run import evaluate
+from moefy.evaluate.timed_rounds import Grid
 from moefy.finetune.run import finetune
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or it is hidden")
@@ -67,6 +68,27 @@ def test_a_fine_tune_learns(cache, pico, converted, text, tmp_path):
         settings["teacher_cache"] = str(tmp_path / "cache")
     told = finetune(converted(pico("llama")), tmp_path / "out", build(None, settings, []))
     assert told["validation"]["after"]["kl"] < told["validation"]["before"]["kl"]
+
+
+def test_a_report_scores_as_on_the_processor(pico, converted, text):
+    settings = {"effort": "quick", "speed": False, "tokens": 512, "sequence_length": 64}
+    run, nll = converted(pico("llama")), {}
+    for device in ("cpu", "cuda"):
+        found = evaluate(run, Settings(text=(text,), device=device, **settings))
+        assert (found["compute"]["device"] == "cpu") == (device == "cpu") and not found["not_run"]
+        nll[device] = found["texts"]["text"]["converted"]["nll"]
+    assert nll["cuda"] == pytest.approx(nll["cpu"], rel=1e-3) and nll["cuda"] != nll["cpu"]
+
+
+def test_speed_is_measured_by_cuda_graphs_too(pico, converted, text):
+    grid = Grid(((1, 16), (4, 16)), rounds=1, new_tokens=8, graphs=4, warm=True)
+    settings = {"effort": "quick", "tokens": 512, "sequence_length": 64, "grid": grid}
+    found = evaluate(converted(pico("llama")), Settings(text=(text,), device="cuda", **settings))
+    speed = found["speed"]["transformers"]
+    assert speed["device"] == torch.cuda.get_device_name() and not speed["too_large"]
+    decoding = [row for row in speed["rows"] if row["phase"] == "decode"]
+    # So small a model waits for its kernels to start.
+    assert all("CUDA graphs" in row["way"] for row in decoding), speed["left_out"]
 
 
 def test_a_report_makes_its_controls(pico, converted, text):

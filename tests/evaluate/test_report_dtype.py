@@ -22,6 +22,7 @@ from moefy.files.shards import stored_dtype
 from moefy.report.format import computed_in
 
 HALF, WHOLE = torch.bfloat16, torch.float32
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -71,6 +72,7 @@ def opened(monkeypatch) -> list[torch.dtype]:
 
 def settings(pair, text, **more) -> Settings:
     basic = {"effort": "quick", "speed": False, "tokens": 200, "sequence_length": 64}
+    basic["device"] = "cpu"
     return Settings(text=(text,), dense=str(pair[0]), **{**basic, **more})
 
 
@@ -85,6 +87,7 @@ def test_all_models_compute_in_one_dtype_that_the_machine_has(native, pair, text
         "stored": "bfloat16",
         "note": report["compute"]["note"],
         "processor": "",
+        "device": "cpu",
     }
     assert report["compute"]["processor"] and computed_in(report) == f", in {name}"
     notes = [note for note in report["notes"] if "this machine is 200.0 times slower" in note]
@@ -136,28 +139,28 @@ def test_every_open_model_counts_and_what_does_not_fit_stays_as_stored(pair, mac
     folders = [pair[0], pair[1], pair[1]]
     takes = num_bytes(folders, WHOLE)
     assert takes == num_bytes(folders[:1], WHOLE) + 2 * num_bytes(folders[1:2], WHOLE)
-    monkeypatch.setattr(dtypes, "room", lambda: takes)
-    assert one_dtype("auto", folders).dtype == WHOLE
-    monkeypatch.setattr(dtypes, "room", lambda: takes - 1)
-    result = one_dtype("auto", folders)
+    monkeypatch.setattr(dtypes, "room", lambda _: takes)
+    assert one_dtype("auto", folders, CPU).dtype == WHOLE
+    monkeypatch.setattr(dtypes, "room", lambda _: takes - 1)
+    result = one_dtype("auto", folders, CPU)
     assert result.dtype == HALF and "200.0 times slower than in float32" in result.note
     with pytest.raises(MoefyError, match="--compute-dtype float32") as error:
-        one_dtype("float32", folders)
+        one_dtype("float32", folders, CPU)
     assert error.value.code == 5
 
 
 def test_dtypes_whose_speed_is_tried(pair, machine, monkeypatch):
     machine(native=True)
     both = num_bytes(pair, HALF) + num_bytes(pair, WHOLE)
-    monkeypatch.setattr(dtypes, "room", lambda: both)
-    assert dtypes_to_try("auto", HALF, HALF, pair) == ([HALF, WHOLE], {})
-    assert dtypes_to_try("auto", WHOLE, WHOLE, pair) == ([WHOLE], {})
-    assert dtypes_to_try("bfloat16", HALF, HALF, pair) == ([HALF], {})
-    monkeypatch.setattr(dtypes, "room", lambda: both - 1)
-    tried, left_out = dtypes_to_try("auto", HALF, HALF, pair)
+    monkeypatch.setattr(dtypes, "room", lambda _: both)
+    assert dtypes_to_try("auto", HALF, HALF, pair, CPU) == ([HALF, WHOLE], {})
+    assert dtypes_to_try("auto", WHOLE, WHOLE, pair, CPU) == ([WHOLE], {})
+    assert dtypes_to_try("bfloat16", HALF, HALF, pair, CPU) == ([HALF], {})
+    monkeypatch.setattr(dtypes, "room", lambda _: both - 1)
+    tried, left_out = dtypes_to_try("auto", HALF, HALF, pair, CPU)
     assert tried == [HALF] and "GB that are left" in left_out["float32"]
     machine(native=False)
-    tried, left_out = dtypes_to_try("auto", HALF, WHOLE, pair)
+    tried, left_out = dtypes_to_try("auto", HALF, WHOLE, pair, CPU)
     assert tried == [WHOLE] and "200.0 times as long" in left_out["bfloat16"]
 
 

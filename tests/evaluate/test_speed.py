@@ -67,7 +67,7 @@ def test_a_way_that_fails_at_more_sequences_is_left_out_there(monkeypatch):
 
 def test_peak_memory_is_measured_at_such_a_width_too(tmp_path, capsys):
     mixture(11).save_pretrained(tmp_path)
-    sizes._main(str(tmp_path), "float32")
+    sizes._main(str(tmp_path), "float32", "cpu")
     assert json.loads(capsys.readouterr().out)["peak"] >= 0
 
 

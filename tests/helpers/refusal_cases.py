@@ -446,8 +446,10 @@ CASES += [
             "--tokens 1 --sequence-length 32": ("--tokens is 1", "at least 32"),
             "--sequence-length 0": ("--sequence-length is 0", "at least 8"),
             "--sequence-length 1": ("--sequence-length is 1", "at least 8"),
+            "--device gpu": ("--device is 'gpu'; expected auto, cpu",),
         },
     ),
+    *given("report", 5, {"--device cuda": ("--device cuda: 0 CUDA devices found",)}),
     *lines(
         2,
         {
