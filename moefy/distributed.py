@@ -106,6 +106,11 @@ class Group:
             _distributed().all_gather_object(values, value)
         return values
 
+    def end(self) -> None:
+        """Leave the group; NCCL warns of a process that stops before."""
+        if self.size > 1:
+            _distributed().destroy_process_group()
+
 
 ALONE = Group()
 
@@ -155,14 +160,22 @@ def launched() -> Group:
         return ALONE
     import torch
 
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    num_gpus = torch.cuda.device_count()
+    if num_gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % num_gpus)
     distributed = torch.distributed
     if not distributed.is_initialized():
-        distributed.init_process_group(backend, timeout=WAIT)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        distributed.init_process_group(backend(local, num_gpus), timeout=WAIT)
     return Group(distributed.get_rank(), distributed.get_world_size())
+
+
+def backend(num_processes: int, num_gpus: int) -> str:
+    """What sums and broadcasts tensors, for so many processes and GPUs of one machine.
+
+    NCCL takes a GPU's tensors, and wants a GPU for each process. Gloo takes all tensors.
+    """
+    return "cpu:gloo,cuda:nccl" if num_processes <= num_gpus else "gloo"
 
 
 @contextlib.contextmanager

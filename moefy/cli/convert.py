@@ -87,6 +87,7 @@ def _convert(recipe: Recipe, asked: Convert, out: Path, limit: int | None) -> No
             group=group,
         )
         summary = run(prepare(recipe), out, attempt, watch=watch)
+        group.end()
     show(summary, lambda _: terminal.show_conversion(summary, out), asked.as_json and first, quiet)
 
 

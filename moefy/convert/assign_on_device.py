@@ -37,7 +37,8 @@ def assign_on_device(value_FE: Tensor, width: int) -> Tensor:
     once: where many are equal, prices cannot divide them.
 
     Source: the prices are those of an auction (Bertsekas, 1988), but a column sets one price for
-    all its places. On energies of SmolLM2-135M's neurons the result was always the optimum.
+    all its places. Energies of SmolLM2-135M's neurons always got the optimum
+    (recipes/results/assignment.md).
     Cost: O(F * E) memory and operations per price step and per path.
     """
     num_columns = value_FE.shape[1]

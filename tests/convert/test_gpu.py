@@ -4,6 +4,8 @@ On a machine with one: MOEFY_TEST_GPU=1 pytest tests/convert/test_gpu.py.
 """
 
 import json
+import subprocess
+import sys
 from statistics import fmean
 
 import pytest
@@ -59,6 +61,18 @@ def test_clusters_are_as_tight_and_the_same_again():
         inertia[device] = float((where - centre_EQ[cluster_R]).square().sum())
     assert inertia["cuda"] == pytest.approx(inertia["cpu"], rel=0.01)
     assert torch.equal(cluster_R, kmeans(where, 16, 0, restarts=3)[1])
+
+
+def test_two_processes_make_the_bytes_of_one(pico, converted, text, tmp_path):
+    """By NCCL where there are two GPUs; else they share one, and gloo sums."""
+    model, given = pico("llama"), {"tokens": 5120, "sequence_length": 64, "device": "cuda"}
+    one, two = converted(model, **given), tmp_path / "two"
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["-m", "moefy", "convert", str(model), str(two), f"--calibration={text}", *options]
+    subprocess.run([*launch, *command], check=True, timeout=300)
+    names = "model.safetensors"
+    assert (two / names).read_bytes() == (one / names).read_bytes()
 
 
 @pytest.mark.parametrize("cache", [False, True])

@@ -18,7 +18,7 @@ from moefy.config.options import as_flag
 from moefy.config.recipe import build
 from moefy.convert.prepare import prepare
 from moefy.convert.run import convert
-from moefy.distributed import ALONE, Group, Share, launched, together
+from moefy.distributed import ALONE, Group, Share, backend, launched, together
 from moefy.errors import MoefyError
 
 ROOT = Path(moefy.__file__).parent.parent
@@ -203,6 +203,11 @@ def test_alone_nothing_is_copied_or_asked(monkeypatch):
     assert ALONE.broadcast_object("alone") == "alone"
     ALONE.in_turn(lambda: None, rows)
     assert rows.tolist() == [1, 1, 1]
+
+
+def test_a_gpu_for_each_process_is_summed_by_nccl_and_all_else_by_gloo():
+    assert backend(8, 8) == backend(1, 2) == "cpu:gloo,cuda:nccl"
+    assert backend(2, 0) == backend(3, 2) == "gloo"
 
 
 def test_only_a_process_that_is_gone_is_put_in_a_line():
