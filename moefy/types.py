@@ -9,7 +9,7 @@ Nothing here imports torch until an FFN is computed: headers alone say what a mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -154,6 +154,16 @@ class FFN:
         )
 
 
+PIECE = 1 << 16
+"""Tokens whose inputs are on the device at a time where a router is fitted."""
+
+
+def pieces(x_TD: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """Rows of a tensor that may lie elsewhere, `PIECE` at a time on the device."""
+    for x_CD in x_TD.split(PIECE):
+        yield x_CD.to(device)
+
+
 @dataclass(frozen=True)
 class Profile:
     """The inputs one FFN receives from the calibration text, and how it answers them.
@@ -164,19 +174,17 @@ class Profile:
 
     The last `num_heldout` tokens are whole sequences that nothing is fitted on: they only choose
     between candidates and report errors. Where `h_TF` is none, activations are computed again chunk
-    by chunk.
+    by chunk. `x_TD` and `goal_TD` may lie in host memory while the FFN is on a GPU.
     """
 
     x_TD: Tensor
-    y_TD: Tensor
-    """Dense outputs, scaled."""
+    goal_TD: Tensor
+    """What the outputs should be, scaled: what the dense FFN answers, and what makes drift good."""
     scale_T: Tensor
     num_heldout: int
     energy_F: Tensor
     """Mean scaled output energy h^2 * |down column|^2 of each neuron over the fitting tokens."""
     h_TF: Tensor | None = None
-    aim_TD: Tensor | None = None
-    """What the outputs should be, scaled, where that is not what the dense FFN answers."""
     gradient_TD: Tensor | None = None
     """Of the dense model's loss with respect to what this FFN writes, over the fitting tokens; on
     the CPU, and only for a partition that asks for it."""
@@ -184,11 +192,6 @@ class Profile:
     """Lets go of what was read of these tensors where they lie in files (see `store`)."""
     group: Group = ALONE
     """The processes whose tokens count, of which these are this one's."""
-
-    @property
-    def goal_TD(self) -> Tensor:
-        """What the outputs should be, scaled."""
-        return self.y_TD if self.aim_TD is None else self.aim_TD
 
     @property
     def num_fit(self) -> int:
@@ -207,9 +210,9 @@ class Profile:
 
     @cached_property
     def gram_DD(self) -> Tensor:
-        """X'X of all processes' inputs to fit on, in float64."""
-        x_TD = self.inputs()[0]
-        return (x_TD.T @ x_TD).double()
+        """X'X of all processes' inputs to fit on: float32 products, added up in float64."""
+        first, *more = (x_CD.T @ x_CD for x_CD in pieces(self.inputs()[0], self.scale_T.device))
+        return sum(more, first.double())
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ def copy_block(
     generator = torch.Generator().manual_seed(seed)
     with clock.stage("profile"):
         profile = observe(ffn, inputs)
+        device = profile.scale_T.device
     with clock.stage("split"):
         partition = group.broadcast(method.split(ffn, profile, shape, generator=generator))
     with clock.stage("route"):
@@ -41,17 +42,23 @@ def copy_block(
         stored = ffn.some(every_F, dtype).some(every_F, torch.float32)
     routed = RoutedFFN(stored, partition, router, shape.experts_per_token)
     with clock.stage("run"):
-        y_TD = inputs.store.empty(*profile.y_TD.shape, device=profile.y_TD.device)
-        load_E = torch.zeros(shape.num_experts, device=y_TD.device)
+        load_E, squares_2 = (
+            torch.zeros(shape.num_experts, device=device),
+            torch.zeros(2, dtype=torch.float64),
+        )
         for number, x_TD in enumerate(profile.x_TD.split(CHUNK)):
-            part = slice(number * CHUNK, (number + 1) * CHUNK)
+            x_TD, first = x_TD.to(device), number * CHUNK
+            part = slice(first, first + CHUNK)
             gate_TE = gates(x_TD @ router.weight_ED.T, routed.k)
-            y_TD[part] = outputs(routed, x_TD, gate_TE, shape.granularity)
+            y_TD = outputs(routed, x_TD, gate_TE, shape.granularity)
             load_E += (gate_TE > 0).sum(0)
+            held = slice(max(profile.num_fit - first, 0), None)
+            dense_TD = profile.goal_TD[part].to(device)[held]
+            wrong_TD = y_TD[held] * profile.scale_T[part][held, None] - dense_TD
+            squares_2 += torch.stack([wrong_TD.square().sum(), dense_TD.square().sum()]).cpu()
+            profile.goal_TD[part] = y_TD
             profile.release()
-    held = slice(profile.num_fit, None)
-    wrong_TD = y_TD[held] * profile.scale_T[held, None] - profile.y_TD[held]
-    squares = [group.total(float(t.square().sum())) for t in (wrong_TD, profile.y_TD[held])]
+    group.sum(squares_2)
     group.sum(load_E)
     share_E = load_E / load_E.sum()
     seconds = clock.seconds()
@@ -60,13 +67,13 @@ def copy_block(
         "experts": shape.num_experts,
         "expert_width": shape.expert_width,
         "experts_per_token": shape.experts_per_token,
-        "error": (squares[0] / max(squares[1], 1e-30)) ** 0.5,
+        "error": float((squares_2[0] / squares_2[1].clamp_min(1e-30)).sqrt()),
         "expert_load": [round(float(share), 5) for share in share_E],
         "load_cv": float(share_E.std(correction=0) / share_E.mean()),
         "seconds": round(seconds.pop("total"), 3),
         "stage_seconds": {stage: round(value, 3) for stage, value in seconds.items()},
     }
-    return Block(routed, y_TD, figures)
+    return Block(routed, profile.goal_TD, figures)
 
 
 def varied(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from moefy.files.buffers import MEMORY, Store
 from moefy.models.families.family import Family
 from moefy.progress import Watch
 from moefy.text.tokens import Tokens
+from moefy.types import FFN
 
 PROBES = 8
 """Pieces of calibration text on which layers are chosen."""
@@ -114,17 +115,54 @@ def advance(
     family: Family,
     layer: int,
     states_BTD: Tensor,
-    *,
+    device: torch.device,
     store: Store = MEMORY,
 ) -> None:
     """Move states, (B, T, D), past one layer of the dense model, in place."""
-    ffn = forward.read_ffn(checkpoint, family, layer, states_BTD.device)
-    x_TD, join, leave = forward.tap(checkpoint, family, layer, states_BTD, store=store)
-    flat_TD = states_BTD.view(x_TD.shape)
-    add_outputs(ffn, x_TD, flat_TD, join, store)
-    for flat_CD in flat_TD.split(CHUNK):
-        flat_CD.copy_(leave(flat_CD))
+    ffn = forward.read_ffn(checkpoint, family, layer, device)
+    around = forward.passage(checkpoint, family, layer, device, store=store)
+    past(ffn, around, states_BTD, store)
+    leave(around, states_BTD, store)
+
+
+def block(length: int) -> int:
+    """Sequences of `length` tokens that attention and the FFN compute at a time."""
+    return max(forward.BATCH, CHUNK // length)
+
+
+def past(
+    ffn: FFN,
+    around: forward.Passage,
+    states_BTD: Tensor,
+    store: Store = MEMORY,
+    check: Callable[[Tensor, int], None] = lambda *_: None,
+) -> None:
+    """Move states, (B, T, D), past a dense FFN and what is `around` it, in place, but for what the
+    sum goes through.
+
+    As many sequences as attention and the FFN compute at a time are on the FFN's device. `check`
+    sees the FFN's inputs, (T, D), and how many tokens were before them.
+    """
+    tokens = 0
+    for part_BTD in states_BTD.split(block(states_BTD.shape[1])):
+        on_BTD = part_BTD.to(ffn.up_FD.device)
+        x_BTD = torch.empty_like(on_BTD)
+        around.run(on_BTD, x_BTD)
+        x_TD = x_BTD.flatten(0, 1)
+        check(x_TD, tokens)
+        add_outputs(ffn, x_TD, on_BTD.flatten(0, 1), around.join)
+        if on_BTD is not part_BTD:
+            part_BTD.copy_(on_BTD)
+        tokens += len(x_TD)
         store.release()
+
+
+def leave(around: forward.Passage, states_BTD: Tensor, store: Store = MEMORY) -> None:
+    """Move states, (B, T, D), past what the sum goes through, in place."""
+    if around.leave:
+        for flat_CD in states_BTD.flatten(0, 1).split(CHUNK):
+            flat_CD.copy_(around.leave(flat_CD.to(around.device)))
+            store.release()
 
 
 def _branches(
@@ -141,7 +179,7 @@ def _branches(
     for done, layer in enumerate(layers):
         watch("layers to drop", done, len(layers))
         branch_BTD = states_BTD[:batch].clone()
-        advance(checkpoint, family, layer, states_BTD)
+        advance(checkpoint, family, layer, states_BTD, states_BTD.device)
         if layer in candidates:
             states_BTD = torch.cat([states_BTD, branch_BTD])
     return list(states_BTD.split(batch))

@@ -13,8 +13,6 @@ from torch import Tensor
 from moefy.convert.profile import CHUNK, SAMPLE, Inputs, chunks, observe
 from moefy.convert.refit import Refit, refit, refit_experts
 from moefy.convert.routed_ffn import RoutedFFN, energies_of, top_mask, unfold, unrouted
-from moefy.errors import MoefyError
-from moefy.files.buffers import Store
 from moefy.timing import Clock
 from moefy.types import FFN, Partition, Profile, Router, Shape
 
@@ -52,6 +50,8 @@ def convert_block(
 
     All processes of the inputs' group make the same block; only `y_TD` is of this one's tokens.
 
+    The outputs lie where `goal_TD` of the profile lay, of which nothing needs the values any more.
+
     Raises:
         MoefyError: code 6, for outputs that are not finite.
     """
@@ -59,9 +59,6 @@ def convert_block(
     generator = torch.Generator().manual_seed(seed)
     with clock.stage("profile"):
         profile = observe(ffn, inputs, method.error_propagation)
-        finite = all(y_TD.isfinite().all() for y_TD in profile.y_TD.split(CHUNK))
-        if group.total(not finite) or not profile.energy_F.isfinite().all():
-            raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
     num_silent = int((profile.energy_F == 0).sum())
     with clock.stage("split"):
         partition = group.broadcast(method.split(ffn, profile, shape, generator=generator))
@@ -105,7 +102,7 @@ def convert_block(
                 routed = routed.with_down(group.broadcast(down_DF))
     routed = routed.with_down(routed.ffn.down_DF.to(dtype).float())
     with clock.stage("run"):
-        y_TD, tokens_E = _run(routed, profile, inputs.store)
+        y_TD, tokens_E = _run(routed, profile)
     seconds = clock.seconds()
     figures = {
         "shared_neurons": len(partition.shared_S),
@@ -182,9 +179,10 @@ def captured(routed: RoutedFFN, profile: Profile) -> dict[str, Any]:
     return figures
 
 
-def _run(routed: RoutedFFN, profile: Profile, store: Store) -> tuple[Tensor, list[int]]:
-    """Outputs on all tokens (T, D), and how many of the fitting tokens go to each expert."""
-    y_TD, masks = store.empty(*profile.y_TD.shape, device=profile.y_TD.device), []
+def _run(routed: RoutedFFN, profile: Profile) -> tuple[Tensor, list[int]]:
+    """Outputs on all tokens (T, D), written over what they aimed at, and how many of the fitting
+    tokens go to each expert."""
+    y_TD, masks = profile.goal_TD, []
     down_AD = routed.down_AD
     for number, (x_TD, h_TF, _) in enumerate(chunks(routed.ffn, profile, "all")):
         part = slice(number * CHUNK, (number + 1) * CHUNK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,20 @@ from moefy.types import FFN
 Join = Callable[[Tensor], Tensor] | None
 """What a layer does to the FFN's output before it is added; None: nothing."""
 
-Leave = Callable[[Tensor], Tensor]
-"""What a layer does to the sum."""
+Leave = Callable[[Tensor], Tensor] | None
+"""What a layer does to the sum; None: nothing."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One layer of the dense model, but for its FFN."""
+
+    run: Callable[[Tensor, Tensor], None]
+    """Overwrites states that enter the layer, (B, T, D), with those that leave it less the FFN's
+    part, which the caller adds, and writes the FFN's inputs to the second tensor of that shape."""
+    join: Join
+    leave: Leave
+    device: torch.device
 
 
 BATCH = 4  # sequences that go through a layer at a time
@@ -100,26 +113,26 @@ def read_ffn(checkpoint: Checkpoint, family: Family, layer: int, device: torch.d
     return family.read(stored, activation)
 
 
-def tap(
+def passage(
     checkpoint: Checkpoint,
     family: Family,
     layer: int,
-    states_BTD: Tensor,
+    device: torch.device,
     *,
     batch: int = BATCH,
     store: Store = MEMORY,
-) -> tuple[Tensor, Join, Leave]:
-    """Run everything of one layer but its FFN; return the FFN's inputs, shape (B * T, D), in
-    `store`, what the FFN's outputs go through before they are added, and what the sum goes through.
+) -> Passage:
+    """Everything of one layer but its FFN, on the device; states may lie elsewhere, in `store`.
 
-    `states_BTD` holds the states that enter the layer and is overwritten with those that leave it
-    less the FFN's part, which the caller adds; a bias behind the FFN is in them. The layer is
-    transformers' own, run inside its own model class, so masks and rotary embeddings are the
-    family's.
+    A bias behind the FFN is added to the states. The layer is transformers' own, run inside its
+    own model class, so masks and rotary embeddings are the family's.
     """
-    model, block, seen, leave = _one_layer(checkpoint, family, layer, states_BTD.device)
-    run = model.encoder if model.config.is_encoder_decoder else model
-    x_BTD = store.empty(*states_BTD.shape, device=states_BTD.device)
+    model, block, seen, leave = _one_layer(checkpoint, family, layer, device)
+    through = model.encoder if model.config.is_encoder_decoder else model
+    bias_D: Any = 0
+    if family.down_bias:
+        name = family.layer.format(layer=layer) + family.down_bias
+        bias_D = checkpoint.tensor(name).float().to(device)
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
     # Some classes scale what they take as embeddings, which these states are not.
@@ -128,22 +141,31 @@ def tap(
     )
     block.register_forward_hook(lambda module, args, out: leaving.append(states_of(out)))
 
-    def step(first: int, last: int) -> None:
-        part = states_BTD[first:last]
-        entering[:], leaving[:] = [part], []
-        run(inputs_embeds=part, use_cache=False)
-        x_BTD[first:last] = seen.seen.view(part.shape)
-        part.copy_(leaving[0])
+    @torch.inference_mode()
+    def run(states_BTD: Tensor, x_BTD: Tensor) -> None:
+        def step(first: int, last: int) -> None:
+            part = states_BTD[first:last].to(device)
+            entering[:], leaving[:] = [part], []
+            through(inputs_embeds=part, use_cache=False)
+            x_BTD[first:last] = seen.seen.view(part.shape)
+            states_BTD[first:last] = leaving[0] + bias_D if family.down_bias else leaving[0]
 
-    with torch.inference_mode():
         for first in range(0, len(states_BTD), batch):
             _halving(step, first, min(first + batch, len(states_BTD)))
             store.release()
-    if family.down_bias:
-        name = family.layer.format(layer=layer) + family.down_bias
-        states_BTD += checkpoint.tensor(name).float().to(states_BTD.device)
-    join = family.join(block) if family.join else None
-    return x_BTD.view(-1, x_BTD.shape[-1]), join, leave
+
+    return Passage(run, family.join(block) if family.join else None, leave, device)
+
+
+def tap(
+    checkpoint: Checkpoint, family: Family, layer: int, states_BTD: Tensor, *, batch: int = BATCH
+) -> tuple[Tensor, Join, Leave]:
+    """Run states past one layer but for its FFN, in place (see `Passage`); give the FFN's inputs,
+    (B * T, D), what its outputs go through before they are added, and what the sum goes through."""
+    x_BTD = torch.empty_like(states_BTD)
+    layer_but_ffn = passage(checkpoint, family, layer, states_BTD.device, batch=batch)
+    layer_but_ffn.run(states_BTD, x_BTD)
+    return x_BTD.view(-1, x_BTD.shape[-1]), layer_but_ffn.join, layer_but_ffn.leave
 
 
 def _halving(step: Callable[[int, int], None], first: int, last: int) -> None:
@@ -210,7 +232,7 @@ def _one_layer(
         weights[name] = checkpoint.tensor(prefix + name).float().to(device)
     block.load_state_dict(weights, assign=True)
     model.eval().requires_grad_(False)
-    leave: Leave = nn.Identity()
+    leave: Leave = None
     if family.behind:
         leave = block.get_submodule(family.behind)
         block.set_submodule(family.behind, _Skip())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from moefy.convert import depth, forward, write
 from moefy.convert.copies import copy_block
 from moefy.convert.ffn import Block, convert_block
 from moefy.convert.prepare import Job
-from moefy.convert.profile import CHUNK, Inputs, add_outputs
+from moefy.convert.profile import CHUNK, Inputs
 from moefy.convert.session import Session
 from moefy.convert.summary import gaps
 from moefy.distributed import Group, Share
@@ -60,7 +61,6 @@ def convert_layers(
         states_BTD = _embedded(job, tokens, session.store)
     else:
         watch(f"continuing behind layer {len(done) - 1}", len(done), job.num_layers)
-    states_BTD = states_BTD.to(job.device)
     for layer in range(len(done), max(last, top) + 1):
         if layer > top:
             states_BTD = share.last(states_BTD[:num_sequences])[None]
@@ -92,7 +92,7 @@ def shared(group: Group, num_sequences: int, length: int) -> Share:
     Raises:
         MoefyError: code 2, where some processes have none.
     """
-    block = max(forward.BATCH, CHUNK // length)
+    block = depth.block(length)
     if group.size > (most := -(-num_sequences // block)):
         raise MoefyError(
             f"{group.size} processes share {num_sequences} sequences, {block} of which stay "
@@ -124,7 +124,7 @@ def _embedded(job: Job, tokens: Tokens, store: Store) -> Tensor:
     states go along behind the converted one's."""
     (num_sequences, length), hidden = tokens.ids_BT.shape, job.size("hidden_size")
     sides = 2 if job.method.error_propagation else 1
-    states_BTD = store.empty(sides * num_sequences, length, hidden, device=job.device)
+    states_BTD = store.empty(sides * num_sequences, length, hidden)
     for start in range(0, num_sequences, 32):  # as many are looked up at a time
         ids_BT = tokens.ids_BT[start : start + 32]
         part_BTD = forward.embed(job.checkpoint, job.family, ids_BT, job.device)
@@ -174,40 +174,43 @@ def _pass(
     """
     job, store, clock = session.job, session.store, session.clock
     session.watch(f"layer {layer}: attention", layer, job.num_layers)
-    if len(states_BTD) > len(tokens.ids_BT):
+    num_sequences = len(tokens.ids_BT)
+    if len(states_BTD) > num_sequences:
         with clock.stage("dense"):
-            _past_dropped(session, layer, states_BTD[len(tokens.ids_BT) :])
+            _past_dropped(session, layer, states_BTD[num_sequences:])
     with clock.stage("read"):
         ffn = forward.read_ffn(job.checkpoint, job.family, layer, job.device)
-    with clock.stage("attention"):
-        x_TD, join, leave = forward.tap(job.checkpoint, job.family, layer, states_BTD, store=store)
-        _check_states(x_TD, layer)
-    flat_TD, num_tokens = states_BTD.view(x_TD.shape), tokens.ids_BT.numel()
-    dense = slice(num_tokens if layer in job.layers else 0, None)
-    block = None
+        around = forward.passage(job.checkpoint, job.family, layer, job.device, store=store)
+    own_BTD = states_BTD[: num_sequences if layer in job.layers else 0]
     with clock.stage("dense"):
-        add_outputs(ffn, x_TD[dense], flat_TD[dense], join, store)
-    if layer in job.layers:
-        session.watch(f"layer {layer}: split and route", layer, job.num_layers)
-        inputs = Inputs(
-            x_TD[:num_tokens],
-            tokens.num_heldout * tokens.ids_BT.shape[1],
-            flat_TD[:num_tokens],
-            join,
-            dense_TD=flat_TD[num_tokens:] if job.method.error_propagation else None,
-            gradient_TD=slopes.pop(layer, None),
-            store=store,
-            group=session.attempt.group,
-        )
-        seed = job.recipe.seed * 1_000_003 + layer
-        convert = copy_block if job.method.copies else convert_block
-        block = convert(ffn, inputs, job.shape, job.method, dtype=job.dtype, seed=seed)
-        for y_CD, flat_CD in zip(block.y_TD.split(CHUNK), flat_TD.split(CHUNK), strict=False):
-            flat_CD[: len(y_CD)] += join(y_CD) if join else y_CD
-            store.release()
-    for flat_CD in flat_TD.split(CHUNK):
-        flat_CD.copy_(leave(flat_CD))
+        check = partial(_check_states, layer)
+        depth.past(ffn, around, states_BTD[len(own_BTD) :], store, check)
+    if not len(own_BTD):
+        depth.leave(around, states_BTD, store)
+        return None
+    with clock.stage("attention"):
+        x_BTD = store.empty(*own_BTD.shape)
+        around.run(own_BTD, x_BTD)
+        x_TD, own_TD = x_BTD.flatten(0, 1), own_BTD.flatten(0, 1)
+        check(x_TD)
+    session.watch(f"layer {layer}: split and route", layer, job.num_layers)
+    inputs = Inputs(
+        x_TD,
+        tokens.num_heldout * tokens.ids_BT.shape[1],
+        own_TD,
+        around.join,
+        dense_TD=states_BTD[num_sequences:].flatten(0, 1) if job.method.error_propagation else None,
+        gradient_TD=slopes.pop(layer, None),
+        store=store,
+        group=session.attempt.group,
+    )
+    seed = job.recipe.seed * 1_000_003 + layer
+    convert = copy_block if job.method.copies else convert_block
+    block = convert(ffn, inputs, job.shape, job.method, dtype=job.dtype, seed=seed)
+    for y_CD, own_CD in zip(block.y_TD.split(CHUNK), own_TD.split(CHUNK), strict=True):
+        own_CD += (around.join(y_CD.to(job.device)) if around.join else y_CD).to(own_CD.device)
         store.release()
+    depth.leave(around, states_BTD, store)
     return block
 
 
@@ -216,14 +219,16 @@ def _past_dropped(session: Session, layer: int, dense_BTD: Tensor) -> None:
     job = session.job
     first = job.kept[layer - 1] + 1 if layer else 0
     for number in range(first, job.kept[layer]):
-        depth.advance(job.source.checkpoint, job.family, number, dense_BTD, store=session.store)
+        depth.advance(
+            job.source.checkpoint, job.family, number, dense_BTD, job.device, session.store
+        )
 
 
-def _check_states(x_TD: Tensor, layer: int) -> None:
+def _check_states(layer: int, x_TD: Tensor, before: int = 0) -> None:
     for number, x_CD in enumerate(x_TD.split(CHUNK)):
         finite_C = torch.isfinite(x_CD).all(1)
         if not finite_C.all():
-            row = number * CHUNK + int((~finite_C).nonzero()[0])
+            row = before + number * CHUNK + int((~finite_C).nonzero()[0])
             raise MoefyError(
                 f"activations that are not finite enter the FFN of layer {layer} at calibration "
                 f"token {row}; the weights or the dtype overflow",

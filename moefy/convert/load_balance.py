@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moefy.convert.ridge import ridge
+from moefy.convert.ridge import ridge, scores
 from moefy.convert.routed_ffn import top_mask
+from moefy.types import pieces
 
 STEPS = 200  # steps of the descent on the biases
 
@@ -30,9 +31,10 @@ def balance(
     Source: the biases of auxiliary-loss-free balancing (arXiv 2408.15664), found before any
     training and folded into the rows.
     """
-    one_D = ridge(gram_DD, x_TD.sum(0, keepdim=True).T.double(), 1e-3)[:, 0].float()
-    unit_T1 = (x_TD @ one_D)[:, None]
-    score_TE = x_TD @ weight_ED.T
+    first, *more = (x_CD.sum(0, keepdim=True) for x_CD in pieces(x_TD, weight_ED.device))
+    one_D = ridge(gram_DD, sum(more, first.double()).T, 1e-3)[:, 0].float()
+    unit_T1 = torch.cat([x_CD @ one_D for x_CD in pieces(x_TD, one_D.device)])[:, None]
+    score_TE = scores(x_TD, weight_ED)
     mask_TE = top_mask(score_TE, k)
     full = float((worth_TE * mask_TE).sum())
     bias_E, step = torch.zeros_like(score_TE[0]), float(score_TE.std())

@@ -13,17 +13,22 @@ import resource
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from moefy.checkpoint.reload import fitting_layers
 from moefy.compute_dtype import ComputeDtype, compute_dtype
 from moefy.convert.prepare import SELF, Job
 from moefy.convert.profile import CHUNK
-from moefy.convert.routed_ffn import GAINS
+from moefy.convert.refit import EXPERT_STRENGTHS
+from moefy.convert.routed_ffn import GAINS, UNFOLDED
 from moefy.errors import MoefyError
+from moefy.files.buffers import CPU, Store
 from moefy.files.safetensors_header import Entry
 from moefy.files.shards import Slot
 from moefy.text.self_text import BATCHES, DOCUMENT
+from moefy.types import PIECE
 
 LIBRARIES = 600_000_000
 """Resident bytes of Python, torch, transformers and scikit-learn before any tensor."""
@@ -48,12 +53,45 @@ ADVICE = {
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where the calibration states are to lie."""
+
+    where: Literal["device", "memory", "files"]  # "device" where it is a GPU
+    keeps_activations: bool = True  # of all neurons; else they are computed again, chunk by chunk
+
+    def store(self, folder: Path, device: torch.device) -> Store:
+        """Allocates them; `folder` is for files."""
+        return Store(
+            folder if self.where == "files" else None,
+            device if self.where == "device" else CPU,
+            keeps_activations=self.keeps_activations,
+        )
+
+
+IN_MEMORY, IN_FILES = Place("memory"), Place("files")
+
+PLACES = {
+    # A CPU reads them from a file sooner than it computes them again, a GPU the other way round.
+    "cpu": (IN_MEMORY, IN_FILES),
+    "cuda": (
+        Place("device"),
+        Place("device", False),
+        Place("memory", False),
+        Place("files", False),
+    ),
+}
+"""By kind of device: where states may lie, what is fast before what takes little memory."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where the calibration states are to lie, and what that takes."""
 
+    place: Place
     peak_bytes: int
     stage: str  # the stage that takes most
     file_bytes: int  # size of the files that hold the states; zero where memory does
+    device_bytes: int = 0  # of a GPU's memory
     refusal: str = ""  # the error message where it does not fit
 
 
@@ -154,36 +192,54 @@ def require(needed: int, what_for: str, instead: str) -> None:
 
 def fit(job: Job, slots: Mapping[str, Slot], limit: int | None = None) -> Plan:
     """Where the states are to lie so that the conversion, which writes `slots`, keeps to `limit`
-    bytes and to what there is: in memory if they fit, else in files."""
-    most = min(limit or available(), available())
-    # A GPU's states lie in its own memory.
-    for in_files in (False, True) if job.device.type == "cpu" else (False,):
-        stages = predicted(job, slots, in_files=in_files, most=most)
+    bytes, to what there is, and to what a GPU has: the first of `PLACES` where they fit."""
+    most, room = min(limit or available(), available()), device_memory(job.device)
+    for place in PLACES[job.device.type]:
+        stages, on_device = predicted(job, slots, place, most), device_bytes(job, place)
         stage = max(stages, key=stages.__getitem__)
-        plan = Plan(stages[stage], stage, state_arrays(job) if in_files else 0)
-        if plan.peak_bytes <= most:
+        file_bytes = state_arrays(job, place) if place.where == "files" else 0
+        plan = Plan(place, stages[stage], stage, file_bytes, on_device)
+        if plan.peak_bytes <= most and on_device <= room:
             return plan
-    limited = "--memory allows" if most == limit else "there are"
     even = ", even with its states in files," if plan.file_bytes else ""
+    if plan.device_bytes > room:
+        taken, limited, least = plan.device_bytes, f"{job.device} has", room
+        kind, stage = "the GPU's memory", max(held := _layer(job), key=held.__getitem__)
+    else:
+        taken, limited, least, kind = plan.peak_bytes, "there are", most, "memory"
+        limited = "--memory allows" if most == limit else limited
     refusal = (
-        f"this conversion takes{even} {plan.peak_bytes / 1e9:.1f} GB of memory, {limited} "
-        f"{most / 1e9:.1f} GB; the most is for the stage {stage}: "
+        f"this conversion takes{even} {taken / 1e9:.1f} GB of {kind}, {limited} "
+        f"{least / 1e9:.1f} GB; the most is for the stage {stage}: "
         + ADVICE.get(stage, "lower --tokens")
     )
     return dataclasses.replace(plan, refusal=refusal)
 
 
-def state_arrays(job: Job) -> int:
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that are free; of no other device's memory is there a count."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def device_bytes(job: Job, place: Place) -> int:
+    """The most bytes of a GPU's memory that a layer takes; zero where there is none."""
+    if job.device.type == "cpu":
+        return 0
+    return max(_layer(job).values()) + (state_arrays(job, place) if place.where == "device" else 0)
+
+
+def state_arrays(job: Job, place: Place = IN_MEMORY) -> int:
     """Bytes of all that is held for every calibration token at a time."""
     tokens, hidden = job.recipe.tokens, job.size("hidden_size")
-    # States and FFN inputs, of the dense model too where drift is made good; outputs of the dense
-    # FFN, of the converted one, and what they aim at. All neurons' activations.
-    arrays = 7 if job.method.error_propagation else 4
-    return 4 * tokens * (arrays * hidden + job.shape.num_neurons)
+    # States, of the dense model too where drift is made good; the FFN's inputs; what its outputs
+    # aim at, where they are written later. All neurons' activations.
+    arrays = 4 if job.method.error_propagation else 3
+    neurons = job.shape.num_neurons if place.keeps_activations else 0
+    return 4 * tokens * (arrays * hidden + neurons)
 
 
 def predicted(
-    job: Job, slots: Mapping[str, Slot], *, in_files: bool = False, most: int | None = None
+    job: Job, slots: Mapping[str, Slot], place: Place = IN_MEMORY, most: int | None = None
 ) -> dict[str, int]:
     """The most resident bytes of every stage, on a machine that has `most`.
 
@@ -191,8 +247,10 @@ def predicted(
     they are read in whole (see `reopen`).
     """
     base = base_bytes(job.checkpoint.folder)
-    always = base + gradient_bytes(job) + (0 if in_files else state_arrays(job))
-    stages = {stage: always + held for stage, held in _layer(job).items()}
+    always = base + gradient_bytes(job)
+    always += state_arrays(job, place) if place.where == "memory" else 0
+    layer = _layer(job) if job.device.type == "cpu" else _written(job)
+    stages = {stage: always + held for stage, held in layer.items()}
     # These need the whole dense model in memory.
     if job.recipe.calibration == SELF:
         stages["calibration"] = base + writing(job, most).num_bytes
@@ -209,6 +267,13 @@ def base_bytes(folder: Path) -> int:
     """What is held all the time: libraries, and the tokenizer in a checkpoint's folder."""
     tokenizer = folder / "tokenizer.json"
     return LIBRARIES + (TEXT * tokenizer.stat().st_size if tokenizer.is_file() else 0)
+
+
+def _written(job: Job) -> dict[str, int]:
+    """What one layer's stages hold outside of a GPU's memory, beside the states."""
+    matrices = 4 * job.shape.num_neurons * job.size("hidden_size") * (3 if job.family.gated else 2)
+    stored = 4 * job.other_weights, int(matrices * job.shape.num_stored / job.shape.num_neurons)
+    return {"read": matrices, "attention": stored[0], "write": stored[1]}
 
 
 def _layer(job: Job) -> dict[str, int]:
@@ -236,6 +301,8 @@ def _layer(job: Job) -> dict[str, int]:
     gains = min(GAINS, min(CHUNK, recipe.tokens) * experts * hidden)
     stored["route"] = ffn + matrix + max(solve, 16 * gains + 3 * chunk)
     stored["route"] += 24 * recipe.tokens * experts
+    if job.device.type != "cpu":
+        stored["route"] += 4 * min(PIECE, recipe.tokens) * hidden
     if job.method.copies:
         # They are as many tensors to write, and before that new weights, if they are varied.
         times = 2.5 if job.method.noise or job.method.reinit else 0
@@ -247,6 +314,11 @@ def _layer(job: Job) -> dict[str, int]:
         # one; down_proj of the first refit and of the one tried; the Gram matrix of the inputs.
         solving = 8 * used * used + 16 * used * hidden + 2 * matrix + 8 * hidden * hidden
         stored["refit"] = ffn + solving + 3 * chunk
+    if shape.overlaps and job.method.fit is not None:
+        # What is left of the held-out outputs under each strength.
+        left = 4 * held_out * hidden * len(EXPERT_STRENGTHS)
+        unfolded = min(UNFOLDED, 4 * recipe.tokens * shape.num_stored)
+        stored["refit of experts"] = ffn * shape.num_stored // neurons + left + unfolded + 3 * chunk
     return stored
 
 

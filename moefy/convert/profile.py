@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moefy.distributed import ALONE, Group
+from moefy.errors import MoefyError
 from moefy.files.buffers import MEMORY, Store
 from moefy.types import FFN, Profile
 
@@ -48,25 +49,32 @@ def chunks(
     ffn: FFN, profile: Profile, part: str = "fit"
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield inputs (T, D), scaled activations (T, F) and what the output aims at (T, D)."""
-    start, stop = profile.span(part)
+    (start, stop), device = profile.span(part), ffn.up_FD.device
     for first in range(start, stop, CHUNK):
         tokens = slice(first, min(first + CHUNK, stop))
-        yield profile.x_TD[tokens], activations(ffn, profile, tokens), profile.goal_TD[tokens]
+        x_TD = profile.x_TD[tokens].to(device)
+        yield x_TD, _activations(ffn, profile, x_TD, tokens), profile.goal_TD[tokens].to(device)
         profile.release()
 
 
 def activations(ffn: FFN, profile: Profile, tokens: slice) -> Tensor:
     """Scaled activations of some of the profile's tokens, shape (T, F)."""
+    return _activations(ffn, profile, profile.x_TD[tokens], tokens)
+
+
+def _activations(ffn: FFN, profile: Profile, x_TD: Tensor, tokens: slice) -> Tensor:
+    """The same, with these tokens' inputs."""
     if profile.h_TF is not None:
         return profile.h_TF[tokens]
-    return ffn.activations(profile.x_TD[tokens]).mul_(profile.scale_T[tokens, None])
+    return ffn.activations(x_TD.to(ffn.up_FD.device)).mul_(profile.scale_T[tokens, None])
 
 
 def some_activations(ffn: FFN, profile: Profile, token_T: Tensor, neurons: Tensor) -> Tensor:
     """Scaled activations of some neurons on some tokens."""
     if profile.h_TF is not None:
         return profile.h_TF[token_T[:, None], neurons]
-    h_TN = ffn.some(neurons).activations(profile.x_TD[token_T])
+    x_TD = profile.x_TD[token_T.to(profile.x_TD.device)].to(ffn.up_FD.device)
+    h_TN = ffn.some(neurons).activations(x_TD)
     return h_TN.mul_(profile.scale_T[token_T, None])
 
 
@@ -78,39 +86,44 @@ def observe(ffn: FFN, inputs: Inputs, error_propagation: float = 0.0) -> Profile
 
     Source: `error_propagation` is the propagation strength of QEP (arXiv 2504.09629), which
     corrects the weights of a quantised layer for the errors of those below it.
+
+    Raises:
+        MoefyError: code 6, for outputs that are not finite.
     """
     x_TD, store, group = inputs.x_TD, inputs.store, inputs.group
-    num_tokens, device = x_TD.shape[0], x_TD.device
+    num_tokens, device = x_TD.shape[0], ffn.up_FD.device
     num_fit = num_tokens - inputs.num_heldout
-    all_TF = store.empty(num_tokens, ffn.num_neurons, device=device)
-    all_TD, aim_TD = store.empty(*x_TD.shape, device=device), None
-    if inputs.residual_TD is not None and inputs.dense_TD is not None and error_propagation:
-        aim_TD = store.empty(*x_TD.shape, device=device)
-    scales, squares = [], []
+    all_TF = store.empty(num_tokens, ffn.num_neurons) if store.keeps_activations else None
+    goal_TD = store.empty(*x_TD.shape)
+    scales, squares, finite = [], [], True
     for first in range(0, num_tokens, CHUNK):
         part = slice(first, first + CHUNK)
-        h_TF = ffn.activations(x_TD[part])
+        h_TF = ffn.activations(x_TD[part].to(device))
         y_TD = h_TF @ ffn.down_DF.T
+        finite = finite and bool(y_TD.isfinite().all())
         scale_T, lacking_TD = _scale_and_drift(inputs, part, y_TD, error_propagation)
-        if aim_TD is not None and lacking_TD is not None:
-            aim_TD[part] = lacking_TD.add_(y_TD).mul_(scale_T[:, None])
+        if lacking_TD is not None:
+            y_TD.add_(lacking_TD)
+        goal_TD[part] = y_TD.mul_(scale_T[:, None])
         h_TF.mul_(scale_T[:, None])
         squares.append(h_TF[: max(num_fit - first, 0)].square().sum(0))
-        all_TD[part] = y_TD.mul_(scale_T[:, None])
         scales.append(scale_T)
-        all_TF[part] = h_TF
+        if all_TF is not None:
+            all_TF[part] = h_TF
         store.release()
     total_F = torch.zeros(ffn.num_neurons, dtype=torch.float64, device=device)
     for square_F in group.gather(torch.stack(squares)):
         total_F += square_F
+    energy_F = (total_F / group.total(num_fit)).float() * ffn.down_norm_sq_F
+    if group.total(not finite) or not energy_F.isfinite().all():
+        raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
     return Profile(
         x_TD,
-        all_TD,
+        goal_TD,
         torch.cat(scales),
         inputs.num_heldout,
-        energy_F=(total_F / group.total(num_fit)).float() * ffn.down_norm_sq_F,
+        energy_F=energy_F,
         h_TF=all_TF,
-        aim_TD=aim_TD,
         gradient_TD=inputs.gradient_TD,
         release=store.release,
         group=group,
@@ -125,13 +138,13 @@ def _scale_and_drift(
     if inputs.residual_TD is None:
         return torch.ones_like(y_TD[:, 0]), None
     added_TD = inputs.join(y_TD) if inputs.join else y_TD
-    leaving_TD = inputs.residual_TD[part] + added_TD
+    leaving_TD = inputs.residual_TD[part].to(y_TD.device) + added_TD
     scale_T = leaving_TD.norm(dim=1).clamp_min(1e-6).reciprocal_()
     if inputs.join:  # an error in the output arrives as much larger as the output itself does
         scale_T *= added_TD.norm(dim=1) / y_TD.norm(dim=1).clamp_min(1e-12)
     if inputs.dense_TD is None or not error_propagation:
         return scale_T, None
-    lacking_TD = (inputs.dense_TD[part] - leaving_TD).mul_(error_propagation)
+    lacking_TD = (inputs.dense_TD[part].to(y_TD.device) - leaving_TD).mul_(error_propagation)
     if inputs.join:  # what has to enter it, so that this leaves it
         lacking_TD.div_(_slopes(y_TD, added_TD))
     return scale_T, lacking_TD

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moefy.convert.profile import chunks, some_activations
+from moefy.convert.profile import CHUNK, chunks, some_activations
 from moefy.convert.ridge import damping, ridge, solver
 from moefy.convert.routed_ffn import RoutedFFN, Run
 from moefy.types import Profile
@@ -202,20 +202,23 @@ def refit_experts(routed: RoutedFFN, profile: Profile) -> tuple[Tensor, float]:
     shrinks towards the columns that the FFN comes with, which a refit of all experts together has
     found, so that an expert with few tokens stays near those. One strength serves all experts, and
     none is kept where it does not err less on the held-out tokens. Returns the columns and that
-    error, relative as in `Refit`.
+    error, relative as in `Refit`. What the outputs miss is written over the profile's `goal_TD`.
     """
     down_DF, num_fit = routed.ffn.down_DF, profile.num_fit
     experts_EN, group = routed.partition.experts_EN, profile.group
-    rest_TD, tokens_of = _rests(routed, profile)
     norm = max(group.total(float(profile.goal_TD[num_fit:].square().sum())), 1e-30)
-    left = {strength: rest_TD[num_fit:].clone() for strength in EXPERT_STRENGTHS}
+    tokens_of = _leave_rests(routed, profile)
+    rest_TD, place = profile.goal_TD, profile.goal_TD.device
+    left = {
+        strength: rest_TD[num_fit:].to(down_DF.device, copy=True) for strength in EXPERT_STRENGTHS
+    }
     deltas: dict[float, list[Tensor]] = {strength: [] for strength in EXPERT_STRENGTHS}
     for neurons, token_T in zip(experts_EN, tokens_of, strict=True):
         h_TN = some_activations(routed.ffn, profile, token_T, neurons)
         fit_T = token_T < num_fit
         some_TN = group.gather(h_TN[fit_T])
         gram_NN = some_TN.T @ some_TN
-        cross_ND = some_TN.T @ group.gather(rest_TD[token_T[fit_T]])
+        cross_ND = some_TN.T @ group.gather(rest_TD[token_T[fit_T].to(place)].to(h_TN.device))
         for strength in EXPERT_STRENGTHS:
             delta_ND = ridge(gram_NN, cross_ND, strength)
             deltas[strength].append(delta_ND)
@@ -231,10 +234,11 @@ def refit_experts(routed: RoutedFFN, profile: Profile) -> tuple[Tensor, float]:
     return down_DF, (errors[best] / norm) ** 0.5
 
 
-def _rests(routed: RoutedFFN, profile: Profile) -> tuple[Tensor, list[Tensor]]:
-    """What the outputs miss on all tokens, (T, D), and which tokens go to each expert."""
-    rests, masks, down_AD = [], [], routed.down_AD
-    for x_TD, h_TF, goal_TD in chunks(routed.ffn, profile, "all"):
+def _leave_rests(routed: RoutedFFN, profile: Profile) -> list[Tensor]:
+    """Leave of `goal_TD` what the outputs miss on all tokens; give which go to each expert."""
+    masks, down_AD = [], routed.down_AD
+    for number, (x_TD, h_TF, goal_TD) in enumerate(chunks(routed.ffn, profile, "all")):
         masks.append(routed.mask(x_TD, h_TF))
-        rests.append(goal_TD - routed.run(h_TF, masks[-1]).outputs(down_AD))
-    return torch.cat(rests), [chosen_T.nonzero()[:, 0] for chosen_T in torch.cat(masks).T]
+        part = slice(number * CHUNK, (number + 1) * CHUNK)
+        profile.goal_TD[part] = goal_TD - routed.run(h_TF, masks[-1]).outputs(down_AD)
+    return [chosen_T.nonzero()[:, 0] for chosen_T in torch.cat(masks).T]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moefy.types import PIECE, pieces
+
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -50,6 +52,11 @@ def solver(gram_AA: Tensor, strength: float) -> Callable[[Tensor], Tensor]:
     return solve
 
 
+def scores(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """The scores of all tokens, (T, E), where the weights are."""
+    return torch.cat([x_CD @ weight_ED.T for x_CD in pieces(x_TD, weight_ED.device)])
+
+
 def scorer(
     x_TD: Tensor, strength: float = 1e-2, gram_DD: Tensor | None = None
 ) -> Callable[[Tensor], Tensor]:
@@ -72,8 +79,10 @@ def scorer(
         root_TE = energy_TE.sqrt()
         root_TE = root_TE - root_TE.mean(1, keepdim=True)
         # A tenth of the time that x_TD.T takes.
-        cross_DE = (root_TE.T @ x_TD).T
-        weight_DE = torch.cholesky_solve(cross_DE.double(), factor_DD).float()
-        return (weight_DE / (x_TD @ weight_DE).std().clamp_min(TINY)).T.contiguous()
+        parts = zip(root_TE.split(PIECE), pieces(x_TD, root_TE.device), strict=True)
+        first, *more = (root_CE.T @ x_CD for root_CE, x_CD in parts)
+        cross_DE = sum(more, first.double()).T
+        weight_DE = torch.cholesky_solve(cross_DE, factor_DD).float()
+        return (weight_DE / scores(x_TD, weight_DE.T).std().clamp_min(TINY)).T.contiguous()
 
     return fit

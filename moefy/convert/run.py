@@ -27,7 +27,6 @@ from moefy.convert.session import Attempt, Session
 from moefy.convert.summary import END, gaps, summarise, write_report
 from moefy.distributed import Group
 from moefy.errors import MoefyError
-from moefy.files.buffers import Store
 from moefy.files.publish import STATE, place_of, publishing
 from moefy.files.resume import State
 from moefy.files.shards import ShardWriter, Slot
@@ -72,7 +71,7 @@ def convert(
     with publishing(out, force=attempt.force, resume=attempt.keep, restart=attempt.restart) as part:
         state = State(part.with_name(STATE) if attempt.keep else None)
         state.claim(_facts(job, group), force=attempt.force)
-        store = Store(part.parent if plan.file_bytes else None)
+        store = plan.place.store(part.parent, job.device)
         clock = Clock(state.load("seconds") or {})
         summary = _lead(Session(job, attempt, state, store, clock, watch), part, tokens, plan)
     return group.broadcast_object(summary)
@@ -145,7 +144,7 @@ def _help(job: Job, out: Path, plan: Plan, attempt: Attempt) -> dict[str, Any]:
     job = depth.settle(job, order)
     if savings:
         job = sensitivity.settle(job, savings)
-    store = Store(place_of(Path(os.path.abspath(out))) if plan.file_bytes else None)
+    store = plan.place.store(place_of(Path(os.path.abspath(out))), job.device)
     session = Session(job, attempt, State(None), store, Clock({}), lambda *_: None)
     convert_layers(session, tokens, {}, None, _last(job, write.slots(job)))
     return attempt.group.broadcast_object()

@@ -19,6 +19,7 @@ from moefy.convert.partition import static
 from moefy.convert.prepare import Job, prepare
 from moefy.convert.profile import Inputs, add_outputs
 from moefy.errors import MoefyError
+from moefy.files.buffers import Store
 from moefy.models.choice import SLACK, expected_loss, layer_sizes, relative_time
 from moefy.models.shape import pruned
 from moefy.progress import Watch
@@ -131,13 +132,18 @@ def savings(job: Job, tokens: Tokens, watch: Watch) -> Savings:
         add_outputs(ffn, x_TD[pruned_T][-num_probed:], branch_TD, join)
         add_outputs(ffn, x_TD[:num_tokens], flat_TD[:num_tokens], join)
         inputs = Inputs(
-            x_TD[pruned_T], num_probed, flat_TD[pruned_T], join, dense_TD=flat_TD[:num_tokens]
+            x_TD[pruned_T],
+            num_probed,
+            flat_TD[pruned_T],
+            join,
+            dense_TD=flat_TD[:num_tokens],
+            store=Store(device=job.device),
         )
         block = convert_block(ffn, inputs, pruned(job.shape), method, dtype=torch.float32, seed=0)
         narrow = block.routed.ffn.some(block.routed.partition.shared_S)
         add_outputs(narrow, x_TD[num_tokens:], flat_TD[num_tokens:], join)
-        flat_TD.copy_(leave(flat_TD))
-        states_BTD = torch.cat([states_BTD, leave(branch_TD).view(*probes.shape, -1)])
+        states_BTD = torch.cat([states_BTD, branch_TD.view(*probes.shape, -1)])
+        states_BTD = leave(states_BTD) if leave else states_BTD
     logits = forward.ending(job.checkpoint, job.family)
     dense_BTD, all_BTD, branches_BTD = states_BTD.tensor_split([len(ids_BT), 2 * len(ids_BT)])
     loss = partial(divergence, logits, dense_BTD[len(fitted) :])

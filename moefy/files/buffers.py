@@ -1,6 +1,6 @@
-"""Buffers for the states of all calibration tokens: in memory, or in memory-mapped files.
+"""Buffers for the states of all calibration tokens: on a GPU, in memory, or in mapped files.
 
-Both are tensors, and results have the same bytes.
+All are tensors, and results have the same bytes.
 """
 
 from __future__ import annotations
@@ -15,29 +15,37 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 class Store:
-    """Allocates tensors: in files in `folder`, or in memory without a folder.
+    """Allocates tensors: in files in `folder`, or without a folder in the memory of `device`.
 
     A file has no name: it ends with its tensor or its process. Its disk space is reserved first: a
     mapped file without space kills its process.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        device: torch.device = CPU,
+        *,
+        keeps_activations: bool = True,
+    ) -> None:
         self.folder = folder
+        self.device = device
+        self.keeps_activations = keeps_activations  # else they are computed again, chunk by chunk
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
-    def empty(
-        self, *size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
-    ) -> Tensor:
-        """A tensor without values; a GPU's lies in its own memory.
+    def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor without values.
 
         Raises:
             OSError: when the disk is full.
         """
         num_bytes = math.prod(size) * dtype.itemsize
-        if self.folder is None or not num_bytes or (device and device.type != "cpu"):
-            return torch.empty(size, dtype=dtype, device=device)
+        if self.folder is None or not num_bytes:
+            return torch.empty(size, dtype=dtype, device=self.device)
         with tempfile.TemporaryFile(dir=self.folder) as file:
             file.truncate(num_bytes)
             if hasattr(os, "posix_fallocate"):  # not on macOS

@@ -80,18 +80,18 @@ def test_states_in_files_give_the_same_bytes(job, tmp_path, monkeypatch):
             made.append((self.folder, size))
             return super().empty(*size, **options)
 
-    monkeypatch.setattr("moefy.convert.run.Store", Noted)
+    monkeypatch.setattr("moefy.convert.memory.Store", Noted)
     filed = convert(job, tmp_path / "filed", Attempt(memory=too_little(job)))
     assert filed["outputs"] == plain["outputs"]
     assert plain["memory"]["file_bytes"] == 0
     assert filed["memory"]["file_bytes"] == memory.state_arrays(job)
     assert {folder for folder, _ in made} == {tmp_path / ".filed.moefy-part"}
-    # Of two layers: states once; inputs, activations, outputs, aims, and the outputs converted.
+    # Of two layers: states once; inputs, activations, and outputs.
     tokens, hidden, neurons = 4352, 32, 96
     states, wide, narrow = (136, 64, hidden), (tokens, neurons), (tokens, hidden)
-    layer = [states, wide, narrow, narrow, narrow]
+    layer = [(68, 64, hidden), wide, narrow]
     assert [size for _, size in made] == [states, *layer, *layer]
-    assert sum(4 * torch.Size(size).numel() for _, size in made[:6]) == memory.state_arrays(job)
+    assert sum(4 * torch.Size(size).numel() for _, size in made[:4]) == memory.state_arrays(job)
     assert sorted(os.listdir(tmp_path)) == ["filed", "plain"]
 
 
@@ -138,9 +138,11 @@ def test_plans_grow_by_the_states_alone(pico, text):
         job = prepare(build(None, given, []))
         slots = write.slots(job)
         for files in (False, True):
-            peaks[tokens, files] = memory.predicted(job, slots, in_files=files)
+            peaks[tokens, files] = memory.predicted(
+                job, slots, memory.IN_FILES if files else memory.IN_MEMORY
+            )
     few, many = peaks[65536, False]["refit"], peaks[131072, False]["refit"]
-    assert many - few == 65536 * 4 * (7 * 32 + 96)
+    assert many - few == 65536 * 4 * (4 * 32 + 96)
     assert peaks[65536, True]["refit"] == peaks[131072, True]["refit"]
     assert peaks[65536, True]["reopen"] == peaks[131072, False]["reopen"]
 

@@ -85,18 +85,18 @@ def test_the_correction_is_ridge_regression_on_what_runs(tokens):
     assert found.strength in STRENGTHS
     run_TF = running(profile, partition, router, 2)
     fit, held = slice(0, profile.num_fit), slice(profile.num_fit, None)
-    missing_TD = missing(run_TF, profile.y_TD, ffn.down_DF)
+    missing_TD = missing(run_TF, profile.goal_TD, ffn.down_DF)
     change_DF = regression(run_TF[fit], missing_TD[fit], found.strength)
     slack = 2e-3 * np.abs(change_DF).max()
     np.testing.assert_allclose(found.down_DF - ffn.down_DF, change_DF, atol=slack)
     assert found.error_before == pytest.approx(
-        error(run_TF, profile.y_TD, ffn.down_DF, held), rel=1e-4
+        error(run_TF, profile.goal_TD, ffn.down_DF, held), rel=1e-4
     )
     assert found.error_after == pytest.approx(
-        error(run_TF, profile.y_TD, found.down_DF, held), rel=1e-4
+        error(run_TF, profile.goal_TD, found.down_DF, held), rel=1e-4
     )
     assert found.error_fit == pytest.approx(
-        error(run_TF, profile.y_TD, found.down_DF, fit), rel=1e-3
+        error(run_TF, profile.goal_TD, found.down_DF, fit), rel=1e-3
     )
     # No other strength gives the same, so the comparison can fail.
     other_DF = regression(run_TF[fit], missing_TD[fit], 1.5 * found.strength)
@@ -111,11 +111,11 @@ def test_no_other_strength_is_better_by_a_hundredth(tokens, mixtures, monkeypatc
         ffn, profile, partition, router = setting(seed, tokens=tokens)
         run_TF = running(profile, partition, router, 2)
         fit, held = slice(0, profile.num_fit), slice(profile.num_fit, None)
-        missing_TD = missing(run_TF, profile.y_TD, ffn.down_DF)
-        errors = {None: error(run_TF, profile.y_TD, ffn.down_DF, held)}
+        missing_TD = missing(run_TF, profile.goal_TD, ffn.down_DF)
+        errors = {None: error(run_TF, profile.goal_TD, ffn.down_DF, held)}
         for strength in STRENGTHS:
             change_DF = torch.from_numpy(regression(run_TF[fit], missing_TD[fit], strength))
-            errors[strength] = error(run_TF, profile.y_TD, ffn.down_DF + change_DF, held)
+            errors[strength] = error(run_TF, profile.goal_TD, ffn.down_DF + change_DF, held)
         found = refit(RoutedFFN(ffn, partition, router, 2), profile)
         assert errors[found.strength] <= 1.01 * min(errors.values())
 
@@ -129,7 +129,7 @@ def test_the_static_correction_leaves_the_dropped_columns_alone():
     dropped = np.setdiff1d(np.arange(48), kept)
     assert torch.equal(found.down_DF[:, dropped], ffn.down_DF[:, dropped])
     h_TF = profile.h_TF.double().numpy()[:, kept]
-    missing_TD = missing(h_TF, profile.y_TD, ffn.down_DF[:, kept])
+    missing_TD = missing(h_TF, profile.goal_TD, ffn.down_DF[:, kept])
     change_DF = regression(h_TF[:200], missing_TD[:200], found.strength)
     np.testing.assert_allclose((found.down_DF - ffn.down_DF)[:, kept], change_DF, atol=2e-3)
 
@@ -142,8 +142,8 @@ def test_heldout_error_never_rises(tokens):
         found = refit(RoutedFFN(ffn, partition, router, 2), profile)
         held = slice(profile.num_fit, None)
         run_TF = running(profile, partition, router, 2)
-        before = error(run_TF, profile.y_TD, ffn.down_DF, held)
-        after = error(run_TF, profile.y_TD, found.down_DF, held)
+        before = error(run_TF, profile.goal_TD, ffn.down_DF, held)
+        after = error(run_TF, profile.goal_TD, found.down_DF, held)
         assert after <= before * (1 + 1e-5)
         assert found.error_after == pytest.approx(after, rel=1e-4)
         assert (found.strength is None) == torch.equal(found.down_DF, ffn.down_DF)
@@ -158,12 +158,12 @@ def test_a_fit_of_few_tokens_does_harm_unless_heldout_tokens_decide():
     for seed in range(8):
         ffn, profile, partition, router = setting(seed, tokens=30)
         run_TF = running(profile, partition, router, 2)
-        missing_TD = profile.y_TD.double().numpy() - run_TF @ ffn.down_DF.double().numpy().T
+        missing_TD = profile.goal_TD.double().numpy() - run_TF @ ffn.down_DF.double().numpy().T
         delta_FD = np.linalg.lstsq(run_TF[:20], missing_TD[:20])[0]
         unchecked_DF = ffn.down_DF + torch.from_numpy(delta_FD.T)
         held = slice(20, None)
-        harmed += error(run_TF, profile.y_TD, unchecked_DF, held) > error(
-            run_TF, profile.y_TD, ffn.down_DF, held
+        harmed += error(run_TF, profile.goal_TD, unchecked_DF, held) > error(
+            run_TF, profile.goal_TD, ffn.down_DF, held
         )
     assert harmed >= 3
 
@@ -186,8 +186,8 @@ def test_switched_off_it_measures_and_changes_nothing():
     assert torch.equal(found.down_DF, ffn.down_DF)
     run_TF = running(profile, partition, router, 2)
     held, fit = slice(200, None), slice(0, 200)
-    assert found.error_before == pytest.approx(error(run_TF, profile.y_TD, ffn.down_DF, held))
-    assert found.error_fit == pytest.approx(error(run_TF, profile.y_TD, ffn.down_DF, fit))
+    assert found.error_before == pytest.approx(error(run_TF, profile.goal_TD, ffn.down_DF, held))
+    assert found.error_fit == pytest.approx(error(run_TF, profile.goal_TD, ffn.down_DF, fit))
 
 
 def test_a_dead_layer_is_left_as_it_is():
@@ -229,11 +229,11 @@ def test_where_heldout_tokens_say_the_opposite_the_dense_weights_stay():
     assert found.error_before == found.error_after
     # Not because nothing was there to learn: what the fitting tokens teach undoes them there.
     run_TF = profile.h_TF.double().numpy() * (np.arange(24) < 12)
-    missing_TD = missing(run_TF, profile.y_TD, ffn.down_DF)
+    missing_TD = missing(run_TF, profile.goal_TD, ffn.down_DF)
     change_DF = torch.from_numpy(regression(run_TF[:400], missing_TD[:400], 0.01))
-    taught = error(run_TF, profile.y_TD, ffn.down_DF + change_DF, slice(0, 400))
+    taught = error(run_TF, profile.goal_TD, ffn.down_DF + change_DF, slice(0, 400))
     assert taught < 0.05
-    misled = error(run_TF, profile.y_TD, ffn.down_DF + change_DF, slice(400, None))
+    misled = error(run_TF, profile.goal_TD, ffn.down_DF + change_DF, slice(400, None))
     assert misled > 1.5 * found.error_before
 
 
@@ -279,26 +279,32 @@ def drifted(join=None, *, drift: float = 1.0):
     return ffn, observe(ffn, inputs, drift), lost_TD
 
 
+def outputs(ffn: FFN, profile: Profile) -> torch.Tensor:
+    """What the dense FFN answers, scaled."""
+    return ffn.activations(profile.x_TD) @ ffn.down_DF.T * profile.scale_T[:, None]
+
+
 @pytest.mark.parametrize("drift", [0.0, 0.5, 1.0])
 def test_the_output_aims_at_a_share_of_what_is_lacking(drift):
-    _, profile, lost_TD = drifted(drift=drift)
-    wanted_TD = profile.y_TD + drift * lost_TD * profile.scale_T[:, None]
+    ffn, profile, lost_TD = drifted(drift=drift)
+    wanted_TD = outputs(ffn, profile) + drift * lost_TD * profile.scale_T[:, None]
     torch.testing.assert_close(profile.goal_TD, wanted_TD)
 
 
 def test_what_enters_a_join_makes_what_leaves_it():
-    _, profile, lost_TD = drifted(lambda y_TD: 0.25 * y_TD)
-    wanted_TD = profile.y_TD + 4 * lost_TD * profile.scale_T[:, None]
+    ffn, profile, lost_TD = drifted(lambda y_TD: 0.25 * y_TD)
+    wanted_TD = outputs(ffn, profile) + 4 * lost_TD * profile.scale_T[:, None]
     torch.testing.assert_close(profile.goal_TD, wanted_TD)
 
 
 def test_nothing_is_made_good_through_what_a_norm_shuts_out():
     """Else the output aims at values that the norm would divide all others by."""
     weight_D = torch.ones(12).index_fill(0, torch.tensor([3]), 1e-6)
-    _, profile, lost_TD = drifted(lambda y_TD: nn.functional.rms_norm(y_TD, (12,), weight_D))
-    aims_TD = profile.goal_TD - profile.y_TD
-    assert aims_TD[:, 3].abs().max() < 10 * profile.y_TD.abs().max()
-    assert aims_TD.norm() > 0.1 * profile.y_TD.norm()
+    ffn, profile, _ = drifted(lambda y_TD: nn.functional.rms_norm(y_TD, (12,), weight_D))
+    y_TD = outputs(ffn, profile)
+    aims_TD = profile.goal_TD - y_TD
+    assert aims_TD[:, 3].abs().max() < 10 * y_TD.abs().max()
+    assert aims_TD.norm() > 0.1 * y_TD.norm()
 
 
 def test_a_refit_makes_good_what_its_activations_tell():
@@ -323,10 +329,11 @@ def test_experts_are_refitted_on_their_own_tokens():
     router = linear.fit(ffn, profile, partition, shape, generator=seeded(0), options=CLOSED)
     unfolded, spread = unfold(RoutedFFN(ffn, partition, router, 1), profile)
     places = unfolded.partition
-    down_DF, error = refit_experts(unfolded, spread)
+    own = dataclasses.replace(spread, goal_TD=spread.goal_TD.clone())  # is written over
+    down_DF, error = refit_experts(unfolded, own)
     run_TF = running(spread, places, router, 1)
     plain_TD = run_TF @ unfolded.ffn.down_DF.double().numpy().T
-    rest_TD = profile.y_TD.double().numpy() - plain_TD
+    rest_TD = profile.goal_TD.double().numpy() - plain_TD
     chosen_T = (profile.x_TD @ router.weight_ED.T).argmax(1).numpy()
     fit_T = np.arange(900) < profile.num_fit
     errors = []
@@ -338,11 +345,11 @@ def test_experts_are_refitted_on_their_own_tokens():
             model = Ridge(alpha=damping, fit_intercept=False)
             model.fit(own_TN, rest_TD[fit_T & (chosen_T == expert)])
             wanted_DF[:, neurons] += model.coef_
-        wrong_TD = profile.y_TD.double().numpy() - run_TF @ wanted_DF.T
+        wrong_TD = profile.goal_TD.double().numpy() - run_TF @ wanted_DF.T
         errors.append(np.linalg.norm(wrong_TD[~fit_T]))
         if errors[-1] == min(errors):
             best_DF = wanted_DF
-    norm = np.linalg.norm(profile.y_TD[~torch.tensor(fit_T)])
+    norm = np.linalg.norm(profile.goal_TD[~torch.tensor(fit_T)])
     assert min(errors) < np.linalg.norm(rest_TD[~fit_T])
     np.testing.assert_allclose(down_DF.numpy(), best_DF, rtol=2e-3, atol=2e-4)
     assert error == pytest.approx(min(errors) / norm, rel=1e-3)

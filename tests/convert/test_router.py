@@ -97,7 +97,7 @@ def test_products_of_what_runs_are_those_of_the_whole(block, overlaps, monkeypat
         partition = Partition(partition.shared_S, more_EN)
     mask_TE = top_mask(torch.randn(240, 5, generator=seeded(0)), 2)
     routed = RoutedFFN(ffn, partition, Router(torch.zeros(5, 12)), 2)
-    h_TF, y_TD = profile.h_TF.double(), profile.y_TD.double()
+    h_TF, y_TD = profile.h_TF.double(), profile.goal_TD.double()
     run = routed.run(h_TF, mask_TE)
     assert sorted(routed.used_A.tolist()) == list(range(48))
     run_TF = torch.zeros_like(h_TF)
@@ -345,7 +345,7 @@ def test_gains_are_differences_of_squared_errors(k, monkeypatch):
 
     def error(token: int, experts: set[int]) -> float:
         made_D = shared_TD[token].double() + sum(parts[e][token] for e in experts)
-        return float((profile.y_TD[token].double() - made_D).square().sum())
+        return float((profile.goal_TD[token].double() - made_D).square().sum())
 
     for token in range(60):
         chosen = set(score_TE[token].topk(k).indices.tolist())

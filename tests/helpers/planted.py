@@ -80,7 +80,7 @@ def plant(
 
     ffn = FFN(tensor(gate_FD @ rotation_DD), tensor(up_FD @ rotation_DD), tensor(down_DF))
     profile = observe(ffn, Inputs(tensor(plain_TD @ rotation_DD), heldout))
-    profile = replace(profile, gradient_TD=profile.y_TD[: profile.num_fit])
+    profile = replace(profile, gradient_TD=profile.goal_TD[: profile.num_fit])
     return Plant(ffn, profile, shape, group_F, chosen_TE)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moefy.convert.load_balance import balance
-from moefy.convert.ridge import scorer
+from moefy.convert.ridge import scorer, scores
 from moefy.convert.routed_ffn import RoutedFFN, expert_energies, gains, top_mask
 from moefy.types import FFN, Partition, Profile, Range, Router, Shape
 
@@ -76,7 +76,7 @@ def _fit(
         return Router(weight_ED)
 
     def captured(rows_ED: Tensor) -> float:
-        return float((held_TE * top_mask(held_x_TD @ rows_ED.T, k)).sum())
+        return float((held_TE * top_mask(scores(held_x_TD, rows_ED), k)).sum())
 
     if options.steps:
         weight_ED = _ascended(weight_ED, x_TD, fit_TE, k, captured, generator, options)
@@ -100,9 +100,10 @@ def _ascended(
     optimiser = torch.optim.Adam([rows_ED], lr=options.learning_rate * float(weight_ED.std()))
     scale, batch = float(worth_TE.sum(1).mean()), min(options.batch, len(x_TD))
     for step in range(1, options.steps + 1):
-        pick = torch.randint(len(x_TD), (batch,), generator=generator).to(x_TD.device)
+        pick = torch.randint(len(x_TD), (batch,), generator=generator)
         # Ten times as fast as x_TD[pick].
-        some_TD, some_TE = x_TD.index_select(0, pick), worth_TE.index_select(0, pick)
+        some_TD = x_TD.index_select(0, pick.to(x_TD.device)).to(worth_TE.device)
+        some_TE = worth_TE.index_select(0, pick.to(worth_TE.device))
         gain = _soft_energy(some_TD @ rows_ED.T, some_TE / scale, k)
         optimiser.zero_grad()
         (-gain).backward()
