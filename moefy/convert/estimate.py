@@ -78,6 +78,7 @@ def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
         "memory_bytes": plan.peak_bytes,
         "memory_stage": plan.stage,
         "file_bytes": plan.file_bytes,
+        "device_bytes": plan.device_bytes,
         "seconds": round(_seconds(job), 1),
         "notes": notes,
     }

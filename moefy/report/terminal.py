@@ -137,6 +137,8 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         ("peak memory, about", f"{plan['memory_bytes'] / 1e9:.1f} GB ({plan['memory_stage']})"),
         ("time, about", f"{plan['seconds'] / 60:.1f} min"),
     ]
+    if plan["device_bytes"]:
+        rows.append(("memory of the GPU, about", f"{plan['device_bytes'] / 1e9:.1f} GB"))
     _show_rows(rows, plan["notes"])
 
 

@@ -1,7 +1,11 @@
 """Where the calibration states lie changes no byte, and what is planned is kept to."""
 
+import dataclasses
 import errno
+import json
+import math
 import os
+import re
 
 import pytest
 import torch
@@ -22,6 +26,34 @@ from moefy.files.resume import State
 def job(pico, text):
     given = {"calibration": str(text), "tokens": 4352, "sequence_length": 64}
     return prepare(build(None, {"model": str(pico("llama")), **given}, []))
+
+
+@pytest.fixture
+def make_llama_7b(tmp_path):
+    """A llama of seven billion parameters of which the files hold no bytes."""
+    hidden, neurons, layers, vocabulary = 4096, 11008, 32, 32000
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    config |= {"hidden_size": hidden, "intermediate_size": neurons, "num_hidden_layers": layers}
+    config |= {"num_attention_heads": 32, "vocab_size": vocabulary, "dtype": "bfloat16"}
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    shapes["lm_head.weight"] = (vocabulary, hidden)
+    for layer in range(layers):
+        own = {f"self_attn.{part}_proj": (hidden, hidden) for part in "qkvo"}
+        own |= {f"mlp.{part}_proj": (neurons, hidden) for part in ("gate", "up")}
+        own |= {"mlp.down_proj": (hidden, neurons)}
+        own |= {f"{part}_layernorm": (hidden,) for part in ("input", "post_attention")}
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in own.items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    (tmp_path / "7b").mkdir()
+    (tmp_path / "7b" / "config.json").write_text(json.dumps(config))
+    with open(tmp_path / "7b" / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return tmp_path / "7b"
 
 
 def too_little(job) -> int:
@@ -95,6 +127,18 @@ def test_states_in_files_give_the_same_bytes(job, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["filed", "plain"]
 
 
+def test_activations_that_are_computed_again_give_the_same_bytes(job, tmp_path, monkeypatch):
+    """As on a GPU; here where experts overlap, of which each neuron is there several times."""
+    job = prepare(dataclasses.replace(job.recipe, overlap=2.0, layers="1:2"))
+    plain = convert(job, tmp_path / "plain")
+    places = {"cpu": (memory.Place("memory", keeps_activations=False),)}
+    monkeypatch.setattr(memory, "PLACES", places)
+    again = convert(job, tmp_path / "again")
+    assert again["outputs"] == plain["outputs"]
+    less = plain["memory"]["planned_bytes"] - again["memory"]["planned_bytes"]
+    assert less == 4 * 4352 * 96
+
+
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 def test_a_file_that_loses_what_is_released_is_seen(job, tmp_path, monkeypatch):
     """The planted fault: pages that are let go before they are written."""
@@ -145,6 +189,23 @@ def test_plans_grow_by_the_states_alone(pico, text):
     assert many - few == 65536 * 4 * (4 * 32 + 96)
     assert peaks[65536, True]["refit"] == peaks[131072, True]["refit"]
     assert peaks[65536, True]["reopen"] == peaks[131072, False]["reopen"]
+
+
+def test_a_million_tokens_of_seven_billion_parameters_fit_a_small_gpu(
+    text, make_llama_7b, monkeypatch
+):
+    """24 GB of a GPU and 40 GB of the host; a tenth of that GPU is refused in one line."""
+    given = {"model": str(make_llama_7b), "calibration": str(text), "tokens": 1_000_448}
+    job = prepare(build(None, {**given, "device": "cpu"}, []))
+    monkeypatch.setattr(type(job), "device", torch.device("cuda"))
+    rooms = {}
+    for room in (10**12, 10**11, 24 * 10**9, 2 * 10**9):
+        monkeypatch.setattr(memory, "device_memory", lambda device, room=room: room)
+        rooms[room] = memory.fit(job, write.slots(job), 40 * 10**9)
+    places = [(plan.place.where, plan.place.keeps_activations) for plan in rooms.values()]
+    assert places == [("device", True), ("device", False), ("files", False), ("files", False)]
+    assert rooms[24 * 10**9].device_bytes < 12 * 10**9 and not rooms[24 * 10**9].refusal
+    assert re.match(r"this conversion .* of the GPU's memory, cuda has 2", rooms[2 * 10**9].refusal)
 
 
 def test_a_plan_counts_what_is_kept_until_the_model_is_whole(job, tmp_path, monkeypatch):
