@@ -3,6 +3,7 @@
 The judges are safetensors, transformers and huggingface_hub.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -789,21 +790,26 @@ def test_only_one_partition_lets_experts_overlap(pico, a_job):
 def test_only_what_is_needed_goes_through_dense_layers(pico, a_job, tmp_path, monkeypatch):
     """One copy of the states below the layers that are converted, one sequence behind them; and the
     layer comes out as where the dense model's states went along from the start."""
-    passed: list[int] = []
-    tap = forward.tap
+    passed: dict[int, int] = {}
+    passage = forward.passage
 
-    def counted(checkpoint, family, layer, states_BTD, **options):
-        passed.append(len(states_BTD))
-        return tap(checkpoint, family, layer, states_BTD, **options)
+    def counted(checkpoint, family, layer, device, **options):
+        around = passage(checkpoint, family, layer, device, **options)
 
-    monkeypatch.setattr(forward, "tap", counted)
+        def run(states_BTD, x_BTD):
+            passed[layer] = passed.get(layer, 0) + len(states_BTD)
+            around.run(states_BTD, x_BTD)
+
+        return dataclasses.replace(around, run=run)
+
+    monkeypatch.setattr(forward, "passage", counted)
     job = a_job(pico("llama", num_hidden_layers=5), layers="2")
     told = convert(job, tmp_path / "out")
     num_sequences = 512 // 64
-    assert passed == [num_sequences, num_sequences, 2 * num_sequences, 1, 1]
+    assert [*passed.values()] == [num_sequences, num_sequences, 2 * num_sequences, 1, 1]
     assert told["reopened"]["hidden_state_error"] < 1e-2  # of the last layer, 3 and 4 passed alone
 
-    monkeypatch.setattr(forward, "tap", tap)
+    monkeypatch.setattr(forward, "passage", passage)
     states = []
     passing = layers._pass
 
