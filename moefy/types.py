@@ -198,6 +198,11 @@ class Profile:
         """Number of tokens to fit on."""
         return self.x_TD.shape[0] - self.num_heldout
 
+    @property
+    def device(self) -> torch.device:
+        """Where the FFN is computed."""
+        return self.scale_T.device
+
     def span(self, part: str) -> tuple[int, int]:
         """First token of `part` ("fit", "heldout" or "all"), and the one behind its last."""
         total = self.x_TD.shape[0]
@@ -211,7 +216,7 @@ class Profile:
     @cached_property
     def gram_DD(self) -> Tensor:
         """X'X of all processes' inputs to fit on: float32 products, added up in float64."""
-        first, *more = (x_CD.T @ x_CD for x_CD in pieces(self.inputs()[0], self.scale_T.device))
+        first, *more = (x_CD.T @ x_CD for x_CD in pieces(self.inputs()[0], self.device))
         return sum(more, first.double())
 
 

@@ -58,10 +58,10 @@ def marks(ffn: FFN, profile: Profile, most: int, *, unit: bool) -> Tensor:
         ffn = dataclasses.replace(ffn, gate_FD=normalize(ffn.gate_FD), up_FD=normalize(ffn.up_FD))
     else:
         unit = False
-    mark_TF = torch.empty(profile.num_fit, ffn.num_neurons, device=profile.x_TD.device)
+    mark_TF = torch.empty(profile.num_fit, ffn.num_neurons, device=profile.device)
     for first in range(0, profile.num_fit, CHUNK):
         tokens = slice(first, min(first + CHUNK, profile.num_fit))
-        x_TD = profile.x_TD[tokens]
+        x_TD = profile.x_TD[tokens].to(profile.device)
         h_TF = ffn.activations(normalize(x_TD) if unit else x_TD)
         mark_TF[tokens] = top_mask(h_TF.abs_(), min(most, ffn.num_neurons))
     return profile.group.gather(mark_TF)
@@ -84,4 +84,5 @@ def token_centroids(profile: Profile, num_clusters: int, generator: torch.Genera
         )
     seed = generator.initial_seed() % 2**32
     x_TD = profile.x_TD[: profile.num_fit]
-    return kmeans(x_TD, num_clusters, seed, restarts=10, rounds=100, tolerance=1e-3)[0]
+    centre_ED, _ = kmeans(x_TD, num_clusters, seed, restarts=10, rounds=100, tolerance=1e-3)
+    return centre_ED.to(profile.device)

@@ -27,7 +27,6 @@ def copy_block(
     generator = torch.Generator().manual_seed(seed)
     with clock.stage("profile"):
         profile = observe(ffn, inputs)
-        device = profile.scale_T.device
     with clock.stage("split"):
         partition = group.broadcast(method.split(ffn, profile, shape, generator=generator))
     with clock.stage("route"):
@@ -43,17 +42,17 @@ def copy_block(
     routed = RoutedFFN(stored, partition, router, shape.experts_per_token)
     with clock.stage("run"):
         load_E, squares_2 = (
-            torch.zeros(shape.num_experts, device=device),
+            torch.zeros(shape.num_experts, device=profile.device),
             torch.zeros(2, dtype=torch.float64),
         )
         for number, x_TD in enumerate(profile.x_TD.split(CHUNK)):
-            x_TD, first = x_TD.to(device), number * CHUNK
+            x_TD, first = x_TD.to(profile.device), number * CHUNK
             part = slice(first, first + CHUNK)
             gate_TE = gates(x_TD @ router.weight_ED.T, routed.k)
             y_TD = outputs(routed, x_TD, gate_TE, shape.granularity)
             load_E += (gate_TE > 0).sum(0)
             held = slice(max(profile.num_fit - first, 0), None)
-            dense_TD = profile.goal_TD[part].to(device)[held]
+            dense_TD = profile.goal_TD[part].to(profile.device)[held]
             wrong_TD = y_TD[held] * profile.scale_T[part][held, None] - dense_TD
             squares_2 += torch.stack([wrong_TD.square().sum(), dense_TD.square().sum()]).cpu()
             profile.goal_TD[part] = y_TD

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moefy.convert.profile import CHUNK, chunks
-from moefy.types import FFN, Partition, Profile, Router
+from moefy.types import FFN, Partition, Profile, Router, pieces
 
 GAINS = 1 << 24
 """Numbers in memory at a time when experts' outputs are compared."""
@@ -216,4 +216,5 @@ def top_mask(score_TE: Tensor, k: int) -> Tensor:
 def level(weight_ED: Tensor, x_TD: Tensor) -> Tensor:
     """Rows that rank the experts as `weight_ED` does, sum to zero, and score with variance one."""
     weight_ED = weight_ED - weight_ED.mean(0)
-    return weight_ED / (x_TD @ weight_ED.T).std().clamp_min(torch.finfo(torch.float32).tiny)
+    score_TE = torch.cat([x_CD @ weight_ED.T for x_CD in pieces(x_TD, weight_ED.device)])
+    return weight_ED / score_TE.std().clamp_min(torch.finfo(torch.float32).tiny)

@@ -13,10 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moefy.config.finetune import build
+from moefy.config.recipe import build as build_recipe
 from moefy.config.report import Settings
+from moefy.convert import memory
 from moefy.convert.assign import assign_balanced
 from moefy.convert.assign_on_device import assign, assign_on_device
 from moefy.convert.kmeans import kmeans
+from moefy.convert.prepare import prepare
+from moefy.convert.run import convert
 from moefy.evaluate.run import evaluate
 from moefy.evaluate.timed_rounds import Grid
 from moefy.finetune.run import finetune
@@ -39,6 +43,18 @@ def test_a_conversion_is_as_good(recipe, pico, converted):
         found[device] = fmean(layer["error_before_refit"] for layer in told["layers"])
         AutoModelForCausalLM.from_pretrained(run)
     assert found["cuda"] == pytest.approx(found["cpu"], rel=0.1)
+
+
+def test_where_the_states_lie_changes_no_byte(pico, text, tmp_path, monkeypatch):
+    """On the GPU with all activations, on it without, in the host's memory, in files."""
+    given = {"model": str(pico("llama")), "calibration": str(text), "tokens": 4352}
+    job = prepare(build_recipe(None, {**given, "sequence_length": 64, "device": "cuda"}, []))
+    digests = set()
+    for number, place in enumerate(memory.PLACES["cuda"]):
+        monkeypatch.setattr(memory, "PLACES", {"cuda": (place,)})
+        convert(job, tmp_path / f"{number}")
+        digests.add((tmp_path / f"{number}" / "model.safetensors").read_bytes())
+    assert len(digests) == 1
 
 
 def test_an_assignment_is_that_of_the_same_steps_on_the_cpu():

@@ -77,7 +77,7 @@ def _sample(ffn: FFN, profile: Profile, most: int, part: str) -> tuple[Tensor, T
     step = max(1, -(-total // most))
     first = min(first + -before % step, last)
     tokens = slice(first, last, step)
-    x_TD, norm_F = profile.x_TD[tokens], ffn.down_norm_sq_F
+    x_TD, norm_F = profile.x_TD[tokens].to(profile.device), ffn.down_norm_sq_F
     energy_TF = x_TD.new_empty(len(x_TD), ffn.num_neurons)
     for number, part_TF in enumerate(energy_TF.split(CHUNK)):
         start = first + number * CHUNK * tokens.step

@@ -47,7 +47,7 @@ def _gates(ffn: FFN, x_TD: Tensor, passage: int) -> tuple[Tensor, Tensor]:
     gate = ffn if ffn.gate_FD is None else FFN(None, ffn.gate_FD, ffn.down_DF, ffn.activation)
     means, size_F = [], 0.0
     for part_TD in x_TD.split(passage):
-        open_TF = gate.activations(part_TD)
+        open_TF = gate.activations(part_TD.to(ffn.up_FD))
         means.append(open_TF.mean(0))
         size_F = size_F + open_TF.abs().sum(0)
     return torch.stack(means), torch.as_tensor(size_F / len(x_TD))

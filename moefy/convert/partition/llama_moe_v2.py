@@ -52,7 +52,7 @@ def importance(ffn: FFN, profile: Profile, centre_ED: Tensor) -> Tensor:
         # Of y = down h, so dL/dh = down' dL/dy.
         slope_TF = profile.gradient_TD[tokens].to(centre_ED) @ ffn.down_DF
         h_TF = activations(ffn, profile, tokens) / profile.scale_T[tokens, None]
-        cluster_TE = top_mask(profile.x_TD[tokens] @ centre_ED.T, 1)
+        cluster_TE = top_mask(profile.x_TD[tokens].to(centre_ED) @ centre_ED.T, 1)
         score_EF += cluster_TE.T @ slope_TF.mul_(h_TF).abs_()
         count_E += cluster_TE.sum(0)
     return score_EF / count_E.clamp_min(1)[:, None]

@@ -38,7 +38,7 @@ def split(
 
 def fluctuation(ffn: FFN, profile: Profile) -> Tensor:
     """Variance of every neuron's activation over the fitting tokens, times |down column|^2, (F)."""
-    total_F = torch.zeros(ffn.num_neurons, dtype=torch.float64, device=profile.x_TD.device)
+    total_F = torch.zeros(ffn.num_neurons, dtype=torch.float64, device=profile.device)
     squares_F = torch.zeros_like(total_F)
 
     def add() -> None:

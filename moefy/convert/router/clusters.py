@@ -30,7 +30,7 @@ def fit(
     x_TD, _ = profile.inputs()
     rows_ED = level(token_centroids(profile, shape.num_experts, generator), x_TD)
     if load_cv and shape.experts_per_token < shape.num_experts:
-        worth_TE = x_TD.new_ones(len(x_TD), shape.num_experts)
+        worth_TE = rows_ED.new_ones(len(x_TD), shape.num_experts)
         k = shape.experts_per_token
         rows_ED, _ = balance(rows_ED, x_TD, worth_TE, k, load_cv, profile.gram_DD)
         rows_ED = level(rows_ED, x_TD)

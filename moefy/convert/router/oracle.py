@@ -13,5 +13,5 @@ def fit(
     ffn: FFN, profile: Profile, partition: Partition, shape: Shape, *, generator: torch.Generator
 ) -> Router:
     """Choose by the experts' true output energy; the rows are zero."""
-    weight_ED = torch.zeros(shape.num_experts, profile.x_TD.shape[1], device=profile.x_TD.device)
+    weight_ED = torch.zeros(shape.num_experts, profile.x_TD.shape[1], device=profile.device)
     return Router(weight_ED, ffn.down_norm_sq_F[partition.experts_EN])

@@ -13,5 +13,5 @@ def fit(
 ) -> Router:
     """Draw Gaussian router rows and scale them to unit score variance."""
     size = (shape.num_experts, profile.x_TD.shape[1])
-    weight_ED = torch.randn(size, generator=generator).to(profile.x_TD.device)
+    weight_ED = torch.randn(size, generator=generator).to(profile.device)
     return Router(level(weight_ED, profile.group.gather(profile.x_TD)))
