@@ -19,7 +19,7 @@ from moefy.config import finetune, recipe, report
 from moefy.config.methods import COPIES
 from moefy.config.options import Note, renamed
 from moefy.config.presets import OPEN
-from moefy.config.recipe import Recipe
+from moefy.config.recipe import TOKENS, Recipe
 from moefy.config.toml import read_toml
 from moefy.errors import MoefyError
 from moefy.progress import Watch
@@ -111,6 +111,7 @@ def _converted(out: Path, recipe: Recipe) -> bool:
     folder = out / "moefy"
     if not (folder / runs.REPORT).is_file() or not (folder / runs.RECIPE).is_file():
         return False
+    recipe = _amounted(out, recipe)
     _check_same(out, "converted", _deciding(_asked(out, recipe)), _deciding(recipe))
     _check_whole(out)
     if os.path.isdir(recipe.model):  # else a hub id, whose revision is in the recipe
@@ -123,9 +124,24 @@ def _converted(out: Path, recipe: Recipe) -> bool:
     return True
 
 
+def _amounted(out: Path, recipe: Recipe) -> Recipe:
+    """The recipe with the calibration tokens of `out`, if it has a machine choose their number."""
+    tokens = runs.read_recipe(out).tokens
+    if recipe.tokens:
+        return recipe
+    fits = recipe.minutes is not None or tokens in TOKENS.values()
+    return dataclasses.replace(recipe, tokens=tokens if fits else TOKENS["cpu"])
+
+
 def _asked(out: Path, recipe: Recipe) -> Recipe:
-    """The recipe that a conversion was asked for: it keeps the layers that were chosen."""
-    kept, budget = runs.read_recipe(out), runs.read_report(out).get("budget")
+    """The recipe that a conversion was asked for: it keeps the layers and tokens that were chosen.
+
+    How they were chosen counts if `recipe` says so as well.
+    """
+    kept, report = runs.read_recipe(out), runs.read_report(out)
+    if recipe.minutes is not None:
+        kept = dataclasses.replace(kept, minutes=report.get("minutes"))
+    budget = report.get("budget")
     if not budget or recipe.layers != "auto":
         return kept
     return dataclasses.replace(kept, layers="auto", active=budget["active"])

@@ -38,7 +38,7 @@ ROWS = {
     "config": [
         "finetune recipe report",
         "sources",
-        "methods options presets toml",
+        "layer_names methods options presets toml",
         "course",
         "__init__",
     ],
@@ -50,7 +50,7 @@ ROWS = {
         "prepare",
         "choose",
         "source stages",
-        "copies",
+        "copies probe",
         "ffn partition router",
         "load_balance cluster refit",
         "routed_ffn assign_on_device",

@@ -37,6 +37,9 @@ def _methods(folder: str) -> tuple[str, ...]:
 UNWRITABLE = ("cmoe", "oracle")
 """Routers that look at activations before they choose, which no stock class does."""
 
+TOKENS = {"cpu": 16_384, "cuda": 262_144}
+"""Calibration tokens by kind of device, where a recipe leaves them open, which is 0."""
+
 PARTITIONS = _methods("partition")
 ROUTERS = tuple(name for name in _methods("router") if name not in UNWRITABLE)
 DTYPES = ("as-stored", *COMPUTE_DTYPES[1:])
@@ -133,7 +136,15 @@ class Recipe:
         "writes.",
     )
     text_field: str = option("text", "Field of rows that holds the text.")
-    tokens: int = option(16384, "Calibration tokens.")
+    tokens: int = option(0, "Calibration tokens.", unset="16,384, or 262,144 on a GPU")
+    minutes: float | None = option(
+        None,
+        "Time of the conversion, in minutes: it takes as many calibration tokens as fit, instead "
+        "of --tokens.",
+        least=0.1,
+        unset="any",
+    )
+    """None once a conversion is prepared: then `tokens` stands in its place."""
     sequence_length: int = option(512, "Tokens per sequence.", least=8)
     stratify: bool = key(True, "Calibration documents of each kind of text in about its share.")
     # Layers draw from seed * 1,000,003 + layer, which 64 bits must hold.
@@ -156,6 +167,9 @@ class Recipe:
     router_options: Mapping[str, Any] = key(dict, "Options of the router, e.g. router.load_cv=0.5.")
 
 
+AMOUNT = ("tokens", "minutes")
+"""Two ways to say how much calibration text there is to be."""
+
 TABLES = ("partition_options", "router_options")
 ADDED = ("made", "inputs", "finetune", "report")
 """Tables of a recipe that a run or a later stage adds; they are not the conversion's."""
@@ -177,6 +191,8 @@ def build(
     given = {key: value for key, value in flags.items() if value is not None}
     values: dict[str, Any] = {}
     for layer in (read(file) if file else {}, given):
+        if layer.keys() & {*AMOUNT}:  # a flag for one overrules the other in a file
+            values = {key: value for key, value in values.items() if key not in AMOUNT}
         values |= _expanded(check(Recipe, layer, note))
     for setting in sorted(settings, key=lambda setting: not setting.startswith("method=")):
         key, value = _stage_option(values, *parse_setting(setting))
@@ -184,7 +200,13 @@ def build(
     if "model" not in values:
         raise MoefyError("no MODEL given; expected a folder, a hub id or `demo`", code=2)
     recipe = Recipe(**located(values, "model", "calibration"))
-    if recipe.tokens < 8 * recipe.sequence_length:
+    if values.keys() >= {*AMOUNT}:
+        raise MoefyError(
+            f"--tokens is {recipe.tokens:,} and --minutes is {recipe.minutes:g}; expected one of "
+            "them",
+            code=2,
+        )
+    if "tokens" in values and recipe.tokens < 8 * recipe.sequence_length:
         raise MoefyError(
             f"--tokens is {recipe.tokens:,}; expected at least {8 * recipe.sequence_length:,}, "
             "which is 8 sequences",
@@ -245,55 +267,6 @@ def _expanded(values: dict[str, Any]) -> dict[str, Any]:
         if values.get(stage, settings[stage]) != settings[stage]:
             settings[f"{stage}_options"] = {}
     return {**settings, **{key: value for key, value in values.items() if key != "method"}}
-
-
-def dropped_layers(text: str, num_layers: int) -> tuple[int, list[int]]:
-    """How many layers `drop_layers` leaves out of `num_layers`, and which, if it names them.
-
-    >>> dropped_layers("2", 6), dropped_layers("2:3", 6), dropped_layers("1,4", 6)
-    ((2, []), (1, [2]), (2, [1, 4]))
-
-    Raises:
-        MoefyError: code 2, for what is no layer.
-    """
-    if text.strip().isdecimal():
-        return int(text), []
-    try:
-        layers = chosen_layers(text, num_layers)
-    except MoefyError:
-        raise MoefyError(
-            f"--drop-layers is {text!r}; expected a number, or some of the layers 0 to "
-            f"{num_layers - 1}, like `24:26` or `3,7`",
-            code=2,
-        ) from None
-    return len(layers), layers
-
-
-def chosen_layers(text: str, num_layers: int) -> list[int]:
-    """Indices that `layers` names, of a model of `num_layers`.
-
-    >>> chosen_layers("4:", 6), chosen_layers("0,3", 6), chosen_layers("1:3,5", 6)
-    ([4, 5], [0, 3], [1, 2, 5])
-
-    Raises:
-        MoefyError: code 2, for what is no layer, or none at all.
-    """
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, colon, last = part.strip().partition(":")
-        try:
-            start = int(first) if first or not colon else 0
-            stop = (int(last) if last else num_layers) if colon else start + 1
-        except ValueError:
-            start, stop = 0, -1
-        if not 0 <= start < stop <= num_layers:
-            raise MoefyError(
-                f"--layers {text}: {part.strip()!r} names no layers of 0 to {num_layers - 1}; "
-                "expected forms like `:`, `4:`, `0,3,7`, or `auto`",
-                code=2,
-            )
-        layers.update(range(start, stop))
-    return sorted(layers)
 
 
 def num_bytes(text: str, flag: str = "--max-shard-size") -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moefy.checkpoint.cut import num_parameters, without
 from moefy.checkpoint.tensors import Checkpoint
-from moefy.config.recipe import dropped_layers
+from moefy.config.layer_names import dropped_layers
 from moefy.convert import forward
 from moefy.convert.prepare import Job, prepare
 from moefy.convert.profile import CHUNK, add_outputs

@@ -3,41 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
-import time
+from bisect import bisect_left
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from moefy.checkpoint.cut import num_parameters
 from moefy.config.recipe import method_of
 from moefy.convert import depth, sensitivity, write
 from moefy.convert.memory import fit, state_bytes, writing
 from moefy.convert.prepare import SELF, Job
+from moefy.convert.probe import speeds
 from moefy.convert.profile import SAMPLE
+from moefy.convert.session import Budget
 from moefy.files.shards import DTYPES
 from moefy.models.shape import pruned
 
 OVERHEAD = 1.05
 """Measured time of these operations within a layer over that of the same ones alone."""
 
-PER_ACTIVATION, PER_INPUT = 8e3, 2.4e8
-"""The other work of a layer, counted in operations of a product that take as long. The first is per
-activation of a neuron, which several passes over memory read. The second is per input of the
-router, which is fitted in a fixed number of steps. Both were fitted to SmolLM2-135M at 4,096 and
-16,384 tokens. A 7B-shaped layer takes 183 s; its products (150 s) and this work make 172 s."""
+PASSES, PER_INPUT, STARTS = 630.0, 1.2e8, 50_000
+"""The other work of a layer: passes over the activation of each neuron on each token, operations of
+a product per input of the router, which is fitted in a fixed number of steps, and operations that
+are started there, which is what takes time on a GPU. The first two were fitted to SmolLM2-135M at
+4,096 and 16,384 tokens on a CPU, the last one to a router that took 0.4 s on an H100."""
 
-SPEEDS = {"product": 1.0, "factor": 0.5, "solve": 0.5}
-"""Measured speed of operations, of which a matrix product's is one."""
+LEAST, MOST = 4096, 2**26
+"""Calibration tokens that `--minutes` chooses from: with fewer, experts are fitted to noise."""
+
+ROUNDS = 9
+"""Times that the split assigns the neurons to experts."""
+
+WRITING = 2.0
+"""Operations of a product that take as long as one of a model that writes calibration text."""
+
+BEGIN, PER_BYTE = 3.0, 2.6e-9
+"""Seconds to begin and to reopen, and to read, digest and write a byte of the checkpoint. A layer
+of 7B took 0.7 s on a machine with one H100."""
 
 
 def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
     """Shapes, parameters, FLOPs per token, and estimated memory, disk and time.
 
-    Times assume the matrix-product speed of this machine, measured for a moment. A note says so
-    where the conversion does not fit in `memory` bytes or on this machine.
+    Times assume the speeds of this machine, measured for a moment. A note says so where the
+    conversion does not fit in `memory` bytes or on this machine.
     """
+    rates, notes = speeds(job.device, job.shape), [*job.notes]
+    if job.recipe.minutes is not None:
+        affordable = budget(job, rates, memory)
+        job = with_tokens(job, affordable.tokens)
+        notes.append(affordable.note)
     plan = fit(job, write.slots(job), memory)
-    notes = [*job.notes, *([plan.refusal] if plan.refusal else [])]
+    notes += [plan.refusal] if plan.refusal else []
     if job.recipe.calibration == SELF:
         notes += writing(job, memory).notes
     if (settled := depth.supposed(job)) is not job:
@@ -79,39 +95,74 @@ def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
         "memory_stage": plan.stage,
         "file_bytes": plan.file_bytes,
         "device_bytes": plan.device_bytes,
-        "seconds": round(_seconds(job), 1),
+        "tokens": job.recipe.tokens,
+        "seconds": round(seconds(job, rates), 1),
         "notes": notes,
     }
 
 
-def _seconds(job: Job) -> float:
-    """Seconds for all layers up to the last that is converted, at this machine's speed."""
-    taken = _stages(job)
-    layer = sum(taken.values()) + PER_ACTIVATION * job.recipe.tokens * job.shape.num_neurons
-    layer += PER_INPUT * job.size("hidden_size") if job.method.fit is not None else 0
-    num_dense = max(job.layers) + 1 - len(job.layers)
-    # There and back through all weights, of which none needs a gradient.
-    gradient = 4 * job.num_weights * job.recipe.tokens if job.method.gradient else 0
-    whole = layer * len(job.layers) + (taken["attention"] + taken["dense"]) * num_dense + gradient
-    return (whole + (_weighing(job) if job.weighs else 0)) / _speed(job.device)
+def budget(job: Job, rates: Mapping[str, float], memory: int | None = None) -> Budget:
+    """The most calibration tokens that `--minutes` and the memory leave room for.
+
+    They are whole sequences; there are at least `LEAST` tokens and 8 sequences, whatever they take.
+    """
+    minutes, length = job.recipe.minutes or 0.0, job.recipe.sequence_length
+
+    def taken(sequences: int) -> float:
+        return seconds(depth.supposed(with_tokens(job, sequences * length)), rates)
+
+    def too_many(sequences: int) -> bool:
+        tried = with_tokens(job, sequences * length)
+        return taken(sequences) > 60 * minutes or bool(
+            fit(tried, write.slots(tried), memory).refusal
+        )
+
+    least, most = max(8, -(-LEAST // length)), MOST // length
+    sequences = least + bisect_left(range(least + 1, most + 1), True, key=too_many)
+    return Budget(minutes, sequences * length, round(taken(sequences), 1))
 
 
-def _weighing(job: Job) -> float:
-    """Operations of `sensitivity.savings`: a static conversion on few tokens, and its branches."""
-    length, fitted, probes = sensitivity.PIECES
-    few = dataclasses.replace(job.recipe, tokens=length * (fitted + probes))
-    method = dataclasses.replace(job.method, fit=None, refine=None)
-    small = dataclasses.replace(job, recipe=few, method=method, shape=pruned(job.shape))
-    layer = sum(_stages(small).values()) + PER_ACTIVATION * few.tokens * job.shape.num_neurons
-    return job.num_layers * (layer + length * probes * job.num_weights)
+def with_tokens(job: Job, tokens: int) -> Job:
+    """The job on so many calibration tokens, which no longer follow from `--minutes`."""
+    recipe = dataclasses.replace(job.recipe, tokens=tokens, minutes=None)
+    return dataclasses.replace(job, recipe=recipe)
 
 
-def _stages(job: Job) -> dict[str, float]:
-    """Operations of a layer by stage, counted as products that take as long."""
-    return {
-        stage: OVERHEAD * sum(count / SPEEDS[kind] for kind, count in counts.items())
-        for stage, counts in operations(job).items()
-    }
+def seconds(job: Job, rates: Mapping[str, float]) -> float:
+    """Seconds that a conversion takes where work of each kind goes at these `rates` (see `probe`).
+
+    They count all layers up to the last that is converted.
+    """
+    layer, passed = _layer_seconds(job, rates)
+    whole = layer * len(job.layers) + passed * (max(job.layers) + 1 - len(job.layers))
+    # Forwards through all weights; there and back for gradients, of which no weight needs one.
+    forwards = 2.0 * job.method.gradient + WRITING * (job.recipe.calibration == SELF)
+    products = 2.0 * job.num_weights * job.recipe.tokens * forwards
+    if job.weighs:
+        length, fitted, probes = sensitivity.PIECES
+        few = dataclasses.replace(job.recipe, tokens=length * (fitted + probes))
+        method = dataclasses.replace(job.method, fit=None, refine=None)
+        small = dataclasses.replace(job, recipe=few, method=method, shape=pruned(job.shape))
+        # A static conversion on few tokens, and its branches.
+        whole += job.num_layers * _layer_seconds(small, rates)[0]
+        products += job.num_layers * length * probes * job.num_weights
+    num_bytes = sum(entry.num_bytes for entry in job.checkpoint.entries.values())
+    return whole + products / rates["product"] + BEGIN + PER_BYTE * num_bytes
+
+
+def _layer_seconds(job: Job, rates: Mapping[str, float]) -> tuple[float, float]:
+    """Seconds of a layer that is converted, and of one that stays dense."""
+
+    def at(counts: Mapping[str, float]) -> float:
+        return sum(count / rates[kind] for kind, count in counts.items())
+
+    taken = {stage: OVERHEAD * at(counts) for stage, counts in operations(job).items()}
+    other = {"pass": PASSES * job.recipe.tokens * job.shape.num_neurons, "start": STARTS}
+    if job.method.fit is not None:
+        other["product"] = PER_INPUT * job.size("hidden_size")
+    if job.method.fit is not None and not job.method.copies:
+        other |= {"cluster": 1, "assign": 0 if job.shape.overlaps else ROUNDS}
+    return sum(taken.values()) + at(other), taken["attention"] + taken["dense"]
 
 
 def operations(job: Job) -> dict[str, dict[str, float]]:
@@ -133,8 +184,8 @@ def operations(job: Job) -> dict[str, dict[str, float]]:
         },
         "dense": {"product": (sides - 1) * matrices * once},
         "profile": {"product": matrices * once},
-        # Each of 9 rounds adds up energies by expert, and each neuron's energy by expert.
-        "split": {"product": 36.0 * sample * neurons * shape.num_experts + gram},
+        # Each round adds up energies by expert, and each neuron's energy by expert.
+        "split": {"product": 4.0 * ROUNDS * sample * neurons * shape.num_experts + gram},
         # The router is fitted to energies, then to errors that the experts' outputs leave.
         "route": {"product": once + gram},
         "run": {"product": active},
@@ -157,14 +208,3 @@ def operations(job: Job) -> dict[str, dict[str, float]]:
             "solve": times * 2.0 * used * used * hidden,
         }
     return counts
-
-
-def _speed(device: torch.device, size: int = 1024) -> float:
-    """Float32 matrix-product operations per second, from a few products."""
-    a, b = torch.rand(size, size, device=device), torch.rand(size, size, device=device)
-    torch.mm(a, b)
-    start, rounds = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.1:
-        torch.mm(a, b).sum().item()
-        rounds += 1
-    return 2 * size**3 * rounds / (time.perf_counter() - start)

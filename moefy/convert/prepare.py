@@ -12,7 +12,8 @@ import torch
 from moefy.checkpoint.cut import num_parameters, without
 from moefy.checkpoint.model_config import model_config
 from moefy.checkpoint.tensors import Checkpoint
-from moefy.config.recipe import Recipe, chosen_layers
+from moefy.config.layer_names import chosen_layers
+from moefy.config.recipe import TOKENS, Recipe
 from moefy.convert.choose import (
     choose_shape,
     choose_target,
@@ -131,7 +132,9 @@ def prepare(recipe: Recipe, *, control: bool = False, source: Source | None = No
             checkpoint, 5 for a device that is not there.
     """
     method = stages(recipe, control=control)
-    check_device(recipe.device)
+    default = TOKENS[device_of(recipe.device).type]
+    tokens = recipe.tokens or max(default, 8 * recipe.sequence_length)
+    recipe = dataclasses.replace(recipe, tokens=tokens)
     source = source or read_source(recipe)
     family, notes = source.family, list(source.notes)
     dropped, active = depth_of(recipe, source, method)

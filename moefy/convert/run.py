@@ -18,12 +18,15 @@ from moefy.checkpoint.reload import fitting_layers, reopen
 from moefy.config.recipe import num_bytes
 from moefy.convert import depth, sensitivity, write
 from moefy.convert.calibration import calibration_tokens
+from moefy.convert.estimate import budget as affordable
+from moefy.convert.estimate import with_tokens
 from moefy.convert.gradients import ffn_gradients
 from moefy.convert.layers import convert_layers, shared
 from moefy.convert.memory import ADVICE, Plan, fit, gradient_bytes, require, state_bytes
 from moefy.convert.oracle import attach
 from moefy.convert.prepare import SELF, Job
-from moefy.convert.session import Attempt, Session
+from moefy.convert.probe import speeds
+from moefy.convert.session import Attempt, Budget, Session
 from moefy.convert.summary import END, gaps, summarise, write_report
 from moefy.distributed import Group
 from moefy.errors import MoefyError
@@ -58,6 +61,10 @@ def convert(
             too little text, 7 for an unfinished conversion of another kind, or a damaged one.
     """
     group = attempt.group
+    if job.recipe.minutes is not None:
+        budget = group.broadcast_object(None if group.rank else _budget(job, out, attempt))
+        job = with_tokens(job, budget.tokens)
+        attempt = dataclasses.replace(attempt, budget=budget)
     plan = fit(job, write.slots(job), attempt.memory)
     if plan.refusal:
         raise MoefyError(plan.refusal, code=5)
@@ -71,6 +78,8 @@ def convert(
     with publishing(out, force=attempt.force, resume=attempt.keep, restart=attempt.restart) as part:
         state = State(part.with_name(STATE) if attempt.keep else None)
         state.claim(_facts(job, group), force=attempt.force)
+        if attempt.budget:
+            state.save("budget", dataclasses.asdict(attempt.budget))
         store = plan.place.store(part.parent, job.device)
         clock = Clock(state.load("seconds") or {})
         summary = _lead(Session(job, attempt, state, store, clock, watch), part, tokens, plan)
@@ -119,11 +128,14 @@ def _lead(
             task=job.task,
             prepare=lambda model: attach(model, done.norms),
         )
-    job = dataclasses.replace(job, notes=(*job.notes, *scanned.notes, *gaps(done.figures)))
+    budget = session.attempt.budget
+    notes = [*job.notes, *([budget.note] if budget else []), *scanned.notes, *gaps(done.figures)]
+    job = dataclasses.replace(job, notes=tuple(notes))
     summary = summarise(job, tokens, done.figures, checked, clock.seconds(), scanned.digests)
     summary["machine"] = _machine(job, session.attempt.group)
     summary["memory"] = {"planned_bytes": plan.peak_bytes, "file_bytes": plan.file_bytes}
     summary["dropped"] = order
+    summary["minutes"] = budget.minutes if budget else None
     if savings:
         summary["budget"] = {
             "active": asked,
@@ -136,6 +148,18 @@ def _lead(
     extra |= {f"norm.{layer}": norm for layer, norm in done.norms.items()}
     write_report(job, part, summary, extra)
     return summary
+
+
+def _budget(job: Job, out: Path, attempt: Attempt) -> Budget:
+    """What `--minutes` comes to: what a stopped run has found, if this one would go on with it."""
+    place = place_of(Path(os.path.abspath(out)))
+    state = State(place / STATE if attempt.keep and not attempt.restart else None)
+    if record := state.load("budget"):
+        budget = Budget(**record)
+        same = not state.differences(_facts(with_tokens(job, budget.tokens), attempt.group))
+        if same and budget.minutes == job.recipe.minutes:
+            return budget
+    return affordable(job, speeds(job.device, job.shape), attempt.memory)
 
 
 def _help(job: Job, out: Path, plan: Plan, attempt: Attempt) -> dict[str, Any]:

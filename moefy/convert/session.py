@@ -13,6 +13,23 @@ from moefy.timing import Clock
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What `--minutes` comes to on a machine."""
+
+    minutes: float
+    tokens: int
+    seconds: float  # that these take, as the plan predicts
+
+    @property
+    def note(self) -> str:
+        """What to tell the user."""
+        text = f"--minutes {self.minutes:g}: {self.tokens:,} tokens"
+        if self.seconds > 60 * self.minutes:
+            text += f", the fewest, which take about {self.seconds / 60:.1f} minutes"
+        return text
+
+
+@dataclass(frozen=True)
 class Attempt:
     """How to go about a conversion; nothing here decides the bytes of the result."""
 
@@ -22,6 +39,7 @@ class Attempt:
     strict: bool = False  # stop at the first layer whose experts or neurons saw too little text
     memory: int | None = None  # bytes to keep to; states that do not fit lie in files beside OUT
     group: Group = ALONE  # the processes that share the calibration tokens
+    budget: Budget | None = None  # where it decided how many tokens these are
 
 
 @dataclass(frozen=True)

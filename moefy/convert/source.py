@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from moefy.checkpoint.resolve import resolve
 from moefy.checkpoint.tensors import Checkpoint
 from moefy.checkpoint.validate import check_tensors, companion_files, open_checkpoint
-from moefy.config.recipe import Recipe, dropped_layers
+from moefy.config.layer_names import dropped_layers
+from moefy.config.recipe import Recipe
 from moefy.convert.ffn import Method
 from moefy.errors import MoefyError
 from moefy.models import families

@@ -49,9 +49,7 @@ class State:
         Raises:
             MoefyError: code 7, with what differs.
         """
-        now = json.loads(json.dumps(facts))
-        known = {key: self._stored[key] for key in now if key in self._stored}
-        lines = differences(known, {key: now[key] for key in known})
+        lines = self.differences(facts)
         if lines and not force:
             raise MoefyError(
                 f"{self.folder} is of another run: {some(lines)}; give the command that began it, "
@@ -62,8 +60,15 @@ class State:
             publish.clear(self.folder.parent)
             (self.folder.parent / publish.PART).mkdir()
             self._stored, self._facts = {}, dict(self._claimed)
+        now = json.loads(json.dumps(facts))
         self._claimed |= now
         self._facts |= now
+
+    def differences(self, facts: Mapping[str, Any]) -> list[str]:
+        """What differs between `facts` and the recorded ones of the same names, a line each."""
+        now = json.loads(json.dumps(facts))
+        known = {key: self._stored[key] for key in now if key in self._stored}
+        return differences(known, {key: now[key] for key in known})
 
     def save(self, name: str, value: Any) -> None:
         """Record a JSON value."""

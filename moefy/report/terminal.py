@@ -135,6 +135,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         ("disk", f"{plan['disk_bytes'] / 1e9:.2f} GB"),
         ("disk while it runs", f"{until / 1e9:.2f} GB more, to resume after a stop"),
         ("peak memory, about", f"{plan['memory_bytes'] / 1e9:.1f} GB ({plan['memory_stage']})"),
+        ("calibration tokens", f"{plan['tokens']:,}"),
         ("time, about", f"{plan['seconds'] / 60:.1f} min"),
     ]
     if plan["device_bytes"]:

@@ -231,7 +231,7 @@ def test_sets_of_dense_layers_come_by_their_number_and_the_most_sensitive_first(
     ("layers", "written"), [([0, 1, 2], "0:3"), ([1, 3, 4], "1:2,3:5"), ([5], "5:6")]
 )
 def test_layers_are_written_as_the_option_takes_them(layers, written):
-    from moefy.config.recipe import chosen_layers
+    from moefy.config.layer_names import chosen_layers
 
     assert sensitivity.ranges(layers) == written
     assert chosen_layers(written, 6) == layers
