@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +20,18 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, object]
     entries: Mapping[str, Entry]
+    held: Mapping[str, Tensor] = field(default_factory=dict)  # tensors that are in memory already
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name, as stored."""
         from moefy.files.shards import read
 
-        return read(name, self.entries[name])
+        return self.held[name] if name in self.held else read(name, self.entries[name])
+
+    def holding(self, prefix: str) -> Checkpoint:
+        """The same, with the tensors whose names begin so in memory."""
+        names = [name for name in self.entries if name.startswith(prefix)]
+        return replace(self, held={name: self.tensor(name) for name in names})
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """Rows `ids` (any shape) of a matrix, float32, reading only those rows."""

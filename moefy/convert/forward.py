@@ -109,7 +109,7 @@ def _embedded(
 def read_ffn(checkpoint: Checkpoint, family: Family, layer: int, device: torch.device) -> FFN:
     """The FFN of one layer in float32."""
     activation = getattr(model_config(checkpoint), family.activation, "silu")
-    stored = [checkpoint.tensor(name).float().to(device) for name in family.ffn_names(layer)]
+    stored = [checkpoint.tensor(name).to(device).float() for name in family.ffn_names(layer)]
     return family.read(stored, activation)
 
 
@@ -229,7 +229,7 @@ def _one_layer(
     for name in block.state_dict():
         # T5's first layer holds the distances' biases of all.
         prefix = own if own + name in checkpoint.entries else first
-        weights[name] = checkpoint.tensor(prefix + name).float().to(device)
+        weights[name] = checkpoint.tensor(prefix + name).to(device).float()
     block.load_state_dict(weights, assign=True)
     model.eval().requires_grad_(False)
     leave: Leave = None

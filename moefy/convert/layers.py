@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,7 +48,7 @@ def convert_layers(
     The states that leave layer `last` on the last sequence are kept. Below the first layer that is
     converted the dense model's states are the same, and behind the last one only that sequence goes
     on, as far as `last`. The processes of the group share the sequences; only the first has a
-    `writer`.
+    `writer`. Beside a GPU's work the next layer is read and the last one written.
     """
     job, watch = session.job, session.watch
     top = max(job.layers)
@@ -61,22 +63,34 @@ def convert_layers(
         states_BTD = _embedded(job, tokens, session.store)
     else:
         watch(f"continuing behind layer {len(done) - 1}", len(done), job.num_layers)
-    for layer in range(len(done), max(last, top) + 1):
-        if layer > top:
-            states_BTD = share.last(states_BTD[:num_sequences])[None]
-        extra, names, figures = _convert(session, layer, states_BTD, tokens, slopes, writer)
-        if figures and session.attempt.strict and (notes := gaps([figures])):
-            raise MoefyError(f"--strict: {notes[0]}", code=6)
-        if layer == last:
-            extra["end"] = share.last(states_BTD[:num_sequences])
-        done.append((extra, figures))
-        whole_BTD = states_BTD if layer > top else share.whole(states_BTD)
-        if writer:
-            session.state.save("seconds", session.clock.seconds())
-            session.state.save_layer(layer, whole_BTD, extra, writer.sync(names), figures)
-        del whole_BTD
-        session.store.release()
-        watch("layers", layer + 1, job.num_layers)
+    with ThreadPoolExecutor(1) as pool:
+        ahead: Future[Session] | None = None
+        saved: Future[None] | None = None
+        for layer in range(len(done), end := max(last, top) + 1):
+            if layer > top:
+                states_BTD = share.last(states_BTD[:num_sequences])[None]
+            now, ahead = ahead.result() if ahead else session, None
+            if _beside(job.device) and layer + 1 < end:
+                ahead = pool.submit(_holding, session, layer + 1)
+            extra, tensors, figures = _convert(now, layer, states_BTD, tokens, slopes)
+            if figures and session.attempt.strict and (notes := gaps([figures])):
+                raise MoefyError(f"--strict: {notes[0]}", code=6)
+            if layer == last:
+                extra["end"] = share.last(states_BTD[:num_sequences])
+            done.append((extra, figures))
+            whole_BTD = states_BTD if layer > top else share.whole(states_BTD)
+            if saved:
+                saved.result()
+            if writer:
+                kept_BTD = whole_BTD.to("cpu", copy=_beside(states_BTD.device))
+                save = partial(_save, session, writer, layer, kept_BTD, extra, tensors, figures)
+                saved = pool.submit(save) if _beside(states_BTD.device) else save()
+                del kept_BTD, save
+            del whole_BTD, tensors
+            session.store.release()
+            watch("layers", layer + 1, job.num_layers)
+        if saved:
+            saved.result()
     watch("layers", job.num_layers, job.num_layers)
     return Converted(
         [figures for _, figures in done if figures],
@@ -140,11 +154,10 @@ def _convert(
     states_BTD: Tensor,
     tokens: Tokens,
     slopes: dict[int, Tensor],
-    writer: ShardWriter | None,
-) -> tuple[dict[str, Tensor], list[str], dict[str, Any] | None]:
-    """Convert and write one layer, or leave it dense, and move the states past it.
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any] | None]:
+    """Convert one layer, or leave it dense, and move the states past it.
 
-    Gives tensors to keep, the names of those that are written, and the layer's figures.
+    Gives tensors to keep, those to write, and the layer's figures.
     """
     own = dataclasses.replace(session, clock=Clock({}))
     num_sequences = len(tokens.ids_BT)
@@ -155,14 +168,46 @@ def _convert(
     if alike and len(states_BTD) > num_sequences:
         states_BTD[num_sequences:] = going_BTD
     if block is None:
-        return {}, [], None
+        return {}, {}, None
     with own.clock.stage("write"):
-        names = write.write_block(session.job, writer, layer, block) if writer else []
+        first = session.attempt.group.rank == 0
+        tensors = write.block_tensors(session.job, layer, block) if first else {}
     figures: dict[str, Any] = {"layer": layer, **block.figures}
     seconds = {stage: round(s, 3) for stage, s in own.clock.seconds().items() if stage != "total"}
     figures["stage_seconds"] = {**seconds, **figures["stage_seconds"]}
     norm_EN = block.routed.router.norm_EN
-    return {} if norm_EN is None else {"norm": norm_EN.cpu()}, names, figures
+    return {} if norm_EN is None else {"norm": norm_EN.cpu()}, tensors, figures
+
+
+def _beside(device: torch.device) -> bool:
+    """Whether layers are read and written beside what this device computes; a CPU does it all."""
+    return device.type == "cuda"
+
+
+def _holding(session: Session, layer: int) -> Session:
+    """The same, with one layer's stored tensors in memory."""
+    checkpoint = session.job.checkpoint.holding(session.job.family.layer.format(layer=layer))
+    return dataclasses.replace(session, job=dataclasses.replace(session.job, checkpoint=checkpoint))
+
+
+def _save(
+    session: Session,
+    writer: ShardWriter,
+    layer: int,
+    states_BTD: Tensor,
+    extra: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    figures: dict[str, Any] | None,
+) -> None:
+    """Write a layer's tensors, and then record it as done with the states behind it."""
+    start = time.perf_counter()
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    if figures:
+        seconds = figures["stage_seconds"]
+        seconds["write"] = round(seconds["write"] + time.perf_counter() - start, 3)
+    session.state.save("seconds", session.clock.seconds())
+    session.state.save_layer(layer, states_BTD, extra, writer.sync(tensors), figures)
 
 
 def _pass(

@@ -202,9 +202,8 @@ def membership(partition: Partition, num_neurons: int) -> Tensor:
 
 def _placed(partition: Partition, value_EN: Tensor, num_neurons: int) -> Tensor:
     """The value of a neuron where it stands in an expert, else zero; shape (F, E)."""
-    value_FE = torch.zeros(num_neurons, len(value_EN), device=value_EN.device)
-    for expert, neurons in enumerate(partition.experts_EN):
-        value_FE[neurons, expert] = value_EN[expert]
+    value_FE = value_EN.new_zeros(num_neurons, len(value_EN))
+    value_FE.T.scatter_(1, partition.experts_EN, value_EN)
     return value_FE
 
 

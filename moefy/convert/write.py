@@ -124,8 +124,8 @@ def copy(job: Job, writer: ShardWriter, watch: Watch) -> None:
             )
 
 
-def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> list[str]:
-    """Write one converted FFN in the target's names and dtype; give the names.
+def block_tensors(job: Job, layer: int, block: Block) -> dict[str, Tensor]:
+    """One converted FFN in the target's names and dtype, in the machine's memory.
 
     Raises:
         MoefyError: code 6, when a rescaled weight is not finite in that dtype.
@@ -134,15 +134,14 @@ def write_block(job: Job, writer: ShardWriter, layer: int, block: Block) -> list
     routed, k, slices = block.routed, job.shape.experts_per_token, job.shape.granularity
     parts = routed.ffn, routed.partition, routed.router.weight_ED
     split = Split(*parts, k, job.dtype, slices, job.num_shadow)
-    names = []
+    tensors = {}
     for tail, tensor in job.target.tensors(split).items():
         if not torch.isfinite(tensor).all():
             raise MoefyError(
                 f"{prefix}{tail} overflows {job.dtype}; use --dtype bfloat16 or float32", code=6
             )
-        writer.write(prefix + tail, tensor)
-        names.append(prefix + tail)
-    return names
+        tensors[prefix + tail] = tensor.cpu()
+    return tensors
 
 
 def write_folder(job: Job, part: Path) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from moefy import cli, environment
 from moefy.config.recipe import build
-from moefy.convert import write
+from moefy.convert import layers, write
 from moefy.convert.calibration import calibration_tokens
 from moefy.convert.memory import fit
 from moefy.convert.prepare import Job, prepare
@@ -200,6 +200,44 @@ def test_killed_again_and_again_at_random_moments(a_job, out, whole):
             reclaim(out)
             break
         kills += 1
+    assert_same(out, whole)
+
+
+def test_written_beside_the_next_layer_it_is_as_safe(a_job, out, whole, monkeypatch):
+    """As with a GPU. Slow, so that the next layer changes the states before they are written."""
+
+    def kept() -> dict[str, bytes | None]:
+        with monkeypatch.context() as late:
+            late.setitem(convert.__globals__, "reopen", lambda *_, **__: die())
+            assert forked(lambda: convert(job, out)) == -signal.SIGKILL
+        files = listing(place_of(out) / STATE)
+        return {name: data for name, data in files.items() if name.endswith(".safetensors")}
+
+    def slow(*given: Any) -> None:
+        time.sleep(0.2)
+        save_layer(*given)
+
+    job, save_layer = a_job(), resume.State.save_layer
+    one_by_one = kept()
+    shutil.rmtree(place_of(out))
+    monkeypatch.setattr(layers, "_beside", lambda device: True)
+    monkeypatch.setattr(resume.State, "save_layer", slow)
+    assert kept() == one_by_one and len(one_by_one) > 3
+    convert(job, out)
+    assert_same(out, whole)
+    shutil.rmtree(out)
+
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(resume.State, "save_layer", full)
+    with pytest.raises(MoefyError, match="No space left on device; finished work is saved"):
+        convert(job, out)
+    assert not out.exists()
+    monkeypatch.setattr(resume.State, "save_layer", save_layer)
+    for step in (14, 10):
+        assert forked(lambda step=step: (counting(step), convert(job, out))) == -signal.SIGKILL
+    convert(job, out)
     assert_same(out, whole)
 
 
