@@ -44,7 +44,7 @@ def assign_on_device(value_FE: Tensor, width: int) -> Tensor:
     num_columns = value_FE.shape[1]
     value_EF = value_FE.T.double().contiguous()
     slack = SLACK * float((value_EF.amax(0) - value_EF.amin(0)).mean())
-    value_EF -= _prices(value_EF, width)
+    value_EF = value_EF - _prices(value_EF, width)
     column_F = value_EF.argmax(0)
     counts_E = torch.bincount(column_F, minlength=num_columns).cpu().numpy()
     price_E = 0.0 * counts_E

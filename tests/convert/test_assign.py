@@ -186,7 +186,10 @@ def test_on_a_device_it_is_balanced_and_nearly_optimal(kind):
         assert_balanced(column_F, columns, width)
         excess = loss(value_FE, column_F) - least_loss(value_FE, width)
         assert excess <= allowed(value_FE), seed
+    before = value_FE.copy()
     assert np.array_equal(column_F, on_device(np.asfortranarray(value_FE), width))
+    assert np.array_equal(column_F, on_device(value_FE, width))
+    assert np.array_equal(value_FE, before)
 
 
 @pytest.mark.parametrize("kind", ["heavy tail", "duplicated rows", "one column best"])
