@@ -7,6 +7,7 @@ transformers; a checkpoint never brings code of its own. They run in transformer
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from moefy.errors import MoefyError
+from moefy.modeling_router import Router, see_places
 
 
 class MoefyConfig(PreTrainedConfig):
@@ -50,6 +52,8 @@ class MoefyConfig(PreTrainedConfig):
         norm_topk_prob: bool = False,
         num_shadow: int = 0,
         lost_experts: list[list[int]] | None = None,
+        router_units: int = 0,
+        router_positions: int = 0,
         **rest: Any,
     ) -> None:
         dense = dict(dense or {"model_type": "llama"})
@@ -63,6 +67,7 @@ class MoefyConfig(PreTrainedConfig):
         self.expert_width, self.num_shared = expert_width, num_shared
         self.norm_topk_prob = norm_topk_prob
         self.num_shadow, self.lost_experts = num_shadow, list(lost_experts or [])
+        self.router_units, self.router_positions = router_units, router_positions
         super().__init__(**rest)
 
     def dense_config(self) -> PreTrainedConfig:
@@ -73,37 +78,6 @@ class MoefyConfig(PreTrainedConfig):
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The configuration from which caches and samplers take sizes."""
         return self.dense_config()
-
-
-class Router(nn.Module):
-    """Linear scores; the highest are chosen, and every chosen expert counts fully.
-
-    With `norm_topk_prob` each counts by its softmax weight among those that are chosen.
-    An expert that is `lost` is chosen last, and then counts nothing.
-    """
-
-    def __init__(self, config: MoefyConfig, hidden: int) -> None:
-        super().__init__()
-        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden))
-        self.lost: frozenset[int] = frozenset()
-
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, gates and indices of the chosen experts."""
-        score_TE = nn.functional.linear(x_TD.float(), self.weight.float())
-        if self.lost:
-            lost = torch.tensor([*self.lost], device=score_TE.device)
-            score_TE = score_TE.index_fill(1, lost, -torch.inf)
-        share_TE = score_TE.softmax(-1)
-        index_TK = score_TE.topk(self.top_k, dim=-1).indices
-        share_TK = share_TE.gather(1, index_TK)
-        if self.norm_topk_prob:
-            gate_TK = share_TK / share_TK.sum(-1, keepdim=True)
-        else:
-            gate_TK = 1 + share_TK - share_TK.detach()  # one, with the gradient of the share
-        if self.lost:
-            gate_TK = gate_TK.masked_fill(score_TE.gather(1, index_TK) == -torch.inf, 0)
-        return score_TE, gate_TK.to(x_TD.dtype), index_TK
 
 
 class Experts(nn.Module):
@@ -175,6 +149,7 @@ class MoeBlock(nn.Module):
         lost = frozenset(expert for number, expert in config.lost_experts if number == layer)
         (self.experts if config.num_shadow else self.gate).lost = lost
         self.shared = Shared(config, hidden, act) if config.num_shared else None
+        self.position_BT: Tensor | None = None
         self.down_bias = config.down_bias
         if self.down_bias:  # it stays where the dense class has it
             home, _, name = self.down_bias.rpartition(".")
@@ -185,7 +160,7 @@ class MoeBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The FFN's output, of the shape of its input."""
         x_TD = x.reshape(-1, x.shape[-1])
-        _, gate_TK, index_TK = self.gate(x_TD)
+        _, gate_TK, index_TK = self.gate(x_TD, self.position_BT)
         y_TD = self.experts(x_TD, index_TK, gate_TK)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
@@ -222,7 +197,9 @@ class MoefyModel(PreTrainedModel):
         _check_lost(config, moe)
         for layer in moe:
             home = self.dense.get_submodule(config.layer.format(layer=layer).rstrip("."))
-            home.set_submodule(config.block, MoeBlock(config, dense, layer))
+            home.set_submodule(config.block, block := MoeBlock(config, dense, layer))
+            if config.router_positions:
+                home.register_forward_pre_hook(partial(see_places, block), with_kwargs=True)
             for name in config.emptied:
                 home.set_submodule(name, nn.Identity())
         tied = model._tied_weights_keys if dense.tie_word_embeddings and not bare else None

@@ -164,6 +164,12 @@ def pieces(x_TD: Tensor, device: torch.device) -> Iterator[Tensor]:
         yield x_CD.to(device)
 
 
+def gram(x_TD: Tensor, device: torch.device) -> Tensor:
+    """X'X on the device: float32 products, added up in float64."""
+    first, *more = (x_CD.T @ x_CD for x_CD in pieces(x_TD, device))
+    return sum(more, first.double())
+
+
 @dataclass(frozen=True)
 class Profile:
     """The inputs one FFN receives from the calibration text, and how it answers them.
@@ -192,6 +198,8 @@ class Profile:
     """Lets go of what was read of these tensors where they lie in files (see `store`)."""
     group: Group = ALONE
     """The processes whose tokens count, of which these are this one's."""
+    length: int = 1
+    """Tokens of each sequence; all are whole."""
 
     @property
     def num_fit(self) -> int:
@@ -215,9 +223,8 @@ class Profile:
 
     @cached_property
     def gram_DD(self) -> Tensor:
-        """X'X of all processes' inputs to fit on: float32 products, added up in float64."""
-        first, *more = (x_CD.T @ x_CD for x_CD in pieces(self.inputs()[0], self.device))
-        return sum(more, first.double())
+        """X'X of all processes' inputs to fit on, in float64."""
+        return gram(self.inputs()[0], self.device)
 
 
 @dataclass(frozen=True)
@@ -233,7 +240,10 @@ class Partition:
 
 @dataclass(frozen=True)
 class Router:
-    """Linear scores `weight_ED`, of unit variance over the calibration inputs, or `norm_EN`."""
+    """Linear scores `weight_ED` x, of unit variance over the calibration inputs, or `norm_EN`.
+
+    The terms that may be added to the scores are held by moefy's own class alone.
+    """
 
     weight_ED: Tensor
     norm_EN: Tensor | None = None
@@ -241,3 +251,20 @@ class Router:
     looks at activations before it chooses, so such a router is for evaluation only."""
     balance: tuple[Mapping[str, float], ...] = ()
     """What evening out the load would have cost, at several strengths."""
+    hidden_HD: Tensor | None = None
+    """The first of two layers with tanh between them, which add to the scores."""
+    output_EH: Tensor | None = None
+    """The second."""
+    position_PE: Tensor | None = None
+    """Added to the scores of the tokens at each place of a sequence; the last row counts for all
+    places behind it."""
+
+    def scores(self, x_TD: Tensor, position_T: Tensor | None = None) -> Tensor:
+        """The experts' scores on tokens at these places, (T, E)."""
+        score_TE = x_TD @ self.weight_ED.T
+        if self.hidden_HD is not None and self.output_EH is not None:
+            score_TE = score_TE + (x_TD @ self.hidden_HD.T).tanh_() @ self.output_EH.T
+        if self.position_PE is not None:
+            assert position_T is not None, "this router asks where a token stands"
+            score_TE = score_TE + self.position_PE[position_T.clamp(max=len(self.position_PE) - 1)]
+        return score_TE

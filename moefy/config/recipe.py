@@ -40,6 +40,9 @@ UNWRITABLE = ("cmoe", "oracle")
 TOKENS = {"cpu": 16_384, "cuda": 262_144}
 """Calibration tokens by kind of device, where a recipe leaves them open, which is 0."""
 
+OWN_CLASS_ROUTERS = ("mlp", "position")
+"""Routers that moefy's own class holds and no stock class."""
+
 PARTITIONS = _methods("partition")
 ROUTERS = tuple(name for name in _methods("router") if name not in UNWRITABLE)
 DTYPES = ("as-stored", *COMPUTE_DTYPES[1:])

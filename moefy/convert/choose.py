@@ -8,7 +8,7 @@ from moefy.checkpoint.model_config import model_config
 from moefy.checkpoint.tensors import Checkpoint
 from moefy.config.methods import COPIES
 from moefy.config.options import nearest
-from moefy.config.recipe import Recipe
+from moefy.config.recipe import OWN_CLASS_ROUTERS, Recipe
 from moefy.convert.ffn import Method
 from moefy.errors import MoefyError
 from moefy.models import targets
@@ -59,6 +59,18 @@ def choose_target(recipe: Recipe, family: Family, dense: Dense) -> tuple[Target,
         raise MoefyError(
             f"no stock MoE class holds {family.model_type} exactly: none has "
             f"{family.missing_feature}; ask for --target {own}, if that will do",
+            code=4,
+        )
+    if recipe.router in OWN_CLASS_ROUTERS and recipe.target != targets.OWN:
+        raise MoefyError(
+            f"--router {recipe.router}: no stock class holds it; expected --target {own}, or "
+            f"--router {Recipe.router}",
+            code=4,
+        )
+    if recipe.router == "position" and not family.tells_positions:
+        raise MoefyError(
+            f"--router position: the layers of {family.model_type} are not told where a token "
+            f"stands; expected --router {Recipe.router} or mlp",
             code=4,
         )
     engines, copies = named_engines(recipe), recipe.partition == COPIES

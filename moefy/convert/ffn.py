@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from moefy.convert.refit import Refit, refit, refit_experts
 from moefy.convert.routed_ffn import RoutedFFN, energies_of, top_mask, unfold, unrouted
 from moefy.timing import Clock
 from moefy.types import FFN, Partition, Profile, Router, Shape
+
+TERMS = ("weight_ED", "hidden_HD", "output_EH", "position_PE")
+"""The tensors of a router that are written."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Method:
     error_propagation: float = 0.0  # share of the residual stream's drift that the refit repairs
     gradient: bool = False  # whether `split` needs the gradient of the dense model's loss
     ranked: bool = False  # whether an expert's neurons stand by their energy, the greatest first
+    router_sizes: Mapping[str, int] = field(default_factory=dict)  # as moefy's own class names them
     sample: int | None = SAMPLE  # fitting tokens whose neurons `split` holds at a time; None: all
     copies: bool = False  # whether the experts are copies of the FFN
     noise: float = 0.0  # on these, as a multiple of their weights' standard deviation
@@ -73,8 +77,9 @@ def convert_block(
     choice = 1.0 if shape.experts_per_token < shape.num_experts else 0.0
 
     def stored(router: Router) -> Router:
-        rows_ED = (router.weight_ED * choice).to(dtype).float()
-        return group.broadcast(dataclasses.replace(router, weight_ED=rows_ED))
+        terms = {n: t for n in TERMS if (t := getattr(router, n)) is not None}
+        terms = {name: (term * choice).to(dtype).float() for name, term in terms.items()}
+        return group.broadcast(dataclasses.replace(router, **terms))
 
     routed = unrouted(ffn, partition)
     if method.fit is not None:
@@ -144,7 +149,7 @@ def captured(routed: RoutedFFN, profile: Profile) -> dict[str, Any]:
     agree = tokens = 0.0
     norm_F = ffn.down_norm_sq_F
     static_S = profile.energy_F.topk(routed.num_active).indices
-    for x_TD, h_TF, _ in chunks(ffn, profile, "heldout"):
+    for x_TD, h_TF, _, position_T in chunks(ffn, profile, "heldout"):
         energy_TF = h_TF.square() * norm_F
         totals["all"] += float(energy_TF.sum())
         totals["static"] += float(energy_TF[:, static_S].sum())
@@ -153,7 +158,7 @@ def captured(routed: RoutedFFN, profile: Profile) -> dict[str, Any]:
             continue
         shared = float(energy_TF[:, partition.shared_S].sum())
         experts_TE = energies_of(ffn, partition, h_TF)
-        mask_TE = routed.mask(x_TD, h_TF)
+        mask_TE = routed.mask(x_TD, h_TF, position_T)
         best_TE = top_mask(experts_TE, k)
         totals["router"] += shared + float((experts_TE * mask_TE).sum())
         totals["oracle"] += shared + float((experts_TE * best_TE).sum())
@@ -184,9 +189,9 @@ def _run(routed: RoutedFFN, profile: Profile) -> tuple[Tensor, list[int]]:
     tokens go to each expert."""
     y_TD, masks = profile.goal_TD, []
     down_AD = routed.down_AD
-    for number, (x_TD, h_TF, _) in enumerate(chunks(routed.ffn, profile, "all")):
+    for number, (x_TD, h_TF, _, position_T) in enumerate(chunks(routed.ffn, profile, "all")):
         part = slice(number * CHUNK, (number + 1) * CHUNK)
-        masks.append(routed.mask(x_TD, h_TF))
+        masks.append(routed.mask(x_TD, h_TF, position_T))
         run_TD = routed.run(h_TF, masks[-1]).outputs(down_AD)
         y_TD[part] = run_TD.div_(profile.scale_T[part, None])
     tokens_E = torch.cat(masks)[: profile.num_fit].sum(0)

@@ -248,6 +248,7 @@ def _pass(
         gradient_TD=slopes.pop(layer, None),
         store=store,
         group=session.attempt.group,
+        length=tokens.ids_BT.shape[1],
     )
     seed = job.recipe.seed * 1_000_003 + layer
     convert = copy_block if job.method.copies else convert_block

@@ -29,6 +29,7 @@ class Inputs:
     gradient_TD: Tensor | None = None  # see `Profile`
     store: Store = MEMORY  # where tensors of all tokens lie
     group: Group = ALONE  # the processes that have the other tokens
+    length: int = 1  # tokens of each sequence
 
 
 def add_outputs(
@@ -47,13 +48,16 @@ def add_outputs(
 
 def chunks(
     ffn: FFN, profile: Profile, part: str = "fit"
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield inputs (T, D), scaled activations (T, F) and what the output aims at (T, D)."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield inputs (T, D), scaled activations (T, F), what the output aims at (T, D), and where in
+    their sequences the tokens stand (T,)."""
     (start, stop), device = profile.span(part), ffn.up_FD.device
     for first in range(start, stop, CHUNK):
         tokens = slice(first, min(first + CHUNK, stop))
         x_TD = profile.x_TD[tokens].to(device)
-        yield x_TD, _activations(ffn, profile, x_TD, tokens), profile.goal_TD[tokens].to(device)
+        h_TF = _activations(ffn, profile, x_TD, tokens)
+        position_T = torch.arange(tokens.start, tokens.stop, device=device) % profile.length
+        yield x_TD, h_TF, profile.goal_TD[tokens].to(device), position_T
         profile.release()
 
 
@@ -127,6 +131,7 @@ def observe(ffn: FFN, inputs: Inputs, error_propagation: float = 0.0) -> Profile
         gradient_TD=inputs.gradient_TD,
         release=store.release,
         group=group,
+        length=inputs.length,
     )
 
 

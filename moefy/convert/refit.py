@@ -182,8 +182,8 @@ def _inner(parts: list[Tensor]) -> Tensor:
 
 def _runs(routed: RoutedFFN, profile: Profile, part: str) -> Iterator[tuple[Run, Tensor]]:
     """Yield the activations that run and what the output aims at (T, D), chunk by chunk."""
-    for x_TD, h_TF, y_TD in chunks(routed.ffn, profile, part):
-        yield routed.run(h_TF, routed.mask(x_TD, h_TF)), y_TD
+    for x_TD, h_TF, y_TD, position_T in chunks(routed.ffn, profile, part):
+        yield routed.run(h_TF, routed.mask(x_TD, h_TF, position_T)), y_TD
 
 
 def _error(runs: Iterable[tuple[Run, Tensor]], down_AD: Tensor) -> tuple[float, float]:
@@ -237,8 +237,8 @@ def refit_experts(routed: RoutedFFN, profile: Profile) -> tuple[Tensor, float]:
 def _leave_rests(routed: RoutedFFN, profile: Profile) -> list[Tensor]:
     """Leave of `goal_TD` what the outputs miss on all tokens; give which go to each expert."""
     masks, down_AD = [], routed.down_AD
-    for number, (x_TD, h_TF, goal_TD) in enumerate(chunks(routed.ffn, profile, "all")):
-        masks.append(routed.mask(x_TD, h_TF))
+    for number, (x_TD, h_TF, goal_TD, position_T) in enumerate(chunks(routed.ffn, profile, "all")):
+        masks.append(routed.mask(x_TD, h_TF, position_T))
         part = slice(number * CHUNK, (number + 1) * CHUNK)
         profile.goal_TD[part] = goal_TD - routed.run(h_TF, masks[-1]).outputs(down_AD)
     return [chosen_T.nonzero()[:, 0] for chosen_T in torch.cat(masks).T]

@@ -78,10 +78,10 @@ class RoutedFFN:
         """What the neurons of `used_A` write."""
         return self.ffn.down_DF.T.index_select(0, self.used_A)
 
-    def mask(self, x_TD: Tensor, h_TF: Tensor) -> Tensor:
+    def mask(self, x_TD: Tensor, h_TF: Tensor, position_T: Tensor | None = None) -> Tensor:
         """One where a token goes to an expert, else zero; shape (T, E)."""
         if self.router.norm_EN is None:
-            return top_mask(x_TD @ self.router.weight_ED.T, self.k)
+            return top_mask(self.router.scores(x_TD, position_T), self.k)
         return top_mask(_squares(self.partition, self.router.norm_EN, h_TF), self.k)
 
     def run(self, h_TF: Tensor, mask_TE: Tensor) -> Run:
@@ -133,7 +133,7 @@ def unfold(
     if keep:
         h_TF = torch.empty(len(profile.x_TD), len(neurons), device=neurons.device)
         parts = zip(h_TF.split(CHUNK), chunks(routed.ffn, profile, "all"), strict=True)
-        for part_TF, (_, all_TF, _) in parts:
+        for part_TF, (_, all_TF, *_) in parts:
             torch.index_select(all_TF, 1, neurons, out=part_TF)
     place = torch.arange(len(neurons), device=neurons.device)
     disjoint = Partition(place[:num_shared], place[num_shared:].view(num_experts, width))
@@ -146,7 +146,7 @@ def unfold(
 def expert_energies(ffn: FFN, profile: Profile, partition: Partition, part: str) -> Tensor:
     """Summed output energy of each routed expert's neurons on each token of `part`, (T, E)."""
     return torch.cat(
-        [energies_of(ffn, partition, h_TF) for _, h_TF, _ in chunks(ffn, profile, part)]
+        [energies_of(ffn, partition, h_TF) for _, h_TF, *_ in chunks(ffn, profile, part)]
     )
 
 
@@ -160,8 +160,8 @@ def gains(routed: RoutedFFN, profile: Profile) -> Tensor:
     down_FD, parts = routed.ffn.down_DF.T, []
     down_SD, down_END = down_FD[shared_S], down_FD[experts_EN]
     rows = max(1, GAINS // (len(experts_EN) * down_FD.shape[1]))
-    for x_TD, h_TF, goal_TD in chunks(routed.ffn, profile, "all"):
-        mask_TE = routed.mask(x_TD, h_TF)
+    for x_TD, h_TF, goal_TD, position_T in chunks(routed.ffn, profile, "all"):
+        mask_TE = routed.mask(x_TD, h_TF, position_T)
         rest_TD = goal_TD - h_TF.index_select(1, shared_S) @ down_SD
         h_ETN = h_TF.index_select(1, experts_EN.reshape(-1)).view(-1, *experts_EN.shape)
         h_ETN = h_ETN.transpose(0, 1)

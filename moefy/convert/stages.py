@@ -55,12 +55,16 @@ def stages(recipe: Recipe, *, control: bool = False) -> Method:
     refine = None
     if routed and recipe.refit and hasattr(router, "refine"):
         refine = _bound("router", router.refine, recipe.router_options)
+    router_sizes = {}
+    if routed and hasattr(router, "sizes"):
+        router_sizes = _bound("router", router.sizes, recipe.router_options)(recipe.sequence_length)
     return Method(
         split,
         fit if routed else None,
         recipe.refit,
         refine,
         recipe.drift if recipe.refit else 0.0,
+        router_sizes=router_sizes,
         gradient=getattr(partition, "GRADIENT", False),
         ranked=recipe.shadow > 0,
         sample=None if whole else int(recipe.partition_options.get("sample", SAMPLE)),

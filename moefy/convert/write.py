@@ -18,7 +18,7 @@ from moefy.files.publish import write_json
 from moefy.files.shards import CODES, DTYPES, ShardWriter, Slot
 from moefy.models.targets.target import Dense, Split
 from moefy.progress import Watch
-from moefy.types import FFN, Partition
+from moefy.types import FFN, Partition, Router
 
 
 def slots(job: Job) -> dict[str, Slot]:
@@ -59,11 +59,22 @@ def _block_slots(job: Job) -> dict[str, Slot]:
             torch.empty(num_shared, dtype=torch.long),
             torch.empty(shape.num_experts, shape.expert_width, dtype=torch.long),
         )
-        router_ED = torch.empty(shape.num_experts, hidden)
         k, slices = shape.experts_per_token, shape.granularity
-        split = Split(ffn, partition, router_ED, k, job.dtype, slices, job.num_shadow)
+        split = Split(ffn, partition, _router(job), k, job.dtype, slices, job.num_shadow)
         tensors = job.target.tensors(split)
     return {name: Slot(CODES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+
+
+def _router(job: Job) -> Router:
+    """A router of the job's sizes, whose numbers mean nothing."""
+    experts, hidden, sizes = job.shape.num_experts, job.size("hidden_size"), job.method.router_sizes
+    units, positions = sizes.get("router_units"), sizes.get("router_positions")
+    return Router(
+        torch.empty(experts, hidden),
+        hidden_HD=torch.empty(units, hidden) if units else None,
+        output_EH=torch.empty(experts, units) if units else None,
+        position_PE=torch.empty(positions, experts) if positions else None,
+    )
 
 
 def _stored(job: Job, code: str) -> str:
@@ -132,7 +143,7 @@ def block_tensors(job: Job, layer: int, block: Block) -> dict[str, Tensor]:
     """
     prefix = job.target.prefix + job.family.layer.format(layer=layer)
     routed, k, slices = block.routed, job.shape.experts_per_token, job.shape.granularity
-    parts = routed.ffn, routed.partition, routed.router.weight_ED
+    parts = routed.ffn, routed.partition, routed.router
     split = Split(*parts, k, job.dtype, slices, job.num_shadow)
     tensors = {}
     for tail, tensor in job.target.tensors(split).items():
@@ -152,6 +163,7 @@ def write_folder(job: Job, part: Path) -> None:
     config = job.target.configuration(dense, job.shape)
     if job.num_shadow:
         config["num_shadow"] = job.num_shadow
+    config |= job.method.router_sizes
     config["dtype"] = str(job.dtype).removeprefix("torch.")
     config["transformers_version"] = importlib.import_module("transformers").__version__
     folder = job.checkpoint.folder

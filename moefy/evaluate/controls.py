@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from moefy.config.options import nearest
-from moefy.config.recipe import Recipe, build
+from moefy.config.recipe import OWN_CLASS_ROUTERS, Recipe, build
 from moefy.convert.oracle import attach
 from moefy.convert.prepare import Job, prepare
 from moefy.convert.run import convert
@@ -20,6 +20,7 @@ from moefy.errors import MoefyError
 from moefy.evaluate.cache import VERSIONS, digest
 from moefy.evaluate.candidates import Candidate, load_model
 from moefy.models import routing
+from moefy.models.targets import OWN
 from moefy.progress import Watch
 from moefy.text.tokens import Tokens
 from moefy.types import Shape
@@ -90,6 +91,8 @@ def changed(recipe: Recipe, changes: str) -> Recipe:
             raise MoefyError(f"--against {changes!r} changes more than the method; {known}", code=2)
         if key in ("partition", "router"):
             values[f"{key}_options"] = {}
+        if setting in [f"router={name}" for name in OWN_CLASS_ROUTERS]:
+            values["target"] = OWN
         if setting in ("partition=static", "method=flap"):
             values |= STATIC
     return build(None, values, changes.split())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moefy.models.targets.target import Split, Target, Tensors
-from moefy.types import FFN, Partition, Shape
+from moefy.types import FFN, Partition, Router, Shape
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,6 @@ class Layout:
         return self._tensors(FFN(gate_F1, number_F1, down_1F), torch.float32)
 
     def _tensors(self, ffn: FFN, dtype: torch.dtype) -> Tensors:
-        router_ED = torch.zeros(self.shape.num_experts, ffn.hidden_size)
+        router = Router(torch.zeros(self.shape.num_experts, ffn.hidden_size))
         k = self.shape.experts_per_token
-        return self.target.tensors(Split(ffn, self.partition, router_ED, k, dtype))
+        return self.target.tensors(Split(ffn, self.partition, router, k, dtype))

@@ -12,7 +12,7 @@ from moefy.finetune.router_hooks import BIASES, moe_layers
 from moefy.models.targets.target import ROUTER_SCALE
 
 PARTS = ("router", "experts", "rest")
-"""The parts of a model: the routers' rows, all FFNs, everything else."""
+"""The parts of a model: the routers, all FFNs, everything else."""
 
 
 def parts(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -22,7 +22,7 @@ def parts(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     one, the balancing moves the bias, and shadows are copies.
     """
     blocks = moe_layers(model)
-    rows = {id(layer.rows) for layer in blocks}
+    routers = {id(parameter) for layer in blocks for parameter, _ in layer.learned}
     fixed = {
         id(parameter)
         for layer in blocks
@@ -35,7 +35,7 @@ def parts(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         if id(parameter) in fixed:
             continue
         ffn = id(parameter) in inside or ".mlp." in name or ".feed_forward." in name
-        part = "router" if id(parameter) in rows else "experts" if ffn else "rest"
+        part = "router" if id(parameter) in routers else "experts" if ffn else "rest"
         result[part][name] = parameter
     return result
 
@@ -45,7 +45,7 @@ def groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for what is to be trained; freezes all else.
 
-    The router's rows are scaled by `router_scale`, and so is their rate.
+    Most of a router is written scaled by `router_scale`, and so is its rate.
     """
     names = {"all": PARTS, "lora": ("router", "experts")}.get(train, train.split("+"))
     by_part = parts(model)
@@ -53,12 +53,16 @@ def groups(
         by_part["experts"] = {n: p for n, p in model.named_parameters() if "lora_" in n}
     model.requires_grad_(False)
     result = []
+    small = {id(p) for layer in moe_layers(model) for p, is_small in layer.learned if is_small}
     for part in names:
-        scale = router_scale if part == "router" else 1.0
+        by_scale: dict[float, list[nn.Parameter]] = {}
         for parameter in by_part[part].values():
             parameter.requires_grad_(True)
-        rate = {"lr": rates[part] * scale, "part": part}
-        result += [{"params": group, **rate} for group in _by_mesh(by_part[part].values())]
+            scale = router_scale if id(parameter) in small else 1.0
+            by_scale.setdefault(scale, []).append(parameter)
+        for scale, parameters in by_scale.items():
+            rate = {"lr": rates[part] * scale, "part": part}
+            result += [{"params": group, **rate} for group in _by_mesh(parameters)]
     return result
 
 

@@ -55,9 +55,13 @@ class Layer:
         return next((t.view(-1) for name, t in tensors if name.endswith(BIASES)), None)
 
     @property
-    def rows(self) -> nn.Parameter:
-        """The router's weight, as it is written."""
-        return next(p for n, p in self.router.named_parameters() if not n.endswith(BIASES))
+    def learned(self) -> list[tuple[nn.Parameter, bool]]:
+        """The router's parameters, and whether each is written small, as what adds to scores is."""
+        return [
+            (parameter, name != "hidden")
+            for name, parameter in self.router.named_parameters()
+            if not name.endswith(BIASES)
+        ]
 
 
 def moe_layers(model: nn.Module) -> list[Layer]:

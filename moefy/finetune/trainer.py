@@ -133,10 +133,11 @@ class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip, with the routers' gradients in units of the unscaled rows."""
-        # Not by a hook on the rows: FSDP2 sets gradients past it.
+        # Not by a hook on them: FSDP2 sets gradients past it.
         for layer in self.routing.layers:
-            if layer.rows.grad is not None:
-                layer.rows.grad.mul_(self.routing.scale)
+            for parameter, small in layer.learned:
+                if small and parameter.grad is not None:
+                    parameter.grad.mul_(self.routing.scale)
         return super()._clip_grad_norm(model)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **more: Any) -> Any:

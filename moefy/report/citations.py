@@ -24,11 +24,14 @@ PARTITION = {
     "static": ("FLAP (arXiv 2312.11983): pruning by fluctuation or energy",),
     "moefication": (MOEFICATION,),
 }
+LINEAR = (
+    "HARC (arXiv 2606.03391): closed-form routers",
+    "Auxiliary-loss-free balancing (arXiv 2408.15664): biases that even out the load",
+)
 ROUTER = {
-    "linear": (
-        "HARC (arXiv 2606.03391): closed-form routers",
-        "Auxiliary-loss-free balancing (arXiv 2408.15664): biases that even out the load",
-    ),
+    "linear": LINEAR,
+    "mlp": ("MoEfication (arXiv 2110.01786): routers of two layers with tanh", *LINEAR),
+    "position": LINEAR,
     "llama-moe-v2": (LLAMA_MOE_V2,),
     "expertweaver": ("EMoE (arXiv 2310.10908): routers from the mean gate of an expert",),
     "cmoe": ("CMoE (arXiv 2502.04416): routers from a representative neuron",),

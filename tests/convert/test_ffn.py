@@ -21,14 +21,15 @@ from planted import (
 
 from moefy.convert.ffn import Block, Method, convert_block
 from moefy.convert.profile import Inputs, observe
-from moefy.convert.router import linear
+from moefy.convert.router import linear, mlp
 from moefy.types import FFN, Partition, Shape
 
 SPLITS = methods("partition", "split")
 FITS = methods("router", "fit")
+FITS["mlp"] = partial(mlp.fit, options=mlp.Options(unit_steps=25))  # quickly, and as exact
 WAYS = [(split, fit) for split in SPLITS for fit in (["none"] if split in NOT_ROUTED else FITS)]
 SHAPE = Shape(48, 8, 5, 8, 2)
-HELDOUT = 60
+HELDOUT, LENGTH = 60, 20
 
 
 def method(split: str, fit: str = "linear", refit: bool = True) -> Method:
@@ -52,7 +53,8 @@ def convert(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Block:
-    inputs = Inputs(x_TD, HELDOUT, residual_TD, gradient_TD=slopes(x_TD, HELDOUT))
+    slope_TD = slopes(x_TD, HELDOUT)
+    inputs = Inputs(x_TD, HELDOUT, residual_TD, gradient_TD=slope_TD, length=LENGTH)
     return convert_block(ffn, inputs, shape, how, dtype=dtype, seed=seed)
 
 
@@ -65,11 +67,17 @@ def dense(ffn: FFN, x_TD: torch.Tensor) -> torch.Tensor:
 
 def choices(block: Block, ffn: FFN, x_TD: torch.Tensor, k: int) -> np.ndarray:
     """True where a token goes to an expert, (T, E)."""
-    if block.routed.router.norm_EN is not None:
-        return mask_of(
-            squares(ffn.activations(x_TD), block.routed.partition, block.routed.router.norm_EN), k
+    router = block.routed.router
+    if router.norm_EN is not None:
+        return mask_of(squares(ffn.activations(x_TD), block.routed.partition, router.norm_EN), k)
+    score_TE = x_TD.double() @ router.weight_ED.double().T
+    if router.hidden_HD is not None:
+        score_TE += torch.tanh(x_TD.double() @ router.hidden_HD.double().T) @ (
+            router.output_EH.double().T
         )
-    return mask_of(x_TD.double().numpy() @ block.routed.router.weight_ED.double().numpy().T, k)
+    if router.position_PE is not None:
+        score_TE += router.position_PE.double().repeat(len(x_TD) // LENGTH, 1)
+    return mask_of(score_TE.numpy(), k)
 
 
 def routed(block: Block, ffn: FFN, x_TD: torch.Tensor, k: int) -> np.ndarray:
@@ -131,7 +139,11 @@ def test_a_static_split_that_keeps_all_neurons_is_the_dense_layer():
 def test_outputs_are_those_of_the_experts_as_they_will_be_stored(split, fit, dtype):
     ffn, x_TD, residual_TD = inputs(1)
     block = convert(ffn, x_TD, residual_TD, method(split, fit), dtype=dtype)
-    for weight in (block.routed.ffn.down_DF, block.routed.router.weight_ED):
+    router = block.routed.router
+    terms = (router.hidden_HD, router.output_EH, router.position_PE)
+    for weight in (block.routed.ffn.down_DF, router.weight_ED, *terms):
+        if weight is None:
+            continue
         assert torch.equal(weight, weight.to(dtype).float())
     assert torch.equal(block.routed.ffn.gate_FD, ffn.gate_FD)
     assert torch.equal(block.routed.ffn.up_FD, ffn.up_FD)

@@ -29,14 +29,15 @@ from moefy.types import Partition, Profile, Router, Shape
 
 CLOSED = linear.Options(steps=0)
 FITS = methods("router", "fit")
-SHAPE = Shape(48, 8, 5, 8, 2)
+SHAPE, LENGTH = Shape(48, 8, 5, 8, 2), 16
+POSITION_T = torch.arange(240) % LENGTH
 
 
 def setting(seed: int, size: int = 12):
     """A random FFN, inputs whose mean is not zero, and a partition by lot."""
     ffn = random_ffn(seed, size=size)
     x_TD = torch.randn(240, size, generator=seeded(100 + seed)) + 0.5
-    profile = observe(ffn, Inputs(x_TD, 80))
+    profile = observe(ffn, Inputs(x_TD, 80, length=LENGTH))
     return ffn, profile, shuffle.split(ffn, profile, SHAPE, generator=seeded(seed))
 
 
@@ -172,7 +173,8 @@ def test_a_router_is_finite_seeded_and_of_the_right_size(name):
     else:
         # Only the order of the scores counts, so the rows sum to nothing; their scale is set.
         assert first.weight_ED.sum(0).abs().max() < 1e-4
-        assert float((profile.x_TD @ first.weight_ED.T).std()) == pytest.approx(1, abs=0.15)
+        score_TE = first.scores(profile.x_TD, POSITION_T)
+        assert float(score_TE.std()) == pytest.approx(1, abs=0.15)
 
 
 def test_random_rows_follow_the_seed():
@@ -196,7 +198,8 @@ def test_dead_and_equal_experts_are_routed_like_others(name):
         profile = observe(ffn, Inputs(profile.x_TD, 80))
         router = FITS[name](ffn, profile, partition, SHAPE, generator=seeded(0))
         assert router.weight_ED.isfinite().all()
-        mask_TE = RoutedFFN(ffn, partition, router, 2).mask(profile.x_TD, profile.h_TF)
+        routed = RoutedFFN(ffn, partition, router, 2)
+        mask_TE = routed.mask(profile.x_TD, profile.h_TF, POSITION_T)
         assert mask_TE.sum(1).tolist() == [2] * 240
 
 

@@ -20,7 +20,7 @@ from moefy.finetune.run import finetune
 from moefy.models import families, targets
 from moefy.models.shape import no_shared
 from moefy.models.targets.target import Split
-from moefy.types import FFN, Shape
+from moefy.types import FFN, Router, Shape
 
 SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
 RATES = {"ce": 0.0, "learning_rate": 3e-4, "rest_learning_rate": 3e-4, "router_learning_rate": 1e-3}
@@ -55,8 +55,8 @@ def test_an_ffn_is_read_back_from_any_class(target):
     layout = Layout(targets.load(target, family), shape, family.gated)
     gate_FD, up_FD, down_FD = torch.randn(3, 24, 6, generator=torch.Generator().manual_seed(0))
     ffn = FFN(gate_FD if family.gated else None, up_FD, down_FD.T)
-    router_ED = torch.ones(shape.num_experts, 6)
-    tensors = layout.target.tensors(Split(ffn, layout.partition, router_ED, 2, torch.float32))
+    router = Router(torch.ones(shape.num_experts, 6))
+    tensors = layout.target.tensors(Split(ffn, layout.partition, router, 2, torch.float32))
     gate, up = layout.read(tensors)
     assert torch.equal(up, up_FD) and torch.equal(gate, gate_FD[:, : gate.shape[1]])
     assert gate.shape[1] == 6 * family.gated

@@ -249,9 +249,9 @@ def test_the_routers_gradient_is_that_of_a_soft_choice(run, soft):
     x = torch.randn(1, 60, 32, generator=torch.Generator().manual_seed(1))
     y = block(x)
     hook.remove()
-    (gradient,) = torch.autograd.grad((y * slope).sum(), layer.rows)
+    (gradient,) = torch.autograd.grad((y * slope).sum(), layer.learned[0][0])
     # Naive: every expert alone, one at a time, weighted by a softmax that is differentiated.
-    x_TD, rows = x[0], layer.rows.detach().clone().requires_grad_()
+    x_TD, rows = x[0], layer.learned[0][0].detach().clone().requires_grad_()
     k, num = seen["o"][2].shape[1], layer.num_experts
     share_TE = (x_TD @ rows.T * 1024).softmax(-1) * k
     chosen_TE = torch.zeros(60, num).scatter(1, seen["o"][2], 1.0)

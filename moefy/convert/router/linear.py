@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moefy.convert.load_balance import balance
 from moefy.convert.ridge import scorer, scores
-from moefy.convert.routed_ffn import RoutedFFN, expert_energies, gains, top_mask
+from moefy.convert.routed_ffn import RoutedFFN, expert_energies, gains, level, top_mask
 from moefy.types import FFN, Partition, Profile, Range, Router, Shape
 
 
@@ -47,31 +47,59 @@ def fit(
     are judged on the held-out tokens by the energy that the hard choice captures, and the rows
     that captured most are returned: the closed form, if no step improved on it.
     """
-    worth_TE = profile.group.gather(expert_energies(ffn, profile, partition, "all"))
+    worth_TE = energies(ffn, profile, partition)
     return _fit(profile, worth_TE, shape.experts_per_token, generator, options)
 
 
 def refine(
     routed: RoutedFFN, profile: Profile, *, generator: torch.Generator, options: Options = DEFAULTS
 ) -> Router:
-    """Fit again, to what the experts of a refitted FFN are worth beside those that are chosen.
-
-    The worth of an expert on a token is the squared error that it takes away (`gains`). Energies
-    know neither what the refit has made up for nor what the experts of a token say alike.
-    """
-    worth_TE = profile.group.gather(gains(routed, profile))
-    worth_TE -= worth_TE.min(1, keepdim=True).values  # only differences decide
-    return _fit(profile, worth_TE, routed.k, generator, options)
+    """Fit again, to what the experts of a refitted FFN are worth beside those that are chosen."""
+    return _fit(profile, worths(routed, profile), routed.k, generator, options)
 
 
 def _fit(
     profile: Profile, worth_TE: Tensor, k: int, generator: torch.Generator, options: Options
 ) -> Router:
-    """Rows whose k highest scores have most of the worth, which is at least zero."""
-    x_TD, held_x_TD = profile.inputs()
+    return fit_rows(profile.inputs(), profile.gram_DD, worth_TE, k, generator, options)
+
+
+def energies(ffn: FFN, profile: Profile, partition: Partition) -> Tensor:
+    """What `fit` fits to: the energies of all processes, (T, E)."""
+    return profile.group.gather(expert_energies(ffn, profile, partition, "all"))
+
+
+def worths(routed: RoutedFFN, profile: Profile) -> Tensor:
+    """What `refine` fits to, (T, E): an expert's worth is the squared error that it takes away.
+
+    See `gains`. Energies know neither what the refit has made up for nor what the experts of a
+    token say alike.
+    """
+    worth_TE = profile.group.gather(gains(routed, profile))
+    worth_TE -= worth_TE.min(1, keepdim=True).values  # only differences decide
+    return worth_TE
+
+
+def fit_rows(
+    inputs: tuple[Tensor, Tensor],
+    gram_DD: Tensor,
+    worth_TE: Tensor,
+    k: int,
+    generator: torch.Generator,
+    options: Options,
+    start_ED: Tensor | None = None,
+) -> Router:
+    """Rows whose k highest scores have most of the worth, which is at least zero.
+
+    `inputs` are those to fit on and those held out, (T, D) each, `gram_DD` is X'X of the first and
+    `worth_TE` is of both. The steps start at `start_ED`, else at the closed form.
+    """
+    (x_TD, held_x_TD), curve = inputs, []
     fit_TE, held_TE = worth_TE[: len(x_TD)], worth_TE[len(x_TD) :]
-    gram_DD, curve = profile.gram_DD, []
-    weight_ED = scorer(x_TD, options.strength, gram_DD)(fit_TE)
+    if start_ED is None:
+        weight_ED = scorer(x_TD, options.strength, gram_DD)(fit_TE)
+    else:
+        weight_ED = level(start_ED, x_TD)
     if k == worth_TE.shape[1]:
         return Router(weight_ED)
 

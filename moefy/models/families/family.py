@@ -85,6 +85,9 @@ class Family:
     head: str = "lm_head.weight"
     positions: str | None = None
     """Learned positions that are added to the embeddings."""
+    tells_positions: bool = True
+    """Whether a layer of transformers' class is told where in a text its tokens stand, or always
+    has the whole text."""
     first_position: int = 0
     """The row of the first token's position."""
     projection: str | None = None

@@ -22,5 +22,6 @@ FAMILY = Family(
     width="shared_intermediate_size",
     block="shared_mlp",
     embedding_scale=lambda config: config["embedding_multiplier"],
+    tells_positions=False,
     join=join,
 )

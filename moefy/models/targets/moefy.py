@@ -49,7 +49,8 @@ def target(family: Family) -> Target:
 
         block, experts_EN = family.block + ".", split.partition.experts_EN
         scale = float(split.granularity or 1)
-        block_tensors = {block + "gate.weight": split.scaled_ED}
+        block_tensors = {block + f"gate.{name}": term for name, term in split.terms.items()}
+        block_tensors[block + "gate.weight"] = split.scaled_ED
         kinds = {"experts.": experts_EN, "experts.shadow_": experts_EN[:, : split.num_shadow]}
         for prefix, neurons_EN in kinds.items() if split.num_shadow else [*kinds.items()][:1]:
             experts = [split.part(neurons, scale) for neurons in neurons_EN]

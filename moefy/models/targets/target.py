@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moefy.models.families.family import Family
 from moefy.models.shape import no_shared
-from moefy.types import FFN, Partition, Shape
+from moefy.types import FFN, Partition, Router, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ class Split:
 
     ffn: FFN
     partition: Partition
-    router_ED: Tensor
+    router: Router
     experts_per_token: int
     dtype: torch.dtype
     granularity: int = 0
@@ -130,17 +130,27 @@ class Split:
     @property
     def num_experts(self) -> int:
         """E."""
-        return len(self.router_ED)
+        return len(self.router.weight_ED)
 
     @property
     def scaled_ED(self) -> Tensor:
         """Router rows as they are written: those that choose among copies set their gates, too."""
-        return (self.router_ED * (1.0 if self.granularity else ROUTER_SCALE)).to(self.dtype)
+        return (self.router.weight_ED * (1.0 if self.granularity else ROUTER_SCALE)).to(self.dtype)
+
+    @property
+    def terms(self) -> Tensors:
+        """The router's other terms, as moefy's own class holds them. Only what adds to the scores
+        is small; the first of two layers is as it was."""
+        output_EH, position_PE = self.router.output_EH, self.router.position_PE
+        terms = {"hidden": self.router.hidden_HD}
+        terms["output"] = None if output_EH is None else output_EH * ROUTER_SCALE
+        terms["position"] = None if position_PE is None else position_PE * ROUTER_SCALE
+        return {name: t.to(self.dtype) for name, t in terms.items() if t is not None}
 
     @property
     def unbiased_E(self) -> Tensor:
         """The selection bias as it is written: zeros in float32."""
-        return self.router_ED.new_zeros(self.num_experts).float()
+        return self.router.weight_ED.new_zeros(self.num_experts).float()
 
     def experts(
         self, gate: float, prefix: str = "mlp.experts.", names: tuple[str, ...] = NAMES
