@@ -21,7 +21,7 @@ from moefy.evaluate.metrics import compare, standard_error
 
 def chosen_dtype(asked: str, dense: Path) -> ComputeDtype:
     """The dtype that the dense model and another of its size are scored in; prints it."""
-    compute = one_dtype(asked, [dense, dense])
+    compute = one_dtype(asked, [dense, dense], torch.device("cpu"))
     print(f"{compute.name}, {processor()}" + (f"; note: {compute.note}" if compute.note else ""))
     return compute
 
