@@ -21,11 +21,14 @@ from moefy.models.shape import pruned
 OVERHEAD = 1.05
 """Measured time of these operations within a layer over that of the same ones alone."""
 
-PASSES, PER_INPUT, STARTS = 630.0, 1.2e8, 50_000
-"""The other work of a layer: passes over the activation of each neuron on each token, operations of
-a product per input of the router, which is fitted in a fixed number of steps, and operations that
-are started there, which is what takes time on a GPU. The first two were fitted to SmolLM2-135M at
-4,096 and 16,384 tokens on a CPU, the last one to a router that took 0.4 s on an H100."""
+PASSES, PER_EXPERT, PER_INPUT, STARTS = 430.0, 38.0, 1.2e7, 120_000
+"""The other work of a layer: passes over the activation of each neuron on each token, and more of
+them for each expert; operations of a product per expert and input of the router, which is fitted in
+a fixed number of steps; and small operations that are started, which take time on a GPU.
+
+The first three were fitted to SmolLM2-135M on a CPU: 8 experts at 4,096 and 16,384 tokens, 16 at
+8,192. The last was fitted to an H100, where a layer of that took 0.8 s, and one of 7B 1.7 s beside
+its split."""
 
 LEAST, MOST = 4096, 2**26
 """Calibration tokens that `--minutes` chooses from: with fewer, experts are fitted to noise."""
@@ -33,8 +36,9 @@ LEAST, MOST = 4096, 2**26
 ROUNDS = 9
 """Times that the split assigns the neurons to experts."""
 
-WRITING = 2.0
-"""Operations of a product that take as long as one of a model that writes calibration text."""
+WRITING = 1.2
+"""Operations of a product that take as long as one of a model that writes calibration text, by
+SmolLM2-135M in bfloat16."""
 
 BEGIN, PER_BYTE = 3.0, 2.6e-9
 """Seconds to begin and to reopen, and to read, digest and write a byte of the checkpoint. A layer
@@ -157,9 +161,10 @@ def _layer_seconds(job: Job, rates: Mapping[str, float]) -> tuple[float, float]:
         return sum(count / rates[kind] for kind, count in counts.items())
 
     taken = {stage: OVERHEAD * at(counts) for stage, counts in operations(job).items()}
-    other = {"pass": PASSES * job.recipe.tokens * job.shape.num_neurons, "start": STARTS}
+    passes = PASSES + PER_EXPERT * job.shape.num_experts
+    other = {"pass": passes * job.recipe.tokens * job.shape.num_neurons, "start": STARTS}
     if job.method.fit is not None:
-        other["product"] = PER_INPUT * job.size("hidden_size")
+        other["product"] = PER_INPUT * job.shape.num_experts * job.size("hidden_size")
     if job.method.fit is not None and not job.method.copies:
         other |= {"cluster": 1, "assign": 0 if job.shape.overlaps else ROUNDS}
     return sum(taken.values()) + at(other), taken["attention"] + taken["dense"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import sub
 from typing import Any
 
 import torch
@@ -73,10 +74,13 @@ def speeds(device: torch.device, shape: Shape) -> dict[str, float]:
 
 
 def rate(device: torch.device, work: Callable[[], Any], amount: float) -> float:
-    """Amount of work per second, where one call does `amount`. The first call only warms up."""
+    """Amount of work per second, where one call does `amount`.
+
+    The first call only warms up, and the fastest one counts: others may share the machine.
+    """
     work()
-    start, rounds = now(device), 0
-    while not rounds or now(device) - start < LEAST:
+    times = [now(device)]
+    while len(times) < 2 or times[-1] - times[0] < LEAST:
         work()
-        rounds += 1
-    return amount * rounds / (now(device) - start)
+        times.append(now(device))
+    return amount / max(min(map(sub, times[1:], times)), 1e-9)

@@ -20,6 +20,7 @@ from moefy.convert.assign import assign_balanced
 from moefy.convert.assign_on_device import assign, assign_on_device
 from moefy.convert.kmeans import kmeans
 from moefy.convert.prepare import prepare
+from moefy.convert.probe import speeds
 from moefy.convert.run import convert
 from moefy.evaluate.run import evaluate
 from moefy.evaluate.timed_rounds import Grid
@@ -98,6 +99,15 @@ def test_a_fine_tune_learns(cache, pico, converted, text, tmp_path):
         settings["teacher_cache"] = str(tmp_path / "cache")
     told = finetune(converted(pico("llama")), tmp_path / "out", build(None, settings, []))
     assert told["validation"]["after"]["kl"] < told["validation"]["before"]["kl"]
+
+
+def test_the_plan_probes_it(pico, text):
+    given = {"model": str(pico("llama")), "calibration": str(text), "device": "cuda"}
+    job = prepare(build_recipe(None, given, []))
+    assert job.recipe.tokens >= 262_144
+    rates = speeds(job.device, job.shape)
+    assert all(rate > 0 for rate in rates.values())
+    assert rates["factor"] < rates["product"] > speeds(torch.device("cpu"), job.shape)["product"]
 
 
 def test_a_report_scores_as_on_the_processor(pico, converted, text):

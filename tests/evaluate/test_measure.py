@@ -14,7 +14,7 @@ from stock import some_active
 from moefy.config.report import Settings
 from moefy.environment import code
 from moefy.errors import MoefyError
-from moefy.evaluate import cache, scoring, sizes
+from moefy.evaluate import cache, scoring, sizes, speed
 from moefy.evaluate import measure as parts
 from moefy.evaluate.cache import Cache
 from moefy.evaluate.run import evaluate
@@ -46,7 +46,7 @@ def test_every_part_of_a_report(run, text, tmp_path, monkeypatch):
         **FEW,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "peak_bytes", lambda folder, dtype, threads: len(str(folder)))
+        patch.setattr(parts, "peak_bytes", lambda folder, *_: len(str(folder)))
         report = evaluate(run, settings)
     assert report["not_run"] == []
     assert report["format"] == 2 and report["main"] == "converted"
@@ -89,7 +89,7 @@ def test_every_part_of_a_report(run, text, tmp_path, monkeypatch):
 
     for module, name in ((scoring, "score_models"), (parts, "sizes"), (parts, "peak_bytes")):
         monkeypatch.setattr(module, name, never)
-    monkeypatch.setattr(parts.speed, "measure", never)
+    monkeypatch.setattr(speed, "measure", never)
     monkeypatch.setattr(parts.prompts, "continuation", never)
     monkeypatch.setattr(parts.prompts, "likelihood", never)
     again = evaluate(run, settings)
@@ -285,7 +285,9 @@ def test_a_dense_token_stream_scores_only_what_is_kept(pico):
 
 def test_peak_memory_is_that_of_a_process_of_its_own(pico, tmp_path, monkeypatch):
     """Not what this one takes, which is far more; an error when the process fails."""
-    assert 100_000 < sizes.peak_bytes(pico("llama"), "float32") < 300e6 < sizes._resident("VmHWM")
+    cpu = torch.device("cpu")
+    peak = sizes.peak_bytes(pico("llama"), "float32", cpu)
+    assert 100_000 < peak < 300e6 < sizes._resident("VmHWM")
     monkeypatch.setattr(sizes.sys, "executable", "false")
     with pytest.raises(MoefyError, match="was not measured"):
-        sizes.peak_bytes(tmp_path, "float32")
+        sizes.peak_bytes(tmp_path, "float32", cpu)
