@@ -18,8 +18,8 @@ from moefy.convert.session import Budget
 from moefy.files.shards import DTYPES
 from moefy.models.shape import pruned
 
-OVERHEAD = 1.05
-"""Measured time of these operations within a layer over that of the same ones alone."""
+OVERHEAD = 1.12
+"""Measured time of these operations within a layer over the shortest of the same ones alone."""
 
 PASSES, PER_EXPERT, PER_INPUT, STARTS = 430.0, 38.0, 1.2e7, 120_000
 """The other work of a layer: passes over the activation of each neuron on each token, and more of
@@ -40,7 +40,7 @@ WRITING = 1.2
 """Operations of a product that take as long as one of a model that writes calibration text, by
 SmolLM2-135M in bfloat16."""
 
-BEGIN, PER_BYTE = 3.0, 2.6e-9
+BEGIN, PER_BYTE = 4.0, 2.6e-9
 """Seconds to begin and to reopen, and to read, digest and write a byte of the checkpoint. A layer
 of 7B took 0.7 s on a machine with one H100."""
 
