@@ -1,0 +1,144 @@
+"""A conversion on one GPU: seconds of a layer, many calibration tokens, the report, the tests.
+
+    python recipes/benchmarks/gpu_convert.py MODEL --calibration TEXT --text FILE ... --out DIR
+
+It runs the tests that want a GPU; converts two layers of a 7B shape with random weights, with few
+tokens and with many; converts MODEL whole with as many as a GPU makes cheap; and reports on that,
+on the same device. Each step is a line of DIR/gpu_convert.jsonl at once, so that what was measured
+stays if time runs out; what would begin after `--minutes` is left out, and said. Meant for
+SmolLM2-135M in 12 minutes of an H100. A CPU with tiny sizes tries the script:
+
+    ... --shape 135M --tokens 4096 --whole 4096 --eval-tokens 512
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import records
+import scale
+import torch
+import typer
+
+from moefy.checkpoint.resolve import resolve
+from moefy.environment import processor
+
+TESTS = scale.ROOT / "tests/convert/test_gpu.py"
+
+
+def main(
+    model: str,
+    calibration: Path = typer.Option(...),
+    text: list[Path] = typer.Option(...),
+    out: Path = typer.Option(...),
+    shape: str = typer.Option("7B", help="Of the two layers; 135M for MODEL's own first two."),
+    tokens: str = typer.Option("4096,262144", help="For these layers."),
+    whole: int = typer.Option(1_000_448, help="Tokens for the whole model."),
+    eval_tokens: int = 20480,
+    minutes: float = typer.Option(12, help="Begin nothing after so many."),
+) -> None:
+    """Measure what there is time for; a step that fails is a line as well."""
+    out.mkdir(parents=True, exist_ok=True)
+    steps: dict[str, Callable[[], dict[str, Any]]] = {"tests": tests}
+    for number in map(int, tokens.split(",")):
+        steps[f"two layers of {shape}, {number} tokens"] = partial(
+            layers, model, shape, calibration, number, out
+        )
+    steps[f"{model}, {whole} tokens"] = partial(convert, model, calibration, whole, out)
+    steps["report"] = partial(report, text, eval_tokens, out)
+    began = time.monotonic()
+    for name, step in steps.items():
+        start = time.monotonic()
+        late = start - began > 60 * minutes
+        result = {"failed": "no time was left"} if late else tried(step)
+        row = {"step": name, "seconds": round(time.monotonic() - start, 1), **result}
+        records.append(out / "gpu_convert.jsonl", {**row, "device": device()})
+        print(json.dumps(row), flush=True)
+
+
+def tried(step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a step gives, or the last line of why it failed."""
+    try:
+        return step()
+    except (subprocess.CalledProcessError, SystemExit, OSError) as error:
+        return {"failed": str(getattr(error, "stderr", "") or error).strip().splitlines()[-1]}
+
+
+def device() -> str:
+    """The GPU's name, or the processor's where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+
+
+def run(*command: object, **variables: str) -> str:
+    """The output of a Python command."""
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(
+        words, check=True, capture_output=True, text=True, env={**os.environ, **variables}
+    )
+    return done.stdout
+
+
+def tests() -> dict[str, Any]:
+    """The last line of those that want a GPU."""
+    told = run("-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS, MOEFY_TEST_GPU="1")
+    return {"told": told.strip().splitlines()[-1]}
+
+
+def layers(model: str, shape: str, calibration: Path, tokens: int, out: Path) -> dict[str, Any]:
+    """Mean seconds of a layer by stage, what was planned, and the memory."""
+    dense = resolve(model)
+    settings: dict[str, Any] = {"calibration": str(calibration), "tokens": tokens, "layers": ":2"}
+    if shape != scale.SMALL:
+        size = scale.SIZES[shape]
+        if not (out / shape).exists():
+            scale.make(out / shape, dense, size, 2)
+        dense, settings["sequence_length"] = out / shape, size.length
+    else:
+        settings["target"] = "moefy"
+    told = scale.measured(dense, out / "layers", settings, None)
+    rows = told["summary"]["layers"]
+    stages = {
+        stage: round(sum(row["stage_seconds"][stage] for row in rows) / len(rows), 3)
+        for stage in rows[0]["stage_seconds"]
+    }
+    return {
+        "stage_seconds": stages,
+        "layer_seconds": round(sum(stages.values()), 2),
+        "planned_seconds": told["plan"]["seconds"] / len(rows),
+        "planned_device_bytes": told["plan"]["device_bytes"],
+        "device_bytes": told.get("gpu_bytes", 0),
+        "peak_bytes": told["peaks"]["VmHWM"],
+    }
+
+
+def convert(model: str, calibration: Path, tokens: int, out: Path) -> dict[str, Any]:
+    """Seconds of a whole conversion by `moefy convert`, and its shape."""
+    options = ("--calibration", calibration, "--tokens", tokens, "--force", "--quiet")
+    run("-m", "moefy", "convert", model, out / "whole", *options)
+    told = json.loads((out / "whole/moefy/conversion.json").read_text())
+    return {"stages": told["seconds"], "shape": told["shape"], "memory": told["memory"]}
+
+
+def report(text: list[Path], eval_tokens: int, out: Path) -> dict[str, Any]:
+    """dNLL and KL on each text, and the speeds, by `moefy report`."""
+    texts = [word for file in text for word in ("--text", file)]
+    options = ("--tokens", eval_tokens, "--no-robustness", "--quiet")
+    run("-m", "moefy", "report", out / "whole", *texts, *options)
+    told = json.loads((out / "whole/moefy/report.json").read_text())
+    scores = {
+        name: {label: [row["dnll"], row["kl"]] for label, row in rows.items()}
+        for name, rows in told["texts"].items()
+    }
+    return {"dnll_kl": scores, "speed": told.get("speed")}
+
+
+if __name__ == "__main__":
+    typer.run(main)
