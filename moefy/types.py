@@ -141,6 +141,15 @@ class FFN:
         answer_TF = getattr(functional, name)(h_TF, **options)
         return answer_TF.square_() if self.activation == "relu2" else answer_TF
 
+    def rounded(self, dtype: torch.dtype) -> FFN:
+        """The FFN of the values that `dtype` has for its matrices."""
+        return replace(
+            self,
+            gate_FD=None if self.gate_FD is None else self.gate_FD.to(dtype).float(),
+            up_FD=self.up_FD.to(dtype).float(),
+            down_DF=self.down_DF.to(dtype).float(),
+        )
+
     def some(self, neurons: Tensor, dtype: torch.dtype | None = None, scale: float = 1.0) -> FFN:
         """The FFN of some of the neurons, in that order; `down_DF` times `scale`, then cast."""
         dtype = dtype or self.up_FD.dtype

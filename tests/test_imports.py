@@ -53,7 +53,7 @@ ROWS = {
         "source stages",
         "copies probe",
         "ffn partition router",
-        "load_balance cluster refit",
+        "load_balance cluster polish refit",
         "routed_ffn assign_on_device",
         "assign kmeans forward gradients oracle profile ridge",
         "__init__",

@@ -32,7 +32,9 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 COPIES = "copies"
 """The partition whose experts are copies."""
 
-PARTS = ("partition", "partition_options", "router", "router_options", "refit", "drift")
+PARTS = (
+    "partition", "partition_options", "router", "router_options", "refit", "drift", "polish",
+)  # fmt: skip
 """The keys of a recipe that make up a method."""
 
 FORMER_PARTITIONS = {

@@ -118,6 +118,12 @@ class Recipe:
         "Share of the residual stream's loss in the layers below that a refit makes good.",
         most=1,
     )
+    polish: int = option(
+        0,
+        "Passes over the calibration tokens that train each layer's neurons against its output, "
+        "behind the refit.",
+        most=10_000,
+    )
     granularity: int = option(
         1, "Slices of each copy of the FFN, for --method upcycle; a power of two.", least=1, most=64
     )

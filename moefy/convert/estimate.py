@@ -197,6 +197,8 @@ def operations(job: Job) -> dict[str, dict[str, float]]:
     }
     if job.method.copies:
         counts |= {"split": {}, "run": {"product": matrices * shape.active_fraction * once}}
+    if recipe.polish:
+        counts["polish"] = {"product": 3.0 * matrices * active * recipe.polish}
     if recipe.refit:
         used = neurons if job.method.fit is not None else shape.num_active
         times = 2 if job.method.refine is not None else 1

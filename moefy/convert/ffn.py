@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.convert.polish import polish
 from moefy.convert.profile import CHUNK, SAMPLE, Inputs, chunks, observe
 from moefy.convert.refit import Refit, refit, refit_experts
 from moefy.convert.routed_ffn import RoutedFFN, energies_of, top_mask, unfold, unrouted
@@ -30,6 +31,7 @@ class Method:
     refine: Callable[..., Router] | None = None  # fits the router again to what a refit has left
     error_propagation: float = 0.0  # share of the residual stream's drift that the refit repairs
     gradient: bool = False  # whether `split` needs the gradient of the dense model's loss
+    polish: int = 0  # passes over the tokens in which the neurons are trained behind the refit
     ranked: bool = False  # whether an expert's neurons stand by their energy, the greatest first
     router_sizes: Mapping[str, int] = field(default_factory=dict)  # as moefy's own class names them
     sample: int | None = SAMPLE  # fitting tokens whose neurons `split` holds at a time; None: all
@@ -99,12 +101,18 @@ def convert_block(
         shares = captured(routed, profile)
     error = fitted.error_after
     routed = routed.with_down(fitted.down_DF)
-    if shape.overlaps and routed.k:
+    if overlaps := shape.overlaps and routed.k > 0:
+        routed, profile = unfold(routed, profile)
+    if method.polish:
+        with clock.stage("polish"):
+            routed, polished = polish(routed, profile, method.polish, generator)
+            routed = dataclasses.replace(routed, ffn=routed.ffn.rounded(dtype))
+            profile = dataclasses.replace(profile, h_TF=None)  # they were other neurons'
+            shares["error_after_polish"] = polished
+    if overlaps and method.refit:
         with clock.stage("refit"):
-            routed, profile = unfold(routed, profile)
-            if method.refit:
-                down_DF, error = refit_experts(routed, profile)
-                routed = routed.with_down(group.broadcast(down_DF))
+            down_DF, error = refit_experts(routed, profile)
+            routed = routed.with_down(group.broadcast(down_DF))
     routed = routed.with_down(routed.ffn.down_DF.to(dtype).float())
     with clock.stage("run"):
         y_TD, tokens_E = _run(routed, profile)

@@ -314,6 +314,9 @@ def _layer(job: Job) -> dict[str, int]:
         # one; down_proj of the first refit and of the one tried; the Gram matrix of the inputs.
         solving = 8 * used * used + 16 * used * hidden + 2 * matrix + 8 * hidden * hidden
         stored["refit"] = ffn + solving + 3 * chunk
+    if job.method.polish:
+        # Weights, gradients, both moments of Adam, and the best so far; a batch on its way back.
+        stored["polish"] = 5 * ffn * max(shape.num_stored, neurons) // neurons + 8 * chunk
     if shape.overlaps and job.method.fit is not None:
         # What is left of the held-out outputs under each strength.
         left = 4 * held_out * hidden * len(EXPERT_STRENGTHS)

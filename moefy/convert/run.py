@@ -68,8 +68,9 @@ def convert(
     plan = fit(job, write.slots(job), attempt.memory)
     if plan.refusal:
         raise MoefyError(plan.refusal, code=5)
-    if group.size > 1 and job.method.gradient:
+    if group.size > 1 and (job.method.gradient or job.method.polish):
         named = f"--partition {job.recipe.partition} takes gradients of all tokens in one process"
+        named = named if job.method.gradient else "--polish trains on all tokens in one process"
         raise MoefyError(f"{named}; start one, or use another", code=2)
     shared(group, job.recipe.tokens // job.recipe.sequence_length, job.recipe.sequence_length)
     if group.rank:

@@ -66,6 +66,7 @@ def stages(recipe: Recipe, *, control: bool = False) -> Method:
         recipe.drift if recipe.refit else 0.0,
         router_sizes=router_sizes,
         gradient=getattr(partition, "GRADIENT", False),
+        polish=recipe.polish,
         ranked=recipe.shadow > 0,
         sample=None if whole else int(recipe.partition_options.get("sample", SAMPLE)),
         copies=copies,
@@ -88,6 +89,8 @@ def _check_copies(recipe: Recipe, copies: Any) -> None:
         problem = f"--overlap {recipe.overlap:g}: copies overlap whole; drop it ({method})"
     elif recipe.refit:
         problem = f"--refit: copies lose nothing that a refit could make good; drop it ({method})"
+    elif recipe.polish:
+        problem = f"--polish {recipe.polish}: copies lose nothing; drop it ({method})"
     elif recipe.shadow:
         problem = f"--shadow {recipe.shadow:g}: another copy answers for a lost one ({method})"
     elif recipe.router not in copies.ROUTERS:

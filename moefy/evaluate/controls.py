@@ -51,7 +51,7 @@ STATIC = {
 
 UNKEPT = Attempt(force=True, keep=False)
 
-METHOD = ("method", "partition", "router", "refit", "drift", "overlap", "seed")
+METHOD = ("method", "partition", "router", "refit", "drift", "polish", "overlap", "seed")
 """The settings that `--against` may change; all others are those of the run."""
 
 

@@ -20,6 +20,7 @@ COLUMNS = {
     "error": ("error", ".3f"),
     "error_before_refit": ("error", ".3f"),
     "error_after_refit": ("refitted", ".3f"),
+    "error_after_polish": ("polished", ".3f"),
     "load_cv": ("load CV", ".2f"),
     "least_tokens": ("least tokens", "d"),
     "seconds": ("s", ".1f"),

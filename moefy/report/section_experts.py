@@ -163,6 +163,7 @@ ERRORS = {
     "error": ("copies", Look(SERIES["blue"], "o")),
     "error_before_refit": ("before the refit", Look(SERIES["grey"], "o")),
     "error_after_refit": ("after the refit", Look(SERIES["blue"], "o")),
+    "error_after_polish": ("after the polish", Look(SERIES["green"], "o")),
 }
 ENERGY = {
     "energy_neurons": ("best neurons", Look(INK, "o")),

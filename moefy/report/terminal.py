@@ -73,6 +73,8 @@ def _errors(layers: Sequence[Mapping[str, Any]], mean: Callable[[str], str]) -> 
     if "error" in layers[0]:
         return f"{where}: {mean('error')}; load CV of the copies: {mean('load_cv')} ({of})"
     refitted = f"{mean('error_before_refit')}, {mean('error_after_refit')} after the refit"
+    if "error_after_polish" in layers[0]:
+        refitted += f", {mean('error_after_polish')} after the polish"
     return f"{where}: {refitted} ({of})"
 
 

@@ -34,6 +34,7 @@ EVERYTHING = Recipe(
     router="random",
     refit=False,
     drift=0.25,
+    polish=4,
     overlap=2.0,
     granularity=2,
     noise=0.25,
