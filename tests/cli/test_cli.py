@@ -266,7 +266,16 @@ def test_every_default_is_told(moefy, monkeypatch):
     """Square brackets are markup to the help's printer, and would be lost."""
     monkeypatch.setenv("COLUMNS", "1000")
     said = moefy("convert", "--help").out
-    for value in ("0.5", "alternating", "linear", "refit", "auto", "self", "as-stored", "16,384"):
+    for value in (
+        "0.5",
+        "alternating",
+        "linear",
+        "refit",
+        "auto",
+        "self",
+        "as-stored",
+        "16,384, or 262,144 on a GPU",
+    ):
         assert re.search(rf"[\[(](default: )?{value}[\])]", said), value
     assert "Python's own manual" in moefy("report", "--help").out
 

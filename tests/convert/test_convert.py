@@ -568,9 +568,8 @@ def test_an_evaluation_against_the_published_methods(family, pico, converted, te
 
 
 def test_what_a_run_is_held_against_has_its_shape_and_its_settings(pico):
-    recipe = build(
-        None, {"model": str(pico("llama")), "experts": 4}, ["partition.rounds=2", "router.steps=5"]
-    )
+    given = {"model": str(pico("llama")), "experts": 4, "tokens": 4096}
+    recipe = build(None, given, ["partition.rounds=2", "router.steps=5"])
     other = changed(recipe, "partition=moefication partition.restarts=2 refit=false")
     assert other.partition_options == {"restarts": 2} and other.router_options == {"steps": 5}
     assert (other.partition, other.router, other.refit) == ("moefication", "linear", False)

@@ -126,9 +126,10 @@ def test_places_count_on_in_a_cache_and_the_last_term_holds_beyond(pico, convert
     with torch.inference_mode():
         whole = model(ids).logits
         first = model(ids[:, :70], use_cache=True)
-        cache, parts = first["cache" if "cache" in first else "past_key_values"], [first.logits]
+        name = "cache" if "cache" in first else "past_key_values"  # transformers renames it
+        parts = [first.logits]
         for place in range(70, LENGTH):
-            parts.append(model(ids[:, place, None], past_key_values=cache).logits)
+            parts.append(model(ids[:, place, None], **{name: first[name]}).logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
     k = blocks[1].router.top_k
     last_K = draw_PE[-1].topk(k).indices  # of the last block

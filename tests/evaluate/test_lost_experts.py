@@ -33,7 +33,7 @@ class ByDefinition(nn.Module):
         self.weight, self.target, self.lost, self.k = router.weight, target, lost, k
         self.bias = getattr(router, "e_score_correction_bias", None)
 
-    def forward(self, x):
+    def forward(self, x, *positions):
         logits = x.reshape(-1, x.shape[-1]) @ self.weight.T
         logits[:, self.lost] = -torch.inf
         if self.target == "glm4_moe":

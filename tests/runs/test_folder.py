@@ -255,7 +255,7 @@ def test_paths_are_recorded_so_that_they_lead_there_from_everywhere(tmp_path, mo
     (tmp_path / "m").mkdir()
     (tmp_path / "text.txt").write_text("a")
     monkeypatch.chdir(tmp_path)
-    recipe = build(None, {"model": "m", "calibration": "text.txt"}, [])
+    recipe = build(None, {"model": "m", "calibration": "text.txt", "tokens": 4096}, [])
     assert recipe.model == str(tmp_path / "m")
     assert recipe.calibration == str(tmp_path / "text.txt")
     assert build(None, dict(vars(recipe)), []) == recipe
