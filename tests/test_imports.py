@@ -20,7 +20,7 @@ ROWS = {
         "text inspect",
         "report checkpoint",
         "files",
-        "environment compute_dtype",
+        "environment compute_dtype memory",
         "models",
         "modeling",
         "modeling_router types",

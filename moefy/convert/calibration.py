@@ -6,8 +6,9 @@ import dataclasses
 from functools import partial
 
 from moefy.checkpoint.validate import companion_files
-from moefy.convert.memory import ADVICE, require, writing
+from moefy.convert.memory import ADVICE, writing
 from moefy.convert.prepare import SELF, Job
+from moefy.memory import require
 from moefy.models.load import open_model
 from moefy.progress import Watch
 from moefy.text import packing

@@ -1,4 +1,4 @@
-"""How much memory a conversion takes, stage by stage, and how much there is.
+"""How much memory a conversion takes, stage by stage.
 
 Predictions add up what the stages hold at the same time, in the order in which they make it.
 """
@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
-import resource
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -23,19 +21,11 @@ from moefy.convert.prepare import SELF, Job
 from moefy.convert.profile import CHUNK
 from moefy.convert.refit import EXPERT_STRENGTHS
 from moefy.convert.routed_ffn import GAINS, UNFOLDED
-from moefy.errors import MoefyError
 from moefy.files.buffers import CPU, Store
-from moefy.files.safetensors_header import Entry
 from moefy.files.shards import Slot
-from moefy.text.self_text import BATCHES, DOCUMENT
+from moefy.memory import available, base_bytes, device_memory
+from moefy.text.self_text import BATCHES, WriterSizes
 from moefy.types import PIECE
-
-LIBRARIES = 600_000_000
-"""Resident bytes of Python, torch, transformers and scikit-learn before any tensor."""
-
-TEXT = 12  # resident bytes of a tokenizer per byte of its file
-
-CGROUPS = Path("/sys/fs/cgroup")
 
 SINGLE = re.compile(r"\.experts\.\d+\.")
 """In the names of what is stored expert by expert."""
@@ -109,32 +99,6 @@ class Writing:
         return [f"calibration text: {self.compute.note}"] if self.compute.note else []
 
 
-@dataclass(frozen=True)
-class Writer:
-    """A dense model that writes text: its tensors, and its configuration in transformers' keys."""
-
-    entries: Collection[Entry]
-    config: Mapping[str, Any]
-    num_layers: int
-    length: int = DOCUMENT
-    """Tokens of a text."""
-
-    def num_bytes(self, itemsize: int, batch_size: int) -> int:
-        """Bytes of the files, the weights, the keys and values, and the chances of all ids."""
-        heads = int(self.config["num_attention_heads"])
-        head_dim = int(self.config.get("head_dim") or self.config["hidden_size"] // heads)
-        groups = int(self.config.get("num_key_value_heads") or heads)
-        token = 2 * self.num_layers * groups * head_dim * itemsize
-        document = self.length * token + 16 * int(self.config["vocab_size"])
-        weights = sum(entry.num_bytes + itemsize * entry.num_elements for entry in self.entries)
-        return weights + batch_size * document
-
-    def batch_size(self, itemsize: int, room: int) -> int:
-        """The most documents at a time that fit in `room` bytes, of `BATCHES`."""
-        fitting = (number for number in BATCHES if self.num_bytes(itemsize, number) <= room)
-        return next(fitting, BATCHES[-1])
-
-
 def state_bytes(job: Job) -> int:
     """Bytes on disk that let a stopped conversion go on, until the result is whole.
 
@@ -149,45 +113,6 @@ def gradient_bytes(job: Job) -> int:
     """Bytes of the gradients that a partition asks for."""
     count = job.recipe.tokens * job.size("hidden_size") * len(job.layers)
     return 2 * count if job.method.gradient else 0
-
-
-def available() -> int:
-    """Bytes that this process may hold: the machine's, or fewer where a limit is set."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    soft_limits = [limit for limit in limits if limit != resource.RLIM_INFINITY]
-    return min([machine, *soft_limits, *_cgroup_limits()])
-
-
-def _cgroup_limits() -> list[int]:
-    """Limits of the control groups that this process is in, the outer ones included."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    files = []
-    for line in lines:
-        _, kinds, own = line.split(":", 2)
-        root, name = CGROUPS, "memory.max"
-        if "memory" in kinds.split(","):  # version 1
-            root, name = CGROUPS / "memory", "memory.limit_in_bytes"
-        elif kinds:
-            continue
-        place = root / own.lstrip("/")
-        folders = [folder for folder in (place, *place.parents) if folder.is_relative_to(root)]
-        files += [folder / name for folder in folders]
-    texts = [file.read_text().strip() for file in files if file.is_file()]
-    return [int(text) for text in texts if text.isdecimal()]  # the others say "max"
-
-
-def require(needed: int, what_for: str, instead: str) -> None:
-    """Refuse, with code 5, what takes more memory than there is."""
-    if needed > (most := available()):
-        raise MoefyError(
-            f"{what_for} takes {needed / 1e9:.1f} GB of memory, there are {most / 1e9:.1f} GB; "
-            f"{instead}",
-            code=5,
-        )
 
 
 def fit(job: Job, slots: Mapping[str, Slot], limit: int | None = None) -> Plan:
@@ -214,11 +139,6 @@ def fit(job: Job, slots: Mapping[str, Slot], limit: int | None = None) -> Plan:
         + ADVICE.get(stage, "lower --tokens")
     )
     return dataclasses.replace(plan, refusal=refusal)
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory that are free; of no other device's memory is there a count."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def device_bytes(job: Job, place: Place) -> int:
@@ -261,12 +181,6 @@ def predicted(
         stages["gradients"] = base + 4 * job.num_weights + way_back + gradient_bytes(job)
     stages["reopen"] = base + _reopened(job, slots)
     return stages
-
-
-def base_bytes(folder: Path) -> int:
-    """What is held all the time: libraries, and the tokenizer in a checkpoint's folder."""
-    tokenizer = folder / "tokenizer.json"
-    return LIBRARIES + (TEXT * tokenizer.stat().st_size if tokenizer.is_file() else 0)
 
 
 def _written(job: Job) -> dict[str, int]:
@@ -333,7 +247,7 @@ def writing(job: Job, most: int | None = None) -> Writing:
         MoefyError: code 5 where a dtype that was asked for does not fit.
     """
     room = min(most or available(), available()) - base_bytes(job.checkpoint.folder)
-    sizes = Writer(job.checkpoint.entries.values(), job.dense.config, job.num_layers)
+    sizes = WriterSizes(job.checkpoint.entries.values(), job.dense.config, job.num_layers)
     compute = compute_dtype(
         job.recipe.compute_dtype,
         job.stored_dtype,

@@ -22,7 +22,7 @@ from moefy.convert.estimate import budget as affordable
 from moefy.convert.estimate import with_tokens
 from moefy.convert.gradients import ffn_gradients
 from moefy.convert.layers import convert_layers, shared
-from moefy.convert.memory import ADVICE, Plan, fit, gradient_bytes, require, state_bytes
+from moefy.convert.memory import ADVICE, Plan, fit, gradient_bytes, state_bytes
 from moefy.convert.oracle import attach
 from moefy.convert.prepare import SELF, Job
 from moefy.convert.probe import speeds
@@ -33,6 +33,7 @@ from moefy.errors import MoefyError
 from moefy.files.publish import STATE, place_of, publishing
 from moefy.files.resume import State
 from moefy.files.shards import ShardWriter, Slot
+from moefy.memory import require
 from moefy.progress import Watch
 from moefy.text import packing
 from moefy.timing import Clock

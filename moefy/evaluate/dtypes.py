@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from moefy.compute_dtype import ComputeDtype, compute_dtype, name_of, slowness
-from moefy.convert.memory import LIBRARIES, available
 from moefy.errors import MoefyError
 from moefy.evaluate.speed import HOPELESS
 from moefy.files.safetensors_header import read_entries
 from moefy.files.shards import stored_dtype
+from moefy.memory import LIBRARIES, available
 
 
 def num_bytes(folders: Sequence[Path], dtype: torch.dtype) -> int:

@@ -20,7 +20,6 @@ from moefy.config.presets import (
     step_tokens,
 )
 from moefy.config.sources import sources
-from moefy.convert.memory import available
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import read_entries
 from moefy.finetune.checkpoints import NUM_KEPT
@@ -40,6 +39,7 @@ from moefy.finetune.train import (
     num_steps,
     tokens_per_step,
 )
+from moefy.memory import available
 from moefy.models.load import plain_config
 
 DECODING = 2.0

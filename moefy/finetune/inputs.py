@@ -15,7 +15,6 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from moefy.compute_dtype import ComputeDtype, compute_dtype, name_of
 from moefy.config.finetune import Settings
 from moefy.config.recipe import Recipe
-from moefy.convert.memory import Writer, available, base_bytes, require
 from moefy.errors import MoefyError
 from moefy.files.publish import sha256
 from moefy.files.safetensors_header import read_config, read_entries
@@ -23,11 +22,12 @@ from moefy.files.shards import stored_dtype
 from moefy.finetune import losses
 from moefy.finetune.router_hooks import moe_layers
 from moefy.finetune.train import device
+from moefy.memory import available, base_bytes, require
 from moefy.models import families
 from moefy.models.load import check_loaded, open_model, plain_config, runnable
 from moefy.runs import folder as runs
 from moefy.text import packing
-from moefy.text.self_text import DOCUMENT, sample
+from moefy.text.self_text import DOCUMENT, WriterSizes, sample
 from moefy.text.tokenizer import load_tokenizer
 from moefy.text.tokens import Tokens
 
@@ -251,7 +251,7 @@ def batch_that_fits(folder: Path, dtype: torch.dtype, length: int, what: str, in
     """
     config = plain_config(folder).get_text_config()
     entries = read_entries(folder).values()
-    sizes = Writer(entries, config.to_dict(), config.num_hidden_layers, length)
+    sizes = WriterSizes(entries, config.to_dict(), config.num_hidden_layers, length)
     batch_size = sizes.batch_size(dtype.itemsize, available() - base_bytes(folder))
     require(sizes.num_bytes(dtype.itemsize, batch_size), what, instead)
     return batch_size

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from moefy.config.finetune import Settings
-from moefy.convert.memory import base_bytes
 from moefy.finetune import losses, refit_after
 from moefy.finetune.inputs import ComputeDtypes, Run, num_weights
 from moefy.finetune.probe import Probe
 from moefy.finetune.train import device
+from moefy.memory import base_bytes
 from moefy.models.load import plain_config
 
 KEPT = 400

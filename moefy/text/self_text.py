@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moefy.errors import MoefyError
+from moefy.files.safetensors_header import Entry
 from moefy.text.documents import documents
 from moefy.text.packing import Amount, Tokens, count_heldout, count_sequences, digest, pack
 from moefy.text.tokenizer import encode, first_ids
@@ -30,6 +31,32 @@ MOST_OPENING = 2  # an opening takes at most one part in this many of its docume
 
 BATCHES = (128, 64, 32, 16, 8, 4, 2, 1)
 """How many documents are written at a time: the first of these for which there is memory."""
+
+
+@dataclass(frozen=True)
+class WriterSizes:
+    """A dense model that writes text: its tensors, and its configuration in transformers' keys."""
+
+    entries: Collection[Entry]
+    config: Mapping[str, Any]
+    num_layers: int
+    length: int = DOCUMENT
+    """Tokens of a text."""
+
+    def num_bytes(self, itemsize: int, batch_size: int) -> int:
+        """Bytes of the files, the weights, the keys and values, and the chances of all ids."""
+        heads = int(self.config["num_attention_heads"])
+        head_dim = int(self.config.get("head_dim") or self.config["hidden_size"] // heads)
+        groups = int(self.config.get("num_key_value_heads") or heads)
+        token = 2 * self.num_layers * groups * head_dim * itemsize
+        document = self.length * token + 16 * int(self.config["vocab_size"])
+        weights = sum(entry.num_bytes + itemsize * entry.num_elements for entry in self.entries)
+        return weights + batch_size * document
+
+    def batch_size(self, itemsize: int, room: int) -> int:
+        """The most documents at a time that fit in `room` bytes, of `BATCHES`."""
+        fitting = (number for number in BATCHES if self.num_bytes(itemsize, number) <= room)
+        return next(fitting, BATCHES[-1])
 
 
 def sample(

@@ -24,8 +24,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moefy import memory
 from moefy.config.recipe import build, read
-from moefy.convert import forward, memory
+from moefy.convert import forward
+from moefy.convert import memory as convert_memory
 from moefy.convert.prepare import Job, prepare
 from moefy.convert.run import convert
 from moefy.errors import MoefyError
@@ -205,7 +207,8 @@ def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path):
 
 
 def test_a_machine_that_is_too_small(a_job, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda: 10**8)
+    for module in (memory, convert_memory):
+        monkeypatch.setattr(module, "available", lambda: 10**8)
     refused(5, a_job(), tmp_path / "out", "GB of memory, there are 0.1 GB", "--tokens")
     assert os.listdir(tmp_path) == []
 

@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from stopping import stopped_at
 from transformers import AutoModelForCausalLM
 
-from moefy import compute_dtype
+from moefy import compute_dtype, memory
 from moefy.config.finetune import Settings, build
-from moefy.convert import memory
 from moefy.errors import MoefyError
 from moefy.files.lock import locked
 from moefy.files.safetensors_header import read_entries
@@ -24,6 +23,7 @@ from moefy.finetune.optim import MasterAdamW, parts
 from moefy.finetune.router_hooks import Routing, activations, moe_layers
 from moefy.finetune.run import finetune
 from moefy.text.packing import Amount
+from moefy.text.self_text import WriterSizes
 
 SMALL = {
     "ce": 0.0,
@@ -445,7 +445,7 @@ def test_text_that_the_model_writes_keeps_to_the_memory_there_is(pico, monkeypat
     """As many documents at a time as fit; where not even one fits, it is refused."""
     folder, settings = pico("llama"), build(None, SMALL, [])
     config = inputs.plain_config(folder)
-    sizes = memory.Writer(read_entries(folder).values(), config.to_dict(), config.num_hidden_layers)
+    sizes = WriterSizes(read_entries(folder).values(), config.to_dict(), config.num_hidden_layers)
     sample, batches = inputs.sample, []
 
     def sampling(*arguments, batch_size, **options):
