@@ -14,6 +14,7 @@ from moefy.convert.memory import fit, state_bytes, writing
 from moefy.convert.prepare import SELF, Job
 from moefy.convert.probe import speeds
 from moefy.convert.profile import SAMPLE
+from moefy.convert.refit import EXPERT_STRENGTHS
 from moefy.convert.session import Budget
 from moefy.files.shards import DTYPES
 from moefy.models.shape import pruned
@@ -213,5 +214,14 @@ def operations(job: Job) -> dict[str, dict[str, float]]:
             "product": times * (2 * (once if overlaps else active) + squares),
             "factor": times * used**3 / 3,
             "solve": times * 2.0 * used * used * hidden,
+        }
+    if recipe.refit and overlaps:
+        # Each expert on its own tokens, under every strength: its Gram matrix, and what it leaves.
+        width, tried = shape.expert_width, len(EXPERT_STRENGTHS)
+        chosen = 2.0 * tokens * shape.experts_per_token * width
+        counts["refit of experts"] = {
+            "product": active + chosen * (width + hidden * (1 + tried / 8)),
+            "factor": shape.num_experts * tried * width**3 / 3,
+            "solve": shape.num_experts * tried * 2.0 * width * width * hidden,
         }
     return counts

@@ -58,7 +58,8 @@ def advice(
         return
     worst = sorted(lost["experts"], key=lambda row: -row["dnll"])
     critical = sum(row["dnll"] > CRITICAL for row in worst)
-    head = f"{critical} EXPERTS MUST NOT BE LOST" if critical else "Any one expert may be lost"
+    noun = "EXPERT" if critical == 1 else "EXPERTS"
+    head = f"{critical} {noun} MUST NOT BE LOST" if critical else "Any one expert may be lost"
     shadows = ""
     if (mean := lost.get("shadow_mean")) is not None:
         most = lost["shadow_worst"]

@@ -141,6 +141,10 @@ class Checkpointed:
         finally:
             self._staging = None
         self._save_rng_state(str(staging / name))
+        if self.args.should_save and (best := self.state.best_model_checkpoint):
+            # Where it will lie, as transformers looks for it on resume.
+            self.state.best_model_checkpoint = str(home / Path(best).name)
+            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
         if self.args.should_save and self.args.world_size > 1:  # for a resume on one process
             shutil.copyfile(staging / name / "rng_state_0.pth", staging / name / "rng_state.pth")
         self.accelerator.wait_for_everyone()

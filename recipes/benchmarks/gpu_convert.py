@@ -3,10 +3,11 @@
     python recipes/benchmarks/gpu_convert.py MODEL --calibration TEXT --text FILE ... --out DIR
 
 It runs the tests that want a GPU; converts two layers of a 7B shape with random weights, with few
-tokens and with many; converts MODEL whole with as many as a GPU makes cheap; and reports on that,
-on the same device. Each step is a line of DIR/gpu_convert.jsonl at once, so that what was measured
-stays if time runs out; what would begin after `--minutes` is left out, and said. Meant for
-SmolLM2-135M in 12 minutes of an H100. A CPU with tiny sizes tries the script:
+tokens and with many; converts MODEL whole with as many as a GPU makes cheap, without and with
+`--polish`; and reports on both, on the same device. Each step is a line of DIR/gpu_convert.jsonl at
+once, so that what was measured stays if time runs out; what would begin after `--minutes` is left
+out, and said. Meant for SmolLM2-135M in 12 minutes of an H100. A CPU with tiny sizes tries the
+script:
 
     ... --shape 135M --tokens 4096 --whole 4096 --eval-tokens 512
 """
@@ -18,7 +19,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def main(
     tokens: str = typer.Option("4096,262144", help="For these layers."),
     whole: int = typer.Option(1_000_448, help="Tokens for the whole model."),
     eval_tokens: int = 20480,
+    polish: int = typer.Option(4, help="Passes over the tokens."),
     minutes: float = typer.Option(12, help="Begin nothing after so many."),
 ) -> None:
     """Measure what there is time for; a step that fails is a line as well."""
@@ -52,8 +54,11 @@ def main(
         steps[f"two layers of {shape}, {number} tokens"] = partial(
             layers, model, shape, calibration, number, out
         )
-    steps[f"{model}, {whole} tokens"] = partial(convert, model, calibration, whole, out)
-    steps["report"] = partial(report, text, eval_tokens, out)
+    for name, options in {"whole": (), "polished": ("--polish", polish)}.items():
+        steps[f"{model} {name}, {whole} tokens"] = partial(
+            convert, model, calibration, whole, out / name, options
+        )
+        steps[f"report of {name}"] = partial(report, text, eval_tokens, out / name)
     began = time.monotonic()
     for name, step in steps.items():
         start = time.monotonic()
@@ -119,11 +124,13 @@ def layers(model: str, shape: str, calibration: Path, tokens: int, out: Path) ->
     }
 
 
-def convert(model: str, calibration: Path, tokens: int, out: Path) -> dict[str, Any]:
+def convert(
+    model: str, calibration: Path, tokens: int, out: Path, more: Sequence[object]
+) -> dict[str, Any]:
     """Seconds of a whole conversion by `moefy convert`, and its shape."""
-    options = ("--calibration", calibration, "--tokens", tokens, "--force", "--quiet")
-    run("-m", "moefy", "convert", model, out / "whole", *options)
-    told = json.loads((out / "whole/moefy/conversion.json").read_text())
+    options = ("--calibration", calibration, "--tokens", tokens, "--force", "--quiet", *more)
+    run("-m", "moefy", "convert", model, out, *options)
+    told = json.loads((out / "moefy/conversion.json").read_text())
     return {"stages": told["seconds"], "shape": told["shape"], "memory": told["memory"]}
 
 
@@ -131,8 +138,8 @@ def report(text: list[Path], eval_tokens: int, out: Path) -> dict[str, Any]:
     """dNLL and KL on each text, and the speeds, by `moefy report`."""
     texts = [word for file in text for word in ("--text", file)]
     options = ("--tokens", eval_tokens, "--no-robustness", "--quiet")
-    run("-m", "moefy", "report", out / "whole", *texts, *options)
-    told = json.loads((out / "whole/moefy/report.json").read_text())
+    run("-m", "moefy", "report", out, *texts, *options)
+    told = json.loads((out / "moefy/report.json").read_text())
     scores = {
         name: {label: [row["dnll"], row["kl"]] for label, row in rows.items()}
         for name, rows in told["texts"].items()

@@ -36,10 +36,11 @@ def main(
     dtype: str = "bfloat16",
     eager: bool = typer.Option(False, "--eager", help="Do not compile."),
     cache_mib: int = typer.Option(1024, help="Memory for keys and values."),
+    batches: list[int] = typer.Option([1, 8], "--batch", help="Sequences that decode at a time."),
 ) -> None:
-    """Print tokens per second in decode (batch 1 and 8) and prefill, and the ratios to dense."""
+    """Print tokens per second in decode and prefill, and the ratios to dense."""
     options = {"dtype": dtype, "eager": eager, "cache_mib": cache_mib}
-    options |= {"prefill": prefill, "steps": steps, "repeats": repeats}
+    options |= {"prefill": prefill, "steps": steps, "repeats": repeats, "batches": batches}
     turns = []
     for turn in range(rounds):
         typer.echo(f"round {turn + 1} of {rounds}", err=True)

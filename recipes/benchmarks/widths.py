@@ -3,11 +3,12 @@
     python recipes/benchmarks/widths.py ENGINE DTYPE [--sizes 576,896] [--out FILE] [--rounds 3]
     python recipes/benchmarks/widths.py table|fit build/widths.jsonl
 
-ENGINE is `transformers` (DTYPE bfloat16 or float32) or `llama.cpp` (bf16, q8_0, q4_0, q4_k; needs
-`pip install xllamacpp gguf`). Weights are random: only shapes matter to time. Every round measures
-the dense model and all shapes in turn. Seconds are those of the processor, on one thread; medians
-over rounds are kept, one line of JSON for each shape, and what is in the file already is not
-measured again. A model has as many layers as its size needs to be larger than caches.
+ENGINE is `transformers` (DTYPE bfloat16 or float32), `llama.cpp` (bf16, q8_0, q4_0, q4_k; needs
+`pip install xllamacpp gguf`) or `vLLM` (bfloat16; `--python` is an interpreter that has it, as
+`make test-engines` installs it). Weights are random: only shapes matter to time. Every round
+measures the dense model and all shapes in turn. Seconds are those of the processor, on one thread;
+medians over rounds are kept, one line of JSON for each shape, and what is in the file already is
+not measured again. A model has as many layers as its size needs to be larger than caches.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def main(
     out: Path = Path("build/widths.jsonl"),
     rounds: int = 3,
     few: bool = False,
+    python: Path = typer.Option(None, help="Interpreter that has vLLM."),
 ) -> None:
     """Measure; or print the table of what was measured, or the constants fitted to it."""
     if engine in ("table", "fit"):
@@ -97,11 +99,18 @@ def main(
     torch.set_num_threads(1)
     out.parent.mkdir(parents=True, exist_ok=True)
     for name in sizes.split(","):
-        measure(engine, dtype, name, tasks.split(","), out, rounds, few)
+        measure(engine, dtype, name, tasks.split(","), out, rounds, few, python)
 
 
 def measure(
-    engine: str, dtype: str, name: str, tasks: list[str], out: Path, rounds: int, few: bool
+    engine: str,
+    dtype: str,
+    name: str,
+    tasks: list[str],
+    out: Path,
+    rounds: int,
+    few: bool,
+    python: Path | None,
 ) -> None:
     """Measure what of a size the file lacks."""
     known = {_key(record) for record in records.read(out)}
@@ -118,7 +127,8 @@ def measure(
         return
     with tempfile.TemporaryDirectory() as folder:
         runs = {
-            shape: opened(engine, dtype, size, shape, Path(folder)) for shape in (None, *lacking)
+            shape: opened(engine, dtype, size, shape, Path(folder), python)
+            for shape in (None, *lacking)
         }
         seconds: dict[Any, list[float]] = {}
         for turn, task in itertools.product(range(rounds), tasks):
@@ -143,14 +153,20 @@ def _key(record: dict[str, Any]) -> tuple[str, ...]:
     return (record["engine"], record["dtype"], record["size"], shape, record["task"])
 
 
-def opened(engine: str, dtype: str, size: Size, shape: Shape | None, folder: Path) -> Run:
+def opened(
+    engine: str, dtype: str, size: Size, shape: Shape | None, folder: Path, python: Path | None
+) -> Run:
     """A model of random weights in an engine, and how long it takes for a task."""
+    place = folder / str(shape or "dense").replace(" ", "")
     if engine == "transformers":
-        return _transformers(dtype, size, shape)
-    return _llama_cpp(dtype, size, shape, folder / f"{shape or 'dense'}.gguf".replace(" ", ""))
+        return _transformers(_model(dtype, size, shape), shape)
+    if engine == "vLLM":
+        _model(dtype, size, shape).save_pretrained(place)
+        return _vllm(dtype, place, python)
+    return _llama_cpp(dtype, size, shape, place)
 
 
-def _transformers(dtype: str, size: Size, shape: Shape | None) -> Run:
+def _model(dtype: str, size: Size, shape: Shape | None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -182,7 +198,10 @@ def _transformers(dtype: str, size: Size, shape: Shape | None) -> Run:
         values_N = noise_N.repeat(-(-size // len(noise_N)))[:size]
         values_N = values_N if parameter.ndim > 1 else torch.ones(size)
         parameter.data.copy_(values_N.view(parameter.shape))
+    return model
 
+
+def _transformers(model: Any, shape: Shape | None) -> Run:
     def run(task: str) -> float:
         batch, length = TASKS[task]
         ways = ("grouped_mm", "eager") + ("batched_mm",) * (batch == 1 == length)
@@ -210,6 +229,23 @@ def _step(model: Any, batch: int, length: int) -> float:
         ids_B1 = torch.randint(VOCABULARY, (batch, 1))
         output = model(ids_B1, cache=output.cache, use_cache=True)
     return (time.process_time() - start) / STEPS[batch]
+
+
+def _vllm(dtype: str, folder: Path, python: Path | None) -> Run:
+    import vllm_speed
+
+    options = {"dtype": dtype, "eager": False, "cache_mib": 1024, "repeats": 3}
+    options |= {"prefill": 512, "steps": 16, "clock": "process_time"}
+    options |= {"batches": [batch for batch, length in TASKS.values() if length == 1]}
+    left: dict[str, float] = {}
+
+    def run(task: str) -> float:
+        if task not in left:  # a process measures all of them
+            left.update(vllm_speed.measure(python, 1, folder, options))
+        batch, length = TASKS[task]
+        return batch * length / left.pop(task)
+
+    return run
 
 
 def _llama_cpp(kind: str, size: Size, shape: Shape | None, file: Path) -> Run:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stopping import stopped_at
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME as STATE
 
 from moefy.config.finetune import build
 from moefy.errors import MoefyError
@@ -58,7 +60,10 @@ def test_stopped_behind_the_best_step_it_ends_in_the_same_bytes(whole, run, text
     with stopped_at(step):
         tuned(run, tmp_path / "out", text, **AWAY)
     left = {5: [2, 3, 4], 8: [4, 6, 7]}  # what was the best step at 3 was 2
-    assert steps(home_of(tmp_path / "out")) == left[step]
+    home = home_of(tmp_path / "out")
+    assert steps(home) == left[step]
+    state = TrainerState.load_from_json(str(home / f"checkpoint-{left[step][-1]}" / STATE))
+    assert state.best_model_checkpoint == str(home / "checkpoint-4")  # or transformers warns
     assert tuned(run, tmp_path / "out", text, **AWAY)["selected"] == whole[0]["selected"]
     assert same(tmp_path / "out", whole[1])
 
