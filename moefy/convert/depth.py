@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,12 @@ PIECES = (128, 32, PROBES)
 """Tokens of a piece, and how many there are, as `sensitivity.pieces` takes them."""
 
 
+Losses = Sequence[tuple[float, int]]
+"""KL divergences and the layers that are left out for each, the least first."""
+
+Known = Callable[[tuple[int, ...], Callable[[], Losses]], Losses]
+
+
 @dataclass(frozen=True)
 class Drop:
     """One layer more that is left out."""
@@ -52,12 +59,14 @@ def drops(
     ids_BT: Tensor,
     device: torch.device,
     watch: Watch = lambda *_: None,
+    known: Known = lambda _, measure: measure(),
 ) -> Iterator[Drop]:
     """Drop layer after layer: each time the one whose absence costs the least KL divergence on the
     token ids, given those that are gone already.
 
     A step is one walk through the layers, one of which is in memory at a time. After the first,
-    only the half of the layers that cost least in the step before are tried.
+    only the half of the layers that cost least in the step before are tried. A step asks `known`
+    for its losses, and tells it which layers are gone: it may have them from an earlier run.
 
     Source: greedy removal by the loss of the whole model is that of SLEB (arXiv 2402.09025), which
     takes perplexity in place of KL.
@@ -66,21 +75,27 @@ def drops(
     logits = forward.ending(checkpoint, family)
     dropped: list[int] = []
     candidates = list(range(num_layers))
-    dense_BTD = None
-    while len(dropped) < num_layers - 1:
-        layers = [layer for layer in range(num_layers) if layer not in dropped]
+
+    def ends(layers: Sequence[int], tried: Sequence[int]) -> list[Tensor]:
         entering_BTD = forward.embed(checkpoint, family, ids_BT, device)
-        ends = _branches(checkpoint, family, entering_BTD, layers, candidates, watch)
-        dense_BTD = ends[0] if dense_BTD is None else dense_BTD
-        loss = {
-            layer: divergence(logits, dense_BTD, end_BTD)
-            for layer, end_BTD in zip(sorted(candidates), ends[1:], strict=True)
-        }
-        order = sorted(loss, key=lambda layer: (loss[layer], layer))
-        dropped.append(order[0])
-        left = num_parameters(without(checkpoint, family, dropped))
-        yield Drop(order[0], loss[order[0]], left)
-        candidates = order[1 : max(len(layers) // 2, 2)]
+        return _branches(checkpoint, family, entering_BTD, layers, tried, watch)
+
+    @functools.cache
+    def dense_BTD() -> Tensor:
+        return ends(range(num_layers), ())[0]
+
+    def losses() -> list[tuple[float, int]]:
+        left = [layer for layer in range(num_layers) if layer not in dropped]
+        _, *without_BTD = ends(left, candidates)
+        tried = zip(without_BTD, sorted(candidates), strict=True)
+        return sorted((divergence(logits, dense_BTD(), end), layer) for end, layer in tried)
+
+    while len(dropped) < num_layers - 1:
+        (loss, layer), *others = known(tuple(dropped), losses)
+        half = max((num_layers - len(dropped)) // 2, 2)
+        dropped.append(layer)
+        yield Drop(layer, loss, num_parameters(without(checkpoint, family, dropped)))
+        candidates = [layer for _, layer in others[: half - 1]]
 
 
 def chosen(job: Job, tokens: Tokens, watch: Watch) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from moefy.checkpoint.cut import num_parameters, open_cut, without
 from moefy.config.options import nearest
 from moefy.config.recipe import Recipe
 from moefy.config.report import Settings
-from moefy.convert.depth import drops, probes
+from moefy.convert.depth import Losses, drops, probes
 from moefy.convert.prepare import read_source
 from moefy.errors import MoefyError
 from moefy.evaluate import ggml, tables
@@ -167,16 +167,16 @@ def _fewer_layers(session: Session, models: Mapping[str, Any], main: Candidate) 
     source = read_source(Recipe(model=str(dense.folder)))
     parts = source.checkpoint, source.family
 
-    def order(_: Any) -> list[int]:
-        chosen = []
-        for drop in drops(*parts, probes(session.tokens), session.device, session.watch):
-            chosen.append(drop.layer)
-            if num_parameters(source.checkpoint) - drop.parameters >= removed:
-                break
-        return chosen
+    text, layers = session.tokens.sha256, []
 
-    text = session.tokens.sha256
-    layers = session.cached("layers-dropped", dense, order, tokens=text, removed=removed)
+    def known(gone: tuple[int, ...], measure: Callable[[], Losses]) -> Losses:
+        key = {"model": dense.digest, "tokens": text, "gone": gone}
+        return session.cache.once("without-a-layer", key, measure)
+
+    for drop in drops(*parts, probes(session.tokens), session.device, session.watch, known):
+        layers.append(drop.layer)
+        if num_parameters(source.checkpoint) - drop.parameters >= removed:
+            break
 
     @functools.cache
     def load(dtype: torch.dtype) -> Any:

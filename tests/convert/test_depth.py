@@ -90,6 +90,27 @@ def loss(folder: Path, dropped: list[int], home: str) -> float:
     return float((whole.exp() * (whole - fewer)).sum(-1).mean())
 
 
+def test_a_stopped_search_goes_on_where_it_was(pico):
+    """What it has measured is not measured again, and the order is that of an unbroken search."""
+    folder, losses, measured = pico("llama", **deep("llama")), {}, []
+
+    def known(gone, measure):
+        if gone not in losses:
+            measured.append(gone)
+            losses[gone] = measure()
+        return losses[gone]
+
+    def searched(number):
+        order = drops(*opened(folder), ids(4), torch.device("cpu"), known=known)
+        return list(itertools.islice(order, number))
+
+    searched(2)
+    third = searched(3)
+    assert third == chosen(folder, 3) and [len(gone) for gone in measured] == [0, 1, 2]
+    losses[()] = losses[()][::-1]  # the negative control: what it knows decides
+    assert searched(1)[0].layer != third[0].layer
+
+
 HOMES = {"llama": "model.layers", "gemma3_text": "model.layers", "opt": "model.decoder.layers"}
 
 

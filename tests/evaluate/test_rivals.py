@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moefy.config.report import Settings
+from moefy.convert import depth
 from moefy.errors import MoefyError
 from moefy.evaluate import frontier, ggml, rivals, scoring
 from moefy.evaluate.advice import advice
@@ -287,7 +288,7 @@ def test_layers_are_dropped_until_no_more_is_computed(pico, converted, text, tmp
     assert report["texts"]["text"][label]["kl"] == pytest.approx(score.kl, rel=1e-3)
     assert score.kl > 1e-4
     monkeypatch.setattr(scoring, "score_models", None)
-    monkeypatch.setattr(rivals, "drops", None)
+    monkeypatch.setattr(depth, "_branches", None)
     assert evaluate(run, Settings(**few))["texts"] == report["texts"]
 
 
