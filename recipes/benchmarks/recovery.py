@@ -5,7 +5,8 @@
 
 RUN is trained as `moefy finetune` trains it. It is scored before, behind the last step, and at
 halves, quarters and so on of the tokens. Every score is a line of FILE. What lies between is of one
-schedule that has not ended yet: a training of only so many tokens may end lower.
+schedule that has not ended yet: a training of only so many tokens may end lower, but not where
+`--set schedule=constant` keeps the rates. `--at TOKENS` adds a score.
 
 With `--dense` the dense model that RUN was made of is trained instead, and compared with itself as
 it was. It is the control of copies (recipes/guide/upcycling.md): at equal tokens, at equal
@@ -53,6 +54,7 @@ def main(
     out: Path = typer.Option(...),
     settings: list[str] = typer.Option([], "--set"),
     halvings: int = 8,
+    at: list[int] = typer.Option([], help="Score after so many tokens, too."),
     eval_tokens: int = 20480,
     control: bool = typer.Option(False, "--dense", help="Train the dense model of RUN instead."),
 ) -> None:
@@ -72,6 +74,7 @@ def main(
     }
     steps = num_steps(chosen, 1)
     points = {-(-steps // 2**halving) for halving in range(halvings + 1)}
+    points |= {round(number / tokens_per_step(chosen, 1)) for number in at}
     student: Any = None
     print(f"{computed.student.name}, {processor()}")
     out.parent.mkdir(parents=True, exist_ok=True)
