@@ -1,9 +1,10 @@
-"""Seconds that a layer takes in an engine, by a model with six constants, fitted to measurements.
+"""Seconds that a layer takes in an engine, by a model with seven constants, fitted to measurements.
 
 A layer of `tokens` tokens takes
 
-    read * weights touched + product * multiply-adds + call * experts touched
-        + row * values carried to experts and back + layer, and + block if it has experts
+    read * weights touched + product * multiply-adds + routed * multiply-adds in routed experts
+        + call * experts touched + row * values carried to experts and back + layer,
+        and + block if it has experts
 
 so narrow experts cost by their number (calls) and by the rows that go to each of them. The weights
 of an expert are touched when any token goes to it. `recipes/benchmarks/widths.py fit` prints the
@@ -12,6 +13,7 @@ constants and their error, which recipes/results/shapes.md shows.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from moefy.types import Shape
@@ -37,6 +39,8 @@ class Cost:
 
     read: float
     product: float
+    routed: float
+    """More for a product in a routed expert, whose tokens lie anywhere."""
     call: float
     row: float
     layer: float
@@ -44,9 +48,8 @@ class Cost:
 
     def seconds(self, layer: Layer, shape: Shape | None, tokens: int) -> float:
         """Of a layer with this shape (None: dense) for so many tokens at once."""
-        constants = (self.read, self.product, self.call, self.row, self.layer, self.block)
-        counted = counts(layer, shape, tokens)
-        return 1e-9 * sum(price * count for price, count in zip(constants, counted, strict=True))
+        counted = zip(dataclasses.astuple(self), counts(layer, shape, tokens), strict=True)
+        return 1e-9 * sum(price * count for price, count in counted)
 
 
 def counts(layer: Layer, shape: Shape | None, tokens: int) -> tuple[float, ...]:
@@ -54,7 +57,7 @@ def counts(layer: Layer, shape: Shape | None, tokens: int) -> tuple[float, ...]:
     neuron = layer.num_matrices * layer.hidden
     if shape is None or shape.num_experts == 0:
         weights = layer.other_weights + layer.num_neurons * neuron
-        return (weights, tokens * weights, 0, 0, 1, 0)
+        return (weights, tokens * weights, 0, 0, 0, 1, 0)
     unused = (1 - shape.experts_per_token / shape.num_experts) ** tokens
     touched = shape.num_experts * (1 - unused)
     router = layer.hidden * shape.num_experts
@@ -62,6 +65,7 @@ def counts(layer: Layer, shape: Shape | None, tokens: int) -> tuple[float, ...]:
     return (
         weights + (shape.num_shared + touched * shape.expert_width) * neuron,
         tokens * (weights + shape.num_active * neuron),
+        tokens * shape.experts_per_token * shape.expert_width * neuron,
         touched,
         tokens * shape.experts_per_token * layer.hidden,
         1,
@@ -75,12 +79,12 @@ def ideal(layer: Layer, shape: Shape) -> float:
 
 
 COSTS = {
-    "transformers": Cost(0.191, 0.0117, 1.59e4, 4.79, 8.84e5, 4.22e5),
-    "llama.cpp": Cost(0.0166, 0.0332, 0.0, 7.50, 6.76e4, 4.15e3),
-    "vLLM": Cost(0.191, 0.0117, 1.59e4, 4.79, 8.84e5, 4.22e5),
+    "transformers": Cost(0.191, 0.0117, 0.0, 1.59e4, 4.79, 8.84e5, 4.22e5),
+    "llama.cpp": Cost(0.0164, 0.0327, 0.00927, 0.0, 6.34, 7.08e4, 0.0),
+    "vLLM": Cost(0.124, 0.00967, 0.0113, 0.0, 1.69, 2.52e5, 1.61e4),
 }
-"""By engine: transformers in bfloat16 and llama.cpp in q8_0, on one thread of an AMD EPYC with
-AVX512-BF16. vLLM was not measured and is taken to be like transformers."""
+"""By engine: transformers and vLLM in bfloat16, llama.cpp in q8_0, on one thread of an AMD EPYC with
+AVX512-BF16. In transformers a product costs the same in an expert, to the error of the fit."""
 
 MEASURED = {"Ollama": "llama.cpp", "SGLang": "vLLM", "MLX": "llama.cpp"}
 """Engines that were not measured, and those by whose costs a shape is chosen for them."""

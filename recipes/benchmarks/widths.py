@@ -30,7 +30,7 @@ import typer
 from scipy.optimize import nnls
 
 from moefy.environment import processor
-from moefy.models.cost import Layer, counts
+from moefy.models.cost import Cost, Layer, counts
 from moefy.types import Shape
 
 VOCABULARY = 1024
@@ -290,7 +290,7 @@ def counted(row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     for one in (shape, None):
         full = np.array(counts(layer, one, batch * length), dtype=float)
         last = np.array(counts(layer, one, 1), dtype=float)
-        attention = np.array([other, other * length, 0, 0, 0, 0]) * skipped
+        attention = np.array([other, other * length, 0, 0, 0, 0, 0]) * skipped
         last = last + attention if skipped else full
         both.append((row["layers"] - 1) * full + last)
     return both[0], both[1]
@@ -343,7 +343,7 @@ def fitted(rows: list[dict[str, Any]]) -> str:
         cells = [f"{median(inside):.0%}", f"{max(inside):.0%}"]
         cells += [f"{median(outside):.0%}", f"{max(outside):.0%}"] if outside else ["", ""]
         lines.append([*group, len(own), *(f"{c:.3g}" for c in found), *cells])
-    header = ["engine", "type", "ratios", "read", "product", "call", "row", "layer", "block"]
+    header = ["engine", "type", "ratios", *(field.name for field in dataclasses.fields(Cost))]
     return records.table([*header, "median", "worst", "left out: median", "worst"], lines)
 
 

@@ -62,7 +62,7 @@ def test_what_is_chosen_is_what_the_class_holds(fits, num_neurons):
 def test_an_engine_that_punishes_narrow_experts_gets_wider_ones(monkeypatch):
     layer, chosen = SIZES["7B"], []
     for row in (0.0, 3.0, 15.0):
-        monkeypatch.setitem(COSTS, "vLLM", Cost(0.02, 0.03, 0.0, row, 0.0, 0.0))
+        monkeypatch.setitem(COSTS, "vLLM", Cost(0.02, 0.03, 0.0, 0.0, row, 0.0, 0.0))
         found = choose(layer, 0.5, any_shared, ["vLLM"])
         assert found is not None
         chosen.append(found.shape)

@@ -8,21 +8,22 @@ from moefy.types import Shape
 
 def test_counts_by_hand():
     layer, shape = Layer(10, 40, 400), Shape(40, 8, 4, 8, 1)
-    assert counts(layer, None, 3) == (1600, 4800, 0, 0, 1, 0)
-    reads, products, touched, rows, *rest = counts(layer, shape, 2)
+    assert counts(layer, None, 3) == (1600, 4800, 0, 0, 0, 1, 0)
+    reads, products, routed, touched, rows, *rest = counts(layer, shape, 2)
     assert touched == pytest.approx(4 * (1 - 0.75**2))
     assert reads == pytest.approx(400 + 40 + 30 * (8 + 8 * touched))
     assert products == 2 * (400 + 40 + 30 * 16)
+    assert routed == 2 * 30 * 8
     assert (rows, rest) == (20, [1, 1])
     assert ideal(layer, shape) == pytest.approx(1600 / (440 + 480))
 
 
 def test_a_layer_costs_what_its_constants_say():
     layer, shape = Layer(10, 40, 400), Shape(40, 8, 4, 8, 1)
-    only_products = Cost(0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    only_products = Cost(0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     dense, moe = (only_products.seconds(layer, one, 7) for one in (None, shape))
     assert dense / moe == pytest.approx(ideal(layer, shape))
-    only_blocks = Cost(0.0, 0.0, 0.0, 0.0, 0.0, 5.0)
+    only_blocks = Cost(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 5.0)
     assert only_blocks.seconds(layer, None, 7) == 0.0
     assert only_blocks.seconds(layer, shape, 7) == pytest.approx(5e-9)
 
