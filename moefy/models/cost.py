@@ -83,8 +83,8 @@ COSTS = {
     "llama.cpp": Cost(0.0164, 0.0327, 0.00927, 0.0, 6.34, 7.08e4, 0.0),
     "vLLM": Cost(0.124, 0.00967, 0.0113, 0.0, 1.69, 2.52e5, 1.61e4),
 }
-"""By engine: transformers and vLLM in bfloat16, llama.cpp in q8_0, on one thread of an AMD EPYC with
-AVX512-BF16. In transformers a product costs the same in an expert, to the error of the fit."""
+"""By engine: transformers and vLLM in bfloat16, llama.cpp in q8_0, on one thread of an AMD EPYC
+with AVX512-BF16. In transformers a product costs the same in an expert, to the error of the fit."""
 
 MEASURED = {"Ollama": "llama.cpp", "SGLang": "vLLM", "MLX": "llama.cpp"}
 """Engines that were not measured, and those by whose costs a shape is chosen for them."""
