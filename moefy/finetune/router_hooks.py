@@ -162,7 +162,7 @@ class Routing:
             if energy:
                 norm_EN = experts.down_proj.float().square().sum(1)
                 layer.energy_TE = torch.einsum("ten,en->te", h_TEN.float().square(), norm_EN)
-        if not soft:
+        if not soft or layer.soft_TE is None:
             return out
         gate = stride * gate_TK.detach().max()
         down_EDN = experts.down_proj.detach()
