@@ -32,6 +32,7 @@ from moefy.finetune.memory import (
     gpu_room,
     memory,
     state_bytes,
+    written,
 )
 from moefy.finetune.train import (
     MEASUREMENTS,
@@ -203,7 +204,7 @@ def _refusal(inputs: Inputs, plan: Mapping[str, Any], out: Path) -> str:
         return f"{_takes(needed, 'memory of the GPU', room)}{advice}"
     room = available()
     if plan["memory_bytes"] > room:
-        if plan["memory_stage"] == "write":
+        if written(inputs.run) > room:
             advice = "; expected as much, to compare what was written"
         return f"{_takes(plan['memory_bytes'], 'memory', room)}{advice}"
     free = shutil.disk_usage(next(p for p in [out, *out.parents] if p.exists())).free

@@ -56,14 +56,15 @@ def memory(inputs: Inputs) -> dict[str, int]:
     """The most resident bytes of every stage; on a GPU without what lies there."""
     settings = inputs.settings
     base = base_bytes(inputs.run.folder)
-    weights = num_weights(inputs.run.folder)
-    stages = {"write": base + 4 * weights + min(REOPENED, 4 * weights)}
+    stages = {"write": written(inputs.run)}
     host, device = _refit(inputs)
     stages["refit"] = base + host
     if inputs.place.type == "cuda":
         return stages
     held, way_back, update = training(inputs)
     stages["train"] = base + held + way_back + update
+    # What the allocator of a CPU keeps of the way back, and the teacher, are still there.
+    stages["write"] += way_back + (_teacher(inputs) if inputs.live else 0)
     stages["refit"] += device
     if inputs.teacher:
         stages["teacher"] = base + _teacher(inputs) + _asking(inputs)
@@ -71,6 +72,12 @@ def memory(inputs: Inputs) -> dict[str, int]:
         tokens = settings.tokens + settings.validation_tokens
         stages["teacher"] += 3 * KEPT * tokens  # its rows, then joined, then written
     return stages
+
+
+def written(run: Run) -> int:
+    """The least bytes that writing takes: the trained weights in float32, and the written ones."""
+    weights = 4 * num_weights(run.folder)
+    return base_bytes(run.folder) + weights + min(REOPENED, weights)
 
 
 def gpu_bytes(inputs: Inputs) -> int:
