@@ -148,12 +148,6 @@ class Settings:
         choices=("all", "chosen", "none"),
         old="soft",
     )
-    router_stride: int = key(
-        1,
-        "Of so many tokens, one tells the routers about the experts that it did not choose.",
-        least=1,
-        most=64,
-    )
     noise: float = key(0.0, "Standard deviation of noise on the router's logits.")
     expert_dropout: float = key(0.0, "Chance of an expert to be out of reach for a batch.", most=1)
     capacity_factor: float = key(

@@ -155,22 +155,19 @@ class Routing:
         if not (soft or energy):
             return out
         x_TD, gate_TK = args[0].detach(), next(t for t in args[1:] if t.is_floating_point())
-        stride = 1 if energy else self.settings.router_stride
-        rows = slice(int(torch.randint(stride, ())) if stride > 1 else 0, None, stride)
         with torch.no_grad():
-            h_TEN = activations(experts, x_TD[rows])
+            h_TEN = activations(experts, x_TD)
             if energy:
                 norm_EN = experts.down_proj.float().square().sum(1)
                 layer.energy_TE = torch.einsum("ten,en->te", h_TEN.float().square(), norm_EN)
-        if not soft or layer.soft_TE is None:
+        if not soft:
             return out
-        gate = stride * gate_TK.detach().max()
-        down_EDN = experts.down_proj.detach()
-        return _SoftGates.apply(out, layer.soft_TE[rows], h_TEN, down_EDN, gate, rows)
+        gate = gate_TK.detach().max()
+        return _SoftGates.apply(out, layer.soft_TE, h_TEN, experts.down_proj.detach(), gate)
 
 
 class _SoftGates(torch.autograd.Function):
-    """Returns the output as it is, and gives soft gates, of some rows, the gradient of all experts.
+    """Returns the output as it is, and gives the soft gates the gradient of all experts.
 
     Source: Yao et al., 2025, DenseMixer. Here no unused output is computed: the gradient of expert
     e's gate is (down_e^T dy) . h_e.
@@ -178,25 +175,18 @@ class _SoftGates(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        y_TD: Tensor,
-        soft_RE: Tensor,
-        h_REN: Tensor,
-        down_EDN: Tensor,
-        gate: Tensor,
-        rows: slice,
+        ctx: Any, y_TD: Tensor, soft_TE: Tensor, h_TEN: Tensor, down_EDN: Tensor, gate: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(h_REN, down_EDN, gate)
-        ctx.rows = rows
+        ctx.save_for_backward(h_TEN, down_EDN, gate)
         return y_TD.view_as(y_TD)
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        h_REN, down_EDN, gate = ctx.saved_tensors
+        h_TEN, down_EDN, gate = ctx.saved_tensors
         # One product for all experts: many small ones take several times as long.
         down_DM = down_EDN.transpose(0, 1).flatten(1)
-        slope_RE = ((dy_TD[ctx.rows] @ down_DM).view_as(h_REN) * h_REN).sum(-1, dtype=torch.float32)
-        return dy_TD, slope_RE * gate, None, None, None, None
+        slope_TE = ((dy_TD @ down_DM).view_as(h_TEN) * h_TEN).sum(-1, dtype=torch.float32)
+        return dy_TD, slope_TE * gate, None, None, None
 
 
 def activations(experts: Any, x_TD: Tensor) -> Tensor:
