@@ -163,6 +163,9 @@ class FFN:
         )
 
 
+SINK = 10.0
+"""Where neurons count as making an attention sink. In the models measured, others reach 9."""
+
 PIECE = 1 << 16
 """Tokens whose inputs are on the device at a time where a router is fitted."""
 
@@ -199,6 +202,9 @@ class Profile:
     num_heldout: int
     energy_F: Tensor
     """Mean scaled output energy h^2 * |down column|^2 of each neuron over the fitting tokens."""
+    sink_F: Tensor | None = None
+    """Neurons that write some `SINK` times more at one fitting token than the whole FFN does at the
+    median one: they make it an attention sink, and without them nothing after it is right."""
     h_TF: Tensor | None = None
     gradient_TD: Tensor | None = None
     """Of the dense model's loss with respect to what this FFN writes, over the fitting tokens; on

@@ -16,9 +16,16 @@ from moefy.errors import MoefyError
 from moefy.types import FFN, Partition, Profile
 
 
-def ranked(score_F: Tensor, num_shared: int) -> tuple[Tensor, Tensor]:
-    """The `num_shared` neurons of highest score, highest first, and the others in rising order."""
+def ranked(
+    score_F: Tensor, num_shared: int, before_F: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The `num_shared` neurons of highest score, highest first, and the others in rising order.
+
+    Those that `before_F` marks come before all others.
+    """
     order_F = score_F.argsort(descending=True, stable=True)
+    if before_F is not None:
+        order_F = order_F[before_F[order_F].argsort(descending=True, stable=True)]
     return order_F[:num_shared], order_F[num_shared:].sort().values
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moefy.distributed import ALONE, Group
 from moefy.errors import MoefyError
 from moefy.files.buffers import MEMORY, Store
-from moefy.types import FFN, Profile
+from moefy.types import FFN, SINK, Profile
 
 CHUNK = 2048  # tokens whose activations are in memory at a time
 SAMPLE = 8192  # fitting tokens that a split looks at, where it does not need all
@@ -89,7 +89,9 @@ def observe(ffn: FFN, inputs: Inputs, error_propagation: float = 0.0) -> Profile
     model's. The FFN aims at repairing the share `error_propagation` of that drift.
 
     Source: `error_propagation` is the propagation strength of QEP (arXiv 2504.09629), which
-    corrects the weights of a quantised layer for the errors of those below it.
+    corrects the weights of a quantised layer for the errors of those below it. Attention sinks made
+    by one or two neurons are the "massive activations" of arXiv 2402.17762, found here by what a
+    neuron writes and not by the state.
 
     Raises:
         MoefyError: code 6, for outputs that are not finite.
@@ -99,18 +101,23 @@ def observe(ffn: FFN, inputs: Inputs, error_propagation: float = 0.0) -> Profile
     num_fit = num_tokens - inputs.num_heldout
     all_TF = store.empty(num_tokens, ffn.num_neurons) if store.keeps_activations else None
     goal_TD = store.empty(*x_TD.shape)
-    scales, squares, finite = [], [], True
+    scales, squares, lengths, finite = [], [], [], True
+    peak_F = torch.zeros(ffn.num_neurons, device=device)
     for first in range(0, num_tokens, CHUNK):
         part = slice(first, first + CHUNK)
         h_TF = ffn.activations(x_TD[part].to(device))
         y_TD = h_TF @ ffn.down_DF.T
         finite = finite and bool(y_TD.isfinite().all())
+        num_part = max(num_fit - first, 0)
+        lengths.append(y_TD[:num_part].norm(dim=1))
+        if num_part:
+            torch.maximum(peak_F, h_TF[:num_part].norm(torch.inf, dim=0), out=peak_F)
         scale_T, lacking_TD = _scale_and_drift(inputs, part, y_TD, error_propagation)
         if lacking_TD is not None:
             y_TD.add_(lacking_TD)
         goal_TD[part] = y_TD.mul_(scale_T[:, None])
         h_TF.mul_(scale_T[:, None])
-        squares.append(h_TF[: max(num_fit - first, 0)].square().sum(0))
+        squares.append(h_TF[:num_part].square().sum(0))
         scales.append(scale_T)
         if all_TF is not None:
             all_TF[part] = h_TF
@@ -121,12 +128,14 @@ def observe(ffn: FFN, inputs: Inputs, error_propagation: float = 0.0) -> Profile
     energy_F = (total_F / group.total(num_fit)).float() * ffn.down_norm_sq_F
     if group.total(not finite) or not energy_F.isfinite().all():
         raise MoefyError("an FFN's outputs overflow float32 on the calibration tokens", code=6)
+    length_F = group.gather(peak_F[None]).amax(0) * ffn.down_norm_sq_F.sqrt()
     return Profile(
         x_TD,
         goal_TD,
         torch.cat(scales),
         inputs.num_heldout,
         energy_F=energy_F,
+        sink_F=length_F > SINK * group.gather(torch.cat(lengths)).median(),
         h_TF=all_TF,
         gradient_TD=inputs.gradient_TD,
         release=store.release,

@@ -241,3 +241,52 @@ def test_rounds_never_capture_less_than_the_clustering_they_start_from():
         gains.append(shares[1] - shares[0])
     assert min(gains) >= -1e-6
     assert max(gains) > 0.01
+
+
+# Neurons that make an attention sink
+
+
+def with_sink(strength: float) -> tuple[FFN, torch.Tensor, int]:
+    """A planted FFN and inputs in which one routed neuron writes, at each tenth token alone,
+    `strength` times what the whole FFN writes at the median token."""
+    planted = plant()
+    neuron, sequence = int(planted.partition.experts_EN[3, 2]), 10
+    ffn, x_TD = planted.ffn, planted.profile.x_TD.clone()
+    length_T = (ffn.activations(x_TD) @ ffn.down_DF.T).norm(dim=1)
+    mark_D = torch.zeros(x_TD.shape[1] + 1)
+    mark_D[-1] = 1
+    x_TD = torch.nn.functional.pad(x_TD, (0, 1))  # the last input says: first of its sequence
+    x_TD[::sequence, -1] = 1
+    gate_FD, up_FD = (torch.nn.functional.pad(m, (0, 1)) for m in (ffn.gate_FD, ffn.up_FD))
+    gate_FD[neuron], up_FD[neuron] = 50 * mark_D, mark_D  # silu(50) * 1 = 50
+    down_DF = torch.nn.functional.pad(ffn.down_DF, (0, 0, 0, 1))
+    down_DF[:, neuron] *= strength * length_T.median() / 50
+    return FFN(gate_FD, up_FD, down_DF), x_TD, neuron
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_what_makes_an_attention_sink_is_shared_though_an_expert_would_lose_nothing(overlaps):
+    shape = Shape(56, 8, 8, 12 if overlaps else 6, 2)
+    ffn, x_TD, neuron = with_sink(200.0)
+    first = torch.zeros(len(x_TD), 1)
+    first[::10] = 1e6  # the residual stream is huge there, so that the token weighs nothing
+    profile = observed(ffn, x_TD, num_heldout=200, residual_TD=torch.randn(len(x_TD), 25) + first)
+    assert profile.sink_F.nonzero().flatten().tolist() == [neuron]
+    for options in ({}, {"rounds": 0, "routed_rounds": 0}):
+        shared_S = alternating.split(ffn, profile, shape, generator=seeded(0), **options).shared_S
+        assert neuron in shared_S.tolist()
+    blind = dataclasses.replace(profile, sink_F=None)
+    assert neuron not in alternating.split(ffn, blind, shape, generator=seeded(0)).shared_S.tolist()
+    none_shared = alternating.split(
+        ffn, profile, Shape(56, 0, 8, 7, 2), generator=seeded(0)
+    )  # a class without shared neurons has no place for it
+    assert neuron in none_shared.experts_EN.flatten().tolist()
+
+
+def test_only_what_towers_above_the_median_token_makes_a_sink_and_only_where_it_is_fitted():
+    for strength, sinks in ((9.0, 0), (11.0, 1)):
+        ffn, x_TD, _ = with_sink(strength)
+        assert int(observed(ffn, x_TD, num_heldout=200).sink_F.sum()) == sinks
+        x_TD[: len(x_TD) - 200, -1] = 0  # held-out tokens alone
+        assert not observed(ffn, x_TD, num_heldout=200).sink_F.any()
+    assert not plant().profile.sink_F.any()

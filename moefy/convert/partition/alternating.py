@@ -41,7 +41,9 @@ def split(
     optimal). The first `rounds` route by the experts' true energies; the `routed_rounds` after
     them route by the linear router fitted to the experts of that moment, so that experts form
     which such a router can serve. The round whose linear router captures most energy on the
-    held-out tokens is returned. At most `sample` fitting tokens are used.
+    held-out tokens is returned. At most `sample` fitting tokens are used. Neurons that make
+    attention sinks (`Profile.sink_F`) are shared before all others, so that no model hangs on one
+    expert.
 
     Where the shape overlaps, every expert takes the neurons that deliver most on its own tokens,
     whoever else has them, the neurons that deliver most in all are shared, and the start is k-means
@@ -53,10 +55,12 @@ def split(
     """
     x_TD, energy_TF = _sample(ffn, profile, sample, "fit")
     held_x_TD, held_energy_TF = _sample(ffn, profile, sample // 4, "heldout")
+    sink_F = profile.sink_F
     if shape.overlaps:
-        start = _reassign(energy_TF, _cluster_tokens(x_TD, shape, generator), shape)
+        start = _reassign(energy_TF, _cluster_tokens(x_TD, shape, generator), shape, sink_F)
     else:
-        start = _cluster(energy_TF, profile.energy_F, shape, generator)
+        shared_S, rest = ranked(profile.energy_F, shape.num_shared, sink_F)
+        start = _cluster(energy_TF, shared_S, rest, shape, generator)
     partitions, captured, fit = [start], [], scorer(x_TD)
     for turn in range(rounds + routed_rounds + 1):
         partition = partitions[-1]
@@ -66,7 +70,7 @@ def split(
         if turn < rounds + routed_rounds:
             score_TE = experts_TE if turn < rounds else x_TD @ weight_ED.T
             mask_TE = top_mask(score_TE, shape.experts_per_token)
-            partitions.append(_reassign(energy_TF, mask_TE, shape))
+            partitions.append(_reassign(energy_TF, mask_TE, shape, sink_F))
     return partitions[int(torch.stack(captured).argmax())]
 
 
@@ -88,10 +92,9 @@ def _sample(ffn: FFN, profile: Profile, most: int, part: str) -> tuple[Tensor, T
 
 
 def _cluster(
-    energy_TF: Tensor, mean_F: Tensor, shape: Shape, generator: torch.Generator
+    energy_TF: Tensor, shared_S: Tensor, rest: Tensor, shape: Shape, generator: torch.Generator
 ) -> Partition:
-    """Share by mean energy; balanced k-means of the others on their sketched profiles."""
-    shared_S, rest = ranked(mean_F, shape.num_shared)
+    """Balanced k-means of the neurons that are not shared on their sketched profiles."""
     profile_TR = energy_TF[:, rest].sqrt_()
     profile_TR -= profile_TR.mean(0)
     profile_TR /= profile_TR.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
@@ -117,16 +120,16 @@ def _cluster_tokens(x_TD: Tensor, shape: Shape, generator: torch.Generator) -> T
     return torch.nn.functional.one_hot(cluster_T, shape.num_experts).to(x_TD)
 
 
-def _reassign(energy_TF: Tensor, mask_TE: Tensor, shape: Shape) -> Partition:
-    """Share the neurons that lose most by being routed; give the others their best expert."""
+def _reassign(energy_TF: Tensor, mask_TE: Tensor, shape: Shape, sink_F: Tensor | None) -> Partition:
+    """Share the sinks and what loses most by being routed; give the others their best expert."""
     delivered_FE = (mask_TE.T @ energy_TF).T  # a tenth of the time that energy_TF.T takes
     if shape.overlaps:
-        shared_S = ranked(energy_TF.sum(0), shape.num_shared)[0].sort().values
+        shared_S = ranked(energy_TF.sum(0), shape.num_shared, sink_F)[0].sort().values
         delivered_FE[shared_S] = -1.0
         best_FE = delivered_FE.argsort(dim=0, descending=True, stable=True)
         return Partition(shared_S, best_FE[: shape.expert_width].T.sort(1).values.contiguous())
     loss_F = energy_TF.sum(0) - delivered_FE.max(1).values
-    shared_S, rest = ranked(loss_F, shape.num_shared)
+    shared_S, rest = ranked(loss_F, shape.num_shared, sink_F)
     return _partition(shared_S, rest, delivered_FE[rest], shape)
 
 
