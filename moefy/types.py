@@ -202,9 +202,6 @@ class Profile:
     num_heldout: int
     energy_F: Tensor
     """Mean scaled output energy h^2 * |down column|^2 of each neuron over the fitting tokens."""
-    sink_F: Tensor | None = None
-    """Neurons that write some `SINK` times more at one fitting token than the whole FFN does at the
-    median one: they make it an attention sink, and without them nothing after it is right."""
     h_TF: Tensor | None = None
     gradient_TD: Tensor | None = None
     """Of the dense model's loss with respect to what this FFN writes, over the fitting tokens; on
@@ -215,6 +212,9 @@ class Profile:
     """The processes whose tokens count, of which these are this one's."""
     length: int = 1
     """Tokens of each sequence; all are whole."""
+    sink_F: Tensor | None = None
+    """Neurons that write over `SINK` times more at one fitting token than the whole FFN does at
+    the median one: they make it an attention sink, and without them nothing after it is right."""
 
     @property
     def num_fit(self) -> int:
