@@ -163,9 +163,6 @@ class FFN:
         )
 
 
-SINK = 10.0
-"""Where neurons count as making an attention sink. In the models measured, others reach 9."""
-
 PIECE = 1 << 16
 """Tokens whose inputs are on the device at a time where a router is fitted."""
 
@@ -213,8 +210,8 @@ class Profile:
     length: int = 1
     """Tokens of each sequence; all are whole."""
     sink_F: Tensor | None = None
-    """Neurons that write over `SINK` times more at one fitting token than the whole FFN does at
-    the median one: they make it an attention sink, and without them nothing after it is right."""
+    """Neurons that write far more at one fitting token than the whole FFN does at the median one:
+    they make it an attention sink, and without them nothing after it is right."""
 
     @property
     def num_fit(self) -> int:

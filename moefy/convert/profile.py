@@ -11,10 +11,13 @@ from torch import Tensor
 from moefy.distributed import ALONE, Group
 from moefy.errors import MoefyError
 from moefy.files.buffers import MEMORY, Store
-from moefy.types import FFN, SINK, Profile
+from moefy.types import FFN, Profile
 
 CHUNK = 2048  # tokens whose activations are in memory at a time
 SAMPLE = 8192  # fitting tokens that a split looks at, where it does not need all
+SINK = 10.0
+"""A neuron makes an attention sink if at some token it writes this many times what the whole FFN
+writes at the median token. In the models measured others reach 9, and the strongest 620."""
 
 
 @dataclass(frozen=True)

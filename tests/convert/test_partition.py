@@ -270,7 +270,8 @@ def test_what_makes_an_attention_sink_is_shared_though_an_expert_would_lose_noth
     ffn, x_TD, neuron = with_sink(200.0)
     first = torch.zeros(len(x_TD), 1)
     first[::10] = 1e6  # the residual stream is huge there, so that the token weighs nothing
-    profile = observed(ffn, x_TD, num_heldout=200, residual_TD=torch.randn(len(x_TD), 25) + first)
+    residual_TD = torch.randn(len(x_TD), 25, generator=seeded(3)) + first
+    profile = observed(ffn, x_TD, num_heldout=200, residual_TD=residual_TD)
     assert profile.sink_F.nonzero().flatten().tolist() == [neuron]
     for options in ({}, {"rounds": 0, "routed_rounds": 0}):
         shared_S = alternating.split(ffn, profile, shape, generator=seeded(0), **options).shared_S
