@@ -14,6 +14,10 @@ computation (N times the ratio of GFLOPs in `moefy convert --plan`), and at equa
 ratio of both `tokens_per_second`). These are of training alone with
 
     --halvings 0 --set measure_every=0
+
+`--without 10,11` trains the dense model without those layers instead, as RUN is trained: by the
+same losses, against the whole dense model. `moefy report --rivals` names the layers that cost
+least.
 """
 
 from __future__ import annotations
@@ -26,9 +30,11 @@ from typing import Any
 
 import records
 import typer
-from transformers import AutoModelForCausalLM
 
+from moefy.checkpoint.cut import open_cut, without
 from moefy.config.finetune import build
+from moefy.config.recipe import Recipe
+from moefy.convert.prepare import read_source
 from moefy.environment import processor
 from moefy.evaluate.metrics import compare
 from moefy.finetune import teacher
@@ -57,11 +63,16 @@ def main(
     at: list[int] = typer.Option([], help="Score after so many tokens, too."),
     eval_tokens: int = 20480,
     control: bool = typer.Option(False, "--dense", help="Train the dense model of RUN instead."),
+    dropped: str = typer.Option("", "--without", help="The same, without these layers."),
 ) -> None:
     """Train, score along the way, and print the curve."""
     parent = open_run(run)
+    layers = [int(number) for number in dropped.split(",") if number]
+    name = f"dense model of {run.name}" + (f" without layers {dropped}" if layers else "")
     copies = parent.copies and not control
-    chosen = build(None, {"data": data_source}, settings, copies=copies or control)
+    by_text_alone = copies or (control and not layers)
+    control = control or bool(layers)
+    chosen = build(None, {"data": data_source}, settings, copies=by_text_alone)
     folder, _ = teacher_folder(parent, chosen)
     computed = compute_dtypes(parent, folder, chosen)
     dense = load_teacher(folder, chosen, computed.teacher.dtype)
@@ -83,7 +94,8 @@ def main(
         nonlocal student
         dtype = computed.student.dtype
         if control:
-            student = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            source = read_source(Recipe(model=str(folder)))
+            student = open_cut(without(source.checkpoint, source.family, layers), dtype=dtype)
         else:
             student = load_student(parent, chosen, dtype)
         return student
@@ -94,7 +106,7 @@ def main(
         results = {n: compare(dense, {"student": student}, w) for n, w in windows.items()}
         student.train(was_training)
         row = {
-            "run": f"dense model of {run.name}" if control else run.name,
+            "run": name if control else run.name,
             "active": 1.0 if control else parent.summary["shape"]["active_fraction"],
             "tokens": step * tokens_per_step(chosen, 1),
             **{key: seen.get(key) for key in ("tokens_per_second", "seconds", "load_cv", "dead")},
