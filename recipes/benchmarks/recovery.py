@@ -73,7 +73,7 @@ def main(
     by_text_alone = copies or (control and not layers)
     control = control or bool(layers)
     chosen = build(None, {"data": data_source}, settings, copies=by_text_alone)
-    folder, _ = teacher_folder(parent, chosen)
+    folder, digests = teacher_folder(parent, chosen)
     computed = compute_dtypes(parent, folder, chosen)
     dense = load_teacher(folder, chosen, computed.teacher.dtype)
     write = partial(write_text, folder, chosen, computed.teacher.dtype)
@@ -126,7 +126,13 @@ def main(
 
     load().to(device(chosen))
     score(0, {})
-    targets = teacher.live(dense, chosen) if chosen.kl else None
+    targets: Any = None
+    if chosen.kl and chosen.teacher_cache:
+        name = teacher.cache_name(digests, tokens.sha256, chosen, computed.teacher.name)
+        file = Path(chosen.teacher_cache) / name
+        targets = teacher.cached(file, lambda: dense, tokens.ids_BT, chosen, lambda *_: None)
+    elif chosen.kl:
+        targets = teacher.live(dense, chosen)
     with tempfile.TemporaryDirectory(dir=out.parent) as home:
         trained = train(
             Student(load, copies=copies),
