@@ -15,8 +15,8 @@ ratio of both `tokens_per_second`). These are of training alone with
 
     --halvings 0 --set measure_every=0
 
-`--without 10,11` trains the dense model without those layers instead, as RUN is trained: by the
-same losses, against the whole dense model. `moefy report --rivals` names the layers that cost
+`--without-layers 10,11` trains the dense model less those layers instead, as RUN is trained: by
+the same losses, against the whole dense model. `moefy report --rivals` names the layers that cost
 least.
 """
 
@@ -63,12 +63,12 @@ def main(
     at: list[int] = typer.Option([], help="Score after so many tokens, too."),
     eval_tokens: int = 20480,
     control: bool = typer.Option(False, "--dense", help="Train the dense model of RUN instead."),
-    dropped: str = typer.Option("", "--without", help="The same, without these layers."),
+    without_layers: str = typer.Option("", help="The same, less these layers."),
 ) -> None:
     """Train, score along the way, and print the curve."""
     parent = open_run(run)
-    layers = [int(number) for number in dropped.split(",") if number]
-    name = f"dense model of {run.name}" + (f" without layers {dropped}" if layers else "")
+    layers = [int(number) for number in without_layers.split(",") if number]
+    name = f"dense model of {run.name}" + (f" without layers {without_layers}" if layers else "")
     copies = parent.copies and not control
     by_text_alone = copies or (control and not layers)
     control = control or bool(layers)
