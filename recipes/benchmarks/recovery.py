@@ -33,6 +33,7 @@ import typer
 
 from moefy.checkpoint.cut import open_cut, without
 from moefy.config.finetune import build
+from moefy.config.layer_names import chosen_layers
 from moefy.config.recipe import Recipe
 from moefy.convert.prepare import read_source
 from moefy.environment import processor
@@ -67,13 +68,16 @@ def main(
 ) -> None:
     """Train, score along the way, and print the curve."""
     parent = open_run(run)
-    layers = [int(number) for number in without_layers.split(",") if number]
-    name = f"dense model of {run.name}" + (f" without layers {without_layers}" if layers else "")
-    copies = parent.copies and not control
-    by_text_alone = copies or (control and not layers)
-    control = control or bool(layers)
+    by_text_alone = control or (parent.copies and not without_layers)
+    control = control or bool(without_layers)
     chosen = build(None, {"data": data_source}, settings, copies=by_text_alone)
     folder, digests = teacher_folder(parent, chosen)
+    source = read_source(Recipe(model=str(folder)))
+    layers = chosen_layers(without_layers, source.num_layers) if without_layers else []
+    name, active = run.name, parent.summary["shape"]["active_fraction"]
+    if control:
+        name = f"dense model of {run.name}" + f" without layers {without_layers}" * bool(layers)
+        active = 1 - len(layers) / source.num_layers
     computed = compute_dtypes(parent, folder, chosen)
     dense = load_teacher(folder, chosen, computed.teacher.dtype)
     write = partial(write_text, folder, chosen, computed.teacher.dtype)
@@ -94,7 +98,6 @@ def main(
         nonlocal student
         dtype = computed.student.dtype
         if control:
-            source = read_source(Recipe(model=str(folder)))
             student = open_cut(without(source.checkpoint, source.family, layers), dtype=dtype)
         else:
             student = load_student(parent, chosen, dtype)
@@ -106,8 +109,8 @@ def main(
         results = {n: compare(dense, {"student": student}, w) for n, w in windows.items()}
         student.train(was_training)
         row = {
-            "run": name if control else run.name,
-            "active": 1.0 if control else parent.summary["shape"]["active_fraction"],
+            "run": name,
+            "active": active,
             "tokens": step * tokens_per_step(chosen, 1),
             **{key: seen.get(key) for key in ("tokens_per_second", "seconds", "load_cv", "dead")},
             "dtype": computed.student.name,
@@ -117,7 +120,7 @@ def main(
             "top1": {n: f["student"].agreement for n, f in results.items()},
         }
         records.append(out, row)
-        dnll = " ".join(f"{name} {value:.3f}" for name, value in row["dnll"].items())
+        dnll = " ".join(f"{stem} {value:.3f}" for stem, value in row["dnll"].items())
         print(f"{row['tokens']:>12,} tokens: dNLL {dnll}", flush=True)
 
     def seen(row: dict[str, Any]) -> None:
@@ -128,14 +131,14 @@ def main(
     score(0, {})
     targets: Any = None
     if chosen.kl and chosen.teacher_cache:
-        name = teacher.cache_name(digests, tokens.sha256, chosen, computed.teacher.name)
-        file = Path(chosen.teacher_cache) / name
-        targets = teacher.cached(file, lambda: dense, tokens.ids_BT, chosen, lambda *_: None)
+        kept = teacher.cache_name(digests, tokens.sha256, chosen, computed.teacher.name)
+        file = Path(chosen.teacher_cache) / kept
+        targets = teacher.cached(file, lambda: dense, tokens.ids_BT, chosen)
     elif chosen.kl:
         targets = teacher.live(dense, chosen)
     with tempfile.TemporaryDirectory(dir=out.parent) as home:
         trained = train(
-            Student(load, copies=copies),
+            Student(load, copies=parent.copies and not control),
             tokens,
             chosen,
             Checkpoints(Path(home)),

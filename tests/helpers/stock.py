@@ -103,7 +103,12 @@ def shape_of(target: str, experts: int) -> dict[str, Any]:
 
 
 def opened(folder: Path, dtype: torch.dtype = torch.float32, **options: Any):
-    """The model, which must load without a missing, unexpected or mismatched tensor."""
+    """The model, which must load without a missing, unexpected or mismatched tensor.
+
+    In float64 its experts are computed one by one: grouped products do not exist there.
+    """
+    if dtype == torch.float64:
+        options["experts_implementation"] = "eager"
     model, info = auto_class(folder).from_pretrained(
         folder, dtype=dtype, output_loading_info=True, **options
     )
@@ -190,12 +195,15 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def assert_identity(dense: Path, moe: Path, exact: float = EXACT) -> None:
-    """With all experts active the converted model is the dense one."""
-    expected = dense_logits(dense)
-    model = open_all_active(moe)
+def assert_identity(dense: Path, moe: Path, dtype: torch.dtype = torch.float32) -> None:
+    """With all experts active the converted model is the dense one.
+
+    In float64 no rounding counts, which many layers, or recurrent ones, would add up.
+    """
+    expected = dense_logits(dense, dtype)
+    model = open_all_active(moe, dtype)
     assert distance(logits(model), expected) < WRITTEN
-    assert distance(logits(silence(model)), expected) < exact
+    assert distance(logits(silence(model)), expected) < EXACT
 
 
 # --- an independent computation with some of the experts -----------------------------------------

@@ -331,8 +331,8 @@ GENERIC = {
     "OPENBLAS_CORETYPE": "Nehalem",
     "OMP_NUM_THREADS": "1",
 }
-"""Makes the libraries compute as on the oldest processor, so that digests hold on all others of
-its maker."""
+"""Makes the libraries compute as on the oldest processor, so that digests hold on all others.
+Two roundings are known all the same; what tells those processors apart was not found."""
 
 CONVERT = """
 import hashlib, sys
@@ -372,19 +372,18 @@ def digests(text: Path, place: Path, families: list[str]) -> dict[str, str]:
 
 
 def test_golden_digests(text, tmp_path):
-    """The bytes of two conversions, by platform, maker of the processor and versions.
+    """The bytes of two conversions, by platform and versions, on one of the processors known.
 
     A change of these numbers is a change of results, and is to be told as one. With versions that
     are not in the file, two runs are compared with each other instead, and a warning says what to
     add to it.
     """
     versions = [f"{name} {version(name).split('+')[0]}" for name in LIBRARIES]
-    maker = environment.processor().split()[0].removesuffix("(R)")
-    key = ", ".join([f"{platform.system()} {platform.machine()} {maker}", *versions])
+    key = ", ".join([f"{platform.system()} {platform.machine()}", *versions])
     families = ["llama", "qwen3"]
     found = digests(text, tmp_path / "once", families)
     golden = json.loads(GOLDEN.read_text()).get(key)
     if golden is None:
         warnings.warn(f"no golden digests of {key}: {json.dumps(found)}", stacklevel=1)
-        golden = digests(text, tmp_path / "twice", families)
-    assert golden == found
+        golden = {"this one": digests(text, tmp_path / "twice", families)}
+    assert found in golden.values()
