@@ -323,15 +323,15 @@ def errors(rows: list[dict[str, Any]], constants_C: np.ndarray) -> list[float]:
 
 
 def fitted(rows: list[dict[str, Any]]) -> str:
-    """Constants by engine and type, with their error on what they were fitted to and were not.
+    """Constants by engine, type and processor, with their error on what they were fitted to or not.
 
     Each size is left out of a fit in turn, and its ratios are predicted by that fit.
     """
     lines = []
-    latest = {_key(row): row for row in rows}
-    groups = sorted({key[:2] for key in latest})
+    latest = {(row["processor"], *_key(row)): row for row in rows}
+    groups = sorted({(*key[1:3], key[0]) for key in latest})
     for group in groups:
-        own = [row for key, row in latest.items() if key[:2] == group]
+        own = [row for key, row in latest.items() if (*key[1:3], key[0]) == group]
         found = constants(own)
         inside = [abs(error) for error in errors(own, found)]
         outside = []
@@ -343,7 +343,13 @@ def fitted(rows: list[dict[str, Any]]) -> str:
         cells = [f"{median(inside):.0%}", f"{max(inside):.0%}"]
         cells += [f"{median(outside):.0%}", f"{max(outside):.0%}"] if outside else ["", ""]
         lines.append([*group, len(own), *(f"{c:.3g}" for c in found), *cells])
-    header = ["engine", "type", "ratios", *(field.name for field in dataclasses.fields(Cost))]
+    header = [
+        "engine",
+        "type",
+        "processor",
+        "ratios",
+        *(field.name for field in dataclasses.fields(Cost)),
+    ]
     return records.table([*header, "median", "worst", "left out: median", "worst"], lines)
 
 
@@ -351,12 +357,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Ratios to dense by shape, and as a part of what the multiply-adds allow."""
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
-        *key, task = _key(row)
+        *key, task = row["processor"], *_key(row)
         cells.setdefault(tuple(key), {})[task] = (
             f"{row['ratio']:.2f} ({row['ratio'] / ideal_of(row):.0%})"
         )
     lines = [[*key, *(by_task.get(task, "") for task in TASKS)] for key, by_task in cells.items()]
-    return records.table(["engine", "dtype", "hidden", "shape", *TASKS], lines)
+    return records.table(["processor", "engine", "dtype", "hidden", "shape", *TASKS], lines)
 
 
 if __name__ == "__main__":
