@@ -203,6 +203,9 @@ class Profile:
     gradient_TD: Tensor | None = None
     """Of the dense model's loss with respect to what this FFN writes, over the fitting tokens; on
     the CPU, and only for a partition that asks for it."""
+    folded: tuple[FFN, Tensor] | None = None
+    """Where the FFN in hand has copies of neurons (`unfold`): one that has each once, whose are the
+    activations, and which of its neurons each is, (A,)."""
     release: Callable[[], None] = lambda: None
     """Lets go of what was read of these tensors where they lie in files (see `store`)."""
     group: Group = ALONE

@@ -20,7 +20,7 @@ from moefy.compute_dtype import ComputeDtype, compute_dtype
 from moefy.convert.prepare import SELF, Job
 from moefy.convert.profile import CHUNK
 from moefy.convert.refit import EXPERT_STRENGTHS
-from moefy.convert.routed_ffn import GAINS, UNFOLDED
+from moefy.convert.routed_ffn import GAINS
 from moefy.files.buffers import CPU, Store
 from moefy.files.shards import Slot
 from moefy.memory import available, base_bytes, device_memory
@@ -234,8 +234,9 @@ def _layer(job: Job) -> dict[str, int]:
     if shape.overlaps and job.method.fit is not None:
         # What is left of the held-out outputs under each strength.
         left = 4 * held_out * hidden * len(EXPERT_STRENGTHS)
-        unfolded = min(UNFOLDED, 4 * recipe.tokens * shape.num_stored)
-        stored["refit of experts"] = ffn * shape.num_stored // neurons + left + unfolded + 3 * chunk
+        # The FFN with each neuron once beside the one with copies, and two chunks of both.
+        copies = (ffn + 2 * chunk) * shape.num_stored // neurons
+        stored["refit of experts"] = ffn + matrix + left + chunk + copies
     return stored
 
 

@@ -71,14 +71,18 @@ def activations(ffn: FFN, profile: Profile, tokens: slice) -> Tensor:
 
 def _activations(ffn: FFN, profile: Profile, x_TD: Tensor, tokens: slice) -> Tensor:
     """The same, with these tokens' inputs."""
-    if profile.h_TF is not None:
-        return profile.h_TF[tokens]
-    return ffn.activations(x_TD.to(ffn.up_FD.device)).mul_(profile.scale_T[tokens, None])
+    ffn, neuron_A = profile.folded or (ffn, None)
+    if profile.h_TF is None:
+        h_TF = ffn.activations(x_TD.to(ffn.up_FD.device)).mul_(profile.scale_T[tokens, None])
+    else:
+        h_TF = profile.h_TF[tokens]
+    return h_TF if neuron_A is None else h_TF.index_select(1, neuron_A)
 
 
 def some_activations(ffn: FFN, profile: Profile, token_T: Tensor, neurons: Tensor) -> Tensor:
     """Scaled activations of some neurons on some tokens."""
     if profile.h_TF is not None:
+        neurons = neurons if profile.folded is None else profile.folded[1][neurons]
         return profile.h_TF[token_T[:, None], neurons]
     x_TD = profile.x_TD[token_T.to(profile.x_TD.device)].to(ffn.up_FD.device)
     h_TN = ffn.some(neurons).activations(x_TD)

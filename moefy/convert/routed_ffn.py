@@ -9,14 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from moefy.convert.profile import CHUNK, chunks
+from moefy.convert.profile import chunks
 from moefy.types import FFN, Partition, Profile, Router, pieces
 
 GAINS = 1 << 24
 """Numbers in memory at a time when experts' outputs are compared."""
-
-UNFOLDED = 1 << 30
-"""Bytes of activations that are kept where experts no longer overlap."""
 
 BLOCK = 512
 """Neurons that are multiplied at a time: of a Gram matrix, the blocks behind are left out."""
@@ -121,25 +118,18 @@ def unrouted(ffn: FFN, partition: Partition) -> RoutedFFN:
     return RoutedFFN(ffn, partition, Router(ffn.up_FD.new_zeros(0, ffn.hidden_size)), 0)
 
 
-def unfold(
-    routed: RoutedFFN, profile: Profile, cache_bytes: int = UNFOLDED
-) -> tuple[RoutedFFN, Profile]:
+def unfold(routed: RoutedFFN, profile: Profile) -> tuple[RoutedFFN, Profile]:
     """The same with every neuron as often as it stands in the partition, which then is disjoint."""
     partition = routed.partition
     num_shared, (num_experts, width) = len(partition.shared_S), partition.experts_EN.shape
-    neurons = torch.cat([partition.shared_S, partition.experts_EN.reshape(-1)])
-    keep = profile.x_TD.shape[0] * len(neurons) * 4 <= cache_bytes
-    h_TF = None
-    if keep:
-        h_TF = torch.empty(len(profile.x_TD), len(neurons), device=neurons.device)
-        parts = zip(h_TF.split(CHUNK), chunks(routed.ffn, profile, "all"), strict=True)
-        for part_TF, (_, all_TF, *_) in parts:
-            torch.index_select(all_TF, 1, neurons, out=part_TF)
-    place = torch.arange(len(neurons), device=neurons.device)
-    disjoint = Partition(place[:num_shared], place[num_shared:].view(num_experts, width))
+    neuron_A = torch.cat([partition.shared_S, partition.experts_EN.reshape(-1)])
+    place_A = torch.arange(len(neuron_A), device=neuron_A.device)
+    disjoint = Partition(place_A[:num_shared], place_A[num_shared:].view(num_experts, width))
     return (
-        dataclasses.replace(routed, ffn=routed.ffn.some(neurons), partition=disjoint),
-        dataclasses.replace(profile, h_TF=h_TF, energy_F=profile.energy_F[neurons]),
+        dataclasses.replace(routed, ffn=routed.ffn.some(neuron_A), partition=disjoint),
+        dataclasses.replace(
+            profile, folded=(routed.ffn, neuron_A), energy_F=profile.energy_F[neuron_A]
+        ),
     )
 
 

@@ -331,7 +331,9 @@ def test_experts_are_refitted_on_their_own_tokens():
     places = unfolded.partition
     own = dataclasses.replace(spread, goal_TD=spread.goal_TD.clone())  # is written over
     down_DF, error = refit_experts(unfolded, own)
-    run_TF = running(spread, places, router, 1)
+    _, neuron_A = spread.folded
+    copied = dataclasses.replace(spread, h_TF=spread.h_TF[:, neuron_A], folded=None)
+    run_TF = running(copied, places, router, 1)
     plain_TD = run_TF @ unfolded.ffn.down_DF.double().numpy().T
     rest_TD = profile.goal_TD.double().numpy() - plain_TD
     chosen_T = (profile.x_TD @ router.weight_ED.T).argmax(1).numpy()
