@@ -11,7 +11,7 @@ from torch import nn
 
 from moefy.convert import refit as refitting
 from moefy.convert.partition import alternating, shuffle, static
-from moefy.convert.profile import Inputs, observe
+from moefy.convert.profile import Inputs, chunks, observe, some_activations
 from moefy.convert.refit import EXPERT_STRENGTHS, STRENGTHS, refit, refit_experts
 from moefy.convert.routed_ffn import RoutedFFN, unfold, unrouted
 from moefy.convert.router import linear
@@ -319,6 +319,23 @@ def test_a_refit_makes_good_what_its_activations_tell():
 
 
 # Experts that overlap
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed again"])
+def test_a_copied_neuron_answers_as_an_ffn_that_has_it_many_times(kept):
+    """All at once, and an expert's on some tokens; those of other neurons differ."""
+    ffn, profile, _, _ = setting(5, tokens=900)
+    partition = alternating.split(ffn, profile, Shape(48, 8, 4, 16, 1), generator=seeded(0))
+    router = Router(torch.randn(4, ffn.hidden_size, generator=seeded(1)))
+    profile = profile if kept else dataclasses.replace(profile, h_TF=None)
+    unfolded, spread = unfold(RoutedFFN(ffn, partition, router, 1), profile)
+    wanted_TA = unfolded.ffn.activations(profile.x_TD) * profile.scale_T[:, None]
+    found_TA = torch.cat([h_TA for _, h_TA, *_ in chunks(unfolded.ffn, spread, "all")])
+    torch.testing.assert_close(found_TA, wanted_TA)
+    token_T, place_N = torch.tensor([3, 500, 899]), unfolded.partition.experts_EN[2]
+    some_TN = some_activations(unfolded.ffn, spread, token_T, place_N)
+    torch.testing.assert_close(some_TN, wanted_TA[token_T][:, place_N])
+    assert (some_TN - wanted_TA[token_T][:, place_N - 1]).abs().max() > 0.01 * wanted_TA.std()
 
 
 def test_experts_are_refitted_on_their_own_tokens():
