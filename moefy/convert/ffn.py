@@ -107,9 +107,8 @@ def convert_block(
         with clock.stage("polish"):
             routed, polished = polish(routed, profile, method.polish, generator)
             routed = dataclasses.replace(routed, ffn=routed.ffn.rounded(dtype))
-            profile = dataclasses.replace(
-                profile, h_TF=None, folded=None
-            )  # they were other neurons'
+            # The activations that are kept were other neurons'.
+            profile = dataclasses.replace(profile, h_TF=None, folded=None)
             shares["error_after_polish"] = polished
     if overlaps and method.refit:
         with clock.stage("refit"):
