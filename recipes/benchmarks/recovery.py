@@ -131,8 +131,8 @@ def main(
     score(0, {})
     targets: Any = None
     if chosen.kl and chosen.teacher_cache:
-        kept = teacher.cache_name(digests, tokens.sha256, chosen, computed.teacher.name)
-        file = Path(chosen.teacher_cache) / kept
+        cached = teacher.cache_name(digests, tokens.sha256, chosen, computed.teacher.name)
+        file = Path(chosen.teacher_cache) / cached
         targets = teacher.cached(file, lambda: dense, tokens.ids_BT, chosen)
     elif chosen.kl:
         targets = teacher.live(dense, chosen)

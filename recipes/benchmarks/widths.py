@@ -153,6 +153,11 @@ def _key(record: dict[str, Any]) -> tuple[str, ...]:
     return (record["engine"], record["dtype"], record["size"], shape, record["task"])
 
 
+def _group(record: dict[str, Any]) -> tuple[str, ...]:
+    """What has constants of its own."""
+    return (record["engine"], record["dtype"], record["processor"])
+
+
 def opened(
     engine: str, dtype: str, size: Size, shape: Shape | None, folder: Path, python: Path | None
 ) -> Run:
@@ -328,10 +333,9 @@ def fitted(rows: list[dict[str, Any]]) -> str:
     Each size is left out of a fit in turn, and its ratios are predicted by that fit.
     """
     lines = []
-    latest = {(row["processor"], *_key(row)): row for row in rows}
-    groups = sorted({(*key[1:3], key[0]) for key in latest})
-    for group in groups:
-        own = [row for key, row in latest.items() if (*key[1:3], key[0]) == group]
+    latest = {(_group(row), _key(row)): row for row in rows}
+    for group in sorted({group for group, _ in latest}):
+        own = [row for (of, _), row in latest.items() if of == group]
         found = constants(own)
         inside = [abs(error) for error in errors(own, found)]
         outside = []
@@ -343,14 +347,9 @@ def fitted(rows: list[dict[str, Any]]) -> str:
         cells = [f"{median(inside):.0%}", f"{max(inside):.0%}"]
         cells += [f"{median(outside):.0%}", f"{max(outside):.0%}"] if outside else ["", ""]
         lines.append([*group, len(own), *(f"{c:.3g}" for c in found), *cells])
-    header = [
-        "engine",
-        "type",
-        "processor",
-        "ratios",
-        *(field.name for field in dataclasses.fields(Cost)),
-    ]
-    return records.table([*header, "median", "worst", "left out: median", "worst"], lines)
+    names = [field.name for field in dataclasses.fields(Cost)]
+    header = ["engine", "type", "processor", "ratios", *names, "median", "worst"]
+    return records.table([*header, "left out: median", "worst"], lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

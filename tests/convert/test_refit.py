@@ -321,13 +321,13 @@ def test_a_refit_makes_good_what_its_activations_tell():
 # Experts that overlap
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed again"])
-def test_a_copied_neuron_answers_as_an_ffn_that_has_it_many_times(kept):
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "computed again"])
+def test_a_copied_neuron_answers_as_an_ffn_that_has_it_many_times(stored):
     """All at once, and an expert's on some tokens; those of other neurons differ."""
     ffn, profile, _, _ = setting(5, tokens=900)
     partition = alternating.split(ffn, profile, Shape(48, 8, 4, 16, 1), generator=seeded(0))
     router = Router(torch.randn(4, ffn.hidden_size, generator=seeded(1)))
-    profile = profile if kept else dataclasses.replace(profile, h_TF=None)
+    profile = profile if stored else dataclasses.replace(profile, h_TF=None)
     unfolded, spread = unfold(RoutedFFN(ffn, partition, router, 1), profile)
     wanted_TA = unfolded.ffn.activations(profile.x_TD) * profile.scale_T[:, None]
     found_TA = torch.cat([h_TA for _, h_TA, *_ in chunks(unfolded.ffn, spread, "all")])
