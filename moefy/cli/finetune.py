@@ -45,6 +45,8 @@ def finetune(options: Options, asked: Finetune) -> None:
     from moefy.runs.folder import holds_copies
 
     copies = holds_copies(asked.run)
+    if asked.steps is not None:
+        options = {**options, "tokens": Settings.tokens}
     settings = build(asked.recipe, options, [*asked.settings], note, copies=copies)
     if asked.steps is not None:
         settings = _of_steps(settings, asked.steps)

@@ -18,7 +18,7 @@ from moefy.config.options import (
     option,
     parse_setting,
 )
-from moefy.config.presets import CHOSEN, OPEN, PRESETS
+from moefy.config.presets import CHOSEN, DEFAULT, OPEN, PRESETS
 from moefy.config.sources import absolute, sources
 from moefy.config.toml import read_toml
 from moefy.errors import MoefyError
@@ -38,10 +38,10 @@ class Settings:
     preset: str = option(
         "",
         "How long it may take: `fast` ten minutes, `good` an hour, `best` ten hours. It chooses "
-        "tokens, batches and learning rates by the speed of the machine and the width of the "
-        "model, where they are not given.",
+        "tokens, batches, learning rates and the last stage by the speed of the machine, the size "
+        "of the text and the width of the model, where they are not given.",
         choices=("", *PRESETS),
-        unset="none",
+        unset=f"{DEFAULT}, or none with --tokens",
     )
     data: tuple[str, ...] = option(
         ("self",),
@@ -63,12 +63,13 @@ class Settings:
         "Share of the steps, at the end, that learn the teacher's answers to prompts of moefy's "
         "own, and nothing else.",
         most=0.5,
+        unset="0, or as the preset chooses",
     )
     text_field: str = option("text", "Field of rows that holds the text.")
     answers_only: bool = option(
         False, "Learn what the assistant writes in conversations, and not the rest of them."
     )
-    tokens: int = option(1_000_000, "Tokens to train on, repeated ones included.")
+    tokens: int = option(1_000_000, "Tokens to train on, repeats included.", unset="by preset")
     sequence_length: int = option(512, "Tokens per sequence.", least=8)
     batch_size: int = option(4, "Sequences per process and forward pass.", least=1)
     gradient_accumulation_steps: int = option(
@@ -232,6 +233,8 @@ def build(
     values: dict[str, Any] = dict(COPIES) if copies else {}
     for layer in (table, given, *(dict([parse_setting(setting)]) for setting in settings)):
         values |= check(Settings, layer, note, f"[{TABLE}]")
+    if "tokens" not in values:
+        values.setdefault("preset", DEFAULT)
     if values.get("preset"):
         values = dict.fromkeys(CHOSEN, OPEN) | values
     result = Settings(**complete(values))
@@ -280,26 +283,19 @@ def _check(settings: Settings) -> None:
             "hidden needs the teacher's states, which a --teacher-cache does not hold; drop one",
             code=2,
         )
-    if settings.anneal and settings.train in ("router", "lora"):
-        raise MoefyError(
-            f"--anneal with --train {settings.train}: the refit is blended into weights that are "
-            "trained; expected --train all, router+experts or experts",
-            code=2,
-        )
-    if settings.anneal and settings.fsdp:
-        raise MoefyError("--anneal with fsdp is not supported; drop one", code=4)
+    train, optimizer, bias = settings.train, settings.optimizer, settings.balance == "bias"
+    # The refit is blended into weights that are trained; a bias moves where all experts are on.
+    untrained = {f"--train {train}": train in ("router", "lora"), "--balance bias": bias}
+    _alone("--anneal", settings.anneal, {**untrained, "fsdp": settings.fsdp})
     unlike = {
         "fsdp": settings.fsdp,
         "--anneal": settings.anneal,
         "--gradient-checkpointing": settings.gradient_checkpointing,
         "refit_after": settings.refit_after,
     }
-    if settings.compile and (others := [name for name, given in unlike.items() if given]):
-        raise MoefyError(f"--compile with {others[0]} is not supported; drop one", code=4)
-    if settings.fsdp and settings.optimizer != "adamw":
-        raise MoefyError(f"fsdp with --optimizer {settings.optimizer} is not supported", code=4)
-    if settings.fsdp and settings.train == "lora":
-        raise MoefyError("fsdp with --train lora is not supported; drop one", code=4)
+    _alone("--compile", settings.compile, unlike)
+    whole = {f"--optimizer {optimizer}": optimizer != "adamw", "--train lora": train == "lora"}
+    _alone("fsdp", settings.fsdp, whole)
     if not settings.expert_parallel:
         return
     if not settings.fsdp:
@@ -316,3 +312,9 @@ def _check(settings: Settings) -> None:
             "need; expected --set router_gradient=chosen and router_ce=0",
             code=2,
         )
+
+
+def _alone(name: str, given: Any, others: Mapping[str, Any]) -> None:
+    """Refuse what is given beside another that does not go with it."""
+    if given and (found := [other for other, is_given in others.items() if is_given]):
+        raise MoefyError(f"{name} with {found[0]} is not supported; drop one", code=4)

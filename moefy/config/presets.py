@@ -8,6 +8,9 @@ from collections.abc import Mapping
 PRESETS: Mapping[str, float] = {"fast": 10 * 60, "good": 3600, "best": 10 * 3600}
 """Seconds that each may take: minutes, an hour, a night."""
 
+DEFAULT = "good"
+"""Where neither a preset nor a number of tokens is given."""
+
 OPEN = -1
 """Stands for what a preset has still to choose, once model and machine are known."""
 

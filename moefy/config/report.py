@@ -61,12 +61,13 @@ class Settings:
     limit: int | None = option(None, "Samples per task at most.", least=1)
     prompts: Path | None = option(
         None,
-        "File of rows with a `prompt`, and an `answer` or none, or of chats, to find regressions.",
+        "File of rows with a `prompt`, and an `answer` or none, or of chats, to find regressions; "
+        "for --behaviour, too, with `json` true where an answer is to hold it.",
     )
     behaviour: bool | None = option(
         None,
         "Share of answers that loop, stop, and hold the JSON asked for.",
-        unset="unless --quick",
+        unset="with --full",
     )
     robustness: bool | None = option(
         None, "Scores on random tokens, cut-off prompts and long contexts.", unset="unless --quick"

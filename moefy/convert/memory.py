@@ -169,6 +169,9 @@ def predicted(
     base = base_bytes(job.checkpoint.folder)
     always = base + gradient_bytes(job)
     always += state_arrays(job, place) if place.where == "memory" else 0
+    if place.where == "device":  # a copy of the states, which is saved beside the next layer
+        sides = 2 if job.method.error_propagation else 1
+        always += 4 * job.recipe.tokens * job.size("hidden_size") * sides
     layer = _layer(job) if job.device.type == "cpu" else _written(job)
     stages = {stage: always + held for stage, held in layer.items()}
     # These need the whole dense model in memory.
@@ -186,8 +189,9 @@ def predicted(
 def _written(job: Job) -> dict[str, int]:
     """What one layer's stages hold outside of a GPU's memory, beside the states."""
     matrices = 4 * job.shape.num_neurons * job.size("hidden_size") * (3 if job.family.gated else 2)
-    stored = 4 * job.other_weights, int(matrices * job.shape.num_stored / job.shape.num_neurons)
-    return {"read": matrices, "attention": stored[0], "write": stored[1]}
+    stored = int(matrices * job.shape.num_stored / job.shape.num_neurons)
+    # The next layer is read meanwhile.
+    return {"read": matrices, "attention": 4 * job.other_weights, "write": stored + matrices}
 
 
 def _layer(job: Job) -> dict[str, int]:

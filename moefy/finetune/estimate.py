@@ -30,6 +30,7 @@ from moefy.finetune.memory import (
     eight_bits,
     gpu_bytes,
     gpu_room,
+    host_room,
     memory,
     state_bytes,
     written,
@@ -40,7 +41,6 @@ from moefy.finetune.train import (
     num_steps,
     tokens_per_step,
 )
-from moefy.memory import available
 from moefy.models.load import plain_config
 
 DECODING = 2.0
@@ -55,10 +55,21 @@ BATCH = {"cpu": 4, "cuda": 32}
 """Sequences of a forward pass at most, where a preset chooses."""
 
 
+ADVICE = {
+    "refit": "; expected refit_after=false",
+    "teacher": "; expected fewer --tokens, or no --teacher-cache",
+}
+"""What to do where a stage beside the training takes too much."""
+
+
 def settled(inputs: Inputs) -> Settings:
     """The settings with what their preset chooses, by the width of the model and its speed here.
 
-    Tokens are as many as the preset has time for, rounded down to 1, 2 or 5 and zeros.
+    Tokens are as many as the preset has time for, but no more than the text has bytes, rounded down
+    to 1, 2 or 5 and zeros. A byte is about a quarter of a token: four passes over the text are
+    almost worth as much new text, and more are not.
+
+    Source: Muennighoff et al., 2023, arXiv:2305.16264.
     """
     asked = inputs.settings
     if not any(getattr(asked, name) == OPEN for name in CHOSEN):
@@ -73,7 +84,8 @@ def settled(inputs: Inputs) -> Settings:
         for _ in range(2):
             tried = _batched(inputs, tokens)
             fixed, per_token = _seconds(dataclasses.replace(inputs, settings=tried))
-            tokens = round_tokens((PRESETS[asked.preset] - fixed) / per_token)
+            timed = (PRESETS[asked.preset] - fixed) / per_token
+            tokens = round_tokens(min(timed, text_bytes(asked)))
         tokens = max(tokens, 8 * asked.sequence_length)
     rates = {name: value for name, value in rates.items() if getattr(asked, name) == OPEN}
     settings = dataclasses.replace(_batched(inputs, tokens), **rates)
@@ -87,9 +99,21 @@ def settled(inputs: Inputs) -> Settings:
     return settings
 
 
+def text_bytes(settings: Settings) -> float:
+    """Bytes of the text at the shares that are asked for, of what is read here; without end where
+    nothing is."""
+    sizes = []
+    for source in sources(settings.data, settings.answers):
+        path = Path(source.place).expanduser()
+        files = [path] if path.is_file() else filter(Path.is_file, path.rglob("*"))
+        if not source.prompts and path.exists():
+            sizes.append(sum(file.stat().st_size for file in files) / source.share)
+    return min(sizes, default=math.inf)
+
+
 def _fits(inputs: Inputs, settings: Settings) -> bool:
     tried = dataclasses.replace(inputs, settings=settings)
-    return max(memory(tried).values()) <= available() and gpu_bytes(tried) <= gpu_room(tried)
+    return max(memory(tried).values()) <= host_room() and gpu_bytes(tried) <= gpu_room(tried)
 
 
 def _batched(inputs: Inputs, tokens: int) -> Settings:
@@ -202,10 +226,12 @@ def _refusal(inputs: Inputs, plan: Mapping[str, Any], out: Path) -> str:
     needed, room = plan["gpu_memory_bytes"], gpu_room(inputs)
     if needed > room:
         return f"{_takes(needed, 'memory of the GPU', room)}{advice}"
-    room = available()
+    room = host_room()
     if plan["memory_bytes"] > room:
         if written(inputs.run) > room:
             advice = "; expected as much, to compare what was written"
+        else:
+            advice = ADVICE.get(plan["memory_stage"], advice)
         return f"{_takes(plan['memory_bytes'], 'memory', room)}{advice}"
     free = shutil.disk_usage(next(p for p in [out, *out.parents] if p.exists())).free
     if (needed := plan["disk_bytes"] + plan["state_bytes"]) > free:

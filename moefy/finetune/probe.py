@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -108,11 +109,12 @@ def _student(
     if settings.train == "lora":
         model = adapted(model, settings.lora_rank)
     size = settings.batch_size if device(settings).type == "cuda" else 1
+    num_rows = STEPS * size * int(os.environ.get("WORLD_SIZE", "1"))
     quick = dataclasses.replace(
         settings,
         batch_size=size,
         gradient_accumulation_steps=1,
-        tokens=STEPS * size * settings.sequence_length,
+        tokens=num_rows * settings.sequence_length,
         fsdp=0,
         expert_parallel=0,
         log_to="",
@@ -125,7 +127,7 @@ def _student(
         router_learning_rate=0.0,
         rest_learning_rate=0.0,
     )
-    ids_BT = _ids(run.vocab_size, STEPS * size, settings.sequence_length)
+    ids_BT = _ids(run.vocab_size, num_rows, settings.sequence_length)
     tokens_TP = min(settings.top_tokens, run.vocab_size)
     targets = (
         torch.randint(run.vocab_size, (size, settings.sequence_length, tokens_TP)),

@@ -2,10 +2,11 @@
 
     python recipes/benchmarks/gpu.py MODEL --data TEXT --text FILE --text FILE --text FILE --out DIR
 
-It converts MODEL at a half, or takes the conversion `--run RUN`; tries a few steps of each batch
-size, as they are and with compiled layers; profiles one step; trains with the fastest batch, by
-steps of 16,384 tokens; and prints one table. Each measurement is a line of DIR/gpu.jsonl at once.
-Meant for SmolLM2-135M in 12 minutes of an H100. A CPU with tiny sizes tries the script:
+It converts MODEL at a half by 16,384 tokens, or takes the conversion `--run RUN`; tries a few steps
+of each batch size, as they are and with compiled layers; profiles one step; trains with the fastest
+batch, by steps of 16,384 tokens; and prints one table. Each measurement is a line of
+DIR/gpu.jsonl at once. Meant for SmolLM2-135M in 12 minutes of an H100. A CPU with tiny sizes tries
+the script:
 
     ... --tokens 4096 --step-tokens 512 --batches 1,2 --trial-steps 3 --eval-tokens 512
 """
@@ -155,9 +156,11 @@ def operations(done: profile) -> list[tuple[str, int, float]]:
 
 
 def converted(model: Path, calibration: str, out: Path, settings: list[str]) -> float:
-    """Convert at a half, or as the settings say; give the seconds that it took."""
+    """Convert at a half by 16,384 tokens, or as the settings say; give the seconds that it took."""
     began = time.perf_counter()
-    words = [word for setting in ["active=0.5", *settings] for word in ("--set", setting)]
+    words = [
+        word for setting in ["active=0.5", "tokens=16384", *settings] for word in ("--set", setting)
+    ]
     command = [sys.executable, "-m", "moefy", "convert", model, out, "--calibration", calibration]
     subprocess.run([*map(str, command), "--quiet", *words], check=True)
     return time.perf_counter() - began
@@ -231,8 +234,10 @@ def main(
         out=curve,
         settings=[*settings, *words],
         halvings=0,
+        at=[],
         eval_tokens=eval_tokens,
         control=False,
+        without_layers="",
     )
     before, *_, after = records.read(curve)
     keep("training", {"before": before, "after": after, "peak_bytes": peak_bytes()})

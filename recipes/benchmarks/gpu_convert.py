@@ -5,9 +5,9 @@
 It runs the tests that want a GPU; converts two layers of a 7B shape with random weights, with few
 tokens and with many; converts MODEL whole with as many as a GPU makes cheap, without and with
 `--polish`; and reports on both, on the same device. Each step is a line of DIR/gpu_convert.jsonl at
-once, so that what was measured stays if time runs out; what would begin after `--minutes` is left
-out, and said. Meant for SmolLM2-135M in 12 minutes of an H100. A CPU with tiny sizes tries the
-script:
+once, so that what was measured stays if time runs out; what has not ended after `--minutes` is
+stopped or left out, and said. Meant for SmolLM2-135M in 12 minutes of an H100. A CPU with tiny
+sizes tries the script:
 
     ... --shape 135M --tokens 4096 --whole 4096 --eval-tokens 512
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ def main(
     whole: int = typer.Option(1_000_448, help="Tokens for the whole model."),
     eval_tokens: int = 20480,
     polish: int = typer.Option(4, help="Passes over the tokens."),
-    minutes: float = typer.Option(12, help="Begin nothing after so many."),
+    minutes: float = typer.Option(12, help="What has not ended by then is stopped."),
 ) -> None:
     """Measure what there is time for; a step that fails is a line as well."""
     out.mkdir(parents=True, exist_ok=True)
@@ -62,19 +63,27 @@ def main(
     began = time.monotonic()
     for name, step in steps.items():
         start = time.monotonic()
-        late = start - began > 60 * minutes
-        result = {"failed": "no time was left"} if late else tried(step)
+        left = 60 * minutes - (start - began)
+        result = tried(step, left) if left >= 1 else {"failed": "no time was left"}
         row = {"step": name, "seconds": round(time.monotonic() - start, 1), **result}
         records.append(out / "gpu_convert.jsonl", {**row, "device": device()})
         print(json.dumps(row), flush=True)
 
 
-def tried(step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a step gives, or the last line of why it failed."""
+def tried(step: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """What a step gives within so many seconds, or the last line of why it failed."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError("it took all the time that was left")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(int(seconds))
     try:
         return step()
     except (subprocess.CalledProcessError, SystemExit, OSError) as error:
         return {"failed": str(getattr(error, "stderr", "") or error).strip().splitlines()[-1]}
+    finally:
+        signal.alarm(0)
 
 
 def device() -> str:

@@ -72,6 +72,8 @@ def main(
     control = control or bool(without_layers)
     chosen = build(None, {"data": data_source}, settings, copies=by_text_alone)
     folder, digests = teacher_folder(parent, chosen)
+    if unlike := [key for key in ("anneal", "refit_after", "last_stage") if getattr(chosen, key)]:
+        raise typer.BadParameter(f"{unlike[0]} is for `moefy finetune` alone")
     source = read_source(Recipe(model=str(folder)))
     layers = chosen_layers(without_layers, source.num_layers) if without_layers else []
     name, active = run.name, parent.summary["shape"]["active_fraction"]

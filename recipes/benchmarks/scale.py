@@ -156,10 +156,14 @@ def measured(
     command = [sys.executable, __file__, "one", text, str(out), "--memory", memory or ""]
     peaks = dict.fromkeys(("VmHWM", "RssAnon", "RssFile"), 0)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-        while run.poll() is None:
-            for key, value in resident(run.pid):
-                peaks[key] = max(peaks.get(key, 0), value)
-            time.sleep(0.02)
+        try:
+            while run.poll() is None:
+                for key, value in resident(run.pid):
+                    peaks[key] = max(peaks.get(key, 0), value)
+                time.sleep(0.02)
+        except TimeoutError:
+            run.kill()
+            raise
         assert run.stdout
         if run.returncode:
             raise SystemExit(run.returncode)

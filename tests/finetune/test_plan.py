@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import exit_codes
 from stopping import stopped_at
 
 from moefy.config.finetune import Settings, build
@@ -150,11 +151,11 @@ def test_what_does_not_fit_is_refused_by_name(run, text, tmp_path, monkeypatch, 
     done = moefy(*line, "--json")
     plan = json.loads(done.out)
     assert done.code == 0 and plan["refusal"] == "" and plan["tokens"] == 2048
-    monkeypatch.setattr(estimate, "available", lambda: 10**6)
+    monkeypatch.setattr(memory, "available", lambda: 10**6)
     done = moefy(*line, "--json")
     assert done.code == 5 and json.loads(done.out)["refusal"]
     assert "GB of memory, there are 0.0 GB" in done.err and done.err.count("\n") == 1
-    monkeypatch.setattr(estimate, "available", lambda: 10**15)
+    monkeypatch.setattr(memory, "available", lambda: 10**15)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda place: usage)
     done = moefy(*line)
@@ -163,7 +164,7 @@ def test_what_does_not_fit_is_refused_by_name(run, text, tmp_path, monkeypatch, 
 
 
 def test_what_to_lower_is_what_is_not_lowered_yet(run, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate, "available", lambda: 650_000_000)
+    monkeypatch.setattr(memory, "available", lambda: 650_000_000)
     heavy = Cost(1e-3, 0.1, 1e6, 10_000)
 
     def refusal(**more):
@@ -176,6 +177,38 @@ def test_what_to_lower_is_what_is_not_lowered_yet(run, text, tmp_path, monkeypat
     assert not any(way in refusal(**less) for way in (ways[0], ways[1], ways[3]))
 
 
+def test_each_process_of_a_machine_has_its_part_of_the_memory(run, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 10**9)
+    inputs = planned(run, text)
+    assert estimate.estimate(inputs, tmp_path / "out")["refusal"] == ""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert "there are 0.2 GB" in estimate.estimate(inputs, tmp_path / "out")["refusal"]
+
+
+def test_advice_is_for_the_stage_that_takes_most(run, text, tmp_path, monkeypatch):
+    """Where asking the teacher or the refit takes most, no smaller batch helps."""
+    room = memory.written(planned(run, text).run) + 10**6
+    monkeypatch.setattr(memory, "available", lambda: room)
+    for stage, more in (
+        ("refit_after=false", {"refit_after": True, "teacher_cache": str(tmp_path)}),
+        ("fewer --tokens", {"teacher_cache": str(tmp_path), "tokens": 10**7}),
+    ):
+        light = Cost(1e-9, 1e-9, 1.0, 1)
+        refusal = estimate.estimate(planned(run, text, light, **more), tmp_path / "out")["refusal"]
+        assert stage in refusal and "--batch-size" not in refusal
+
+
+def test_four_processes_plan_together(run, text, tmp_path):
+    """Each tries as many steps as one process does alone."""
+    asked = settings(text, sequence_length=16, validation_tokens=64)
+
+    def work():
+        told = prepare.plan(run, tmp_path / "out", asked)
+        assert told["steps"] == 2048 // (4 * 4 * 16) and told["seconds"] > 0
+
+    assert exit_codes(4, work) == [0] * 4
+
+
 # Presets
 
 
@@ -186,7 +219,8 @@ def chosen(run, text, preset="good", cost=None, **more):
     return estimate.settled(inputs)
 
 
-def test_a_preset_takes_its_time_on_any_machine(run, text, tmp_path):
+def test_a_preset_takes_its_time_on_any_machine(run, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "text_bytes", lambda settings: 10**12)
     for preset, seconds in (("fast", 600), ("good", 3600), ("best", 36000)):
         for speed in (1e-2, 1e-4, 1e-6):
             cost = Cost(speed, 10 * speed, 10.0, 10_000)
@@ -195,6 +229,32 @@ def test_a_preset_takes_its_time_on_any_machine(run, text, tmp_path):
             assert seconds / 4 < estimate.estimate(inputs, tmp_path)["seconds"] <= seconds * 1.01
             digits = str(asked.tokens).rstrip("0")
             assert digits in "125"
+
+
+def test_a_preset_reads_a_text_about_four_times_at_most(run, text, tmp_path):
+    """As many tokens as bytes, also where a text is half of a mix; by time where it is long."""
+    short, half = tmp_path / "short.txt", tmp_path / "half.txt"
+    for file, size in ((short, 300_000), (half, 60_000)):
+        file.write_bytes(b"x" * size)
+    fast = Cost(1e-6, 1e-5, 10.0, 10_000)
+    assert chosen(run, short, cost=fast).tokens == 200_000
+    assert (
+        chosen(run, f"{short}:0.5", cost=fast, data=[f"{short}:1", f"{half}:1"]).tokens == 100_000
+    )
+    assert chosen(run, tmp_path, cost=fast).tokens == 200_000  # the folder holds both
+    assert chosen(run, text, cost=fast, data=["self"]).tokens > 10**7
+
+
+def test_without_tokens_or_preset_it_takes_an_hour(moefy, run, text):
+    assert build(None, {"data": [str(text)]}, []) == build(
+        None, {"data": [str(text)], "preset": "good"}, []
+    )
+    for given in ({"tokens": 4096}, {"preset": ""}):
+        assert OPEN not in dataclasses.asdict(build(None, given, [])).values()
+    assert build(None, {}, ["tokens=4096"]).preset == ""
+    line = ("finetune", run, "--data", text, "--steps", 2, "--sequence-length", 64, "--plan")
+    done = moefy(*line, "--set", "validation_tokens=512", "--json")
+    assert done.code == 0 and json.loads(done.out)["steps"] == 2
 
 
 def test_what_is_given_wins_over_the_preset(run, text):
@@ -238,7 +298,7 @@ def test_wide_models_learn_slower(run, text, monkeypatch):
 def test_batches_are_halved_until_they_fit(run, text, monkeypatch):
     heavy = Cost(1e-3, 0.1, 1e6, 10_000)
     wide = chosen(run, text, cost=heavy)
-    monkeypatch.setattr(estimate, "available", lambda: 800_000_000)
+    monkeypatch.setattr(memory, "available", lambda: 800_000_000)
     narrow = chosen(run, text, cost=heavy)
     assert (wide.batch_size, narrow.batch_size) == (4, 2)
     rows = {one.batch_size * one.gradient_accumulation_steps for one in (wide, narrow)}
