@@ -22,6 +22,7 @@ from moefy.config.presets import (
 from moefy.config.sources import sources
 from moefy.errors import MoefyError
 from moefy.files.safetensors_header import read_entries
+from moefy.finetune.answers import read_prompts
 from moefy.finetune.checkpoints import NUM_KEPT
 from moefy.finetune.last_stage import ANSWER, SOURCE, num_prompts
 from moefy.finetune.memory import (
@@ -65,9 +66,8 @@ ADVICE = {
 def settled(inputs: Inputs) -> Settings:
     """The settings with what their preset chooses, by the width of the model and its speed here.
 
-    Tokens are as many as the preset has time for, but no more than the text has bytes, rounded down
-    to 1, 2 or 5 and zeros. A byte is about a quarter of a token: four passes over the text are
-    almost worth as much new text, and more are not.
+    Tokens are as many as the preset has time for, but no more than four passes over the text, which
+    are almost worth as much new text where more are not; rounded down to 1, 2 or 5 and zeros.
 
     Source: Muennighoff et al., 2023, arXiv:2305.16264.
     """
@@ -85,7 +85,7 @@ def settled(inputs: Inputs) -> Settings:
             tried = _batched(inputs, tokens)
             fixed, per_token = _seconds(dataclasses.replace(inputs, settings=tried))
             timed = (PRESETS[asked.preset] - fixed) / per_token
-            tokens = round_tokens(min(timed, text_bytes(asked)))
+            tokens = round_tokens(min(timed, most_tokens(asked)))
         tokens = max(tokens, 8 * asked.sequence_length)
     rates = {name: value for name, value in rates.items() if getattr(asked, name) == OPEN}
     settings = dataclasses.replace(_batched(inputs, tokens), **rates)
@@ -99,16 +99,22 @@ def settled(inputs: Inputs) -> Settings:
     return settings
 
 
-def text_bytes(settings: Settings) -> float:
-    """Bytes of the text at the shares that are asked for, of what is read here; without end where
-    nothing is."""
-    sizes = []
+def most_tokens(settings: Settings) -> float:
+    """Tokens of about four passes over the text at the shares that are asked for; without end where
+    none of it is read from here.
+
+    A byte of a file is about a quarter of a token, and an answer about a quarter of the longest.
+    """
+    amounts = []
     for source in sources(settings.data, settings.answers):
         path = Path(source.place).expanduser()
-        files = [path] if path.is_file() else filter(Path.is_file, path.rglob("*"))
-        if not source.prompts and path.exists():
-            sizes.append(sum(file.stat().st_size for file in files) / source.share)
-    return min(sizes, default=math.inf)
+        files = [path] if path.is_file() else list(filter(Path.is_file, path.rglob("*")))
+        amount = sum(file.stat().st_size for file in files)
+        if source.prompts:
+            amount = len(read_prompts(path)) * settings.answer_tokens
+        if amount:
+            amounts.append(amount / source.share)
+    return min(amounts, default=math.inf)
 
 
 def _fits(inputs: Inputs, settings: Settings) -> bool:

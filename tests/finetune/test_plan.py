@@ -220,7 +220,7 @@ def chosen(run, text, preset="good", cost=None, **more):
 
 
 def test_a_preset_takes_its_time_on_any_machine(run, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate, "text_bytes", lambda settings: 10**12)
+    monkeypatch.setattr(estimate, "most_tokens", lambda settings: 10**12)
     for preset, seconds in (("fast", 600), ("good", 3600), ("best", 36000)):
         for speed in (1e-2, 1e-4, 1e-6):
             cost = Cost(speed, 10 * speed, 10.0, 10_000)
@@ -243,6 +243,10 @@ def test_a_preset_reads_a_text_about_four_times_at_most(run, text, tmp_path):
     )
     assert chosen(run, tmp_path, cost=fast).tokens == 200_000  # the folder holds both
     assert chosen(run, text, cost=fast, data=["self"]).tokens > 10**7
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Hi"}\n' * 100)
+    asked = chosen(run, text, cost=fast, data=[], answers=str(prompts), answer_tokens=64)
+    assert asked.tokens == 5000
 
 
 def test_without_tokens_or_preset_it_takes_an_hour(moefy, run, text):
