@@ -63,7 +63,8 @@ def main(
 ) -> None:
     """Train and score what is missing, then print the table."""
     out.mkdir(parents=True, exist_ok=True)
-    flags = {"data": data_source, "teacher_cache": str(out / "cache")}
+    cache = str(out / "cache")
+    flags = {"data": data_source, "tokens": Settings.tokens, "teacher_cache": cache}
     chosen = [name for name in CHANGES if not only or name in only.split(",")]
     for name in chosen if train else []:
         if (out / name).exists():

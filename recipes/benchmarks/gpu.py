@@ -195,7 +195,7 @@ def main(
         run = out / "run"
         shutil.rmtree(run, ignore_errors=True)
         keep("conversion", {"seconds": converted(model, data, run, convert_settings)})
-    parent, chosen = open_run(run), build(None, {"data": [data]}, settings)
+    parent, chosen = open_run(run), build(None, {"data": [data], "tokens": tokens}, settings)
     folder, _ = teacher_folder(parent, chosen)
     dense = load_teacher(folder, chosen, compute_dtypes(parent, folder, chosen).teacher.dtype)
     tried = []

@@ -32,7 +32,7 @@ import records
 import typer
 
 from moefy.checkpoint.cut import open_cut, without
-from moefy.config.finetune import build
+from moefy.config.finetune import Settings, build
 from moefy.config.layer_names import chosen_layers
 from moefy.config.recipe import Recipe
 from moefy.convert.prepare import read_source
@@ -70,7 +70,8 @@ def main(
     parent = open_run(run)
     by_text_alone = control or (parent.copies and not without_layers)
     control = control or bool(without_layers)
-    chosen = build(None, {"data": data_source}, settings, copies=by_text_alone)
+    flags = {"data": data_source, "tokens": Settings.tokens}
+    chosen = build(None, flags, settings, copies=by_text_alone)
     folder, digests = teacher_folder(parent, chosen)
     if unlike := [key for key in ("anneal", "refit_after", "last_stage") if getattr(chosen, key)]:
         raise typer.BadParameter(f"{unlike[0]} is for `moefy finetune` alone")
