@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from transformers import TrainerCallback
 
 from moefy.config.finetune import Settings
 from moefy.errors import MoefyError
+
+IDLE = 4
+"""Multiple of `dead_below` that an expert must have had before training to be missed. One of little
+use for a text is now above that share and now below it, and nothing has collapsed."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,13 @@ def check_start(loss: float) -> None:
 class CollapseGuard(TrainerCallback):
     """Checks the loss and the load of the experts at every step.
 
-    Experts that were dead before training do not count. Without restarts it only checks that the
-    loss is finite.
+    Experts that were dead or nearly so before training do not count. Without restarts it only
+    checks that the loss is finite.
     """
 
     settings: Settings
-    dead_before: list[int] = field(default_factory=list)
-    """Dead experts of each layer before training."""
+    load_before: Sequence[Sequence[float]] = ()
+    """Load of each layer's experts before training, on text of the same sources."""
     failure: Failure | None = None
 
     def __post_init__(self) -> None:
@@ -87,13 +92,16 @@ class CollapseGuard(TrainerCallback):
     def _collapsed(self) -> str | None:
         for layer, loads in enumerate(zip(*self._loads, strict=True)):
             load_E = torch.stack(loads).sum(0)
-            dead = int((load_E < self.settings.dead_below * load_E.mean()).sum())
-            before = self.dead_before[layer] if self.dead_before else 0
-            if dead > before:
+            share, known = self.settings.dead_below, ""
+            dead_E = load_E < share * load_E.mean()
+            if self.load_before:
+                before_E = torch.tensor(self.load_before[layer]).to(load_E)
+                dead_E &= before_E >= IDLE * share * before_E.mean()
+                known = f", and had {IDLE * share:.0%} or more before training"
+            if dead := int(dead_E.sum()):
                 return (
                     f"{dead} of {len(load_E)} experts of MoE layer {layer} got less than "
-                    f"{self.settings.dead_below:.0%} of the mean load over {len(self._loads)} steps"
-                    f" (before training: {before})"
+                    f"{share:.0%} of the mean load over {len(self._loads)} steps{known}"
                 )
         return None
 

@@ -150,7 +150,7 @@ def train(
             callbacks.progress("measure", 0, 1)
             before = validate()
             check_start(before[0]["loss"])
-        guard = CollapseGuard(settings, [layer["dead"] for layer in before[1]])
+        guard = CollapseGuard(settings, [layer["load_E"] for layer in before[1]])
         options = arguments(settings, checkpoints.home)
         annealing = None
         if student.start:

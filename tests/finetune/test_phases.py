@@ -61,3 +61,17 @@ def test_the_guard_does_not_take_a_phase_for_a_loss_that_rises(tells):
             guard.begin_phase()
         guard.observe(step, 1.0 if step < 10 else 4.0, [torch.ones(4)])
     assert (guard.failure is None) == tells
+
+
+@pytest.mark.parametrize(("before", "dies"), [(1.0, True), (0.3, True), (0.1, False), (0.0, False)])
+def test_only_an_expert_that_was_of_use_is_missed(before, dies):
+    """Of one that had little, more or less says nothing: texts differ from step to step."""
+    guard = CollapseGuard(Settings(guard_steps=3), [[1.0, 1.0, 1.0, before]])
+    for step in range(4):
+        guard.observe(step, 1.0, [torch.tensor([100.0, 100, 100, 2])])
+    assert (guard.failure is not None) == dies
+    # Without a load before it, as many as there are count.
+    guard = CollapseGuard(Settings(guard_steps=3))
+    for step in range(4):
+        guard.observe(step, 1.0, [torch.tensor([100.0, 100, 100, 2])])
+    assert guard.failure and "1 of 4 experts" in guard.failure.reason
