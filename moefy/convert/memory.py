@@ -104,9 +104,13 @@ def state_bytes(job: Job) -> int:
 
     Two generations of states between layers, and another being written.
     """
-    hidden = 4 * job.size("hidden_size")
-    states = job.recipe.tokens * hidden * (2 if job.method.error_propagation else 1)
-    return 3 * states + gradient_bytes(job) + 8 * job.recipe.tokens
+    return 3 * _saved_states(job) + gradient_bytes(job) + 8 * job.recipe.tokens
+
+
+def _saved_states(job: Job) -> int:
+    """Bytes of the states between two layers, the dense model's too where drift is made good."""
+    sides = 2 if job.method.error_propagation else 1
+    return 4 * job.recipe.tokens * job.size("hidden_size") * sides
 
 
 def gradient_bytes(job: Job) -> int:
@@ -170,8 +174,7 @@ def predicted(
     always = base + gradient_bytes(job)
     always += state_arrays(job, place) if place.where == "memory" else 0
     if place.where == "device":  # a copy of the states, which is saved beside the next layer
-        sides = 2 if job.method.error_propagation else 1
-        always += 4 * job.recipe.tokens * job.size("hidden_size") * sides
+        always += _saved_states(job)
     layer = _layer(job) if job.device.type == "cpu" else _written(job)
     stages = {stage: always + held for stage, held in layer.items()}
     # These need the whole dense model in memory.

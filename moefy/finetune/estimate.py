@@ -108,12 +108,14 @@ def most_tokens(settings: Settings) -> float:
     amounts = []
     for source in sources(settings.data, settings.answers):
         path = Path(source.place).expanduser()
-        files = [path] if path.is_file() else list(filter(Path.is_file, path.rglob("*")))
-        amount = sum(file.stat().st_size for file in files)
         if source.prompts:
             amount = len(read_prompts(path)) * settings.answer_tokens
-        if amount:
-            amounts.append(amount / source.share)
+        elif source.place == "self" or not path.exists():
+            continue
+        else:
+            files = [path] if path.is_file() else filter(Path.is_file, path.rglob("*"))
+            amount = sum(file.stat().st_size for file in files)
+        amounts.append(amount / source.share)
     return min(amounts, default=math.inf)
 
 
