@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moefy.config import finetune, recipe, report
-from moefy.config.methods import COPIES
 from moefy.config.options import Note, renamed
-from moefy.config.presets import OPEN
+from moefy.config.presets import OPEN, own_defaults
 from moefy.config.recipe import TOKENS, Recipe
 from moefy.config.toml import read_toml
 from moefy.errors import MoefyError
@@ -71,7 +70,7 @@ def declared(file: Path, note: Note = lambda line: None) -> Stages:
         raise MoefyError(f"recipe {file}: {report.TABLE} is {table!r}; expected a table", code=2)
     made, tuned = recipe.build(file, {}, [], note), None
     if finetune.TABLE in tables:
-        tuned = finetune.build(file, {}, [], note, copies=made.partition == COPIES)
+        tuned = finetune.build(file, {}, [], note, own=own_defaults(made))
     return Stages(
         made,
         tuned,

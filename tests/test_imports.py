@@ -37,9 +37,10 @@ ROWS = {
         "__init__",
     ],
     "config": [
-        "finetune recipe report",
-        "sources",
-        "layer_names methods options presets toml",
+        "finetune report",
+        "sources presets",
+        "recipe",
+        "layer_names methods options toml",
         "course",
         "__init__",
     ],

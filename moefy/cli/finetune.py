@@ -12,7 +12,7 @@ from moefy.cli.shared import FORCE, JSON, QUIET, RESTART, SETTINGS, note, quiet_
 from moefy.cli.signals import interrupted
 from moefy.config.finetune import Settings, build
 from moefy.config.options import option
-from moefy.config.presets import OPEN
+from moefy.config.presets import OPEN, own_defaults
 from moefy.distributed import together
 from moefy.errors import MoefyError, is_out_of_memory
 
@@ -42,12 +42,12 @@ def finetune(options: Options, asked: Finetune) -> None:
     """
     if asked.resume:
         note("--resume is what happens without it now; --restart starts over")
-    from moefy.runs.folder import holds_copies
+    from moefy.runs.folder import read_recipe
 
-    copies = holds_copies(asked.run)
+    own = own_defaults(read_recipe(asked.run))
     if asked.steps is not None:
         options = {**options, "tokens": Settings.tokens}
-    settings = build(asked.recipe, options, [*asked.settings], note, copies=copies)
+    settings = build(asked.recipe, options, [*asked.settings], note, own=own)
     if asked.steps is not None:
         settings = _of_steps(settings, asked.steps)
     quiet_libraries()

@@ -23,10 +23,6 @@ from moefy.config.sources import absolute, sources
 from moefy.config.toml import read_toml
 from moefy.errors import MoefyError
 
-COPIES: Mapping[str, Any] = {"kl": 0.0}
-"""Defaults for copies. Their teacher is where they start, and they are to leave it behind: arXiv
-2212.05055, 2410.07524 and 2502.19261 train by cross-entropy and balance, with no teacher."""
-
 TABLE = "finetune"
 """The table of a recipe that these are."""
 
@@ -85,11 +81,15 @@ class Settings:
     train: str = option(
         "all", "What is trained.", choices=("all", "router+experts", "experts", "router", "lora")
     )
-    learning_rate: float = option(4e-4, "Learning rate of the experts, the shared one included.")
+    learning_rate: float = option(
+        4e-4, "Learning rate of the experts, the shared one included; 1e-4 where they overlap."
+    )
     router_learning_rate: float = option(
         1e-3, "Learning rate of the routers, in units of their unscaled rows."
     )
-    rest_learning_rate: float = option(2e-4, "Learning rate of everything else.")
+    rest_learning_rate: float = option(
+        2e-4, "Learning rate of everything else; 5e-5 where experts overlap."
+    )
     warmup_ratio: float = key(
         0.1, "Share of the steps over which the learning rates rise.", most=1, old="warmup"
     )
@@ -117,7 +117,9 @@ class Settings:
         most=1,
     )
     top_tokens: int = key(128, "Tokens of the teacher's that are kept at most.", least=1)
-    ce: Weight = option(1.0, "Weight of the cross-entropy of the text itself.", course=True)
+    ce: Weight = option(
+        1.0, "Weight of the text's cross-entropy, 0 by default where experts overlap.", course=True
+    )
     hidden: Weight = key(
         0.0,
         "Weight of the match of the states behind every layer; the teacher runs beside the "
@@ -145,7 +147,7 @@ class Settings:
     router_z: float = key(0.001, "Weight of the router's z-loss.")
     router_gradient: str = key(
         "all",
-        "Experts whose outputs the routers learn from.",
+        "Experts whose outputs the routers learn from; `chosen` by default where they overlap.",
         choices=("all", "chosen", "none"),
         old="soft",
     )
@@ -218,26 +220,24 @@ def build(
     settings: list[str],
     note: Note = lambda line: None,
     *,
-    copies: bool = False,
+    own: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Checked settings from a file's `[finetune]` table, flags that are not None, `key=value`.
 
-    A run whose experts are `copies` has the defaults of `COPIES`. A name of an earlier version is
-    taken as well, and `note` gets a line about it.
+    `own` are the run's `own_defaults`. `note` gets a line about a name of an earlier version.
 
     Raises:
         MoefyError: code 2 for an unknown key, a value of the wrong type or out of range.
     """
     table = _read(file) if file else {}
     given = {key: value for key, value in flags.items() if value is not None}
-    values: dict[str, Any] = dict(COPIES) if copies else {}
+    values: dict[str, Any] = {}
     for layer in (table, given, *(dict([parse_setting(setting)]) for setting in settings)):
         values |= check(Settings, layer, note, f"[{TABLE}]")
     if "tokens" not in values:
         values.setdefault("preset", DEFAULT)
-    if values.get("preset"):
-        values = dict.fromkeys(CHOSEN, OPEN) | values
-    result = Settings(**complete(values))
+    chosen = dict.fromkeys(CHOSEN, OPEN) if values.get("preset") else {}
+    result = Settings(**complete({**(own or {}), **chosen, **values}))
     _check(result)
     return result
 

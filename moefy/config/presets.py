@@ -4,6 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
+
+from moefy.config import methods
+from moefy.config.recipe import Recipe
+
+COPIES: Mapping[str, Any] = {"kl": 0.0}
+"""Defaults for copies. Their teacher is where they start, and they are to leave it behind: arXiv
+2212.05055, 2410.07524 and 2502.19261 train by cross-entropy and balance, with no teacher."""
+
+OVERLAPPING: Mapping[str, Any] = {
+    "ce": 0.0,
+    "learning_rate": 1e-4,
+    "rest_learning_rate": 5e-5,
+    "router_gradient": "chosen",
+}
+"""Defaults for experts that overlap. They start so close to the teacher that cross-entropy and the
+usual rates lead away from it (recipes/results/finetune.md); measured with `--overlap 4`."""
 
 PRESETS: Mapping[str, float] = {"fast": 10 * 60, "good": 3600, "best": 10 * 3600}
 """Seconds that each may take: minutes, an hour, a night."""
@@ -35,6 +52,15 @@ of 512 ended alike, and 500 of 16,384 on a GPU (recipes/results/finetune.md)."""
 LAST_SHARE, LAST_TOKENS = 0.1, 50_000
 """Of the last stage: its share of the tokens, and how many at most. The package's prompts and their
 answers are about 28,000. Not measured."""
+
+
+def own_defaults(recipe: Recipe) -> Mapping[str, Any]:
+    """The defaults of a fine-tune that are of the run's own kind, by its recipe."""
+    if recipe.partition == methods.COPIES:
+        return COPIES
+    # No other partition makes experts that overlap.
+    overlaps = recipe.overlap > 1 and recipe.partition == Recipe.partition
+    return OVERLAPPING if overlaps else {}
 
 
 def last_share(tokens: float) -> float:

@@ -15,6 +15,7 @@ from moefy.config.presets import (
     OPEN,
     PRESETS,
     last_share,
+    own_defaults,
     rate_scale,
     round_tokens,
     step_tokens,
@@ -75,7 +76,7 @@ def settled(inputs: Inputs) -> Settings:
     if not any(getattr(asked, name) == OPEN for name in CHOSEN):
         return asked
     scale = rate_scale(plain_config(inputs.run.folder).get_text_config().hidden_size)
-    default = Settings()
+    default = dataclasses.replace(Settings(), **own_defaults(inputs.run.recipe))
     rates = {name: getattr(default, name) * scale for name in CHOSEN if name.endswith("rate")}
     tokens = asked.tokens
     if tokens == OPEN:

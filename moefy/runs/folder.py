@@ -86,14 +86,6 @@ def read_report(run: Path) -> dict[str, Any]:
     return summary
 
 
-def holds_copies(run: Path) -> bool:
-    """Whether the experts of a run are copies; no for a folder that is no whole run."""
-    try:
-        return read_report(run)["shape"].get("granularity", 0) > 0
-    except MoefyError:
-        return False
-
-
 def read_tuning(run: Path) -> dict[str, Any] | None:
     """The report of the fine-tune that wrote a run; None for a conversion.
 

@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback, TrainerCallback
 
 from moefy.config.finetune import Settings, build
+from moefy.config.presets import own_defaults
 from moefy.environment import processor
 from moefy.finetune import teacher
 from moefy.finetune.checkpoints import Checkpoints
@@ -195,7 +196,10 @@ def main(
         run = out / "run"
         shutil.rmtree(run, ignore_errors=True)
         keep("conversion", {"seconds": converted(model, data, run, convert_settings)})
-    parent, chosen = open_run(run), build(None, {"data": [data], "tokens": tokens}, settings)
+    parent = open_run(run)
+    chosen = build(
+        None, {"data": [data], "tokens": tokens}, settings, own=own_defaults(parent.recipe)
+    )
     folder, _ = teacher_folder(parent, chosen)
     dense = load_teacher(folder, chosen, compute_dtypes(parent, folder, chosen).teacher.dtype)
     tried = []

@@ -34,6 +34,7 @@ import typer
 from moefy.checkpoint.cut import open_cut, without
 from moefy.config.finetune import Settings, build
 from moefy.config.layer_names import chosen_layers
+from moefy.config.presets import COPIES, own_defaults
 from moefy.config.recipe import Recipe
 from moefy.convert.prepare import read_source
 from moefy.environment import processor
@@ -71,7 +72,8 @@ def main(
     by_text_alone = control or (parent.copies and not without_layers)
     control = control or bool(without_layers)
     flags = {"data": data_source, "tokens": Settings.tokens}
-    chosen = build(None, flags, settings, copies=by_text_alone)
+    own = COPIES if by_text_alone else own_defaults(parent.recipe)
+    chosen = build(None, flags, settings, own=own)
     folder, digests = teacher_folder(parent, chosen)
     if unlike := [key for key in ("anneal", "refit_after", "last_stage") if getattr(chosen, key)]:
         raise typer.BadParameter(f"{unlike[0]} is for `moefy finetune` alone")

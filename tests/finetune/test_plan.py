@@ -11,7 +11,8 @@ from processes import exit_codes
 from stopping import stopped_at
 
 from moefy.config.finetune import Settings, build
-from moefy.config.presets import CHOSEN, OPEN
+from moefy.config.presets import CHOSEN, OPEN, OVERLAPPING, own_defaults
+from moefy.config.recipe import Recipe
 from moefy.finetune import estimate, memory, prepare, probe, refit_after
 from moefy.finetune.anneal import begin
 from moefy.finetune.inputs import load_student
@@ -21,6 +22,7 @@ from moefy.finetune.prepare import open_inputs
 from moefy.finetune.probe import Cost, Probe
 from moefy.finetune.run import finetune, home_of
 from moefy.finetune.unrefitted import start_of
+from moefy.pipeline import declared
 
 SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
 
@@ -297,6 +299,32 @@ def test_wide_models_learn_slower(run, text, monkeypatch):
     assert asked.learning_rate == 1e-5
     assert asked.rest_learning_rate == Settings().rest_learning_rate / 4
     assert asked.router_learning_rate == Settings().router_learning_rate / 4
+
+
+def test_experts_that_overlap_have_defaults_of_their_own(
+    converted, pico, text, tmp_path, moefy, monkeypatch
+):
+    """With a preset or without, and by every way to start; what is given wins."""
+    run = converted(pico("llama"), overlap=2)
+    line = ("finetune", run, "--data", text, "--sequence-length", 64, "--tokens", 2048)
+    line += ("--set", "validation_tokens=512", "--out", tmp_path / "out", "--quiet")
+    assert moefy(*line, "--set", "ce=0.5", "--json").code == 0
+    written = json.loads((tmp_path / "out" / "moefy" / "finetune.json").read_text())["settings"]
+    assert {name: written[name] for name in OVERLAPPING} == {**OVERLAPPING, "ce": 0.5}
+
+    monkeypatch.setattr(estimate, "rate_scale", lambda width: 0.25)
+    own = own_defaults(Recipe(model="demo", overlap=2))
+    asked = build(None, {**SMALL, "data": [str(text)], "preset": "good"}, [], own=own)
+    settled = estimate.settled(dataclasses.replace(planned(run, text), settings=asked))
+    assert settled.learning_rate == OVERLAPPING["learning_rate"] / 4
+    assert settled.rest_learning_rate == OVERLAPPING["rest_learning_rate"] / 4
+    assert settled.router_learning_rate == Settings().router_learning_rate / 4
+    assert (settled.ce, settled.router_gradient) == (0.0, "chosen")
+
+    file = tmp_path / "recipe.toml"
+    for more, rate in (("overlap = 2", 1e-4), ("", 4e-4), ('overlap = 2\nmethod = "flap"', 4e-4)):
+        file.write_text(f'model = "demo"\n{more}\n[finetune]\ntokens = 4096\n')
+        assert declared(file).finetune.learning_rate == rate
 
 
 def test_batches_are_halved_until_they_fit(run, text, monkeypatch):

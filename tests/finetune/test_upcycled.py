@@ -8,6 +8,7 @@ from pico import RECIPE
 from transformers import AutoModelForCausalLM
 
 from moefy.config.finetune import build
+from moefy.config.presets import COPIES
 from moefy.errors import MoefyError
 from moefy.finetune.checks import check_run
 from moefy.finetune.inputs import open_run
@@ -30,7 +31,7 @@ def gradients(run, ids_BT, routing: bool) -> dict[str, torch.Tensor]:
     """Of transformers' own cross-entropy, with our hooks on the model or without."""
     model = runnable(AutoModelForCausalLM.from_pretrained(run)).train()
     if routing:
-        Routing(model, build(None, {}, [], copies=True), copies=True)
+        Routing(model, build(None, {}, [], own=COPIES), copies=True)
     model(ids_BT, labels=ids_BT).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -52,7 +53,7 @@ def test_router_rows_have_the_rate_that_is_given(run):
 
 def test_noise_on_choices_leaves_gates_that_sum_to_one(run, ids_BT):
     model = runnable(AutoModelForCausalLM.from_pretrained(run)).train()
-    routing = Routing(model, build(None, {"noise": 5.0}, [], copies=True), copies=True)
+    routing = Routing(model, build(None, {"noise": 5.0}, [], own=COPIES), copies=True)
     seen = []
     routing.layers[0].router.register_forward_hook(lambda *args: seen.append(args[-1]))
     model(ids_BT)
@@ -65,7 +66,7 @@ def test_noise_on_choices_leaves_gates_that_sum_to_one(run, ids_BT):
 def test_what_needs_a_divided_ffn_is_refused(setting, run):
     value = True if setting == "refit_after" else 0.5
     with pytest.raises(MoefyError, match=rf"^{setting} is .* are copies") as caught:
-        check_run(open_run(run), build(None, {setting: value}, [], copies=True))
+        check_run(open_run(run), build(None, {setting: value}, [], own=COPIES))
     assert caught.value.code == 2
 
 
