@@ -26,6 +26,11 @@ def available() -> int:
     return min([machine, *soft_limits, *_cgroup_limits()])
 
 
+def host_room() -> int:
+    """Bytes of memory that each process on this machine may hold."""
+    return available() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _cgroup_limits() -> list[int]:
     """Limits of the control groups that this process is in, the outer ones included."""
     try:

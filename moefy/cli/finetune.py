@@ -8,7 +8,17 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from moefy.cli.parameters import Options, command
-from moefy.cli.shared import FORCE, JSON, QUIET, RESTART, SETTINGS, note, quiet_libraries, show
+from moefy.cli.shared import (
+    FORCE,
+    JSON,
+    QUIET,
+    RESTART,
+    SETTINGS,
+    first,
+    note,
+    quiet_libraries,
+    show,
+)
 from moefy.cli.signals import interrupted
 from moefy.config.finetune import Settings, build
 from moefy.config.options import option
@@ -60,8 +70,8 @@ def finetune(options: Options, asked: Finetune) -> None:
     from moefy.progress import watching
     from moefy.report import terminal
 
-    first = os.environ.get("RANK", "0") == "0"  # one of several processes prints
-    quiet, restart = asked.quiet or not first, asked.restart
+    leads = first()
+    quiet, restart = asked.quiet or not leads, asked.restart
     try:
         with together(), watching(quiet=quiet) as watch:
             summary = train(
@@ -78,7 +88,7 @@ def finetune(options: Options, asked: Finetune) -> None:
             "--gradient-accumulation-steps, give --gradient-checkpointing or --teacher-cache",
             code=5,
         ) from None
-    show(summary, lambda _: terminal.show_finetune(summary, out), asked.as_json and first, quiet)
+    show(summary, lambda _: terminal.show_finetune(summary, out), asked.as_json and leads, quiet)
 
 
 def _show_plan(asked: Finetune, out: Path, settings: Settings) -> None:
@@ -88,7 +98,8 @@ def _show_plan(asked: Finetune, out: Path, settings: Settings) -> None:
     from moefy.report import terminal
 
     result = plan(asked.run, out, settings)
-    show(result, terminal.show_finetune_plan, asked.as_json, quiet=False)
+    if first():
+        show(result, terminal.show_finetune_plan, asked.as_json, quiet=False)
     check(result)
 
 

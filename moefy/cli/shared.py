@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -30,6 +31,11 @@ def show(
         print(json.dumps(value, indent=2, ensure_ascii=False))
     elif not quiet:
         text(value)
+
+
+def first() -> bool:
+    """Whether this is the one of several processes that prints."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def note(line: str) -> None:

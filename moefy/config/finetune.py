@@ -23,6 +23,8 @@ from moefy.config.sources import absolute, sources
 from moefy.config.toml import read_toml
 from moefy.errors import MoefyError
 
+BY_SIZE = "by the size of the weights"
+
 TABLE = "finetune"
 """The table of a recipe that these are."""
 
@@ -81,15 +83,12 @@ class Settings:
     train: str = option(
         "all", "What is trained.", choices=("all", "router+experts", "experts", "router", "lora")
     )
-    learning_rate: float = option(
-        4e-4, "Learning rate of the experts, the shared one included; 1e-4 where they overlap."
+    learning_rate: float | None = option(None, "Learning rate of all experts.", unset=BY_SIZE)
+    router_learning_rate: float | None = option(
+        None, "Learning rate of the routers, in units of their unscaled rows.", unset=BY_SIZE
     )
-    router_learning_rate: float = option(
-        1e-3, "Learning rate of the routers, in units of their unscaled rows."
-    )
-    rest_learning_rate: float = option(
-        2e-4, "Learning rate of everything else; 5e-5 where experts overlap."
-    )
+    rest_learning_rate: float | None = option(None, "That of everything else.", unset=BY_SIZE)
+    rate_factor: float = key(1.0, "Factor on these rates; 0.25 by default where experts overlap.")
     warmup_ratio: float = key(
         0.1, "Share of the steps over which the learning rates rise.", most=1, old="warmup"
     )

@@ -15,8 +15,7 @@ COPIES: Mapping[str, Any] = {"kl": 0.0}
 
 OVERLAPPING: Mapping[str, Any] = {
     "ce": 0.0,
-    "learning_rate": 1e-4,
-    "rest_learning_rate": 5e-5,
+    "rate_factor": 0.25,
     "router_gradient": "chosen",
 }
 """Defaults for experts that overlap. They start so close to the teacher that cross-entropy and the
@@ -31,18 +30,8 @@ DEFAULT = "good"
 OPEN = -1
 """Stands for what a preset has still to choose, once model and machine are known."""
 
-CHOSEN = (
-    "tokens", "batch_size", "gradient_accumulation_steps",
-    "learning_rate", "router_learning_rate", "rest_learning_rate", "last_stage",
-)  # fmt: skip
+CHOSEN = ("tokens", "batch_size", "gradient_accumulation_steps", "last_stage")
 """Settings that a preset chooses where they are not given."""
-
-BASE_WIDTH = 1024
-"""Hidden size up to which the learning rates are the measured ones. They are of SmolLM2-135M, whose
-size is 576 (recipes/results/finetune.md); in wider models they fall as 1 / size.
-
-Source: Yang et al., 2022, arXiv:2203.03466, for Adam; here the embeddings' rate falls as well.
-"""
 
 STEPS, LEAST_STEP, MOST_STEP = 250, 1024, 16384
 """Steps to aim at, and tokens of a step. Measured: 176 steps of 1,024 tokens on a CPU, where steps
@@ -70,15 +59,6 @@ def last_share(tokens: float) -> float:
     (0.1, 0.05)
     """
     return min(LAST_SHARE, LAST_TOKENS / max(1.0, tokens))
-
-
-def rate_scale(width: int) -> float:
-    """The factor on the learning rates of a model of this hidden size.
-
-    >>> rate_scale(576), rate_scale(4096)
-    (1.0, 0.25)
-    """
-    return min(1.0, BASE_WIDTH / width)
 
 
 def step_tokens(tokens: float) -> int:

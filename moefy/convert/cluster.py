@@ -75,7 +75,7 @@ def marks(ffn: FFN, profile: Profile, most: int, *, unit: bool) -> Tensor:
 
 
 def token_centroids(profile: Profile, num_clusters: int, generator: torch.Generator) -> Tensor:
-    """Means of clusters of the fitting tokens' inputs (k-means), shape (E, D).
+    """Means of clusters of all processes' inputs to fit on (k-means), shape (E, D).
 
     They follow from the seed that `generator` was made with, whatever was drawn from it since: a
     partition and a router that ask for as many get the same, in the same order.
@@ -83,13 +83,13 @@ def token_centroids(profile: Profile, num_clusters: int, generator: torch.Genera
     Raises:
         MoefyError: code 2, where there are fewer tokens than clusters.
     """
-    if profile.num_fit < num_clusters:
+    x_TD, _ = profile.inputs()
+    if len(x_TD) < num_clusters:
         raise MoefyError(
-            f"{profile.num_fit} tokens to fit on cannot make {num_clusters} clusters; "
+            f"{len(x_TD)} tokens to fit on cannot make {num_clusters} clusters; "
             "raise --tokens or lower --experts",
             code=2,
         )
     seed = generator.initial_seed() % 2**32
-    x_TD = profile.x_TD[: profile.num_fit]
     centre_ED, _ = kmeans(x_TD, num_clusters, seed, restarts=10, rounds=100, tolerance=1e-3)
     return centre_ED.to(profile.device)

@@ -125,6 +125,18 @@ def supposed(job: Job) -> Job:
     return settle(job, [{"layer": layer} for layer in range(last - count, last)])
 
 
+def searched(job: Job) -> float:
+    """Tokens that go through the whole model while the layers to drop are chosen.
+
+    A step tries a layer by going through those behind it, half of all on average; the first step
+    tries every layer, and each after it half of them.
+    """
+    count, _ = dropped_layers(job.recipe.drop_layers, job.source.num_layers)
+    tried = job.source.num_layers * (1 + (count - 1) / 2) if count and not job.dropped else 0
+    length, _, pieces = PIECES
+    return tried * length * pieces / 2
+
+
 def advance(
     checkpoint: Checkpoint,
     family: Family,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import shutil
 from bisect import bisect_left
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from moefy.checkpoint.cut import num_parameters
 from moefy.config.recipe import method_of
 from moefy.convert import depth, sensitivity, write
-from moefy.convert.memory import fit, state_bytes, writing
+from moefy.convert.memory import DISK, disk_bytes, existing, fit, state_bytes, writing
+from moefy.convert.partition.alternating import ROUNDS
 from moefy.convert.prepare import SELF, Job
 from moefy.convert.probe import speeds
 from moefy.convert.profile import SAMPLE
@@ -34,9 +38,6 @@ its split."""
 LEAST, MOST = 4096, 2**26
 """Calibration tokens that `--minutes` chooses from: with fewer, experts are fitted to noise."""
 
-ROUNDS = 9
-"""Times that the split assigns the neurons to experts."""
-
 WRITING = 1.2
 """Operations of a product that take as long as one of a model that writes calibration text, by
 SmolLM2-135M in bfloat16."""
@@ -46,24 +47,30 @@ BEGIN, PER_BYTE = 4.0, 2.6e-9
 of 7B took 0.7 s on a machine with one H100."""
 
 
-def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
+def estimate(job: Job, memory: int | None = None, out: Path = Path()) -> dict[str, Any]:
     """Shapes, parameters, FLOPs per token, and estimated memory, disk and time.
 
     Times assume the speeds of this machine, measured for a moment. A note says so where the
-    conversion does not fit in `memory` bytes or on this machine.
+    conversion does not fit in `memory` bytes, on this machine, or on the disk of `out`.
     """
+    free = shutil.disk_usage(existing(out.absolute())).free
     rates, notes = speeds(job.device, job.shape), [*job.notes]
     if job.recipe.minutes is not None:
-        affordable = budget(job, rates, memory)
+        affordable = budget(job, rates, memory, free)
         job = with_tokens(job, affordable.tokens)
         notes.append(affordable.note)
     plan = fit(job, write.slots(job), memory)
     notes += [plan.refusal] if plan.refusal else []
+    if free < DISK * (needed := disk_bytes(job, write.slots(job), plan)):
+        notes.append(
+            f"the disk has {free / 1e9:.1f} GB free, and {DISK * needed / 1e9:.1f} GB are needed "
+            "until the result is whole"
+        )
     if job.recipe.calibration == SELF:
         notes += writing(job, memory).notes
     if (settled := depth.supposed(job)) is not job:
         notes.append("which layers are dropped is measured first; here they are those at the end")
-    job, slots = settled, write.slots(settled)
+    asked, job, slots = job, settled, write.slots(settled)
     dense, left = job.num_weights, num_parameters(job.checkpoint)
     total = sum(slot.num_bytes // DTYPES[slot.dtype].itemsize for slot in slots.values())
     hidden, shape = job.size("hidden_size"), job.shape
@@ -101,26 +108,34 @@ def estimate(job: Job, memory: int | None = None) -> dict[str, Any]:
         "file_bytes": plan.file_bytes,
         "device_bytes": plan.device_bytes,
         "tokens": job.recipe.tokens,
-        "seconds": round(seconds(job, rates), 1),
+        "seconds": round(seconds(asked, rates), 1),
         "notes": notes,
     }
 
 
-def budget(job: Job, rates: Mapping[str, float], memory: int | None = None) -> Budget:
-    """The most calibration tokens that `--minutes` and the memory leave room for.
+def budget(
+    job: Job,
+    rates: Mapping[str, float],
+    memory: int | None = None,
+    disk: float = math.inf,
+    *,
+    keep: bool = True,
+) -> Budget:
+    """The most calibration tokens that `--minutes`, the memory and bytes of `disk` leave room for.
 
     They are whole sequences; there are at least `LEAST` tokens and 8 sequences, whatever they take.
     """
     minutes, length = job.recipe.minutes or 0.0, job.recipe.sequence_length
 
     def taken(sequences: int) -> float:
-        return seconds(depth.supposed(with_tokens(job, sequences * length)), rates)
+        return seconds(with_tokens(job, sequences * length), rates)
 
     def too_many(sequences: int) -> bool:
+        if taken(sequences) > 60 * minutes:
+            return True
         tried = with_tokens(job, sequences * length)
-        return taken(sequences) > 60 * minutes or bool(
-            fit(tried, write.slots(tried), memory).refusal
-        )
+        plan = fit(tried, slots := write.slots(tried), memory)
+        return bool(plan.refusal) or disk < DISK * disk_bytes(tried, slots, plan, keep=keep)
 
     least, most = max(8, -(-LEAST // length)), MOST // length
     sequences = least + bisect_left(range(least + 1, most + 1), True, key=too_many)
@@ -136,13 +151,14 @@ def with_tokens(job: Job, tokens: int) -> Job:
 def seconds(job: Job, rates: Mapping[str, float]) -> float:
     """Seconds that a conversion takes where work of each kind goes at these `rates` (see `probe`).
 
-    They count all layers up to the last that is converted.
+    They count all layers up to the last that is converted, and the search for those to drop.
     """
+    searched, job = depth.searched(job), depth.supposed(job)
     layer, passed = _layer_seconds(job, rates)
     whole = layer * len(job.layers) + passed * (max(job.layers) + 1 - len(job.layers))
     # Forwards through all weights; there and back for gradients, of which no weight needs one.
     forwards = 2.0 * job.method.gradient + WRITING * (job.recipe.calibration == SELF)
-    products = 2.0 * job.num_weights * job.recipe.tokens * forwards
+    products = 2.0 * job.num_weights * (job.recipe.tokens * forwards + searched)
     if job.weighs:
         length, fitted, probes = sensitivity.PIECES
         few = dataclasses.replace(job.recipe, tokens=length * (fitted + probes))
@@ -167,8 +183,14 @@ def _layer_seconds(job: Job, rates: Mapping[str, float]) -> tuple[float, float]:
     if job.method.fit is not None:
         other["product"] = PER_INPUT * job.shape.num_experts * job.size("hidden_size")
     if job.method.fit is not None and not job.method.copies:
-        other |= {"cluster": 1, "assign": 0 if job.shape.overlaps else ROUNDS}
+        other |= {"cluster": 1, "assign": 0 if job.shape.overlaps else _rounds(job)}
     return sum(taken.values()) + at(other), taken["attention"] + taken["dense"]
+
+
+def _rounds(job: Job) -> int:
+    """Times that the split assigns the neurons to experts."""
+    options = job.recipe.partition_options
+    return 1 + sum(int(options.get(name, ROUNDS)) for name in ("rounds", "routed_rounds"))
 
 
 def operations(job: Job) -> dict[str, dict[str, float]]:
@@ -182,7 +204,8 @@ def operations(job: Job) -> dict[str, dict[str, float]]:
     tokens, neurons = recipe.tokens, shape.num_neurons
     matrices, sides = 3 if job.family.gated else 2, 2 if job.method.error_propagation else 1
     once, gram = 2.0 * tokens * neurons * hidden, 2.0 * tokens * hidden * hidden
-    sample, overlaps = min(tokens, SAMPLE), shape.overlaps and job.method.fit is not None
+    sample = min(tokens, job.method.sample or SAMPLE)
+    overlaps = shape.overlaps and job.method.fit is not None
     active = once * min(1.0, shape.active_fraction)
     counts: dict[str, dict[str, float]] = {
         "attention": {
@@ -191,7 +214,7 @@ def operations(job: Job) -> dict[str, dict[str, float]]:
         "dense": {"product": (sides - 1) * matrices * once},
         "profile": {"product": matrices * once},
         # Each round adds up energies by expert, and each neuron's energy by expert.
-        "split": {"product": 4.0 * ROUNDS * sample * neurons * shape.num_experts + gram},
+        "split": {"product": 4.0 * _rounds(job) * sample * neurons * shape.num_experts + gram},
         # The router is fitted to energies, then to errors that the experts' outputs leave.
         "route": {"product": once + gram},
         "run": {"product": active},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,12 +24,15 @@ from moefy.convert.refit import EXPERT_STRENGTHS
 from moefy.convert.routed_ffn import GAINS
 from moefy.files.buffers import CPU, Store
 from moefy.files.shards import Slot
-from moefy.memory import available, base_bytes, device_memory
+from moefy.memory import available, base_bytes, device_memory, host_room
 from moefy.text.self_text import BATCHES, WriterSizes
 from moefy.types import PIECE
 
 SINGLE = re.compile(r"\.experts\.\d+\.")
 """In the names of what is stored expert by expert."""
+
+DISK = 1.1
+"""Free bytes of a disk that a conversion asks for, over those that it will write."""
 
 ADVICE = {
     "attention": "lower --sequence-length or --tokens",
@@ -113,16 +117,32 @@ def _saved_states(job: Job) -> int:
     return 4 * job.recipe.tokens * job.size("hidden_size") * sides
 
 
+def _gathered(job: Job) -> int:
+    """Bytes of the states of all processes where they are brought together: parts and whole."""
+    return 2 * _saved_states(job) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+
+
 def gradient_bytes(job: Job) -> int:
     """Bytes of the gradients that a partition asks for."""
     count = job.recipe.tokens * job.size("hidden_size") * len(job.layers)
     return 2 * count if job.method.gradient else 0
 
 
+def existing(place: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
+    return next(folder for folder in (place, *place.parents) if folder.exists())
+
+
+def disk_bytes(job: Job, slots: Mapping[str, Slot], plan: Plan, *, keep: bool = True) -> int:
+    """Bytes of disk that the result, and what is kept until it is whole, take at most."""
+    result = sum(slot.num_bytes for slot in slots.values())
+    return result + plan.file_bytes + (state_bytes(job) if keep else 0)
+
+
 def fit(job: Job, slots: Mapping[str, Slot], limit: int | None = None) -> Plan:
     """Where the states are to lie so that the conversion, which writes `slots`, keeps to `limit`
     bytes, to what there is, and to what a GPU has: the first of `PLACES` where they fit."""
-    most, room = min(limit or available(), available()), device_memory(job.device)
+    most, room = min(limit or host_room(), host_room()), device_memory(job.device)
     for place in PLACES[job.device.type]:
         stages, on_device = predicted(job, slots, place, most), device_bytes(job, place)
         stage = max(stages, key=stages.__getitem__)
@@ -172,7 +192,8 @@ def predicted(
     """
     base = base_bytes(job.checkpoint.folder)
     always = base + gradient_bytes(job)
-    always += state_arrays(job, place) if place.where == "memory" else 0
+    # Each process counts as if it had all tokens in memory; else it holds what it gathers there.
+    always += state_arrays(job, place) if place.where == "memory" else _gathered(job)
     if place.where == "device":  # a copy of the states, which is saved beside the next layer
         always += _saved_states(job)
     layer = _layer(job) if job.device.type == "cpu" else _written(job)
@@ -243,7 +264,11 @@ def _layer(job: Job) -> dict[str, int]:
         left = 4 * held_out * hidden * len(EXPERT_STRENGTHS)
         # The FFN with each neuron once beside the one with copies, and two chunks of both.
         copies = (ffn + 2 * chunk) * shape.num_stored // neurons
-        stored["refit of experts"] = ffn + matrix + left + chunk + copies
+        # Of the tokens of one expert, at twice the mean load: activations, those of the fitting
+        # ones once more, and what the outputs miss.
+        tokens = min(1.0, 2 * shape.experts_per_token / experts) * recipe.tokens
+        own = int(4 * tokens * (2 * shape.expert_width + hidden))
+        stored["refit of experts"] = ffn + matrix + left + chunk + copies + own
     return stored
 
 

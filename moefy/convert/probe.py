@@ -26,6 +26,9 @@ STARTS = 100
 LEAST = 0.05
 """Seconds that each kind of work is repeated for."""
 
+LEAST_CALLS = 3
+"""Times that it is repeated, if that takes longer: one call alone may fall on a busy moment."""
+
 
 def speeds(device: torch.device, shape: Shape) -> dict[str, float]:
     """Work per second by kind.
@@ -80,7 +83,7 @@ def rate(device: torch.device, work: Callable[[], Any], amount: float) -> float:
     """
     work()
     times = [now(device)]
-    while len(times) < 2 or times[-1] - times[0] < LEAST:
+    while len(times) <= LEAST_CALLS or times[-1] - times[0] < LEAST:
         work()
         times.append(now(device))
     return amount / max(min(map(sub, times[1:], times)), 1e-9)

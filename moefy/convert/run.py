@@ -22,7 +22,7 @@ from moefy.convert.estimate import budget as affordable
 from moefy.convert.estimate import with_tokens
 from moefy.convert.gradients import ffn_gradients
 from moefy.convert.layers import convert_layers, shared
-from moefy.convert.memory import ADVICE, Plan, fit, gradient_bytes, state_bytes
+from moefy.convert.memory import ADVICE, DISK, Plan, disk_bytes, existing, fit, gradient_bytes
 from moefy.convert.oracle import attach
 from moefy.convert.prepare import SELF, Job
 from moefy.convert.probe import speeds
@@ -62,6 +62,13 @@ def convert(
             too little text, 7 for an unfinished conversion of another kind, or a damaged one.
     """
     group = attempt.group
+    _, _, number = job.recipe.device.partition(":")
+    if group.size > 1 and number:
+        raise MoefyError(
+            f"--device is {job.recipe.device!r} for {group.size} processes; expected auto, cpu or "
+            "cuda, by which each has a GPU of its own",
+            code=2,
+        )
     if job.recipe.minutes is not None:
         budget = group.broadcast_object(None if group.rank else _budget(job, out, attempt))
         job = with_tokens(job, budget.tokens)
@@ -76,7 +83,7 @@ def convert(
     shared(group, job.recipe.tokens // job.recipe.sequence_length, job.recipe.sequence_length)
     if group.rank:
         return _help(job, out, plan, attempt)
-    _check_places(job, out, attempt.keep, plan.file_bytes)
+    _check_places(job, out, disk_bytes(job, write.slots(job), plan, keep=attempt.keep))
     with publishing(out, force=attempt.force, resume=attempt.keep, restart=attempt.restart) as part:
         state = State(part.with_name(STATE) if attempt.keep else None)
         state.claim(_facts(job, group), force=attempt.force)
@@ -161,7 +168,8 @@ def _budget(job: Job, out: Path, attempt: Attempt) -> Budget:
         same = not state.differences(_facts(with_tokens(job, budget.tokens), attempt.group))
         if same and budget.minutes == job.recipe.minutes:
             return budget
-    return affordable(job, speeds(job.device, job.shape), attempt.memory)
+    free = shutil.disk_usage(existing(place)).free + _used(place)
+    return affordable(job, speeds(job.device, job.shape), attempt.memory, free, keep=attempt.keep)
 
 
 def _help(job: Job, out: Path, plan: Plan, attempt: Attempt) -> dict[str, Any]:
@@ -182,25 +190,23 @@ def _last(job: Job, slots: Mapping[str, Slot]) -> int:
     return layers - 1
 
 
-def _check_places(job: Job, out: Path, keep: bool, more: int) -> None:
-    """Refuse an OUT inside or around the model, and a disk too small for it and `more` bytes."""
+def _check_places(job: Job, out: Path, needed: int) -> None:
+    """Refuse an OUT inside or around the model, and a disk too small for so many bytes."""
     source = job.checkpoint.folder.resolve()
     place = out.resolve()
     if place == source or source in place.parents or place in source.parents:
         raise MoefyError(f"OUT {out} lies inside MODEL {source}, or around it; move OUT", code=2)
-    near = next(folder for folder in (place, *place.parents) if folder.exists())
-    begun = place_of(place)
+    near, begun = existing(place), place_of(place)
     # What a stopped run has written already is not needed again.
-    needed = sum(slot.num_bytes for slot in write.slots(job).values()) - _used(begun)
-    needed += more + (state_bytes(job) if keep else 0)
+    needed -= _used(begun)
     free = shutil.disk_usage(near).free
-    if free < 1.1 * needed:
+    if free < DISK * needed:
         others = [folder for folder in near.glob(".*.moefy-part") if folder != begun]
         held = ", ".join(f"{folder.name} ({_used(folder) / 1e9:.1f} GB)" for folder in others)
         held = f" (unfinished runs are there: {held})" if held else ""
         raise MoefyError(
             f"{near} has {free / 1e9:.1f} GB free; the result and what is kept until it is whole "
-            f"need {1.1 * needed / 1e9:.1f} GB; free some or choose another OUT{held}",
+            f"need {DISK * needed / 1e9:.1f} GB; free some or choose another OUT{held}",
             code=5,
         )
 

@@ -6,6 +6,7 @@ lowest and the highest.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -69,20 +70,21 @@ GPU_WORK = {
 
 def grid_for(effort: str, kind: str, longest: int) -> Grid:
     """What speed is measured on for a kind of device, with models that take `longest` tokens."""
-    if kind == "cpu":
-        return GRIDS[effort]
     full = effort == "full"
-    new_tokens = 32 if full else 16
-    fitting = ((batch, min(context, longest - new_tokens)) for batch, context in GPU_WORK[effort])
-    return Grid(
-        tuple(dict.fromkeys(fitting)),
-        rounds=5 if full else 3,
-        new_tokens=new_tokens,
-        trial=512,
-        most_tried=2**17,
-        graphs=0 if effort == "quick" else 32,
-        warm=True,
-    )
+    grid = GRIDS[effort]
+    if kind != "cpu":
+        grid = Grid(
+            GPU_WORK[effort],
+            rounds=5 if full else 3,
+            new_tokens=32 if full else 16,
+            trial=512,
+            most_tried=2**17,
+            graphs=0 if effort == "quick" else 32,
+            warm=True,
+        )
+    most = max(1, longest - grid.new_tokens)
+    fitting = dict.fromkeys((batch, min(context, most)) for batch, context in grid.work)
+    return dataclasses.replace(grid, work=tuple(fitting))
 
 
 def stretches(ids_T: Tensor, batch: int, length: int, turn: int) -> Tensor:

@@ -15,8 +15,6 @@ from moefy.config.presets import (
     OPEN,
     PRESETS,
     last_share,
-    own_defaults,
-    rate_scale,
     round_tokens,
     step_tokens,
 )
@@ -32,7 +30,6 @@ from moefy.finetune.memory import (
     eight_bits,
     gpu_bytes,
     gpu_room,
-    host_room,
     memory,
     state_bytes,
     written,
@@ -43,7 +40,7 @@ from moefy.finetune.train import (
     num_steps,
     tokens_per_step,
 )
-from moefy.models.load import plain_config
+from moefy.memory import host_room
 
 DECODING = 2.0
 """Seconds of a token that the dense model writes, in those of one that it reads. SmolLM2-135M in
@@ -65,7 +62,7 @@ ADVICE = {
 
 
 def settled(inputs: Inputs) -> Settings:
-    """The settings with what their preset chooses, by the width of the model and its speed here.
+    """The settings with what their preset chooses, by the model's speed here.
 
     Tokens are as many as the preset has time for, but no more than four passes over the text, which
     are almost worth as much new text where more are not; rounded down to 1, 2 or 5 and zeros.
@@ -75,9 +72,6 @@ def settled(inputs: Inputs) -> Settings:
     asked = inputs.settings
     if not any(getattr(asked, name) == OPEN for name in CHOSEN):
         return asked
-    scale = rate_scale(plain_config(inputs.run.folder).get_text_config().hidden_size)
-    default = dataclasses.replace(Settings(), **own_defaults(inputs.run.recipe))
-    rates = {name: getattr(default, name) * scale for name in CHOSEN if name.endswith("rate")}
     tokens = asked.tokens
     if tokens == OPEN:
         # Sizes of steps decide the time, and the time decides the sizes: twice is enough.
@@ -88,8 +82,7 @@ def settled(inputs: Inputs) -> Settings:
             timed = (PRESETS[asked.preset] - fixed) / per_token
             tokens = round_tokens(min(timed, most_tokens(asked)))
         tokens = max(tokens, 8 * asked.sequence_length)
-    rates = {name: value for name, value in rates.items() if getattr(asked, name) == OPEN}
-    settings = dataclasses.replace(_batched(inputs, tokens), **rates)
+    settings = _batched(inputs, tokens)
     both = asked.batch_size == asked.gradient_accumulation_steps == OPEN
     while both and settings.batch_size > 1 and not _fits(inputs, settings):
         settings = dataclasses.replace(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from moefy.finetune import losses, refit_after
 from moefy.finetune.inputs import ComputeDtypes, Run, num_weights
 from moefy.finetune.probe import Probe
 from moefy.finetune.train import device
-from moefy.memory import available, base_bytes
+from moefy.memory import base_bytes
 from moefy.models.load import plain_config
 
 KEPT = 400
@@ -51,11 +50,6 @@ class Inputs:
     def place(self) -> torch.device:
         """Where it trains."""
         return device(self.settings)
-
-
-def host_room() -> int:
-    """Bytes of memory that each process on this machine may hold."""
-    return available() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def memory(inputs: Inputs) -> dict[str, int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moefy.finetune.router_hooks import BIASES, moe_layers
 from moefy.models.targets.target import ROUTER_SCALE
@@ -40,12 +42,28 @@ def parts(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return result
 
 
+RATES = {"router": 1e-3, "experts": 4e-4, "rest": 2e-4}
+USUAL_RMS = 0.19
+"""Learning rates by part of matrices whose root mean square is this, as in SmolLM2-135M, of which
+they were measured (recipes/results/finetune.md). Adam's steps do not shrink with the weights: those
+of most models are a tenth as large, and would be lost in as many steps."""
+
+
 def groups(
-    model: nn.Module, train: str, rates: dict[str, float], router_scale: float = ROUTER_SCALE
+    model: nn.Module,
+    train: str,
+    rates: Mapping[str, float | None],
+    router_scale: float = ROUTER_SCALE,
+    factor: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Parameter groups for what is to be trained; freezes all else.
 
-    Most of a router is written scaled by `router_scale`, and so is its rate.
+    A part without a rate has that of `RATES`, times the size of each matrix over `USUAL_RMS`: the
+    relative step of Adafactor, to a power of two, so that there are few groups. Vectors (norms,
+    biases) and the matrices of LoRA, half of which begin at zero, have it as it is. Most of a
+    router is written scaled by `router_scale`, and so is its rate. All rates are times `factor`.
+
+    Source: Shazeer and Stern, 2018, arXiv:1804.04235, section 8.
     """
     names = {"all": PARTS, "lora": ("router", "experts")}.get(train, train.split("+"))
     by_part = parts(model)
@@ -59,11 +77,24 @@ def groups(
         for parameter in by_part[part].values():
             parameter.requires_grad_(True)
             scale = router_scale if id(parameter) in small else 1.0
+            if rates[part] is None and parameter.ndim > 1 and train != "lora":
+                scale *= _size(parameter, scale)
             by_scale.setdefault(scale, []).append(parameter)
+        rate = RATES[part] if (given := rates[part]) is None else given
         for scale, parameters in by_scale.items():
-            rate = {"lr": rates[part] * scale, "part": part}
-            result += [{"params": group, **rate} for group in _by_mesh(parameters)]
+            own = {"lr": rate * scale * factor, "part": part}
+            result += [{"params": group, **own} for group in _by_mesh(parameters)]
     return result
+
+
+@torch.no_grad()
+def _size(parameter: nn.Parameter, scale: float) -> float:
+    """The root mean square of weights written scaled, over the usual one, to a power of two."""
+    norm = torch.linalg.vector_norm(parameter, dtype=torch.float32)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    rms = float(norm) / parameter.numel() ** 0.5 / scale
+    return 2.0 ** round(math.log2(rms / USUAL_RMS)) if rms else 1.0
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

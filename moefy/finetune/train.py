@@ -243,11 +243,8 @@ def _opened(student: Student, settings: Settings) -> tuple[Any, Routing]:
 def _stronger(reason: str, settings: Settings) -> tuple[Settings, str]:
     """The settings after a restart, and what has changed in words."""
     if "loss" in reason:
-        lower = {
-            name: getattr(settings, name) / 2
-            for name in ("learning_rate", "router_learning_rate", "rest_learning_rate")
-        }
-        return dataclasses.replace(settings, **lower), "learning rates halved"
+        lower = dataclasses.replace(settings, rate_factor=settings.rate_factor / 2)
+        return lower, "learning rates halved"
     weight = settings.balance_weight * STRONGER or Settings.balance_weight
     balance = settings.balance if settings.balance in ("switch", "variation") else "switch"
     changed = dataclasses.replace(settings, balance=balance, balance_weight=weight)
@@ -277,7 +274,6 @@ def arguments(settings: Settings, home: Path) -> TrainingArguments:
         max_steps=total,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
         warmup_steps=round(settings.warmup_ratio * total),
         max_grad_norm=settings.max_grad_norm,

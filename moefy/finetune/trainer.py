@@ -21,7 +21,7 @@ from moefy.finetune.best import Best
 from moefy.finetune.checkpoints import Checkpointed, Checkpoints
 from moefy.finetune.collapse_guard import CollapseGuard
 from moefy.finetune.losses import Batch, Routed
-from moefy.finetune.optim import adamw, groups
+from moefy.finetune.optim import RATES, adamw, groups
 from moefy.finetune.router_hooks import Layer, RouterStatistics, Routing, over_layers, update_bias
 from moefy.finetune.teacher import Teacher
 
@@ -115,8 +115,8 @@ class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
                 "experts": s.learning_rate,
                 "rest": s.rest_learning_rate,
             }
-            parameters = groups(self.model, s.train, rates, self.routing.scale)
-            options = {"lr": s.learning_rate, "betas": (0.9, 0.95), "weight_decay": s.weight_decay}
+            parameters = groups(self.model, s.train, rates, self.routing.scale, s.rate_factor)
+            options = {"lr": RATES["experts"], "betas": (0.9, 0.95), "weight_decay": s.weight_decay}
             self.optimizer = adamw(parameters, s.optimizer, **options)
         return self.optimizer
 

@@ -148,13 +148,17 @@ def show_plan(plan: Mapping[str, Any]) -> None:
 def show_finetune_plan(plan: Mapping[str, Any]) -> None:
     """Print the tokens, the time, the memory and the disk of a fine-tune that has not run."""
     settings, gigabytes = plan["settings"], "{:.1f} GB".format
-    rates = (f"{settings[f'{part}learning_rate']:.1e}" for part in ("", "router_", "rest_"))
+    given = [settings[f"{part}learning_rate"] for part in ("", "router_", "rest_")]
+    rates = ("by size" if rate is None else f"{rate:.1e}" for rate in given)
     rows = [
         ("run", plan["run"]),
         ("text", ", ".join(plan["text"])),
         ("trained", f"{plan['train']}, {plan['parameters_trained'] / 1e6:,.1f} M parameters"),
         ("losses", f"KL {settings['kl']}, cross-entropy {settings['ce']}"),
-        ("learning rates", "{} experts, {} routers, {} rest".format(*rates)),
+        (
+            "learning rates",
+            "{} experts, {} routers, {} rest, times {:g}".format(*rates, settings["rate_factor"]),
+        ),
         ("tokens", f"{plan['tokens']:,} in {plan['steps']:,} steps of {plan['tokens_per_step']:,}"),
         ("disk", gigabytes(plan["disk_bytes"] / 1e9)),
         ("disk while it runs", f"{plan['state_bytes'] / 1e9:.1f} GB more, to resume after a stop"),

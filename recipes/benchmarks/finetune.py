@@ -92,7 +92,7 @@ def tune_dense(run: Path, out: Path, settings: Settings, watch: Callable[..., No
     load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
     write = partial(write_text, folder, settings, dtype)
     tokens = read_text(parent, settings, 1, write, watch)
-    lower = {key: getattr(settings, key) / 10 for key in ("learning_rate", "rest_learning_rate")}
+    lower = {"rate_factor": settings.rate_factor / 10}
     home = out.with_name(f".{out.name}.moefy-finetune")
     home.mkdir(exist_ok=True)
     trained = train_model(

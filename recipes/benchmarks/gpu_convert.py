@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,7 +82,9 @@ def tried(step: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
     try:
         return step()
     except (subprocess.CalledProcessError, SystemExit, OSError) as error:
-        return {"failed": str(getattr(error, "stderr", "") or error).strip().splitlines()[-1]}
+        # pytest tells of a failure on standard output, moefy on the other.
+        told = [getattr(error, name, "") for name in ("stdout", "stderr")]
+        return {"failed": next(filter(None, [*told, str(error)])).strip().splitlines()[-1]}
     finally:
         signal.alarm(0)
 
@@ -113,7 +116,10 @@ def layers(model: str, shape: str, calibration: Path, tokens: int, out: Path) ->
     if shape != scale.SMALL:
         size = scale.SIZES[shape]
         if not (out / shape).exists():
-            scale.make(out / shape, dense, size, 2)
+            part = out / f"{shape}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            scale.make(part, dense, size, 2)
+            part.rename(out / shape)
         dense, settings["sequence_length"] = out / shape, size.length
     else:
         settings["target"] = "moefy"
@@ -126,7 +132,9 @@ def layers(model: str, shape: str, calibration: Path, tokens: int, out: Path) ->
     return {
         "stage_seconds": stages,
         "layer_seconds": round(sum(stages.values()), 2),
-        "planned_seconds": told["plan"]["seconds"] / len(rows),
+        "tokens": count(told["summary"]),
+        "seconds_of_all": told["wall"],
+        "planned_seconds_of_all": told["plan"]["seconds"],
         "planned_device_bytes": told["plan"]["device_bytes"],
         "device_bytes": told.get("gpu_bytes", 0),
         "peak_bytes": told["peaks"]["VmHWM"],
@@ -140,13 +148,19 @@ def convert(
     options = ("--calibration", calibration, "--tokens", tokens, "--force", "--quiet", *more)
     run("-m", "moefy", "convert", model, out, *options)
     told = json.loads((out / "moefy/conversion.json").read_text())
-    return {"stages": told["seconds"], "shape": told["shape"], "memory": told["memory"]}
+    facts = {name: told[name] for name in ("shape", "memory")}
+    return {"tokens": count(told), "stages": told["seconds"], **facts}
+
+
+def count(summary: dict[str, Any]) -> int:
+    """The calibration tokens that a conversion had: fewer than asked for of a short text."""
+    return summary["calibration"]["sequences"] * summary["calibration"]["sequence_length"]
 
 
 def report(text: list[Path], eval_tokens: int, out: Path) -> dict[str, Any]:
     """dNLL and KL on each text, and the speeds, by `moefy report`."""
     texts = [word for file in text for word in ("--text", file)]
-    options = ("--tokens", eval_tokens, "--no-robustness", "--quiet")
+    options = ("--tokens", eval_tokens, "--no-robustness", "--no-llama-cpp", "--quiet")
     run("-m", "moefy", "report", out, *texts, *options)
     told = json.loads((out / "moefy/report.json").read_text())
     scores = {

@@ -16,6 +16,7 @@ from moefy.convert.estimate import estimate
 from moefy.convert.prepare import prepare
 from moefy.convert.run import convert
 from moefy.convert.session import Attempt
+from moefy.distributed import Group
 from moefy.errors import MoefyError
 from moefy.files import buffers
 from moefy.files.buffers import Store
@@ -199,7 +200,7 @@ def test_a_million_tokens_of_seven_billion_parameters_fit_a_small_gpu(
     given = {"model": str(make_llama_7b), "calibration": str(text), "tokens": 1_000_448}
     job = prepare(build(None, {**given, "device": "cpu"}, []))
     monkeypatch.setattr(type(job), "device", torch.device("cuda"))
-    monkeypatch.setattr(memory, "available", lambda: 80 * 10**9)
+    monkeypatch.setattr("moefy.memory.available", lambda: 80 * 10**9)
     rooms = {}
     for room, host in ((10**12, 80), (10**11, 80), (24 * 10**9, 40), (2 * 10**9, 40)):
         monkeypatch.setattr(memory, "device_memory", lambda device, room=room: room)
@@ -210,6 +211,31 @@ def test_a_million_tokens_of_seven_billion_parameters_fit_a_small_gpu(
     assert rooms[10**12].peak_bytes > 2 * 4 * 1_000_448 * 4096 > rooms[24 * 10**9].peak_bytes
     assert rooms[24 * 10**9].device_bytes < 12 * 10**9 and not rooms[24 * 10**9].refusal
     assert re.match(r"this conversion .* of the GPU's memory, cuda has 2", rooms[2 * 10**9].refusal)
+
+
+def test_several_processes_share_the_memory_and_hold_what_they_gather(job, monkeypatch):
+    slots, where = write.slots(job), memory.Place("files")
+    alone, room = memory.predicted(job, slots, where), memory.host_room()
+    assert not memory.fit(job, slots).refusal
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory.host_room() == room // 2
+    held = {
+        stage: num_bytes - alone[stage]
+        for stage, num_bytes in memory.predicted(job, slots, where).items()
+    }
+    both = 2 * 4 * job.recipe.tokens * job.size("hidden_size")  # the dense model's states, too
+    assert held.pop("reopen") == 0
+    assert set(held.values()) == {2 * both}  # the parts, and the whole
+    monkeypatch.setattr("moefy.memory.available", lambda: max(alone.values()))
+    assert "there are" in memory.fit(job, slots).refusal
+
+
+def test_two_processes_do_not_take_one_gpu(job, tmp_path):
+    named = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, device="cuda:0"))
+    with pytest.raises(MoefyError, match="--device is 'cuda:0' for 2 processes") as caught:
+        convert(named, tmp_path / "out", Attempt(group=Group(0, 2)))
+    assert caught.value.code == 2 and not (tmp_path / "out").exists()
 
 
 def test_a_plan_counts_what_is_kept_until_the_model_is_whole(job, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 
 from moefy import pipeline
 from moefy.config.recipe import build, read
-from moefy.convert import estimate, prepare, probe, run
+from moefy.convert import estimate, memory, prepare, probe, run, write
 from moefy.convert.session import Attempt, Budget
 from moefy.errors import MoefyError
 
@@ -65,10 +65,44 @@ def test_minutes_buy_as_many_whole_sequences_as_they_hold(pico, text, monkeypatc
 
     # Memory may hold fewer of them.
     def fit(tried, *_):
-        return SimpleNamespace(refusal="too much" * (tried.recipe.tokens > 100_000))
+        return SimpleNamespace(file_bytes=0, refusal="too much" * (tried.recipe.tokens > 100_000))
 
     monkeypatch.setattr(estimate, "fit", fit)
     assert estimate.budget(job, RATES).tokens == 100_000 // 64 * 64
+
+
+def test_minutes_buy_no_more_than_the_disk_holds(pico, text, monkeypatch):
+    job = prepare.prepare(recipe(pico, text, minutes=2.0))
+    free = 10**7
+    found = estimate.budget(job, RATES, None, free)
+    assert estimate.budget(job, RATES).tokens > found.tokens
+
+    def needed(tokens):
+        tried = estimate.with_tokens(job, tokens)
+        plan = memory.fit(tried, slots := write.slots(tried))
+        return 1.1 * memory.disk_bytes(tried, slots, plan)
+
+    assert needed(found.tokens) <= free < needed(found.tokens + 64)
+    assert not any("the disk" in note for note in estimate.estimate(job)["notes"])
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    notes = estimate.estimate(prepare.prepare(recipe(pico, text, tokens=512)))["notes"]
+    assert any("the disk has 0.0 GB free" in note for note in notes)
+
+
+def test_what_takes_longer_is_planned_longer(pico, text):
+    """The search for layers to drop, and rounds of the split."""
+
+    def planned(layers=2, **more):
+        model = pico("llama", num_hidden_layers=layers)
+        job = prepare.prepare(recipe(pico, text, tokens=4096, **{"model": str(model), **more}))
+        return estimate.seconds(job, {**RATES, "product": 1e6}), job.num_weights
+
+    # Whichever is chosen counts as the last but one.
+    (one, _), (named, weights) = (planned(3, drop_layers=layers) for layers in ("1", "1:2"))
+    assert one - named == pytest.approx(2 * weights * 3 * 8 * 128 / 2 / 1e6)
+    rounds = [planned(partition_options={"rounds": count})[0] for count in (0, 4, 8)]
+    assert rounds[0] < rounds[1] < rounds[2]
+    assert rounds[1] == planned()[0]
 
 
 def test_the_fewest_tokens_are_taken_where_minutes_hold_none(pico, text):
@@ -103,11 +137,11 @@ def test_a_rerun_goes_on_with_the_tokens_of_the_first(pico, text, tmp_path, monk
     minutes = 0.1
     job = prepare.prepare(recipe(pico, text, minutes=minutes))
     monkeypatch.setattr(run, "speeds", lambda *_: RATES)
-    monkeypatch.setattr(run, "affordable", lambda *_: Budget(minutes, 1024, 1.0))
+    monkeypatch.setattr(run, "affordable", lambda *_, **options: Budget(minutes, 1024, 1.0))
     with pytest.raises(KeyboardInterrupt):
         run.convert(job, tmp_path / "out", watch=stopped_at("layer 1"))
     # On a machine that was busy then and is idle now.
-    monkeypatch.setattr(run, "affordable", lambda *_: Budget(minutes, 2048, 1.0))
+    monkeypatch.setattr(run, "affordable", lambda *_, **options: Budget(minutes, 2048, 1.0))
     summary = run.convert(job, tmp_path / "out")
     assert summary["recipe"]["tokens"] == 1024
     assert summary["minutes"] == minutes and "--minutes 0.1: 1,024 tokens" in summary["notes"]
@@ -123,7 +157,7 @@ def test_a_rerun_goes_on_with_the_tokens_of_the_first(pico, text, tmp_path, monk
     # The negative control: one that starts over measures again.
     with pytest.raises(KeyboardInterrupt):
         run.convert(job, tmp_path / "new", watch=stopped_at("layer 1"))
-    monkeypatch.setattr(run, "affordable", lambda *_: Budget(minutes, 512, 1.0))
+    monkeypatch.setattr(run, "affordable", lambda *_, **options: Budget(minutes, 512, 1.0))
     assert run._budget(job, tmp_path / "new", Attempt()).tokens == 2048
     assert run._budget(job, tmp_path / "new", Attempt(restart=True)).tokens == 512
     changed = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, seed=1))

@@ -79,6 +79,7 @@ KINDS = {
     "layers that are dropped": (2, {"drop_layers": "1", "active": 0.4}),
     "gates": (3, {"partition": "expertweaver", "router": "expertweaver"}),
     "marks of neurons": (2, {"partition": "cmoe"}),
+    "copies": (2, {"method": "upcycle", "experts": 4, "top_k": 2}),
     "fluctuation": (2, {"partition": "static", "partition_options": {"metric": "fluctuation"}}),
 }
 """How many processes, and what is not the default."""

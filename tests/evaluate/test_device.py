@@ -41,7 +41,9 @@ def test_speeds_of_two_gpus_are_two_measurements(monkeypatch):
 
 def test_a_gpu_is_measured_at_larger_batches_and_longer_prompts():
     for effort, grid in GRIDS.items():
-        assert grid_for(effort, "cpu", 64) is grid and not grid.graphs and not grid.warm
+        assert grid_for(effort, "cpu", 8192) == grid and not grid.graphs and not grid.warm
+    short = grid_for("full", "cpu", 144)  # one that takes fewer tokens than are asked for
+    assert short.work == ((1, 128), (8, 128), (32, 128))
     grid = grid_for("full", "cuda", 8192)
     assert (256, 4096) in grid.work and grid.warm and 0 < grid.graphs < 256
     assert grid.batches == grid_for("usual", "cuda", 8192).batches == [1, 8, 32, 128, 256]

@@ -17,7 +17,7 @@ from moefy.finetune import estimate, memory, prepare, probe, refit_after
 from moefy.finetune.anneal import begin
 from moefy.finetune.inputs import load_student
 from moefy.finetune.memory import Inputs
-from moefy.finetune.optim import adamw, groups, state_tensors
+from moefy.finetune.optim import RATES, adamw, groups, state_tensors
 from moefy.finetune.prepare import open_inputs
 from moefy.finetune.probe import Cost, Probe
 from moefy.finetune.run import finetune, home_of
@@ -153,11 +153,11 @@ def test_what_does_not_fit_is_refused_by_name(run, text, tmp_path, monkeypatch, 
     done = moefy(*line, "--json")
     plan = json.loads(done.out)
     assert done.code == 0 and plan["refusal"] == "" and plan["tokens"] == 2048
-    monkeypatch.setattr(memory, "available", lambda: 10**6)
+    monkeypatch.setattr("moefy.memory.available", lambda: 10**6)
     done = moefy(*line, "--json")
     assert done.code == 5 and json.loads(done.out)["refusal"]
     assert "GB of memory, there are 0.0 GB" in done.err and done.err.count("\n") == 1
-    monkeypatch.setattr(memory, "available", lambda: 10**15)
+    monkeypatch.setattr("moefy.memory.available", lambda: 10**15)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda place: usage)
     done = moefy(*line)
@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused_by_name(run, text, tmp_path, monkeypatch, 
 
 
 def test_what_to_lower_is_what_is_not_lowered_yet(run, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda: 650_000_000)
+    monkeypatch.setattr("moefy.memory.available", lambda: 650_000_000)
     heavy = Cost(1e-3, 0.1, 1e6, 10_000)
 
     def refusal(**more):
@@ -180,7 +180,7 @@ def test_what_to_lower_is_what_is_not_lowered_yet(run, text, tmp_path, monkeypat
 
 
 def test_each_process_of_a_machine_has_its_part_of_the_memory(run, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda: 10**9)
+    monkeypatch.setattr("moefy.memory.available", lambda: 10**9)
     inputs = planned(run, text)
     assert estimate.estimate(inputs, tmp_path / "out")["refusal"] == ""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -190,7 +190,7 @@ def test_each_process_of_a_machine_has_its_part_of_the_memory(run, text, tmp_pat
 def test_advice_is_for_the_stage_that_takes_most(run, text, tmp_path, monkeypatch):
     """Where asking the teacher or the refit takes most, no smaller batch helps."""
     room = memory.written(planned(run, text).run) + 10**6
-    monkeypatch.setattr(memory, "available", lambda: room)
+    monkeypatch.setattr("moefy.memory.available", lambda: room)
     for stage, more in (
         ("refit_after=false", {"refit_after": True, "teacher_cache": str(tmp_path)}),
         ("fewer --tokens", {"teacher_cache": str(tmp_path), "tokens": 10**7}),
@@ -269,7 +269,7 @@ def test_what_is_given_wins_over_the_preset(run, text):
     given = {"tokens": 12345, "batch_size": 3, "learning_rate": 1e-5, "ce": 0.0}
     asked = chosen(run, text, **given)
     assert {name: getattr(asked, name) for name in given} == given
-    assert asked.rest_learning_rate == free.rest_learning_rate == Settings().rest_learning_rate
+    assert asked.rest_learning_rate is free.rest_learning_rate is None
     assert asked.gradient_accumulation_steps > 1  # steps stay as large as the preset wants them
 
 
@@ -293,14 +293,6 @@ def test_a_preset_ends_with_answers_where_the_model_gives_them(run, text, tmp_pa
     assert more - less == pytest.approx(280 * 58 * 2 * 1e-4, abs=0.15)
 
 
-def test_wide_models_learn_slower(run, text, monkeypatch):
-    monkeypatch.setattr(estimate, "rate_scale", lambda width: {32: 0.25}[width])
-    asked = chosen(run, text, learning_rate=1e-5)
-    assert asked.learning_rate == 1e-5
-    assert asked.rest_learning_rate == Settings().rest_learning_rate / 4
-    assert asked.router_learning_rate == Settings().router_learning_rate / 4
-
-
 def test_experts_that_overlap_have_defaults_of_their_own(
     converted, pico, text, tmp_path, moefy, monkeypatch
 ):
@@ -312,25 +304,21 @@ def test_experts_that_overlap_have_defaults_of_their_own(
     written = json.loads((tmp_path / "out" / "moefy" / "finetune.json").read_text())["settings"]
     assert {name: written[name] for name in OVERLAPPING} == {**OVERLAPPING, "ce": 0.5}
 
-    monkeypatch.setattr(estimate, "rate_scale", lambda width: 0.25)
     own = own_defaults(Recipe(model="demo", overlap=2))
     asked = build(None, {**SMALL, "data": [str(text)], "preset": "good"}, [], own=own)
     settled = estimate.settled(dataclasses.replace(planned(run, text), settings=asked))
-    assert settled.learning_rate == OVERLAPPING["learning_rate"] / 4
-    assert settled.rest_learning_rate == OVERLAPPING["rest_learning_rate"] / 4
-    assert settled.router_learning_rate == Settings().router_learning_rate / 4
-    assert (settled.ce, settled.router_gradient) == (0.0, "chosen")
+    assert {name: getattr(settled, name) for name in OVERLAPPING} == OVERLAPPING
 
     file = tmp_path / "recipe.toml"
-    for more, rate in (("overlap = 2", 1e-4), ("", 4e-4), ('overlap = 2\nmethod = "flap"', 4e-4)):
+    for more, factor in (("overlap = 2", 0.25), ("", 1), ('overlap = 2\nmethod = "flap"', 1)):
         file.write_text(f'model = "demo"\n{more}\n[finetune]\ntokens = 4096\n')
-        assert declared(file).finetune.learning_rate == rate
+        assert declared(file).finetune.rate_factor == factor
 
 
 def test_batches_are_halved_until_they_fit(run, text, monkeypatch):
     heavy = Cost(1e-3, 0.1, 1e6, 10_000)
     wide = chosen(run, text, cost=heavy)
-    monkeypatch.setattr(memory, "available", lambda: 800_000_000)
+    monkeypatch.setattr("moefy.memory.available", lambda: 800_000_000)
     narrow = chosen(run, text, cost=heavy)
     assert (wide.batch_size, narrow.batch_size) == (4, 2)
     rows = {one.batch_size * one.gradient_accumulation_steps for one in (wide, narrow)}
@@ -358,6 +346,7 @@ def test_a_preset_is_written_out_and_kept_when_it_is_stopped(run, text, tmp_path
 
 def test_the_defaults_are_the_best_recipe_that_was_measured():
     best = build(Path(__file__).parents[2] / "recipes" / "finetune-smollm2-135m.toml", {}, [])
-    names = ("kl", "ce", "learning_rate", "rest_learning_rate", "router_learning_rate")
-    for name in (*names, "warmup_ratio", "schedule"):
+    for name in ("kl", "ce", "warmup_ratio", "schedule", "rate_factor"):
         assert getattr(Settings(), name) == getattr(best, name)
+    given = (best.router_learning_rate, best.learning_rate, best.rest_learning_rate)
+    assert given == tuple(RATES[part] for part in ("router", "experts", "rest"))

@@ -18,6 +18,9 @@ from moefy.types import FFN, Partition, Profile, Range, Shape
 
 OVERLAPS = True  # a neuron may stand in several of its experts
 
+ROUNDS = 4
+"""Times that neurons are assigned by true energies, and again by those of the fitted routers."""
+
 SKETCH = 128
 """Random directions that a neuron's profile over the tokens is projected on before k-means."""
 
@@ -28,8 +31,8 @@ def split(
     shape: Shape,
     *,
     generator: torch.Generator,
-    rounds: Annotated[int, Range(0)] = 4,
-    routed_rounds: Annotated[int, Range(0)] = 4,
+    rounds: Annotated[int, Range(0)] = ROUNDS,
+    routed_rounds: Annotated[int, Range(0)] = ROUNDS,
     sample: Annotated[int, Range(64)] = SAMPLE,
 ) -> Partition:
     """Alternate between routing tokens to experts and neurons to experts.
