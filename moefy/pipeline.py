@@ -166,8 +166,9 @@ def _finetuned(run: Path, out: Path, settings: finetune.Settings) -> bool:
     if (tuning := runs.read_tuning(out)) is None:
         return False
     idle = NOT_OF_WEIGHTS + (NOT_OF_SELF if settings.data == ("self",) else ())
-    # What a preset has chosen need not be chosen alike again.
+    # What a preset has chosen need not be chosen alike again, nor rates that nobody gave.
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in idle and v != OPEN}
+    asked = {k: v for k, v in asked.items() if v is not None or not k.endswith("learning_rate")}
     # A setting that an older moefy lacked has its default: that is what it did.
     before = renamed(finetune.Settings, tuning["settings"])
     before = dataclasses.asdict(finetune.Settings()) | before

@@ -47,7 +47,7 @@ ROWS = {
     "convert": [
         "run",
         "calibration estimate layers",
-        "depth",
+        "depth disk",
         "memory sensitivity session summary write",
         "prepare",
         "choose",

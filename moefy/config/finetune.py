@@ -36,8 +36,8 @@ class Settings:
     preset: str = option(
         "",
         "How long it may take: `fast` ten minutes, `good` an hour, `best` ten hours. It chooses "
-        "tokens, batches, learning rates and the last stage by the speed of the machine, the size "
-        "of the text and the width of the model, where they are not given.",
+        "tokens, batches and the last stage by the speed of the machine and the size of the text, "
+        "where they are not given.",
         choices=("", *PRESETS),
         unset=f"{DEFAULT}, or none with --tokens",
     )
@@ -88,7 +88,7 @@ class Settings:
         None, "Learning rate of the routers, in units of their unscaled rows.", unset=BY_SIZE
     )
     rest_learning_rate: float | None = option(None, "That of everything else.", unset=BY_SIZE)
-    rate_factor: float = key(1.0, "Factor on these rates; 0.25 by default where experts overlap.")
+    rate_factor: float = key(1.0, "Factor on those by size; 0.25 where experts overlap.")
     warmup_ratio: float = key(
         0.1, "Share of the steps over which the learning rates rise.", most=1, old="warmup"
     )

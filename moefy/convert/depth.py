@@ -126,15 +126,16 @@ def supposed(job: Job) -> Job:
 
 
 def searched(job: Job) -> float:
-    """Tokens that go through the whole model while the layers to drop are chosen.
+    """Floating-point operations of the search for layers to drop.
 
-    A step tries a layer by going through those behind it, half of all on average; the first step
-    tries every layer, and each after it half of them.
+    A step tries a layer by going through those behind it, half of all on average, and through the
+    head twice. The first step tries every layer, and each after it half of them.
     """
     count, _ = dropped_layers(job.recipe.drop_layers, job.source.num_layers)
     tried = job.source.num_layers * (1 + (count - 1) / 2) if count and not job.dropped else 0
     length, _, pieces = PIECES
-    return tried * length * pieces / 2
+    head = job.size("vocab_size") * job.size("hidden_size")
+    return tried * length * pieces * 2.0 * (job.num_weights / 2 + 2 * head)
 
 
 def advance(

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from bisect import bisect_left
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moefy.checkpoint.cut import num_parameters
-from moefy.config.recipe import method_of
-from moefy.convert import depth, sensitivity, write
-from moefy.convert.memory import DISK, disk_bytes, existing, fit, state_bytes, writing
+from moefy.config.recipe import Recipe, method_of
+from moefy.convert import depth, disk, sensitivity, write
+from moefy.convert.memory import fit, state_bytes, writing
 from moefy.convert.partition.alternating import ROUNDS
 from moefy.convert.prepare import SELF, Job
 from moefy.convert.probe import speeds
-from moefy.convert.profile import SAMPLE
 from moefy.convert.refit import EXPERT_STRENGTHS
 from moefy.convert.session import Budget
 from moefy.files.shards import DTYPES
@@ -53,7 +51,7 @@ def estimate(job: Job, memory: int | None = None, out: Path = Path()) -> dict[st
     Times assume the speeds of this machine, measured for a moment. A note says so where the
     conversion does not fit in `memory` bytes, on this machine, or on the disk of `out`.
     """
-    free = shutil.disk_usage(existing(out.absolute())).free
+    free = disk.room(out)
     rates, notes = speeds(job.device, job.shape), [*job.notes]
     if job.recipe.minutes is not None:
         affordable = budget(job, rates, memory, free)
@@ -61,10 +59,10 @@ def estimate(job: Job, memory: int | None = None, out: Path = Path()) -> dict[st
         notes.append(affordable.note)
     plan = fit(job, write.slots(job), memory)
     notes += [plan.refusal] if plan.refusal else []
-    if free < DISK * (needed := disk_bytes(job, write.slots(job), plan)):
+    if free < (needed := disk.needed(job, write.slots(job), plan)):
         notes.append(
-            f"the disk has {free / 1e9:.1f} GB free, and {DISK * needed / 1e9:.1f} GB are needed "
-            "until the result is whole"
+            f"the disk has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are needed until the "
+            "result is whole"
         )
     if job.recipe.calibration == SELF:
         notes += writing(job, memory).notes
@@ -117,11 +115,11 @@ def budget(
     job: Job,
     rates: Mapping[str, float],
     memory: int | None = None,
-    disk: float = math.inf,
+    room: float = math.inf,
     *,
     keep: bool = True,
 ) -> Budget:
-    """The most calibration tokens that `--minutes`, the memory and bytes of `disk` leave room for.
+    """The most calibration tokens that `--minutes`, the memory and `room` on a disk hold.
 
     They are whole sequences; there are at least `LEAST` tokens and 8 sequences, whatever they take.
     """
@@ -135,7 +133,7 @@ def budget(
             return True
         tried = with_tokens(job, sequences * length)
         plan = fit(tried, slots := write.slots(tried), memory)
-        return bool(plan.refusal) or disk < DISK * disk_bytes(tried, slots, plan, keep=keep)
+        return bool(plan.refusal) or room < disk.needed(tried, slots, plan, keep=keep)
 
     least, most = max(8, -(-LEAST // length)), MOST // length
     sequences = least + bisect_left(range(least + 1, most + 1), True, key=too_many)
@@ -158,7 +156,7 @@ def seconds(job: Job, rates: Mapping[str, float]) -> float:
     whole = layer * len(job.layers) + passed * (max(job.layers) + 1 - len(job.layers))
     # Forwards through all weights; there and back for gradients, of which no weight needs one.
     forwards = 2.0 * job.method.gradient + WRITING * (job.recipe.calibration == SELF)
-    products = 2.0 * job.num_weights * (job.recipe.tokens * forwards + searched)
+    products = 2.0 * job.num_weights * job.recipe.tokens * forwards + searched
     if job.weighs:
         length, fitted, probes = sensitivity.PIECES
         few = dataclasses.replace(job.recipe, tokens=length * (fitted + probes))
@@ -189,7 +187,8 @@ def _layer_seconds(job: Job, rates: Mapping[str, float]) -> tuple[float, float]:
 
 def _rounds(job: Job) -> int:
     """Times that the split assigns the neurons to experts."""
-    options = job.recipe.partition_options
+    partition, options = job.recipe.partition, job.recipe.partition_options
+    options = options if partition == Recipe.partition else {}
     return 1 + sum(int(options.get(name, ROUNDS)) for name in ("rounds", "routed_rounds"))
 
 
@@ -204,7 +203,7 @@ def operations(job: Job) -> dict[str, dict[str, float]]:
     tokens, neurons = recipe.tokens, shape.num_neurons
     matrices, sides = 3 if job.family.gated else 2, 2 if job.method.error_propagation else 1
     once, gram = 2.0 * tokens * neurons * hidden, 2.0 * tokens * hidden * hidden
-    sample = min(tokens, job.method.sample or SAMPLE)
+    sample = tokens if job.method.sample is None else min(tokens, job.method.sample)
     overlaps = shape.overlaps and job.method.fit is not None
     active = once * min(1.0, shape.active_fraction)
     counts: dict[str, dict[str, float]] = {

@@ -31,9 +31,6 @@ from moefy.types import PIECE
 SINGLE = re.compile(r"\.experts\.\d+\.")
 """In the names of what is stored expert by expert."""
 
-DISK = 1.1
-"""Free bytes of a disk that a conversion asks for, over those that it will write."""
-
 ADVICE = {
     "attention": "lower --sequence-length or --tokens",
     "split": "lower --set partition.sample=2048 or --tokens",
@@ -126,17 +123,6 @@ def gradient_bytes(job: Job) -> int:
     """Bytes of the gradients that a partition asks for."""
     count = job.recipe.tokens * job.size("hidden_size") * len(job.layers)
     return 2 * count if job.method.gradient else 0
-
-
-def existing(place: Path) -> Path:
-    """The folder itself, or the nearest above it that exists."""
-    return next(folder for folder in (place, *place.parents) if folder.exists())
-
-
-def disk_bytes(job: Job, slots: Mapping[str, Slot], plan: Plan, *, keep: bool = True) -> int:
-    """Bytes of disk that the result, and what is kept until it is whole, take at most."""
-    result = sum(slot.num_bytes for slot in slots.values())
-    return result + plan.file_bytes + (state_bytes(job) if keep else 0)
 
 
 def fit(job: Job, slots: Mapping[str, Slot], limit: int | None = None) -> Plan:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,18 @@ from moefy import environment
 from moefy.checkpoint.check_finite import scan
 from moefy.checkpoint.reload import fitting_layers, reopen
 from moefy.config.recipe import num_bytes
-from moefy.convert import depth, sensitivity, write
+from moefy.convert import depth, disk, sensitivity, write
 from moefy.convert.calibration import calibration_tokens
 from moefy.convert.estimate import budget as affordable
 from moefy.convert.estimate import with_tokens
 from moefy.convert.gradients import ffn_gradients
 from moefy.convert.layers import convert_layers, shared
-from moefy.convert.memory import ADVICE, DISK, Plan, disk_bytes, existing, fit, gradient_bytes
+from moefy.convert.memory import (
+    ADVICE,
+    Plan,
+    fit,
+    gradient_bytes,
+)
 from moefy.convert.oracle import attach
 from moefy.convert.prepare import SELF, Job
 from moefy.convert.probe import speeds
@@ -83,7 +87,7 @@ def convert(
     shared(group, job.recipe.tokens // job.recipe.sequence_length, job.recipe.sequence_length)
     if group.rank:
         return _help(job, out, plan, attempt)
-    _check_places(job, out, disk_bytes(job, write.slots(job), plan, keep=attempt.keep))
+    _check_places(job, out, disk.needed(job, write.slots(job), plan, keep=attempt.keep))
     with publishing(out, force=attempt.force, resume=attempt.keep, restart=attempt.restart) as part:
         state = State(part.with_name(STATE) if attempt.keep else None)
         state.claim(_facts(job, group), force=attempt.force)
@@ -168,8 +172,8 @@ def _budget(job: Job, out: Path, attempt: Attempt) -> Budget:
         same = not state.differences(_facts(with_tokens(job, budget.tokens), attempt.group))
         if same and budget.minutes == job.recipe.minutes:
             return budget
-    free = shutil.disk_usage(existing(place)).free + _used(place)
-    return affordable(job, speeds(job.device, job.shape), attempt.memory, free, keep=attempt.keep)
+    rates = speeds(job.device, job.shape)
+    return affordable(job, rates, attempt.memory, disk.room(out), keep=attempt.keep)
 
 
 def _help(job: Job, out: Path, plan: Plan, attempt: Attempt) -> dict[str, Any]:
@@ -196,24 +200,16 @@ def _check_places(job: Job, out: Path, needed: int) -> None:
     place = out.resolve()
     if place == source or source in place.parents or place in source.parents:
         raise MoefyError(f"OUT {out} lies inside MODEL {source}, or around it; move OUT", code=2)
-    near, begun = existing(place), place_of(place)
-    # What a stopped run has written already is not needed again.
-    needed -= _used(begun)
-    free = shutil.disk_usage(near).free
-    if free < DISK * needed:
-        others = [folder for folder in near.glob(".*.moefy-part") if folder != begun]
-        held = ", ".join(f"{folder.name} ({_used(folder) / 1e9:.1f} GB)" for folder in others)
+    room, begun = disk.room(out), place_of(place)
+    if room < needed:
+        others = [folder for folder in begun.parent.glob(".*.moefy-part") if folder != begun]
+        held = ", ".join(f"{folder.name} ({disk.used(folder) / 1e9:.1f} GB)" for folder in others)
         held = f" (unfinished runs are there: {held})" if held else ""
         raise MoefyError(
-            f"{near} has {free / 1e9:.1f} GB free; the result and what is kept until it is whole "
-            f"need {DISK * needed / 1e9:.1f} GB; free some or choose another OUT{held}",
+            f"{place.parent} has {room / 1e9:.1f} GB free; the result and what is kept until it is "
+            f"whole need {needed / 1e9:.1f} GB; free some or choose another OUT{held}",
             code=5,
         )
-
-
-def _used(folder: Path) -> int:
-    """Bytes on disk of the files below a folder."""
-    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
 
 
 def _machine(job: Job, group: Group) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def grid_for(effort: str, kind: str, longest: int) -> Grid:
         )
     most = max(1, longest - grid.new_tokens)
     fitting = dict.fromkeys((batch, min(context, most)) for batch, context in grid.work)
-    return dataclasses.replace(grid, work=tuple(fitting))
+    return dataclasses.replace(grid, work=tuple(fitting), trial=min(grid.trial, most))
 
 
 def stretches(ids_T: Tensor, batch: int, length: int, turn: int) -> Tensor:

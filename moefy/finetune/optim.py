@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import re
+import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,10 @@ from moefy.models.targets.target import ROUTER_SCALE
 
 PARTS = ("router", "experts", "rest")
 """The parts of a model: the routers, all FFNs, everything else."""
+
+LORA = "lora_"
+NUMBER = re.compile(r"\.\d+(?=\.)")
+"""In the names of weights: of adapters, and of one layer or expert."""
 
 
 def parts(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -49,52 +54,69 @@ they were measured (recipes/results/finetune.md). Adam's steps do not shrink wit
 of most models are a tenth as large, and would be lost in as many steps."""
 
 
-def groups(
+def learning_rates(
     model: nn.Module,
     train: str,
-    rates: Mapping[str, float | None],
+    given: Mapping[str, float | None],
     router_scale: float = ROUTER_SCALE,
     factor: float = 1.0,
-) -> list[dict[str, Any]]:
-    """Parameter groups for what is to be trained; freezes all else.
+) -> dict[str, float]:
+    """The learning rate of each kind of weights that is trained: by name, without the numbers.
 
-    A part without a rate has that of `RATES`, times the size of each matrix over `USUAL_RMS`: the
-    relative step of Adafactor, to a power of two, so that there are few groups. Vectors (norms,
-    biases) and the matrices of LoRA, half of which begin at zero, have it as it is. Most of a
-    router is written scaled by `router_scale`, and so is its rate. All rates are times `factor`.
+    A part that is `given` none has the rate of `RATES` times `factor`, and a matrix of it in
+    proportion to its size: the median root mean square of its kind over `USUAL_RMS`, which is the
+    relative step of Adafactor. Vectors (norms, biases) and the matrices of LoRA, half of which
+    begin at zero, have it as it is. Most of a router is written scaled by `router_scale`, and so is
+    its rate.
 
     Source: Shazeer and Stern, 2018, arXiv:1804.04235, section 8.
     """
+    small = {id(p) for layer in moe_layers(model) for p, is_small in layer.learned if is_small}
+    result = {}
+    for kind, (part, weights) in _kinds(model, train).items():
+        scale = router_scale if id(weights[0]) in small else 1.0
+        rate = given[part]
+        if rate is None:
+            rate = RATES[part] * factor
+            sizes = [rms for weight in weights if (rms := _rms(weight))]
+            if weights[0].ndim > 1 and LORA not in kind and sizes:
+                rate *= statistics.median(sizes) / scale / USUAL_RMS
+        result[kind] = rate * scale
+    return result
+
+
+def groups(model: nn.Module, train: str, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Parameter groups for what is to be trained, by kind; freezes all else."""
+    model.requires_grad_(False)
+    result = []
+    for kind, (part, weights) in _kinds(model, train).items():
+        for weight in weights:
+            weight.requires_grad_(True)
+        own = {"lr": rates[kind], "part": part}
+        result += [{"params": group, **own} for group in _by_mesh(weights)]
+    return result
+
+
+def _kinds(model: nn.Module, train: str) -> dict[str, tuple[str, list[nn.Parameter]]]:
+    """The part and the weights of each kind that is trained."""
     names = {"all": PARTS, "lora": ("router", "experts")}.get(train, train.split("+"))
     by_part = parts(model)
     if train == "lora":
-        by_part["experts"] = {n: p for n, p in model.named_parameters() if "lora_" in n}
-    model.requires_grad_(False)
-    result = []
-    small = {id(p) for layer in moe_layers(model) for p, is_small in layer.learned if is_small}
+        by_part["experts"] = {n: p for n, p in model.named_parameters() if LORA in n}
+    result: dict[str, tuple[str, list[nn.Parameter]]] = {}
     for part in names:
-        by_scale: dict[float, list[nn.Parameter]] = {}
-        for parameter in by_part[part].values():
-            parameter.requires_grad_(True)
-            scale = router_scale if id(parameter) in small else 1.0
-            if rates[part] is None and parameter.ndim > 1 and train != "lora":
-                scale *= _size(parameter, scale)
-            by_scale.setdefault(scale, []).append(parameter)
-        rate = RATES[part] if (given := rates[part]) is None else given
-        for scale, parameters in by_scale.items():
-            own = {"lr": rate * scale * factor, "part": part}
-            result += [{"params": group, **own} for group in _by_mesh(parameters)]
+        for name, parameter in by_part[part].items():
+            result.setdefault(NUMBER.sub("", name), (part, []))[1].append(parameter)
     return result
 
 
 @torch.no_grad()
-def _size(parameter: nn.Parameter, scale: float) -> float:
-    """The root mean square of weights written scaled, over the usual one, to a power of two."""
-    norm = torch.linalg.vector_norm(parameter, dtype=torch.float32)
+def _rms(weight: nn.Parameter) -> float:
+    """The root mean square of a weight, also of one that lies in parts."""
+    norm = torch.linalg.vector_norm(weight, dtype=torch.float32)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    rms = float(norm) / parameter.numel() ** 0.5 / scale
-    return 2.0 ** round(math.log2(rms / USUAL_RMS)) if rms else 1.0
+    return float(norm) / weight.numel() ** 0.5
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -122,7 +122,7 @@ def _student(
         guard_restarts=0,
         gradient_checkpointing=False,
         compile=False,
-        # A preset may not have chosen them yet, and no rate changes the time.
+        # No rate changes the time.
         learning_rate=0.0,
         router_learning_rate=0.0,
         rest_learning_rate=0.0,

@@ -69,6 +69,8 @@ class Trained:
     validation: dict[str, dict[str, Any]]
     routing: dict[str, list[dict[str, Any]]]
     guard: list[dict[str, Any]]
+    rates: dict[str, float]
+    """The learning rate of each kind of weights."""
     selected: dict[str, Any] | None = None
     """The step whose weights these are, by which figure, and its value there and at the end."""
     refit: dict[str, Any] | None = None
@@ -221,6 +223,7 @@ def train(
         {"before": before[0], "after": after[0]},
         {"before": before[1], "after": after[1]},
         restarts,
+        trainer.rates,
         selected,
     )
 
@@ -243,8 +246,10 @@ def _opened(student: Student, settings: Settings) -> tuple[Any, Routing]:
 def _stronger(reason: str, settings: Settings) -> tuple[Settings, str]:
     """The settings after a restart, and what has changed in words."""
     if "loss" in reason:
-        lower = dataclasses.replace(settings, rate_factor=settings.rate_factor / 2)
-        return lower, "learning rates halved"
+        names = ("learning_rate", "router_learning_rate", "rest_learning_rate", "rate_factor")
+        given = {name: rate for name in names if (rate := getattr(settings, name)) is not None}
+        lower = {name: rate / 2 for name, rate in given.items()}
+        return dataclasses.replace(settings, **lower), "learning rates halved"
     weight = settings.balance_weight * STRONGER or Settings.balance_weight
     balance = settings.balance if settings.balance in ("switch", "variation") else "switch"
     changed = dataclasses.replace(settings, balance=balance, balance_weight=weight)

@@ -21,7 +21,7 @@ from moefy.finetune.best import Best
 from moefy.finetune.checkpoints import Checkpointed, Checkpoints
 from moefy.finetune.collapse_guard import CollapseGuard
 from moefy.finetune.losses import Batch, Routed
-from moefy.finetune.optim import RATES, adamw, groups
+from moefy.finetune.optim import adamw, groups, learning_rates
 from moefy.finetune.router_hooks import Layer, RouterStatistics, Routing, over_layers, update_bias
 from moefy.finetune.teacher import Teacher
 
@@ -67,6 +67,14 @@ class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
         self.last: dict[str, Any] = {"seconds": 0.0, "tokens_per_second": 0.0}
         """The row of the last step; zeros where a resumed training has no step left."""
         super().__init__(**arguments)
+        s = setup.settings
+        given = {
+            "router": s.router_learning_rate,
+            "experts": s.learning_rate,
+            "rest": s.rest_learning_rate,
+        }
+        self.rates = learning_rates(self.model, s.train, given, self.routing.scale, s.rate_factor)
+        """By kind of weights, of those that training starts from: a resume brings others."""
         self.first_of_last = self.args.max_steps - setup.num_last_steps
         self.loss_is_scaled_for_ga = False
         self.add_callback(self)
@@ -110,15 +118,15 @@ class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
         """AdamW with a learning rate for each part."""
         if self.optimizer is None:
             s = self.settings
-            rates = {
-                "router": s.router_learning_rate,
-                "experts": s.learning_rate,
-                "rest": s.rest_learning_rate,
-            }
-            parameters = groups(self.model, s.train, rates, self.routing.scale, s.rate_factor)
-            options = {"lr": RATES["experts"], "betas": (0.9, 0.95), "weight_decay": s.weight_decay}
+            parameters = groups(self.model, s.train, self.rates)
+            options = {"lr": 0.0, "betas": (0.9, 0.95), "weight_decay": s.weight_decay}
             self.optimizer = adamw(parameters, s.optimizer, **options)
         return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        """What is logged: that of the experts, where they are trained."""
+        rates: Any = self.optimizer.param_groups
+        return float(next((g["lr"] for g in rates if g["part"] == "experts"), rates[0]["lr"]))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of the settings, and behind it that of the last stage."""

@@ -149,7 +149,8 @@ def show_finetune_plan(plan: Mapping[str, Any]) -> None:
     """Print the tokens, the time, the memory and the disk of a fine-tune that has not run."""
     settings, gigabytes = plan["settings"], "{:.1f} GB".format
     given = [settings[f"{part}learning_rate"] for part in ("", "router_", "rest_")]
-    rates = ("by size" if rate is None else f"{rate:.1e}" for rate in given)
+    by_size = "by size" + (f" x {factor:g}" if (factor := settings["rate_factor"]) != 1 else "")
+    rates = (by_size if rate is None else f"{rate:.1e}" for rate in given)
     rows = [
         ("run", plan["run"]),
         ("text", ", ".join(plan["text"])),
@@ -157,7 +158,7 @@ def show_finetune_plan(plan: Mapping[str, Any]) -> None:
         ("losses", f"KL {settings['kl']}, cross-entropy {settings['ce']}"),
         (
             "learning rates",
-            "{} experts, {} routers, {} rest, times {:g}".format(*rates, settings["rate_factor"]),
+            "{} experts, {} routers, {} rest".format(*rates),
         ),
         ("tokens", f"{plan['tokens']:,} in {plan['steps']:,} steps of {plan['tokens_per_step']:,}"),
         ("disk", gigabytes(plan["disk_bytes"] / 1e9)),

@@ -29,10 +29,8 @@ def job(pico, text):
     return prepare(build(None, {"model": str(pico("llama")), **given}, []))
 
 
-@pytest.fixture
-def make_llama_7b(tmp_path):
-    """A llama of seven billion parameters of which the files hold no bytes."""
-    hidden, neurons, layers, vocabulary = 4096, 11008, 32, 32000
+def hollow_llama(folder, hidden, neurons, layers, vocabulary):
+    """A llama of which the files hold no bytes."""
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     config |= {"hidden_size": hidden, "intermediate_size": neurons, "num_hidden_layers": layers}
     config |= {"num_attention_heads": 32, "vocab_size": vocabulary, "dtype": "bfloat16"}
@@ -49,12 +47,12 @@ def make_llama_7b(tmp_path):
         begin, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    (tmp_path / "7b").mkdir()
-    (tmp_path / "7b" / "config.json").write_text(json.dumps(config))
-    with open(tmp_path / "7b" / "model.safetensors", "wb") as file:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    with open(folder / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    return tmp_path / "7b"
+    return folder
 
 
 def too_little(job) -> int:
@@ -192,12 +190,22 @@ def test_plans_grow_by_the_states_alone(pico, text):
     assert peaks[65536, True]["reopen"] == peaks[131072, False]["reopen"]
 
 
-def test_a_million_tokens_of_seven_billion_parameters_fit_a_small_gpu(
-    text, make_llama_7b, monkeypatch
-):
+def test_a_quarter_million_tokens_of_a_small_model_fit_four_gigabytes(text, tmp_path):
+    """Their states and activations alone are more than that: they lie in files."""
+    model = hollow_llama(tmp_path / "135m", 576, 1536, 30, 49152)
+    given = {"model": str(model), "calibration": str(text), "tokens": 262_144, "device": "cpu"}
+    for overlap in (1, 4):
+        job = prepare(build(None, {**given, "overlap": overlap}, []))
+        plan = memory.fit(job, write.slots(job), 4 * 10**9)
+        assert not plan.refusal and plan.place.where == "files"
+        assert plan.peak_bytes < 4 * 10**9 < memory.predicted(job, write.slots(job))["refit"]
+
+
+def test_a_million_tokens_of_seven_billion_parameters_fit_a_small_gpu(text, tmp_path, monkeypatch):
     """24 GB of a GPU and 40 GB of the host; a tenth of that GPU is refused in one line. A GPU that
     holds the states takes more of the host."""
-    given = {"model": str(make_llama_7b), "calibration": str(text), "tokens": 1_000_448}
+    model = hollow_llama(tmp_path / "7b", 4096, 11008, 32, 32000)
+    given = {"model": str(model), "calibration": str(text), "tokens": 1_000_448}
     job = prepare(build(None, {**given, "device": "cpu"}, []))
     monkeypatch.setattr(type(job), "device", torch.device("cuda"))
     monkeypatch.setattr("moefy.memory.available", lambda: 80 * 10**9)

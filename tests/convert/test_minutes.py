@@ -9,7 +9,7 @@ import torch
 
 from moefy import pipeline
 from moefy.config.recipe import build, read
-from moefy.convert import estimate, memory, prepare, probe, run, write
+from moefy.convert import disk, estimate, memory, prepare, probe, run, write
 from moefy.convert.session import Attempt, Budget
 from moefy.errors import MoefyError
 
@@ -80,11 +80,11 @@ def test_minutes_buy_no_more_than_the_disk_holds(pico, text, monkeypatch):
     def needed(tokens):
         tried = estimate.with_tokens(job, tokens)
         plan = memory.fit(tried, slots := write.slots(tried))
-        return 1.1 * memory.disk_bytes(tried, slots, plan)
+        return disk.needed(tried, slots, plan)
 
     assert needed(found.tokens) <= free < needed(found.tokens + 64)
     assert not any("the disk" in note for note in estimate.estimate(job)["notes"])
-    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     notes = estimate.estimate(prepare.prepare(recipe(pico, text, tokens=512)))["notes"]
     assert any("the disk has 0.0 GB free" in note for note in notes)
 
@@ -99,7 +99,8 @@ def test_what_takes_longer_is_planned_longer(pico, text):
 
     # Whichever is chosen counts as the last but one.
     (one, _), (named, weights) = (planned(3, drop_layers=layers) for layers in ("1", "1:2"))
-    assert one - named == pytest.approx(2 * weights * 3 * 8 * 128 / 2 / 1e6)
+    # Three layers, each with half of the model behind it on average.
+    assert one - named > 2 * weights * 3 * 8 * 128 / 2 / 1e6
     rounds = [planned(partition_options={"rounds": count})[0] for count in (0, 4, 8)]
     assert rounds[0] < rounds[1] < rounds[2]
     assert rounds[1] == planned()[0]

@@ -15,7 +15,7 @@ from moefy.convert.profile import Inputs, observe
 from moefy.convert.router import linear, mlp, position
 from moefy.errors import MoefyError
 from moefy.evaluate import controls
-from moefy.finetune.optim import groups
+from moefy.finetune.optim import groups, learning_rates
 from moefy.models.load import open_model
 from moefy.models.routing import moe_blocks
 from moefy.models.targets.target import ROUTER_SCALE
@@ -141,7 +141,8 @@ def test_places_count_on_in_a_cache_and_the_last_term_holds_beyond(pico, convert
 
 def test_a_finetune_trains_all_of_a_router_at_the_rates_of_its_scales(pico, converted):
     model = open_model(converted(pico("llama"), target="moefy", router="mlp"))[0]
-    found = groups(model, "router", {"router": 1e-3})
+    rates = learning_rates(model, "router", {"router": 1e-3})
+    found = groups(model, "router", rates)
     rates = {id(p): group["lr"] for group in found for p in group["params"]}
     for block in moe_blocks(model):
         for name, parameter in block.router.named_parameters():

@@ -13,7 +13,7 @@ from moefy.finetune import memory
 from moefy.finetune.checks import check_machine
 from moefy.finetune.inputs import load_student
 from moefy.finetune.memory import Inputs
-from moefy.finetune.optim import adamw, groups, state_tensors
+from moefy.finetune.optim import adamw, groups, learning_rates, state_tensors
 from moefy.finetune.prepare import open_inputs
 from moefy.finetune.probe import Cost, Probe
 from moefy.finetune.run import finetune
@@ -67,7 +67,8 @@ def test_it_learns_as_with_whole_moments_and_goes_on_when_it_was_stopped(run, te
 def test_what_it_holds_is_what_the_plan_counts(run, text, dtype):
     start = open_inputs(run, settings(text, optimizer="adamw-8bit", compute_dtype=dtype))
     model = load_student(start.run, start.settings, start.dtypes.student.dtype)
-    parameters = groups(model, "all", dict.fromkeys(("router", "experts", "rest"), 1e-3))
+    rates = dict.fromkeys(("router", "experts", "rest"), 1e-3)
+    parameters = groups(model, "all", learning_rates(model, "all", rates))
     optimizer = adamw(parameters, "adamw-8bit", lr=1e-3)
     fresh = {name: t.shape for name, t in state_tensors(optimizer, model).items()}
     large = [p for p in model.parameters() if p.requires_grad and p.numel() >= 4096]

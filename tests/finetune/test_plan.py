@@ -17,7 +17,7 @@ from moefy.finetune import estimate, memory, prepare, probe, refit_after
 from moefy.finetune.anneal import begin
 from moefy.finetune.inputs import load_student
 from moefy.finetune.memory import Inputs
-from moefy.finetune.optim import RATES, adamw, groups, state_tensors
+from moefy.finetune.optim import RATES, adamw, groups, learning_rates, state_tensors
 from moefy.finetune.prepare import open_inputs
 from moefy.finetune.probe import Cost, Probe
 from moefy.finetune.run import finetune, home_of
@@ -69,7 +69,8 @@ def test_saved_bytes_are_those_of_what_autograd_keeps():
 def test_the_optimizer_is_counted(run, text, dtype):
     start = open_inputs(run, settings(text, compute_dtype=dtype, train="router"))
     model = load_student(start.run, start.settings, start.dtypes.student.dtype)
-    parameters = groups(model, "router", dict.fromkeys(("router", "experts", "rest"), 1e-3))
+    rates = learning_rates(model, "router", {"router": 1e-3})
+    parameters = groups(model, "router", rates)
     optimizer = adamw(parameters, "adamw")
     for weight in [p for p in model.parameters() if p.requires_grad]:
         weight.grad = torch.ones_like(weight)

@@ -12,7 +12,7 @@ from moefy.config.presets import COPIES
 from moefy.errors import MoefyError
 from moefy.finetune.checks import check_run
 from moefy.finetune.inputs import open_run
-from moefy.finetune.optim import groups
+from moefy.finetune.optim import groups, learning_rates
 from moefy.finetune.router_hooks import Routing
 from moefy.models.load import runnable
 
@@ -47,7 +47,8 @@ def test_router_rows_have_the_rate_that_is_given(run):
     model = AutoModelForCausalLM.from_pretrained(run)
     rates = {"router": 1e-3, "experts": 1e-4, "rest": 1e-5}
     routing = Routing(model, copies=True)
-    found = {group["part"]: group["lr"] for group in groups(model, "all", rates, routing.scale)}
+    own = learning_rates(model, "all", rates, routing.scale)
+    found = {group["part"]: group["lr"] for group in groups(model, "all", own)}
     assert found == rates
 
 
