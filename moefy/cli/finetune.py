@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from dataclasses import MISSING, dataclass
@@ -54,7 +55,9 @@ def finetune(options: Options, asked: Finetune) -> None:
         note("--resume is what happens without it now; --restart starts over")
     from moefy.runs.folder import read_recipe
 
-    own = own_defaults(read_recipe(asked.run))
+    own = None
+    with contextlib.suppress(MoefyError):  # what is no run is refused when it is opened
+        own = own_defaults(read_recipe(asked.run))
     if asked.steps is not None:
         options = {**options, "tokens": Settings.tokens}
     settings = build(asked.recipe, options, [*asked.settings], note, own=own)

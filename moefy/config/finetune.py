@@ -88,7 +88,7 @@ class Settings:
         None, "Learning rate of the routers, in units of their unscaled rows.", unset=BY_SIZE
     )
     rest_learning_rate: float | None = option(None, "That of everything else.", unset=BY_SIZE)
-    rate_factor: float = key(1.0, "Factor on those by size; 0.25 where experts overlap.")
+    rate_factor: float = key(1.0, "Factor on those by size.")
     warmup_ratio: float = key(
         0.1, "Share of the steps over which the learning rates rise.", most=1, old="warmup"
     )

@@ -13,13 +13,9 @@ COPIES: Mapping[str, Any] = {"kl": 0.0}
 """Defaults for copies. Their teacher is where they start, and they are to leave it behind: arXiv
 2212.05055, 2410.07524 and 2502.19261 train by cross-entropy and balance, with no teacher."""
 
-OVERLAPPING: Mapping[str, Any] = {
-    "ce": 0.0,
-    "rate_factor": 0.25,
-    "router_gradient": "chosen",
-}
-"""Defaults for experts that overlap. They start so close to the teacher that cross-entropy and the
-usual rates lead away from it (recipes/results/finetune.md); measured with `--overlap 4`."""
+OVERLAPPING: Mapping[str, Any] = {"ce": 0.0, "router_gradient": "chosen"}
+"""Defaults for experts that overlap. They start so close to the teacher that cross-entropy leads
+away from it (recipes/results/finetune.md); measured with `--overlap 4`."""
 
 PRESETS: Mapping[str, float] = {"fast": 10 * 60, "good": 3600, "best": 10 * 3600}
 """Seconds that each may take: minutes, an hour, a night."""

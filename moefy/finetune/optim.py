@@ -47,11 +47,12 @@ def parts(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return result
 
 
-RATES = {"router": 1e-3, "experts": 4e-4, "rest": 2e-4}
+RATES = {"router": 2.5e-4, "experts": 1e-4, "rest": 5e-5}
 USUAL_RMS = 0.19
-"""Learning rates by part of matrices whose root mean square is this, as in SmolLM2-135M, of which
-they were measured (recipes/results/finetune.md). Adam's steps do not shrink with the weights: those
-of most models are a tenth as large, and would be lost in as many steps."""
+"""Learning rates by part of matrices whose root mean square is this, as in SmolLM2-135M. Adam's
+steps do not shrink with the weights: those of most models are a tenth as large, and would be lost
+in as many steps. SmolLM2 bears four times these rates, Qwen2.5-Coder-0.5B does not
+(recipes/results/finetune.md)."""
 
 
 def learning_rates(
