@@ -9,17 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moefy.cli.parameters import Options, command
-from moefy.cli.shared import (
-    FORCE,
-    JSON,
-    QUIET,
-    RESTART,
-    SETTINGS,
-    first,
-    note,
-    quiet_libraries,
-    show,
-)
+from moefy.cli.shared import FORCE, JSON, QUIET, RESTART, SETTINGS, note, quiet_libraries, show
 from moefy.cli.signals import INTERRUPTED, interrupted
 from moefy.config.options import option
 from moefy.config.recipe import Recipe, build, num_bytes
@@ -72,8 +62,7 @@ def convert(options: Options, asked: Convert) -> None:
         from moefy.report import terminal
 
         result = estimate(prepare(recipe), limit, asked.out or Path())
-        if first():
-            show(result, terminal.show_plan, asked.as_json, quiet=False)
+        show(result, terminal.show_plan, asked.as_json, quiet=False)
     else:
         _convert(recipe, asked, asked.out, limit)
 
@@ -87,9 +76,9 @@ def _convert(recipe: Recipe, asked: Convert, out: Path, limit: int | None) -> No
     from moefy.report import terminal
 
     group = launched()
-    leads = group.rank == 0
-    quiet = asked.quiet or not leads
-    ready = _resumable(out, asked.force) if leads else contextlib.nullcontext()
+    first = group.rank == 0
+    quiet = asked.quiet or not first
+    ready = _resumable(out, asked.force) if first else contextlib.nullcontext()
     with together(), ready, watching(quiet=quiet) as watch:
         attempt = Attempt(
             force=asked.force,
@@ -100,7 +89,7 @@ def _convert(recipe: Recipe, asked: Convert, out: Path, limit: int | None) -> No
         )
         summary = run(prepare(recipe), out, attempt, watch=watch)
         group.end()
-    show(summary, lambda _: terminal.show_conversion(summary, out), asked.as_json and leads, quiet)
+    show(summary, lambda _: terminal.show_conversion(summary, out), asked.as_json and first, quiet)
 
 
 def _reproduce(options: Options, asked: Convert, recipe: Path, limit: int | None) -> None:

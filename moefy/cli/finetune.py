@@ -73,8 +73,7 @@ def finetune(options: Options, asked: Finetune) -> None:
     from moefy.progress import watching
     from moefy.report import terminal
 
-    leads = first()
-    quiet, restart = asked.quiet or not leads, asked.restart
+    quiet, restart = asked.quiet or not first(), asked.restart
     try:
         with together(), watching(quiet=quiet) as watch:
             summary = train(
@@ -91,7 +90,7 @@ def finetune(options: Options, asked: Finetune) -> None:
             "--gradient-accumulation-steps, give --gradient-checkpointing or --teacher-cache",
             code=5,
         ) from None
-    show(summary, lambda _: terminal.show_finetune(summary, out), asked.as_json and leads, quiet)
+    show(summary, lambda _: terminal.show_finetune(summary, out), asked.as_json, quiet)
 
 
 def _show_plan(asked: Finetune, out: Path, settings: Settings) -> None:
@@ -101,8 +100,7 @@ def _show_plan(asked: Finetune, out: Path, settings: Settings) -> None:
     from moefy.report import terminal
 
     result = plan(asked.run, out, settings)
-    if first():
-        show(result, terminal.show_finetune_plan, asked.as_json, quiet=False)
+    show(result, terminal.show_finetune_plan, asked.as_json, quiet=False)
     check(result)
 
 

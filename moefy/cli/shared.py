@@ -26,7 +26,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", help=QUIET.help)]
 def show(
     value: dict[str, Any], text: Callable[[dict[str, Any]], None], as_json: bool, quiet: bool
 ) -> None:
-    """Print a result as JSON, or in words by `text`, or not at all."""
+    """Print a result as JSON, or in words by `text`, or not at all; one process of several does."""
+    if not first():
+        return
     if as_json:
         print(json.dumps(value, indent=2, ensure_ascii=False))
     elif not quiet:

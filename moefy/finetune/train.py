@@ -243,13 +243,17 @@ def _opened(student: Student, settings: Settings) -> tuple[Any, Routing]:
     return model, routing
 
 
+def slower(settings: Settings, times: float) -> Settings:
+    """The settings with all learning rates divided, those that are given and those by size."""
+    names = ("learning_rate", "router_learning_rate", "rest_learning_rate", "rate_factor")
+    rates = {name: rate for name in names if (rate := getattr(settings, name)) is not None}
+    return dataclasses.replace(settings, **{name: rate / times for name, rate in rates.items()})
+
+
 def _stronger(reason: str, settings: Settings) -> tuple[Settings, str]:
     """The settings after a restart, and what has changed in words."""
     if "loss" in reason:
-        names = ("learning_rate", "router_learning_rate", "rest_learning_rate", "rate_factor")
-        given = {name: rate for name in names if (rate := getattr(settings, name)) is not None}
-        lower = {name: rate / 2 for name, rate in given.items()}
-        return dataclasses.replace(settings, **lower), "learning rates halved"
+        return slower(settings, 2), "learning rates halved"
     weight = settings.balance_weight * STRONGER or Settings.balance_weight
     balance = settings.balance if settings.balance in ("switch", "variation") else "switch"
     changed = dataclasses.replace(settings, balance=balance, balance_weight=weight)

@@ -156,10 +156,7 @@ def show_finetune_plan(plan: Mapping[str, Any]) -> None:
         ("text", ", ".join(plan["text"])),
         ("trained", f"{plan['train']}, {plan['parameters_trained'] / 1e6:,.1f} M parameters"),
         ("losses", f"KL {settings['kl']}, cross-entropy {settings['ce']}"),
-        (
-            "learning rates",
-            "{} experts, {} routers, {} rest".format(*rates),
-        ),
+        ("learning rates", "{} experts, {} routers, {} rest".format(*rates)),
         ("tokens", f"{plan['tokens']:,} in {plan['steps']:,} steps of {plan['tokens_per_step']:,}"),
         ("disk", gigabytes(plan["disk_bytes"] / 1e9)),
         ("disk while it runs", f"{plan['state_bytes'] / 1e9:.1f} GB more, to resume after a stop"),

@@ -30,7 +30,7 @@ from moefy.finetune.checkpoints import Checkpoints
 from moefy.finetune.inputs import compute_dtypes, open_run, teacher_folder, write_text
 from moefy.finetune.run import finetune
 from moefy.finetune.text import read_text
-from moefy.finetune.train import Callbacks, Student
+from moefy.finetune.train import Callbacks, Student, slower
 from moefy.finetune.train import train as train_model
 from moefy.progress import watching
 from moefy.text.tokenizer import load_tokenizer
@@ -92,13 +92,12 @@ def tune_dense(run: Path, out: Path, settings: Settings, watch: Callable[..., No
     load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
     write = partial(write_text, folder, settings, dtype)
     tokens = read_text(parent, settings, 1, write, watch)
-    lower = {"rate_factor": settings.rate_factor / 10}
     home = out.with_name(f".{out.name}.moefy-finetune")
     home.mkdir(exist_ok=True)
     trained = train_model(
         Student(load),
         tokens,
-        build(None, {**vars(settings), **lower}, []),
+        slower(settings, 10),
         Checkpoints(home, {"text": tokens.sha256, "teacher": sorted(digests.values())}),
         callbacks=Callbacks(progress=watch),
     )

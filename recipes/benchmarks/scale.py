@@ -273,8 +273,8 @@ def table(name: str, result: dict[str, Any]) -> list[str]:
     other = ", ".join(f"{k} {v:.1f}" for k, v in summary["seconds"].items() if k != "total")
     lines.append(f"floor at 10^9 operations per second: {rates}")
     lines.append(f"seconds in all {summary['seconds']['total']:.1f}: {other} (with the floor's)")
-    lines.append(f"planned: {plan['seconds']:.0f} s in all, without the floor's, which took ")
-    lines[-1] += f"{result['wall']:.0f}"
+    wall = result["wall"]
+    lines.append(f"planned: {plan['seconds']:.0f} s in all; it took {wall:.0f} without the floor's")
     lines.append(
         f"peak memory {peaks['VmHWM'] / 1e9:.2f} GB (held {peaks['RssAnon'] / 1e9:.2f}, pages of "
         f"files {peaks['RssFile'] / 1e9:.2f}), planned {plan['memory_bytes'] / 1e9:.2f} for "

@@ -294,9 +294,7 @@ def test_a_preset_ends_with_answers_where_the_model_gives_them(run, text, tmp_pa
     assert more - less == pytest.approx(280 * 58 * 2 * 1e-4, abs=0.15)
 
 
-def test_experts_that_overlap_have_defaults_of_their_own(
-    converted, pico, text, tmp_path, moefy, monkeypatch
-):
+def test_experts_that_overlap_have_defaults_of_their_own(converted, pico, text, tmp_path, moefy):
     """With a preset or without, and by every way to start; what is given wins."""
     run = converted(pico("llama"), overlap=2)
     line = ("finetune", run, "--data", text, "--sequence-length", 64, "--tokens", 2048)

@@ -13,7 +13,7 @@ from moefy.finetune.lora import adapted
 from moefy.finetune.optim import RATES, USUAL_RMS, groups, learning_rates
 from moefy.finetune.router_hooks import Routing
 from moefy.finetune.run import finetune
-from moefy.finetune.train import _stronger
+from moefy.finetune.train import slower
 from moefy.models.targets.target import ROUTER_SCALE
 
 
@@ -97,6 +97,6 @@ def test_a_resume_and_a_restart_have_the_rates_of_the_first_start(pico, converte
     assert resumed["rates"] == whole["rates"] and len(set(whole["rates"].values())) > 3
     names = [name for name in whole["outputs"] if name.endswith(".safetensors")]
     assert names and all(resumed["outputs"][name] == whole["outputs"][name] for name in names)
-    lower, _ = _stronger("loss", dataclasses.replace(asked, learning_rate=1e-3))
+    lower = slower(dataclasses.replace(asked, learning_rate=1e-3), 2)
     assert (lower.learning_rate, lower.rate_factor) == (5e-4, 50.0)
     assert lower.rest_learning_rate is None
