@@ -7,6 +7,7 @@ transformers; a checkpoint never brings code of its own. They run in transformer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -101,9 +102,9 @@ class Experts(nn.Module):
             self.shadow_up_bias = nn.Parameter(torch.empty(num, shadow)) if config.biased else None
             self.shadow_down_proj = nn.Parameter(torch.empty(num, hidden, shadow))
 
-    def activations(self, expert: int, x_TD: Tensor) -> Tensor:
+    def activations(self, expert: int, x_TD: Tensor, ups: Sequence[Tensor] | None = None) -> Tensor:
         """The activations of one expert's neurons, (T, N), or of those of its shadow."""
-        up, bias = self.up_proj, self.up_bias
+        up, bias = self.up_proj if ups is None else ups, self.up_bias
         if expert in self.lost:
             up, bias = self.shadow_up_proj, self.shadow_up_bias
         bias = None if bias is None else bias[expert]
@@ -112,11 +113,13 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """The chosen experts' outputs, times their gates, summed."""
         y_TD = torch.zeros_like(x_TD)
+        # All views at once: the gradient of each indexed expert would be as large as all of them.
+        ups, downs = self.up_proj.unbind(), self.down_proj.unbind()
         for expert in range(len(self.up_proj)):
             token, place = (index_TK == expert).nonzero(as_tuple=True)
             if len(token):
-                h_TN = self.activations(expert, x_TD[token])
-                down = self.shadow_down_proj if expert in self.lost else self.down_proj
+                h_TN = self.activations(expert, x_TD[token], ups)
+                down = self.shadow_down_proj if expert in self.lost else downs
                 part_TD = nn.functional.linear(h_TN, down[expert])
                 y_TD.index_add_(0, token, part_TD * gate_TK[token, place, None])
         return y_TD

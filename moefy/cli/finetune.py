@@ -59,6 +59,11 @@ def finetune(options: Options, asked: Finetune) -> None:
     with contextlib.suppress(MoefyError):  # what is no run is refused when it is opened
         own = own_defaults(read_recipe(asked.run))
     if asked.steps is not None:
+        if "tokens" in options:
+            raise MoefyError(
+                f"--steps {asked.steps} and --tokens {options['tokens']}; expected one of them",
+                code=2,
+            )
         options = {**options, "tokens": Settings.tokens}
     settings = build(asked.recipe, options, [*asked.settings], note, own=own)
     if asked.steps is not None:

@@ -126,7 +126,7 @@ def check_run(run: Run, settings: Settings) -> None:
             "the run no experts; expected refit_after=false",
             code=4,
         )
-    if settings.expert_parallel and experts % settings.expert_parallel:
+    if (parallel := settings.expert_parallel) and (not experts or experts % parallel):
         raise MoefyError(
             f"expert_parallel is {settings.expert_parallel}, and there are {experts} experts; "
             "expected a number that divides them",

@@ -24,6 +24,12 @@ from moefy.finetune.train import sequences_per_step
 LOG, LOCK, SAVED = "finetune.jsonl", "lock", "saved"
 """The log, the lock, and the weights at the end of the training."""
 
+NOT_OF_A_RUN = (
+    "log_every", "log_to", "save_every", "teacher_cache", "device", "data", "answers", "teacher",
+    "guard_restarts",
+)  # fmt: skip
+"""Settings that do not change the weights, or that a digest stands for."""
+
 SEQUENCES = "sequences_per_step"
 """The key of the identity for the sequences that a step takes."""
 

@@ -56,6 +56,8 @@ class Batch:
     states_LTD: Sequence[Tensor] = ()
     teacher_LTD: Sequence[Tensor] = ()
     layers: Sequence[Routed] = ()
+    num_learned: float | None = None
+    """Tokens to learn in a batch of this step, on average; None for as many as are in this one."""
 
     @functools.cached_property
     def log_p(self) -> tuple[Tensor, Tensor]:
@@ -63,6 +65,14 @@ class Batch:
         next_T = self.next_T
         ids_TP = self.teacher_TP[0] if self.teacher_TP else next_T.new_empty(len(next_T), 0)
         return log_probabilities(self.logits_NV, self.row_T, next_T, ids_TP, self.temperature)
+
+    def over_tokens(self, value_T: Tensor) -> Tensor:
+        """The mean, so that the mean over the batches of a step is that over its tokens.
+
+        0 for a batch in which nothing is to be learned.
+        """
+        count = len(value_T) if self.num_learned is None else self.num_learned
+        return value_T.sum(0) / max(1, count)
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Loss:
 
 def next_token(batch: Batch) -> Tensor:
     """Cross-entropy of the tokens that follow, nats."""
-    return _over_tokens(-batch.log_p[0])
+    return batch.over_tokens(-batch.log_p[0])
 
 
 def distillation(batch: Batch) -> Tensor:
@@ -100,7 +110,8 @@ def distillation(batch: Batch) -> Tensor:
     kl_T = torch.where(used_TP, p_TP * (log_p_TP - log_q_TP), 0).sum(-1)
     rest_T = (1 - p_TP.sum(-1)).clamp(0)
     other_T = (1 - torch.where(used_TP, log_q_TP, -torch.inf).exp().sum(-1)).clamp(TINY)
-    return batch.temperature**2 * _over_tokens(kl_T + rest_T.xlogy(rest_T) - rest_T * other_T.log())
+    kl_T = kl_T + rest_T.xlogy(rest_T) - rest_T * other_T.log()
+    return batch.temperature**2 * batch.over_tokens(kl_T)
 
 
 def hidden_match(batch: Batch) -> Tensor:
@@ -162,11 +173,6 @@ def load(index_TK: Tensor, num_experts: int) -> Tensor:
     used_TK = (index_TK >= 0).float()  # no selection and no bincount: a GPU would be waited for
     load_E = used_TK.new_zeros(num_experts)
     return load_E.index_add_(0, index_TK.clamp(0).flatten(), used_TK.flatten())
-
-
-def _over_tokens(value_T: Tensor) -> Tensor:
-    """The mean; 0 for a batch in which nothing is to be learned."""
-    return value_T.sum(0) / max(1, len(value_T))
 
 
 def _mean(loss: Callable[[Routed], Tensor]) -> Callable[[Batch], Tensor]:

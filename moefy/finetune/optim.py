@@ -142,22 +142,27 @@ class _OnCopies:
 
     def __init__(self, params: list[dict[str, Any]], **options: Any) -> None:
         copies = [{**group, "params": [_copy(p) for p in group["params"]]} for group in params]
-        self.pairs = [
-            pair
+        self.pairs_of_groups = [
+            [*zip(group["params"], copied["params"], strict=True)]
             for group, copied in zip(params, copies, strict=True)
-            for pair in zip(group["params"], copied["params"], strict=True)
         ]
+        self.pairs = [pair for pairs in self.pairs_of_groups for pair in pairs]
         super().__init__(copies, **options)  # pyright: ignore[reportCallIssue]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Step the copies, then round them into the weights."""
-        for weight, copy in self.pairs:
-            copy.grad = None if weight.grad is None else weight.grad.to(copy.dtype)
-        super().step(closure)  # pyright: ignore[reportAttributeAccessIssue]
-        for weight, copy in self.pairs:
-            copy.grad = None
-            weight.copy_(copy)
+        """Step the copies, then round them into the weights.
+
+        One group at a time: what has no gradient stays, and gradients of all in float32 would take
+        4 bytes more of every weight.
+        """
+        for pairs in self.pairs_of_groups:
+            for weight, copy in pairs:
+                copy.grad = None if weight.grad is None else weight.grad.to(copy.dtype)
+            super().step(closure)  # pyright: ignore[reportAttributeAccessIssue]
+            for weight, copy in pairs:
+                copy.grad = None
+                weight.copy_(copy)
 
 
 class MasterAdamW(_OnCopies, torch.optim.AdamW):  # pyright: ignore[reportIncompatibleMethodOverride]

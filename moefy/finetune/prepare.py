@@ -14,11 +14,13 @@ from accelerate.utils import broadcast_object_list
 from moefy.config.finetune import Settings
 from moefy.config.presets import CHOSEN, OPEN
 from moefy.config.sources import sources
+from moefy.distributed import WAIT
 from moefy.files.publish import write_json
 from moefy.finetune import losses
 from moefy.finetune.answers import read_prompts
 from moefy.finetune.checks import check_machine, check_run, may_answer
 from moefy.finetune.estimate import BATCH, Inputs, check, estimate, settled
+from moefy.finetune.home import NOT_OF_A_RUN
 from moefy.finetune.inputs import ComputeDtypes, Run, compute_dtypes, open_run, teacher_folder
 from moefy.finetune.probe import probe
 from moefy.finetune.train import device
@@ -47,6 +49,12 @@ class Opened:
         return losses.distils(self.settings)
 
 
+def processes(settings: Settings) -> PartialState:
+    """The processes of this fine-tune, which wait for the first one: it may ask the teacher for
+    hours."""
+    return PartialState(cpu=device(settings).type == "cpu", timeout=WAIT)
+
+
 def open_inputs(folder: Path, settings: Settings) -> Opened:
     """Open the run in `folder` and its teacher, but no weights.
 
@@ -70,11 +78,10 @@ def settle(start: Opened, out: Path, choices: Path, process: PartialState, watch
     Raises:
         MoefyError: code 5 for a fine-tune that does not fit.
     """
-    asked = dataclasses.asdict(start.settings)
-    if OPEN not in [asked[name] for name in CHOSEN]:
+    if OPEN not in [getattr(start.settings, name) for name in CHOSEN]:
         return start
     record = json.loads(choices.read_text("utf-8")) if choices.is_file() else {}
-    if record.get("asked") == _plain(asked):
+    if record.get("asked") == _asked(start.settings):
         settings = dataclasses.replace(start.settings, **record["chosen"])
     else:
         watch("try a step", 0, 1)
@@ -89,7 +96,7 @@ def settle(start: Opened, out: Path, choices: Path, process: PartialState, watch
 def keep(choices: Path, asked: Settings, settings: Settings) -> None:
     """Write what a preset has chosen for the settings that were asked for."""
     chosen = {name: getattr(settings, name) for name in CHOSEN}
-    write_json(choices, {"asked": _plain(dataclasses.asdict(asked)), "chosen": chosen})
+    write_json(choices, {"asked": _asked(asked), "chosen": chosen})
 
 
 def plan(folder: Path, out: Path, settings: Settings) -> dict[str, Any]:
@@ -99,7 +106,7 @@ def plan(folder: Path, out: Path, settings: Settings) -> dict[str, Any]:
         MoefyError: as `settle`, but for what does not fit: that is in the result.
     """
     check_machine(settings)
-    process = PartialState(cpu=device(settings).type == "cpu")
+    process = processes(settings)
     start = open_inputs(folder, settings)
     for source in sources(settings.data, settings.answers):
         if source.prompts:
@@ -127,6 +134,7 @@ def _inputs(start: Opened, world: int) -> Inputs:
     return dataclasses.replace(inputs, settings=settled(inputs))
 
 
-def _plain(values: dict[str, Any]) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(values))
+def _asked(settings: Settings) -> Any:
+    """What a choice holds for, as JSON gives it back: the settings that decide the weights."""
+    asked = dataclasses.asdict(settings).items()
+    return json.loads(json.dumps({k: v for k, v in asked if k not in NOT_OF_A_RUN}))

@@ -32,6 +32,7 @@ from moefy.finetune.checks import check_machine
 from moefy.finetune.heldout import measure
 from moefy.finetune.home import (
     LOG,
+    NOT_OF_A_RUN,
     SAVED,
     SEQUENCES,
     answers_of,
@@ -53,23 +54,17 @@ from moefy.finetune.inputs import (
     states_to_match,
     write_text,
 )
-from moefy.finetune.prepare import CHOICES, Opened, keep, open_inputs, settle
+from moefy.finetune.prepare import CHOICES, Opened, keep, open_inputs, processes, settle
 from moefy.finetune.router_hooks import Routing
 from moefy.finetune.teacher import Teacher, cache_name, cached, live, states
 from moefy.finetune.text import read_text
-from moefy.finetune.train import Callbacks, Student, Trained, device, sequences_per_step, train
+from moefy.finetune.train import Callbacks, Student, Trained, sequences_per_step, train
 from moefy.finetune.unrefitted import dense_folder, start_of
 from moefy.finetune.write import check_checkpoint, save, write_checkpoint
 from moefy.models.load import model_of, plain_config
 from moefy.progress import Watch
 from moefy.report import model_card
 from moefy.text.tokens import Tokens
-
-NOT_OF_A_RUN = (
-    "log_every", "log_to", "save_every", "teacher_cache", "device", "data", "answers", "teacher",
-    "guard_restarts",
-)  # fmt: skip
-"""Settings that do not change the weights, or that a digest stands for."""
 
 LAYOUT = ("batch_size", "gradient_accumulation_steps", "fsdp", "expert_parallel")
 """Settings that say where the sequences of a step are computed, but not which ones they are."""
@@ -133,7 +128,7 @@ def finetune(
             checkpoints of another fine-tune.
     """
     check_machine(settings)
-    process = PartialState(cpu=device(settings).type == "cpu")
+    process = processes(settings)
     out = check_free(out, force=force)
     if out == run.resolve():
         raise MoefyError(f"OUT {out} is the run itself; give another name", code=2)
@@ -177,7 +172,13 @@ def _plan(opened: Opened, out: Path, process: PartialState, watch: Watch) -> Pla
     """Read the text of a fine-tune, but no weights to train."""
     run, settings, dtypes = opened.run, opened.settings, opened.dtypes
     teacher = opened.teacher or run.folder
-    write = partial(write_text, teacher, settings, dtypes.teacher.dtype)
+    group = Group(process.process_index, process.num_processes)
+
+    def write(*amount: Any, **more: Any) -> Tokens:
+        """Text by the first process: how many documents fit at a time decides what they say."""
+        own = partial(write_text, teacher, settings, dtypes.teacher.dtype)
+        return group.broadcast_object(None if group.rank else own(*amount, **more))
+
     place = Path(settings.teacher_cache).expanduser() if settings.teacher_cache else answers_of(out)
     progress = partial(watch, "teacher's answers")
     answerer = Answerer(teacher, opened.digests, settings, dtypes.teacher.dtype, place, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -204,6 +205,8 @@ def train(
         restarts.append(row)
         callbacks.log({"step": guard.failure.step, "guard": row})
         callbacks.progress(f"guard: {guard.failure.reason}; {action}", 0, 1)
+        del model, routing, validate, guard, annealing, trainer
+        gc.collect()  # they hold each other, and the optimizer's moments
     selected = trainer.take_best()
     if selected:
         figures = "step {step} is the best, {by} {value:.4f}; {last:.4f} at the end"
@@ -283,7 +286,8 @@ def arguments(settings: Settings, home: Path) -> TrainingArguments:
         max_steps=total,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        lr_scheduler_type=settings.schedule,
+        # Trainer's `constant` has no warm-up.
+        lr_scheduler_type=settings.schedule.replace("constant", "constant_with_warmup"),
         warmup_steps=round(settings.warmup_ratio * total),
         max_grad_norm=settings.max_grad_norm,
         **CHECKPOINTING if settings.gradient_checkpointing else {},

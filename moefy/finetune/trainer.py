@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -148,17 +148,36 @@ class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
                     parameter.grad.mul_(self.routing.scale)
         return super()._clip_grad_norm(model)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **more: Any) -> Any:
-        """The weighted sum of the active losses."""
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[dict[str, Any]], float | None]:
+        """The batches of a step, and the tokens that one of them learns, on average over all
+        processes; None where all learn as many."""
+        batches, _ = super().get_batch_samples(*arguments)
+        learned = [batch["learned"][:, 1:].sum() for batch in batches if "learned" in batch]
+        if not learned:
+            return batches, None
+        mean = torch.stack(learned).float().mean().to(self.args.device)
+        return batches, float(self._sum(mean)) / self.args.world_size
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The weighted sum of the active losses; `num_items_in_batch` as `get_batch_samples` gives
+        it."""
         states = {"output_hidden_states": True} if losses.STATES in self.needs else {}
         with self.routing.recording() as layers:
             out = model(input_ids=inputs["input_ids"], use_cache=False, **states)
-        batch = self._batch(out, inputs, layers)
+        batch = replace(self._batch(out, inputs, layers), num_learned=num_items_in_batch)
         values = {loss.name: loss.value(batch) for loss in self.losses}
         if self.state.global_step == 0:
             self._check_balance(values.get("aux"))
         used = {name: weight for name, weight in self.weights.items() if weight}
         total = torch.stack([weight * values[name] for name, weight in used.items()]).sum()
+        if self.args.world_size > 1 and not used.keys() & {"ce", "kl"}:
+            total = total + 0 * out.logits[..., 0].sum()  # processes wait for every gradient
         for name, value in {"loss": total, **values}.items():
             # Not as a number yet: a GPU would be waited for.
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()

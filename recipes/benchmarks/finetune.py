@@ -9,6 +9,7 @@ done again; a training that was stopped goes on from its last checkpoint.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,7 @@ from moefy.environment import processor
 from moefy.evaluate.candidates import load_model
 from moefy.files.shards import stored_dtype
 from moefy.finetune.checkpoints import Checkpoints
+from moefy.finetune.home import NOT_OF_A_RUN
 from moefy.finetune.inputs import compute_dtypes, open_run, teacher_folder, write_text
 from moefy.finetune.run import finetune
 from moefy.finetune.text import read_text
@@ -94,11 +96,12 @@ def tune_dense(run: Path, out: Path, settings: Settings, watch: Callable[..., No
     tokens = read_text(parent, settings, 1, write, watch)
     home = out.with_name(f".{out.name}.moefy-finetune")
     home.mkdir(exist_ok=True)
+    changed = {name: value for name, value in vars(settings).items() if name not in NOT_OF_A_RUN}
     trained = train_model(
         Student(load),
         tokens,
         slower(settings, 10),
-        Checkpoints(home, {"text": tokens.sha256, "teacher": sorted(digests.values())}),
+        Checkpoints(home, {"text": tokens.sha256, "teacher": digests, **changed}),
         callbacks=Callbacks(progress=watch),
     )
     trained.model.save_pretrained(out)
@@ -108,6 +111,7 @@ def tune_dense(run: Path, out: Path, settings: Settings, watch: Callable[..., No
         "rate": trained.tokens_per_second,
     }
     (out / "training.json").write_text(json.dumps({**summary, "validation": trained.validation}))
+    shutil.rmtree(home)
 
 
 def score_all(

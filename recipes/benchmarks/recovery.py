@@ -41,6 +41,7 @@ from moefy.environment import processor
 from moefy.evaluate.metrics import compare
 from moefy.finetune import teacher
 from moefy.finetune.checkpoints import Checkpoints
+from moefy.finetune.checks import check_machine, check_run
 from moefy.finetune.inputs import (
     compute_dtypes,
     load_student,
@@ -53,6 +54,9 @@ from moefy.finetune.text import read_text
 from moefy.finetune.train import Callbacks, Student, device, num_steps, tokens_per_step, train
 from moefy.text.tokenizer import load_tokenizer
 from moefy.text.windows import text_windows
+
+UNLIKE = ("preset", "answers", "last_stage", "hidden", "anneal", "refit_after", "log_every")
+"""Settings that must be as they are by default."""
 
 
 def main(
@@ -75,8 +79,10 @@ def main(
     own = COPIES if by_text_alone else own_defaults(parent.recipe)
     chosen = build(None, flags, settings, own=own)
     folder, digests = teacher_folder(parent, chosen)
-    if unlike := [key for key in ("anneal", "refit_after", "last_stage") if getattr(chosen, key)]:
+    if unlike := [key for key in UNLIKE if getattr(chosen, key) != getattr(Settings, key)]:
         raise typer.BadParameter(f"{unlike[0]} is for `moefy finetune` alone")
+    check_machine(chosen)
+    check_run(parent, chosen)
     source = read_source(Recipe(model=str(folder)))
     layers = chosen_layers(without_layers, source.num_layers) if without_layers else []
     name, active = run.name, parent.summary["shape"]["active_fraction"]

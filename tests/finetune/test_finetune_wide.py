@@ -16,11 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import moefy
-from moefy.cli.finetune import _of_steps
 from moefy.config.finetune import Settings, build
 from moefy.finetune.router_hooks import Routing, update_bias
 from moefy.finetune.run import finetune
-from moefy.finetune.train import num_steps
 
 ROOT = Path(moefy.__file__).parent.parent
 SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
@@ -211,13 +209,6 @@ def test_two_processes_match_one(pico, converted, text, tmp_path, how):
             continue
         for key in ("loss", "kl", "aux", "load_cv", "tokens"):
             assert other[key] == pytest.approx(one[key], rel=1e-3)
-
-
-def test_steps_are_those_of_all_processes_together(monkeypatch):
-    settings = build(None, SMALL | {"gradient_accumulation_steps": 3}, [])
-    for world in (1, 2, 5):
-        monkeypatch.setenv("WORLD_SIZE", str(world))
-        assert num_steps(_of_steps(settings, 7), world) == 7
 
 
 SCONTROL = "#!/bin/sh\necho localhost\n"
