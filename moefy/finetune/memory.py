@@ -121,7 +121,7 @@ def training(inputs: Inputs) -> tuple[int, int, int]:
     if inputs.live:
         logits = max(logits, _asking(inputs) // tokens)
     way_back = int(tokens * (saved + logits)) + trained * size // parts
-    update = trained * (0 if size == 4 else 4) // parts  # gradients in float32
+    update = trained * (0 if size == 4 else 4) // parts  # gradients in float32, at most
     return held, way_back, update
 
 

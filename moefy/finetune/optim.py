@@ -51,7 +51,7 @@ RATES = {"router": 2.5e-4, "experts": 1e-4, "rest": 5e-5}
 USUAL_RMS = 0.19
 """Learning rates by part of matrices whose root mean square is this, as in SmolLM2-135M. Adam's
 steps do not shrink with the weights: those of most models are a tenth as large, and would be lost
-in as many steps. SmolLM2 bears four times these rates, Qwen2.5-Coder-0.5B does not
+in as many steps. Twice these rates are best for SmolLM2 and too much for Qwen2.5-Coder-0.5B
 (recipes/results/finetune.md)."""
 
 

@@ -344,7 +344,7 @@ def test_a_preset_is_written_out_and_kept_when_it_is_stopped(run, text, tmp_path
     assert dataclasses.asdict(recipe) == {**summary["settings"], "data": recipe.data}
 
 
-def test_the_defaults_are_the_best_recipe_that_was_measured():
+def test_the_defaults_are_the_recipe_but_for_the_rates_that_its_model_bears():
     best = build(Path(__file__).parents[2] / "recipes" / "finetune-smollm2-135m.toml", {}, [])
     for name in ("kl", "ce", "warmup_ratio", "schedule", "rate_factor"):
         assert getattr(Settings(), name) == getattr(best, name)
