@@ -22,6 +22,7 @@ from moefy.finetune.home import home_of
 from moefy.finetune.optim import MasterAdamW, parts
 from moefy.finetune.router_hooks import Routing, activations, moe_layers
 from moefy.finetune.run import finetune
+from moefy.modeling import Experts, MoefyConfig
 from moefy.text.packing import Amount
 from moefy.text.self_text import WriterSizes
 
@@ -287,6 +288,49 @@ def test_bfloat16_weights_follow_copies_in_float32():
         plain.step()
     large = start.abs() > 0.5
     assert torch.equal(naive[large], start[large]) and not torch.equal(low[large], start[large])
+
+
+def test_gradients_are_in_float32_for_one_group_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    low = [torch.nn.Parameter(torch.randn(8, 4).bfloat16()) for _ in range(5)]
+    exact = [torch.nn.Parameter(weight.detach().float()) for weight in low]
+    split = [{"params": low[:2], "lr": 1e-2}, {"params": low[2:], "lr": 3e-2}]
+    ours = MasterAdamW(split, fused=True)
+    ours_all = [{"params": exact[:2], "lr": 1e-2}, {"params": exact[2:], "lr": 3e-2}]
+    theirs, step, held = torch.optim.AdamW(ours_all, fused=True), torch.optim.AdamW.step, []
+
+    def counted(self, closure=None):
+        held.append(sum(copy.grad is not None for _, copy in ours.pairs))
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    for _ in range(3):
+        for weight, one in zip(low, exact, strict=True):
+            weight.grad = torch.randn_like(weight)
+            one.grad = weight.grad.float()
+        held.clear()
+        ours.step()
+        assert held == [2, 3]
+        step(theirs)
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(low, exact, strict=True))
+
+
+def test_the_gradient_of_an_expert_is_no_larger_than_the_expert():
+    """In moefy's own class. An indexed expert has `SelectBackward`, which fills a whole stack."""
+    act = torch.nn.functional.silu
+    shape = MoefyConfig(num_experts=3, expert_width=8, gated=True, num_shadow=0)
+    experts = Experts(shape, 4, act)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight)
+    index_TK = torch.randint(3, (16, 2))
+    y_TD = experts(torch.randn(16, 4), index_TK, torch.rand(16, 2))
+    names, left = set(), [y_TD.grad_fn]
+    while left:
+        node = left.pop()
+        names.add(type(node).__name__)
+        left += [one for one, _ in node.next_functions if one]
+    assert "UnbindBackward0" in names and "SelectBackward0" not in names
+    assert "SelectBackward0" in str(experts.up_proj[0].grad_fn)
 
 
 def test_collapse_is_caught_and_mended(run, text, tmp_path):
