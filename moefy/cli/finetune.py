@@ -58,16 +58,16 @@ def finetune(options: Options, asked: Finetune) -> None:
     own = None
     with contextlib.suppress(MoefyError):  # what is no run is refused when it is opened
         own = own_defaults(read_recipe(asked.run))
+    tokens = options.get("tokens")
     if asked.steps is not None:
-        if "tokens" in options:
-            raise MoefyError(
-                f"--steps {asked.steps} and --tokens {options['tokens']}; expected one of them",
-                code=2,
-            )
         options = {**options, "tokens": Settings.tokens}
     settings = build(asked.recipe, options, [*asked.settings], note, own=own)
     if asked.steps is not None:
         settings = _of_steps(settings, asked.steps)
+        if tokens is not None:
+            raise MoefyError(
+                f"--steps {asked.steps} and --tokens {tokens}; expected one of them", code=2
+            )
     quiet_libraries()
     out = asked.out or asked.run.with_name(f"{asked.run.resolve().name}-finetuned")
     if asked.plan:

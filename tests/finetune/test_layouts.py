@@ -155,11 +155,6 @@ def test_steps_are_those_of_all_processes_together(monkeypatch):
         assert num_steps(_of_steps(settings, 7), world) == 7
 
 
-def test_steps_and_tokens_contradict_each_other(moefy, run, text):
-    done = moefy("finetune", run, "--data", text, "--steps", 2, "--tokens", 99999)
-    assert done.code == 2 and "--steps 2 and --tokens 99999; expected one of them" in done.err
-
-
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_every_schedule_warms_up(run, text, tmp_path, schedule):
     tuned(run, tmp_path / "out", text, schedule=schedule, warmup_ratio=0.5)

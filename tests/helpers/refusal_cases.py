@@ -414,6 +414,7 @@ CASES += [
             "--tokens 8": ("--tokens is 8; expected at least 64",),
             "--sequence-length 4": ("--sequence-length is 4; expected at least 8",),
             "--steps 0": ("--steps is 0; expected at least 1",),
+            "--steps 3": ("--steps 3 and --tokens 512; expected one of them",),
             "--kl 0 --ce 0": ("nothing to learn from",),
             "--preset slow": ("--preset is 'slow'; expected one of fast, good, best",),
             "--preset fast --steps 3": ("--steps with --preset fast", "give --tokens"),
