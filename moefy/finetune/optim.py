@@ -146,8 +146,12 @@ class _OnCopies:
             [*zip(group["params"], copied["params"], strict=True)]
             for group, copied in zip(params, copies, strict=True)
         ]
-        self.pairs = [pair for pairs in self.pairs_of_groups for pair in pairs]
         super().__init__(copies, **options)  # pyright: ignore[reportCallIssue]
+
+    @property
+    def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """The weights, each with its copy."""
+        return [pair for pairs in self.pairs_of_groups for pair in pairs]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:

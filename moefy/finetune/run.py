@@ -139,8 +139,8 @@ def finetune(
     opened = settle(open_inputs(run, settings), out, choices, process, watch)
     if not (force or restart):
         check_step(home_of(out), opened.settings, process.num_processes)
-    plan = _plan(opened, out, process, watch)
     group = Group(process.process_index, process.num_processes)
+    plan = _plan(opened, out, process, group, watch)
     checkpoints = Checkpoints(home_of(out), plan.identity, group)
     with open_home(checkpoints.home, out, process):
         if process.is_main_process:
@@ -168,11 +168,10 @@ def finetune(
     return summary
 
 
-def _plan(opened: Opened, out: Path, process: PartialState, watch: Watch) -> Plan:
+def _plan(opened: Opened, out: Path, process: PartialState, group: Group, watch: Watch) -> Plan:
     """Read the text of a fine-tune, but no weights to train."""
     run, settings, dtypes = opened.run, opened.settings, opened.dtypes
     teacher = opened.teacher or run.folder
-    group = Group(process.process_index, process.num_processes)
 
     def write(*amount: Any, **more: Any) -> Tokens:
         """Text by the first process: how many documents fit at a time decides what they say."""

@@ -6,8 +6,8 @@ import re
 import pytest
 import stock
 import torch
-from safetensors.torch import load_file
 from stopping import stopped_at
+from tuned_run import step_rows, weights
 
 from moefy.config.finetune import Settings, build
 from moefy.errors import MoefyError
@@ -32,15 +32,6 @@ PAIRS += [pair for pair in stock.ONE_EACH if pair[1] in ("glm4_moe", "granitemoe
 
 def tuned(run, out, text, **settings):
     return finetune(run, out, build(None, {"data": str(text), **SMALL, **settings}, []))
-
-
-def rows(out):
-    lines = (out / "moefy" / "finetune.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "validation" not in row]
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +126,7 @@ def annealed(run, text, tmp_path_factory):
 def test_the_experts_per_token_fall_while_it_learns(annealed, run):
     summary, out = annealed
     shape = json.loads((run / "moefy" / "conversion.json").read_text())["shape"]
-    log = rows(out)
+    log = step_rows(out)
     falling = [row["experts_per_token"] for row in log[:4]]
     assert falling[0] == shape["num_experts"] and falling[-1] > shape["experts_per_token"]
     assert falling == sorted(falling, reverse=True)

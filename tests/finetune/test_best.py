@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from stopping import stopped_at
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME as STATE
+from tuned_run import weights
 
 from moefy.config.finetune import build
 from moefy.errors import MoefyError
@@ -23,10 +23,6 @@ AWAY |= {"schedule": "constant", "measure_every": 2, "save_every": 1}
 
 def tuned(run, out, text, **settings):
     return finetune(run, out, build(None, {"data": str(text), **SMALL, **settings}, []))
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
 
 
 def same(one, other):

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from stopping import stopped_at
 from transformers import AutoModelForCausalLM
+from tuned_run import step_rows, weights
 
 from moefy import compute_dtype, memory
 from moefy.config.finetune import Settings, build
@@ -39,16 +40,6 @@ FAST = {"learning_rate": 3e-3, "rest_learning_rate": 3e-3, "router_learning_rate
 def tuned(run, out, text, *, restart=False, force=False, **settings):
     built = build(None, {"data": str(text), **SMALL, **settings}, [])
     return finetune(run, out, built, restart=restart, force=force)
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def step_rows(out):
-    """The log's rows of steps, without those of the validation text."""
-    lines = (out / "moefy" / "finetune.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "validation" not in row]
 
 
 @pytest.fixture(scope="module")

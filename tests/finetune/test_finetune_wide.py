@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from tuned_run import rows as log_rows
+from tuned_run import weights
 
 import moefy
 from moefy.config.finetune import Settings, build
@@ -41,10 +42,6 @@ BIASED = ("glm4_moe", "ernie4_5_moe", "lfm2_moe")
 
 def tuned(run, out, text, **settings):
     return finetune(run, out, build(None, {"data": str(text), **SMALL, **settings}, []))
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(("family", "target"), CLASSES)
@@ -113,7 +110,7 @@ def test_everything_switched_on(pico, converted, text, tmp_path):
         log_to="tensorboard",
         dtype="float32",
     )
-    rows = [json.loads(r) for r in (tmp_path / "out/moefy/finetune.jsonl").read_text().splitlines()]
+    rows = log_rows(tmp_path / "out")
     assert {"kl", "ce", "hidden", "router_ce", "z"} <= set(rows[0]) and "aux" not in rows[0]
     assert any("validation" in row for row in rows)
     assert summary["steps"] == 4
@@ -199,10 +196,7 @@ def test_two_processes_match_one(pico, converted, text, tmp_path, how):
     moved = max(float((old[name] - start[name]).abs().max()) for name in old)
     apart = max(float((old[name] - new[name]).abs().max()) for name in old)
     assert apart < 0.02 * moved
-    rows = [
-        [json.loads(r) for r in (tmp_path / n / "moefy/finetune.jsonl").read_text().splitlines()]
-        for n in ("one", "two")
-    ]
+    rows = [log_rows(tmp_path / n) for n in ("one", "two")]
     for one, other in zip(*rows, strict=True):
         assert ("validation" in one) == ("validation" in other)
         if "validation" in one:

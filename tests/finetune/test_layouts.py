@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import exit_codes
-from safetensors.torch import load_file
+from tuned_run import rows, weights
 
 from moefy.cli.finetune import _of_steps
 from moefy.config.finetune import build
@@ -57,14 +57,6 @@ def chats(run, text, tmp_path_factory):
 
 def tuned(run, out, text, **settings):
     return finetune(run, out, build(None, {"data": str(text), **SMALL, **settings}, []))
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def rows(folder):
-    return [json.loads(row) for row in (folder / "moefy/finetune.jsonl").read_text().splitlines()]
 
 
 def losses_of(folder):

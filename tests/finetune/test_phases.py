@@ -1,9 +1,8 @@
 """Losses whose weights change in the course of a fine-tune."""
 
-import json
-
 import pytest
 import torch
+from tuned_run import step_rows
 
 from moefy.config import course
 from moefy.config.finetune import Settings, build
@@ -12,11 +11,6 @@ from moefy.finetune.collapse_guard import CollapseGuard
 from moefy.finetune.run import finetune
 
 SMALL = {"tokens": 2048, "sequence_length": 64, "validation_tokens": 512, "batch_size": 4}
-
-
-def rows(out):
-    lines = (out / "moefy" / "finetune.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "validation" not in row]
 
 
 def test_a_course_is_a_step_function():
@@ -43,7 +37,7 @@ def test_something_is_learned_in_every_phase():
 def test_each_step_is_of_its_phase(pico, converted, text, tmp_path):
     settings = {"data": str(text), **SMALL, "ce": "1,0@0.5", "kl": 0.5}
     finetune(converted(pico("llama")), tmp_path / "out", build(None, settings, []))
-    log = rows(tmp_path / "out")
+    log = step_rows(tmp_path / "out")
     assert [row["ce_weight"] for row in log] == [1, 1, 1, 1, 0, 0, 0, 0]
     assert not any("kl_weight" in row for row in log)
     for row in log:

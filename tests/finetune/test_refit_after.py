@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tuned_run import weights
 
 from moefy.config.finetune import build
 from moefy.errors import MoefyError
@@ -17,10 +17,6 @@ AFTER = {**SMALL, **STILL, "measure_every": 0, "refit_after": True}
 
 def tuned(run, out, text, **settings):
     return finetune(run, out, build(None, {"data": str(text), **AFTER, **settings}, []))
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Checkpoints that several processes write together, and that any number of them resumes."""
 
-import json
 import os
 import resource
 import signal
@@ -8,7 +7,7 @@ import signal
 import pytest
 import torch
 from processes import exit_codes
-from safetensors.torch import load_file
+from tuned_run import rows, weights
 
 from moefy.config.finetune import build
 from moefy.errors import MoefyError
@@ -34,14 +33,6 @@ def run(pico, converted):
 
 def tuned(run, out, text, **settings):
     return finetune(run, out, build(None, {"data": str(text), **SMALL, **settings}, []))
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def rows(folder):
-    return [json.loads(row) for row in (folder / "moefy/finetune.jsonl").read_text().splitlines()]
 
 
 def column(folder, name):
