@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import records
 import torch
 import typer
 from torch.utils.data import StackDataset
@@ -60,6 +61,7 @@ def main(
     steps: int = 5,
     batch_size: int = 2,
     settings: list[str] = typer.Option([], "--set"),
+    out: Path | None = typer.Option(None, help="File that gets a line of the figures."),
 ) -> None:
     """Print CPU seconds per step of both, and the ratio of their medians."""
     text_of = {"data": data, "batch_size": batch_size, "tokens": batch_size * 512 * steps}
@@ -123,6 +125,13 @@ def main(
     print(f"plain Trainer, dense: {plain_s:.2f} s a step, {step / plain_s:.0f} tokens/CPU-second")
     print(f"moefy finetune:       {ours_s:.2f} s a step, {step / ours_s:.0f} tokens/CPU-second")
     print(f"ratio {plain_s / ours_s:.2f}; teacher at every step {plain_s / (ours_s + asked):.2f}")
+    figures = {"run": run.name, "dtype": computed.student.name, "processor": processor()}
+    figures |= {"threads": torch.get_num_threads(), "tokens_per_step": step}
+    figures |= {"plain_seconds": clocks[0].seconds, "moefy_seconds": clocks[1].seconds}
+    figures |= {"teacher_seconds": asked, "ratio": plain_s / ours_s}
+    figures |= {"ratio_with_teacher": plain_s / (ours_s + asked)}
+    if out:
+        records.append(out, figures)
     print([[round(s, 2) for s in clock.seconds] for clock in clocks])
 
 

@@ -37,6 +37,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import records
 import typer
 
 from moefy.environment import processor
@@ -55,6 +56,7 @@ def main(
         ".out.moefy-part/state/*", help="What a killed attempt may leave to go on from."
     ),
     processes: int = 1,
+    record: Path | None = typer.Option(None, "--out", help="File that gets a line of the figures."),
 ) -> None:
     """Kill, resume, compare; print one line a chain and a summary."""
     place.mkdir(parents=True)
@@ -96,6 +98,11 @@ def main(
         f"publication; {chains} runs were published, all with the bytes of the undisturbed one"
     )
     shutil.rmtree(place)
+    if record:
+        figures = {"command": " ".join(command), "processes": processes, "seed": seed}
+        figures |= {"processor": processor(), "undisturbed_seconds": took, "kills": done}
+        figures |= {"resumed": resumed, "late": late, "published": chains}
+        records.append(record, figures)
 
 
 def run(command: list[str], out: Path) -> int:
