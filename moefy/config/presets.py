@@ -9,7 +9,7 @@ from typing import Any
 from moefy.config import methods
 from moefy.config.recipe import Recipe
 
-COPIES: Mapping[str, Any] = {"kl": 0.0}
+COPIES: Mapping[str, Any] = {"kl": 0.0, "ce": 1.0}
 """Defaults for copies. Their teacher is where they start, and they are to leave it behind: arXiv
 2212.05055, 2410.07524 and 2502.19261 train by cross-entropy and balance, with no teacher."""
 
