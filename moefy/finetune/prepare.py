@@ -23,7 +23,8 @@ from moefy.finetune.estimate import BATCH, Inputs, check, estimate, settled
 from moefy.finetune.home import NOT_OF_A_RUN
 from moefy.finetune.inputs import ComputeDtypes, Run, compute_dtypes, open_run, teacher_folder
 from moefy.finetune.probe import probe
-from moefy.finetune.train import device
+from moefy.finetune.text import amounts
+from moefy.finetune.train import device, num_last_steps, sequences_per_step
 from moefy.progress import Watch
 from moefy.text.documents import locate
 
@@ -103,7 +104,8 @@ def plan(folder: Path, out: Path, settings: Settings) -> dict[str, Any]:
     """What a fine-tune of the run in `folder` will take, from a few steps of its first layers.
 
     Raises:
-        MoefyError: as `settle`, but for what does not fit: that is in the result.
+        MoefyError: as `settle`, but for what does not fit: that is in the result; code 2 for a
+            share of the text that is too small.
     """
     check_machine(settings)
     process = processes(settings)
@@ -113,7 +115,10 @@ def plan(folder: Path, out: Path, settings: Settings) -> dict[str, Any]:
             read_prompts(Path(source.place))
         elif source.place != "self":
             locate(source.place)
-    return estimate(_inputs(start, process.num_processes), out)
+    inputs = _inputs(start, process.num_processes)
+    last = num_last_steps(inputs.settings, inputs.world)
+    amounts(inputs.settings, inputs.world, last * sequences_per_step(inputs.settings, inputs.world))
+    return estimate(inputs, out)
 
 
 def _inputs(start: Opened, world: int) -> Inputs:

@@ -49,24 +49,9 @@ def read_text(
         assert answer is not None
         last, notes = _last(run, settings, num_last, num_heldout * num_last // num_rows, answer)
         num_last = num_last if last else 0
-    last_share = num_last / num_rows
-    shares = [source.share * (1 - last_share) for source in chosen] + [last_share] * bool(last)
-    amounts = []
-    for source, rows, heldout in zip(
-        chosen, split(num_rows, shares), split(num_heldout, shares), strict=False
-    ):
-        total = rows + max(1, heldout)
-        if len(chosen) > 1 and (not rows or total < packing.LEAST_SEQUENCES):
-            raise MoefyError(
-                f"{source.flag} {source.place}: its share of {source.share:.2g} is {total} "
-                f"sequences of {length} tokens; expected at least {packing.LEAST_SEQUENCES}; raise "
-                "the share or --tokens",
-                code=2,
-            )
-        part = packing.Amount(total * length, length, settings.seed, max(1, heldout) / total)
-        amounts.append(part)
+    shares = _shares(settings, num_last / num_rows)
     texts = []
-    for source, amount in zip(chosen, amounts, strict=True):
+    for source, amount in zip(chosen, amounts(settings, world, num_last), strict=True):
         if source.prompts:
             assert answer is not None
             answers = answer(Path(source.place), None)
@@ -89,6 +74,37 @@ def read_text(
             "--gradient-accumulation-steps"
         )
     return tokens
+
+
+def amounts(settings: Settings, world: int, num_last: int) -> list[packing.Amount]:
+    """How much of each source is read, where the last stage takes `num_last` of the sequences.
+
+    Raises:
+        MoefyError: code 2 for a share of fewer than 8 sequences.
+    """
+    length, chosen = settings.sequence_length, sources(settings.data, settings.answers)
+    num_rows = num_steps(settings, world) * sequences_per_step(settings, world)
+    shares = _shares(settings, num_last / num_rows)
+    parts = split(num_rows, shares), split(settings.validation_tokens // length, shares)
+    result = []
+    for source, rows, heldout in zip(chosen, *parts, strict=False):
+        total = rows + max(1, heldout)
+        if len(chosen) > 1 and (not rows or total < packing.LEAST_SEQUENCES):
+            raise MoefyError(
+                f"{source.flag} {source.place}: its share of {source.share:.2g} is {total} "
+                f"sequences of {length} tokens; expected at least {packing.LEAST_SEQUENCES}; raise "
+                "the share or --tokens",
+                code=2,
+            )
+        part = packing.Amount(total * length, length, settings.seed, max(1, heldout) / total)
+        result.append(part)
+    return result
+
+
+def _shares(settings: Settings, last: float) -> list[float]:
+    """The share of each source, and behind them that of the last stage, if there is one."""
+    chosen = sources(settings.data, settings.answers)
+    return [source.share * (1 - last) for source in chosen] + [last] * bool(last)
 
 
 def _last(

@@ -170,6 +170,17 @@ def test_a_share_too_small_to_train_on_is_refused(run, files):
     assert e.value.code == 2
 
 
+def test_a_plan_refuses_the_share_that_its_fine_tune_refuses(moefy, run, files, tmp_path):
+    few = ["--tokens", 2048, "--sequence-length", 64, "--set", "validation_tokens=1024"]
+    for share, code in (("0.01", 2), ("1", 0)):
+        mix = ["--data", f"{files}/a.txt:1", "--data", f"{files}/b.txt:{share}"]
+        line = ("finetune", run, "--out", tmp_path / share, *mix, *few)
+        planned, trained = moefy(*line, "--plan"), moefy(*line)
+        assert planned.code == trained.code == code
+        if code:
+            assert "its share of 0.0099 is" in planned.err and planned.err == trained.err
+
+
 def test_the_command_takes_several(moefy, run, files, tmp_path):
     mix = [flag for name in ("a", "b") for flag in ("--data", f"{files}/{name}.txt:0.5")]
     few = ["--tokens", 2048, "--sequence-length", 64, "--set", "validation_tokens=1024"]
