@@ -89,13 +89,15 @@ def probe(
     first = min(total, min(converted, default=0) + 1)
     most = min(total, first + MORE)
     with torch.random.fork_rng():  # Trainer seeds it
-        student = [_student(run, settings, dtypes, count, clock) for count in (first, most)]
+        # The larger one first: what a process does only once would make the smaller one too slow,
+        # and a layer too fast.
+        larger, smaller = (_student(run, settings, dtypes, count, clock) for count in (most, first))
     asked = Cost()
     if teacher:
         asked = _teacher(teacher, settings, dtypes.teacher.dtype, clock)
     gc.collect()  # a trainer and its callbacks hold each other
-    whole = student[0].extended(student[1], (total - first) / max(1, most - first))
-    layer_bytes = max(0.0, student[1].saved_bytes - student[0].saved_bytes) / max(1, most - first)
+    whole = smaller.extended(larger, (total - first) / max(1, most - first))
+    layer_bytes = max(0.0, larger.saved_bytes - smaller.saved_bytes) / max(1, most - first)
     return Probe(whole, layer_bytes, asked)
 
 
@@ -220,7 +222,7 @@ def _teacher(
     size = settings.batch_size if device(settings).type == "cuda" else 1
     ids_BT = _ids(vocab_size, size, settings.sequence_length)
     costs = []
-    sizes = 1, min(1 + MORE, total)
+    sizes = min(1 + MORE, total), 1
     for layers in sizes:
         model, _ = open_model(folder, config=some_layers(config, range(layers)), dtype=dtype)
         targets = live(model.eval().to(device(settings)), settings)
@@ -230,7 +232,8 @@ def _teacher(
             targets(torch.arange(size), ids_BT)[0].sum().item()  # waits for a GPU
             seconds.append(clock() - began)
         costs.append(Cost(min(seconds[1:]) / ids_BT.numel()))
-    return costs[0].extended(costs[1], (total - 1) / max(1, sizes[1] - 1))
+    larger, smaller = costs
+    return smaller.extended(larger, (total - 1) / max(1, sizes[0] - 1))
 
 
 def _ids(vocab_size: int, num: int, length: int) -> Tensor:
