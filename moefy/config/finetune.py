@@ -117,9 +117,7 @@ class Settings:
     )
     top_tokens: int = key(128, "Tokens of the teacher's that are kept at most.", least=1)
     ce: Weight = option(
-        0.3,
-        "Weight of the text's cross-entropy, 0 by default where experts overlap, 1 for copies.",
-        course=True,
+        0.3, "Weight of the cross-entropy; 1 for copies, 0 where experts overlap.", course=True
     )
     hidden: Weight = key(
         0.0,
