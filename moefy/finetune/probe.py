@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PrinterCallback, TrainerCallback
 
 from moefy.config.finetune import Settings
+from moefy.files.safetensors_header import read_entries
 from moefy.finetune.anneal import Annealing, Start
 from moefy.finetune.checkpoints import Checkpoints
 from moefy.finetune.collapse_guard import CollapseGuard
@@ -33,8 +34,12 @@ STEPS = 4
 """Steps of a probe: the first warms up and counts, the fastest of the others is taken."""
 
 MORE = 3
-"""Layers of the larger probe beside those of the smaller: of one layer more the time is lost in
-noise, which a model of 30 layers multiplies by 29."""
+"""Layers of the larger probe beside those of the smaller, at least: of one layer more the time is
+lost in noise, which a model of 30 layers multiplies by 29."""
+
+TRIED = 200_000_000
+"""Weights that the larger probe may hold with more layers than those. Layers of a model that is
+smaller are all tried: each takes longer the more there are, as less of them stays in caches."""
 
 
 @dataclass(frozen=True)
@@ -78,23 +83,25 @@ def probe(
     dtypes: ComputeDtypes,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Probe:
-    """Train the first layers of a run for a moment, once with three layers more, and count.
+    """Train the first layers of a run for a moment, once with more of them, and count.
 
     What a layer more takes is taken for every other layer. The first ones go up to the first layer
-    that was converted. A CPU trains on one sequence at a time, a GPU on a batch. Checkpointing of
-    gradients is off, for it hides what a layer holds.
+    that was converted; there are three more with the others, or as many as have `TRIED` weights in
+    all. A CPU trains on one sequence at a time, a GPU on a batch. Checkpointing of gradients is
+    off, for it hides what a layer holds.
     """
     converted = [layer["layer"] for layer in run.summary["layers"]]
     total = plain_config(run.folder).get_text_config().num_hidden_layers
     first = min(total, min(converted, default=0) + 1)
-    most = min(total, first + MORE)
+    weights = sum(entry.num_elements for entry in read_entries(run.folder).values())
+    most = min(total, max(first + MORE, total * TRIED // weights))
     with torch.random.fork_rng():  # Trainer seeds it
         # The larger one first: what a process does only once would make the smaller one too slow,
         # and a layer too fast.
         larger, smaller = (_student(run, settings, dtypes, count, clock) for count in (most, first))
     asked = Cost()
     if teacher:
-        asked = _teacher(teacher, settings, dtypes.teacher.dtype, clock)
+        asked = _teacher(teacher, settings, dtypes.teacher.dtype, most, clock)
     gc.collect()  # a trainer and its callbacks hold each other
     whole = smaller.extended(larger, (total - first) / max(1, most - first))
     layer_bytes = max(0.0, larger.saved_bytes - smaller.saved_bytes) / max(1, most - first)
@@ -213,17 +220,16 @@ class Stopwatch(TrainerCallback):
 
 
 def _teacher(
-    folder: Path, settings: Settings, dtype: torch.dtype, clock: Callable[[], float]
+    folder: Path, settings: Settings, dtype: torch.dtype, most: int, clock: Callable[[], float]
 ) -> Cost:
-    """The cost of asking the dense model."""
+    """The cost of asking the dense model, by its first `most` layers."""
     config = plain_config(folder)
     total = config.get_text_config().num_hidden_layers
     vocab_size = config.get_text_config().vocab_size
     size = settings.batch_size if device(settings).type == "cuda" else 1
     ids_BT = _ids(vocab_size, size, settings.sequence_length)
     costs = []
-    sizes = min(1 + MORE, total), 1
-    for layers in sizes:
+    for layers in (most, 1):
         model, _ = open_model(folder, config=some_layers(config, range(layers)), dtype=dtype)
         targets = live(model.eval().to(device(settings)), settings)
         seconds = []
@@ -233,7 +239,7 @@ def _teacher(
             seconds.append(clock() - began)
         costs.append(Cost(min(seconds[1:]) / ids_BT.numel()))
     larger, smaller = costs
-    return smaller.extended(larger, (total - 1) / max(1, sizes[0] - 1))
+    return smaller.extended(larger, (total - 1) / max(1, most - 1))
 
 
 def _ids(vocab_size: int, num: int, length: int) -> Tensor:

@@ -13,6 +13,7 @@ from stopping import stopped_at
 from moefy.config.finetune import Settings, build
 from moefy.config.presets import CHOSEN, OPEN, OVERLAPPING, own_defaults
 from moefy.config.recipe import Recipe
+from moefy.files.safetensors_header import read_entries
 from moefy.finetune import estimate, memory, prepare, probe, refit_after
 from moefy.finetune.anneal import begin
 from moefy.finetune.inputs import load_student
@@ -45,12 +46,29 @@ def measured(run, text, **more):
 
 
 @pytest.mark.parametrize("train", ["all", "router", "lora"])
-def test_what_four_layers_hold_tells_what_all_hold(run, text, train):
+def test_what_four_layers_hold_tells_what_all_hold(run, text, train, monkeypatch):
+    monkeypatch.setattr(probe, "TRIED", 0)
     few, whole = measured(run, text, train=train)
     assert few.student.num_trained == whole.num_trained
     assert few.student.saved_bytes == pytest.approx(whole.saved_bytes, rel=0.02)
     of_a_token = 1 / 64
     assert few.student.compute_seconds == few.teacher.compute_seconds == of_a_token
+
+
+@pytest.mark.parametrize(("share", "most"), [(0, 4), (0.5, 4), (0.9, 5), (1, 6), (9, 6)])
+def test_of_a_smaller_model_more_layers_are_tried(run, text, monkeypatch, share, most):
+    weights = sum(entry.num_elements for entry in read_entries(run).values())
+    monkeypatch.setattr(probe, "TRIED", int(share * weights))
+    tried, student = [], probe._student
+
+    def spy(run, settings, dtypes, layers, clock):
+        tried.append(layers)
+        return student(run, settings, dtypes, layers, clock)
+
+    monkeypatch.setattr(probe, "_student", spy)
+    start = open_inputs(run, settings(text))
+    probe.probe(start.run, start.teacher, start.settings, start.dtypes)
+    assert tried == [most, 1]
 
 
 def test_saved_bytes_are_those_of_what_autograd_keeps():
