@@ -290,11 +290,11 @@ class Finetuner(Best, Checkpointed, Trainer, TrainerCallback):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **rest: Any) -> dict[str, float]:
-        """Measure on the validation text."""
+        """Measure on the validation text, and say so, or Trainer measures the last step twice."""
         figures = self._mean(self.setup.measure()[0])  # or they would choose different steps
         self.setup.log({"step": self.state.global_step, "validation": figures})
-        metrics = {f"eval_{name}": value for name, value in figures.items()}
-        self.log(metrics)
+        self.log(metrics := {f"eval_{name}": value for name, value in figures.items()})
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 

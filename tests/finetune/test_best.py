@@ -12,6 +12,7 @@ from moefy.errors import MoefyError
 from moefy.finetune import checkpoints
 from moefy.finetune.checkpoints import steps
 from moefy.finetune.collapse_guard import CollapseGuard, Failure
+from moefy.finetune.home import LOG, read_log
 from moefy.finetune.run import finetune, home_of
 from moefy.finetune.trainer import Finetuner
 
@@ -49,6 +50,13 @@ def test_the_best_step_is_written(whole, run, text, tmp_path):
     last = tuned(run, tmp_path / "last", text, **{**AWAY, "measure_every": 0})
     assert last["selected"] is None and not same(tmp_path / "last", out)
     assert last["validation"]["after"]["kl"] == pytest.approx(chosen["last"], rel=1e-6)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_each_step_is_measured_once_and_the_last_one_too(run, text, tmp_path, every):
+    tuned(run, tmp_path / "out", text, **{**AWAY, "measure_every": every})
+    measured = [row["step"] for row in read_log(tmp_path / "out" / "moefy" / LOG) if "validation" in row]
+    assert measured == {2: [2, 4, 6, 8], 3: [3, 6, 8]}[every]
 
 
 @pytest.mark.parametrize("step", [5, 8])
