@@ -55,7 +55,9 @@ def test_the_best_step_is_written(whole, run, text, tmp_path):
 @pytest.mark.parametrize("every", [2, 3])
 def test_each_step_is_measured_once_and_the_last_one_too(run, text, tmp_path, every):
     tuned(run, tmp_path / "out", text, **{**AWAY, "measure_every": every})
-    measured = [row["step"] for row in read_log(tmp_path / "out" / "moefy" / LOG) if "validation" in row]
+    measured = [
+        row["step"] for row in read_log(tmp_path / "out" / "moefy" / LOG) if "validation" in row
+    ]
     assert measured == {2: [2, 4, 6, 8], 3: [3, 6, 8]}[every]
 
 
