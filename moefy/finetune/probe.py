@@ -39,7 +39,7 @@ lost in noise, which a model of 30 layers multiplies by 29."""
 
 TRIED = 200_000_000
 """Weights that the larger probe may hold with more layers than those. Layers of a model that is
-smaller are all tried: each takes longer the more there are, as less of them stays in caches."""
+smaller are all tried: each was measured to take longer the more there are."""
 
 
 @dataclass(frozen=True)
